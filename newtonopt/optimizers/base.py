@@ -1,0 +1,281 @@
+"""The one loop of every Newton optimizer: evaluate, propose, try, judge, commit."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from newtonopt import globalization
+from newtonopt._flat import check_parameters, unflatten
+from newtonopt.objective import Evaluation, Objective, check_products
+from newtonopt.optimizers.report import StepReport
+
+# Settings that a parameter group may have of its own.
+_PER_GROUP = ("lr", "weight_decay")
+_MAX_FAILURES = 5
+# A step that does not decrease the loss is halved, at most six times.
+_SHORTEN = 0.5
+_SHORTEST = 0.5**6
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Steps to try, best first, with what the undamped model promises for each.
+
+    Attributes:
+        steps: At least one, each `(n,)`, learning rates applied.
+        decreases: The undamped model's decrease for each step.
+        iterations: Of the inner solver.
+        products: Curvature products spent.
+        reason: Why the inner solver stopped.
+    """
+
+    steps: Sequence[Tensor]
+    decreases: Sequence[float]
+    iterations: int
+    products: int
+    reason: str
+
+
+class NewtonOptimizer(torch.optim.Optimizer, ABC):
+    """Base of the family. A subclass says how it proposes a step; the rest, from the closure to the damping, is here."""
+
+    def __init__(self, params: ParamsT, settings: dict[str, Any]) -> None:
+        check_products(settings["products"])
+        _check_settings(settings)
+        super().__init__(params, settings)
+        self.last_step: StepReport | None = None
+
+    @abstractmethod
+    def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
+        """A proposal from the live evaluation; `rates` is the learning rate, one number or one for each entry."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group with its own `lr` and `weight_decay`; every other setting is the optimizer's.
+
+        Raises:
+            ValueError: Another setting differs, or the parameters cannot share one flat vector with the others.
+        """
+        shared = self.param_groups[0] if self.param_groups else self.defaults
+        for name in self.defaults:
+            if name not in _PER_GROUP and param_group.get(name, shared[name]) != shared[name]:
+                raise ValueError(
+                    f"{name}={param_group[name]!r} in a parameter group: the step couples all groups, so {name} is one setting for the whole "
+                    f"optimizer (here {shared[name]!r}). Only lr and weight_decay may differ between groups."
+                )
+        _check_settings({**self.defaults, **{name: param_group[name] for name in _PER_GROUP if name in param_group}})
+        super().add_param_group({**{name: shared[name] for name in self.defaults if name not in _PER_GROUP}, **param_group})
+        try:
+            check_parameters([p for group in self.param_groups for p in group["params"]])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: Clears the gradients, computes the loss, calls `backward` and returns the loss, as for `torch.optim.LBFGS`.
+
+        Returns:
+            What the closure returned at the starting point, detached; the loss if it returned nothing.
+
+        Raises:
+            RuntimeError: No closure, a closure without a loss, gradients accumulated across closures, or a loss or gradient that was not
+                finite in five steps running.
+        """
+        if closure is None:
+            raise RuntimeError(
+                f"{type(self).__name__}.step() needs a closure that computes the loss and calls backward: optimizer.step(closure). Lightning "
+                'gives one, except with precision="16-mixed", whose gradient scaler calls step() without it: use precision="bf16-mixed" or '
+                '"32-true".'
+            )
+        trained = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if not trained:
+            raise RuntimeError("No parameter requires a gradient: every parameter of this optimizer is frozen.")
+        params = [p for _, p in trained]
+        self._forget_if_changed(params)
+        decay = _per_entry([float(group["weight_decay"]) for group, _ in trained], params)
+        rates = _per_entry([float(group["lr"]) for group, _ in trained], params)
+        with Objective(closure, params, None if decay == 0.0 else decay) as objective:
+            evaluation = objective.record()
+            self._take_step(objective, evaluation, rates)
+        _put_gradients(params, evaluation.data_gradient)
+        return evaluation.loss if evaluation.returned is None else evaluation.returned
+
+    def _take_step(self, objective: Objective, evaluation: Evaluation, rates: float | Tensor) -> None:
+        memory = self._memory
+        memory["steps"] += 1
+        loss, norm = torch.stack([evaluation.loss.to(evaluation.gradient.dtype), evaluation.gradient.norm()]).tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            evaluation.free()
+            self._fail(loss, norm)
+            return
+        memory["failures"] = 0
+        if norm == 0.0 or rates == 0.0:
+            evaluation.free()
+            self._report(loss, norm, reason="the gradient is zero" if norm == 0.0 else "the learning rate is zero")
+            return
+        proposal = self._propose(evaluation, rates)
+        # The graph goes before any trial, so that no two are alive at once.
+        evaluation.free()
+        eps = torch.finfo(evaluation.loss.dtype).eps
+        outcome = _search(objective, evaluation.gradient, proposal, float(evaluation.loss), eps)
+        if outcome.accepted:
+            objective.move(outcome.step)
+        self._report(
+            loss,
+            norm,
+            trial_loss=outcome.loss,
+            predicted_decrease=outcome.predicted,
+            ratio=outcome.ratio,
+            iterations=proposal.iterations,
+            products=proposal.products,
+            trials=outcome.trials,
+            step_norm=float(outcome.step.norm()) if outcome.accepted else 0.0,
+            accepted=outcome.accepted,
+            reason=proposal.reason,
+        )
+        self._adapt(outcome.ratio)
+
+    def _adapt(self, ratio: float) -> None:
+        settings, memory = self.param_groups[0], self._memory
+        memory["damping"] = globalization.levenberg_marquardt(
+            memory["damping"],
+            ratio,
+            factor=settings["damping_factor"],
+            minimum=settings["min_damping"],
+            maximum=settings["max_damping"],
+        )
+
+    def _fail(self, loss: float, norm: float) -> None:
+        """A loss or gradient that is not finite moves nothing; it raises the damping, and soon an error."""
+        memory = self._memory
+        memory["failures"] += 1
+        what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
+        self._report(loss, norm, ratio=-math.inf, reason=f"the {what} is not finite: {value}")
+        self._adapt(-math.inf)
+        if memory["failures"] >= _MAX_FAILURES:
+            raise RuntimeError(
+                f"The {what} was not finite in {memory['failures']} steps in a row; the parameters were left as they were. Check the data for "
+                "NaN or infinite entries, the model's initialisation, and operations such as log or sqrt at zero."
+            )
+
+    def _report(self, loss: float, gradient_norm: float, **values: Any) -> None:
+        blank: dict[str, Any] = dict(
+            trial_loss=loss,
+            predicted_decrease=0.0,
+            ratio=math.nan,
+            damping=self._memory["damping"],
+            iterations=0,
+            products=0,
+            trials=0,
+            step_norm=0.0,
+            accepted=False,
+        )
+        self.last_step = StepReport(loss=loss, gradient_norm=gradient_norm, **{**blank, **values})
+
+    @property
+    def _memory(self) -> dict[str, Any]:
+        """The state, kept under the first parameter as torch's LBFGS keeps its own."""
+        memory: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
+        if not memory:
+            memory.update(steps=0, failures=0, damping=float(self.param_groups[0]["damping"]))
+        return memory
+
+    def _forget_if_changed(self, params: Sequence[Tensor]) -> None:
+        """Drop vectors from earlier steps when other parameters are frozen now than then."""
+        trained = {id(p) for p in params}
+        layout = [p.numel() if id(p) in trained else 0 for group in self.param_groups for p in group["params"]]
+        memory = self._memory
+        if memory.get("layout", layout) != layout:
+            for name in [name for name, value in memory.items() if isinstance(value, Tensor)]:
+                del memory[name]
+        memory["layout"] = layout
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("last_step", None)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    step: Tensor
+    predicted: float
+    loss: float
+    ratio: float
+    accepted: bool
+    trials: int
+
+
+def _search(objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> _Outcome:
+    """Try the proposal's steps for as long as the loss falls (Martens 2010, sec. 4.6), then shorten the best until it decreases the loss.
+
+    The ratio, which adapts the damping, is that of the step before it was shortened: a good short step does not excuse a bad long one.
+    """
+    step, predicted, best = proposal.steps[0], proposal.decreases[0], math.inf
+    trials = 0
+    for candidate, decrease in zip(proposal.steps, proposal.decreases, strict=True):
+        trial = objective.loss_at(candidate)
+        trials += 1
+        if math.isfinite(best) and not trial < best:
+            break
+        step, predicted, best = candidate, decrease, trial if math.isfinite(trial) else math.inf
+    ratio = globalization.reduction_ratio(loss, best, predicted, eps)
+    slope = float(gradient @ step)
+    t = 1.0
+    while slope < 0.0 and t > _SHORTEST and not globalization.sufficient_decrease(loss, best, t * slope, eps):
+        t *= _SHORTEN
+        best, trials = objective.loss_at(t * step), trials + 1
+    accepted = globalization.sufficient_decrease(loss, best, t * min(slope, 0.0), eps)
+    if t < 1.0:
+        bend = -2 * (predicted + slope)  # s'As, from the model's value at the whole step
+        step, predicted = t * step, -(t * slope + 0.5 * t**2 * bend)
+    return _Outcome(step, predicted, best, ratio, accepted, trials)
+
+
+def _per_entry(values: Sequence[float], params: Sequence[Tensor]) -> float | Tensor:
+    """The common value, or a vector `(n,)` with each parameter's own."""
+    if len(set(values)) == 1:
+        return values[0]
+    return torch.cat([torch.full((p.numel(),), value, dtype=p.dtype, device=p.device) for value, p in zip(values, params, strict=True)])
+
+
+@torch.no_grad()
+def _put_gradients(params: Sequence[Tensor], gradient: Tensor) -> None:
+    """Leave the recorded gradient in `.grad`, as if nothing had clipped it; a parameter that the loss does not use keeps None."""
+    for p, piece in zip(params, unflatten(gradient, params), strict=True):
+        if p.grad is not None:
+            p.grad.copy_(piece)
+        elif bool(piece.any()):
+            p.grad = piece.clone()
+
+
+def check_choices(settings: dict[str, Any], **allowed: Sequence[Any]) -> None:
+    """Refuse a setting that is none of the values allowed for it, with a ValueError."""
+    for name, values in allowed.items():
+        if settings[name] not in values:
+            raise ValueError(f"{name} is {settings[name]!r}: choose {' or '.join(map(repr, values))}.")
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    for name in _PER_GROUP:
+        if not 0.0 <= settings[name] < math.inf:
+            raise ValueError(f"{name} is {settings[name]!r}: give a finite number, zero or more.")
+    for name in ("damping", "min_damping", "max_damping"):
+        if not 0.0 < settings[name] < math.inf:
+            raise ValueError(f"{name} is {settings[name]!r}: give a finite number above zero.")
+    if not settings["min_damping"] <= settings["damping"] <= settings["max_damping"]:
+        raise ValueError(
+            f"damping is {settings['damping']!r}, outside min_damping {settings['min_damping']!r} and max_damping {settings['max_damping']!r}."
+        )
+    if not 1.0 < settings["damping_factor"] < math.inf:
+        raise ValueError(f"damping_factor is {settings['damping_factor']!r}: give a finite number above one.")

@@ -1,0 +1,162 @@
+"""Hessian-free optimization: Martens 2010; Martens & Sutskever 2012."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from newtonopt.globalization import undamped_decrease
+from newtonopt.objective import Evaluation, Products
+from newtonopt.operators import LinearOperator, gauss_newton, hessian
+from newtonopt.optimizers.base import NewtonOptimizer, Proposal, check_choices
+from newtonopt.solvers import preconditioners
+from newtonopt.solvers.cg import conjugate_gradients
+from newtonopt.solvers.preconditioners import Preconditioner
+from newtonopt.solvers.solution import Iterate, Solution
+
+
+class HessianFree(NewtonOptimizer):
+    """Truncated Gauss-Newton steps by preconditioned conjugate gradients, with Levenberg-Marquardt damping.
+
+    Each step minimises `g's + s'(A + damping I)s / 2` approximately, tries the result and earlier iterates of conjugate gradients, shortens the
+    step until it decreases the loss, and adapts the damping to how well the model predicted the decrease.
+
+    Use it with the whole data set or large batches, where the loss is ill-conditioned: physics-informed networks, regression, autoencoders.
+    Do not use it with small batches or a loss dominated by noise: a step costs tens of gradients, and first-order methods need only one.
+
+    Args:
+        params: Parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
+        lr: Scales the step, zero or more. Default 1: the whole step.
+        curvature: "gauss_newton" (default; Martens 2010, sec. 4.2): positive semi-definite, needs a recognised loss or `mark_outputs`;
+            "hessian": exact, follows negative curvature where conjugate gradients meet it.
+        damping: The first damping, above zero. Default 1 (Martens & Sutskever 2012); the rule finds its own within some tens of steps.
+        weight_decay: Coefficient of `|theta|^2 / 2` in the objective, zero or more. Default 0.
+        products: How products are formed, "auto" (default) or "cached", which today are the same.
+        preconditioner: "nystrom" (default): a low-rank sketch of the curvature (Frangella, Tropp & Udell 2023); "empirical_fisher": the running
+            mean of squared gradients (Martens 2010, sec. 4.7); None.
+        rank: Of the sketch, one or more; it takes `rank * n` numbers of memory. Default 100, see benchmarks/NOTES.md.
+        refresh_every: Steps between sketches, one or more. Default 10, see benchmarks/NOTES.md.
+        max_iterations: Of conjugate gradients in a step, one or more. Default 1000, see benchmarks/NOTES.md.
+        progress_tolerance: Martens' stop (2010, sec. 4.4): relative progress per iteration, from 0 to below 1. Default 5e-3, see
+            benchmarks/NOTES.md; Martens used 5e-4 without a sketch.
+        warm_start: Conjugate gradients start from the last solution times this, from 0 to below 1. Default 0.95 (Martens & Sutskever 2012).
+        damping_factor: Of the Levenberg-Marquardt rule, above one. Default 3/2 (Martens 2010, sec. 4.1).
+        min_damping: Lower bound, above zero. Default 1e-16: below the rounding of float64.
+        max_damping: Upper bound. Default 1e10.
+        seed: Of the sketch's random vectors, which leave the global random state alone. Default 0.
+
+    Raises:
+        ValueError: A setting out of its range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1.0,
+        curvature: Literal["gauss_newton", "hessian"] = "gauss_newton",
+        damping: float = 1.0,
+        weight_decay: float = 0.0,
+        products: Products = "auto",
+        preconditioner: Literal["nystrom", "empirical_fisher"] | None = "nystrom",
+        rank: int = 100,
+        refresh_every: int = 10,
+        max_iterations: int = 1000,
+        progress_tolerance: float = 5e-3,
+        warm_start: float = 0.95,
+        damping_factor: float = 1.5,
+        min_damping: float = 1e-16,
+        max_damping: float = 1e10,
+        seed: int = 0,
+    ) -> None:
+        settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        check_choices(settings, curvature=("gauss_newton", "hessian"), preconditioner=("nystrom", "empirical_fisher", None))
+        _check_numbers(settings)
+        super().__init__(params, settings)
+
+    def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
+        settings, memory = self.param_groups[0], self._memory
+        A = (gauss_newton if settings["curvature"] == "gauss_newton" else hessian)(evaluation)
+        gradient, damping = evaluation.gradient, memory["damping"]
+        damped = A.shift(damping)
+        start = settings["warm_start"] * memory["direction"] if "direction" in memory else None
+        solution = conjugate_gradients(
+            damped,
+            gradient,
+            start=start,
+            preconditioner=self._preconditioner(A, evaluation),
+            max_iterations=settings["max_iterations"],
+            progress_tolerance=settings["progress_tolerance"],
+            keep_path=True,
+        )
+        memory["direction"] = solution.step
+        candidates = _candidates(solution, damped, gradient, damping)
+        steps = [rates * c.step for c in candidates]
+        decreases = [_scaled_decrease(c, damping, gradient, rates, A) for c in candidates]
+        return Proposal(steps, decreases, solution.iterations, A.products, solution.reason)
+
+    def _preconditioner(self, A: LinearOperator, evaluation: Evaluation) -> Preconditioner | None:
+        settings, memory = self.param_groups[0], self._memory
+        if settings["preconditioner"] is None:
+            return None
+        if settings["preconditioner"] == "empirical_fisher":
+            squares = evaluation.gradient.square()
+            mean = memory.get("squared_gradients")
+            memory["squared_gradients"] = squares if mean is None else mean.lerp(squares, 1 - _FISHER_DECAY)
+            return preconditioners.diagonal(memory["squared_gradients"], memory["damping"])
+        if "sketch_vectors" not in memory or memory["sketch_age"] >= settings["refresh_every"]:
+            # A generator of its own: the user's random state stays as it is, and a resumed run draws the same numbers.
+            generator = torch.Generator().manual_seed(settings["seed"] + memory["steps"])
+            sketch = preconditioners.sketch(A, settings["rank"], generator, evaluation.gradient)
+            memory.update(sketch_vectors=sketch.vectors, sketch_values=sketch.values, sketch_age=0)
+        memory["sketch_age"] += 1
+        return preconditioners.Sketch(memory["sketch_vectors"], memory["sketch_values"]).preconditioner(memory["damping"])
+
+
+# Of the running mean of squared gradients.
+_FISHER_DECAY = 0.99
+
+
+def _candidates(solution: Solution, damped: LinearOperator, gradient: Tensor, damping: float) -> list[Iterate]:
+    """The steps to try: the solution, then the iterates before it; in front of them, when negative curvature was met, a step along it."""
+    last = Iterate(solution.step, solution.decrease)
+    earlier = [i for i in reversed(solution.path) if i.step is not solution.step and i.decrease > 0]
+    candidates = [last, *earlier] if solution.decrease > 0 else earlier
+    d = solution.negative_curvature
+    if d is not None or not candidates:
+        candidates.insert(0, _along(-gradient if d is None else d, last, damped, gradient, damping))
+    return candidates
+
+
+def _along(d: Tensor, start: Iterate, damped: LinearOperator, gradient: Tensor, damping: float) -> Iterate:
+    """From `start` along `d`: as far as the model's slope and the size of its curvature say, at most as far as the damping alone allows."""
+    slope = float(d @ (gradient + damped @ start.step))
+    bend = float(d @ (damped @ d))
+    longest = max(float(start.step.norm()), float(gradient.norm()) / damping) / float(d.norm())
+    t = math.copysign(min(abs(slope) / abs(bend) if bend else math.inf, longest), -slope)
+    return Iterate(start.step + t * d, start.decrease - t * slope - 0.5 * t**2 * bend)
+
+
+def _scaled_decrease(candidate: Iterate, damping: float, gradient: Tensor, rates: float | Tensor, A: LinearOperator) -> float:
+    """The undamped model's decrease for `rates * step`."""
+    step = candidate.step
+    if isinstance(rates, Tensor):
+        scaled = rates * step
+        return -float(scaled @ (gradient + 0.5 * (A @ scaled)))
+    slope = float(gradient @ step)
+    bend = -2 * (undamped_decrease(candidate.decrease, damping, float(step.norm())) + slope)
+    return -(rates * slope + 0.5 * rates**2 * bend)
+
+
+def _check_numbers(settings: dict[str, object]) -> None:
+    for name in ("rank", "refresh_every", "max_iterations"):
+        value = settings[name]
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}: give a whole number, one or more.")
+    for name in ("progress_tolerance", "warm_start"):
+        value = settings[name]
+        if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+            raise ValueError(f"{name} is {value!r}: give a number from zero to below one.")

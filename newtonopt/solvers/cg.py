@@ -1,0 +1,176 @@
+"""Preconditioned conjugate gradients, with a radius: Steihaug's method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from newtonopt.solvers.solution import Iterate, Matrix, Solution
+
+# Martens 2010, sec. 4.6: iterates are kept for backtracking at indices that grow by this factor.
+_PATH_FACTOR = 1.3
+
+
+def conjugate_gradients(
+    A: Matrix,
+    gradient: Tensor,
+    *,
+    start: Tensor | None = None,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
+    radius: float = math.inf,
+    max_iterations: int | None = None,
+    progress_tolerance: float | None = None,
+    residual_tolerance: float | None = None,
+    keep_path: bool = False,
+) -> Solution:
+    """Minimise `m(s) = g's + s'As / 2` by conjugate gradients, in the ball `||s|| <= radius`.
+
+    With a radius this is Steihaug's method (Nocedal & Wright 2006, alg. 7.2). The norm is that of the preconditioner, `s'Ms` with `M` the matrix
+    whose inverse the preconditioner applies, in which the iterates grow (Conn, Gould & Toint 2000, sec. 7.5).
+
+    Args:
+        A: The symmetric matrix, `(n, n)`.
+        gradient: `g`, `(n,)`.
+        start: The first iterate, `(n,)`; zero if None. Needs an infinite radius.
+        preconditioner: Applies the inverse of a positive definite matrix near `A`.
+        radius: Of the ball, positive.
+        max_iterations: At most so many products; `n` if None.
+        progress_tolerance: Martens' stop: end when the relative progress over the last `k = max(10, i / 10)` of `i` iterations is below
+            `k` times this (Martens 2010, sec. 4.4, uses 5e-4).
+        residual_tolerance: End when the residual's norm is at most this times the gradient's (see `forcing_sequence`).
+        keep_path: Keep the iterates on a growing grid, for backtracking.
+
+    Returns:
+        The solution; on negative curvature the last iterate and the direction, or the boundary point along it if the radius is finite.
+
+    Raises:
+        ValueError: A radius that is not positive, or a start together with a finite radius.
+    """
+    if not radius > 0:
+        raise ValueError(f"radius is {radius}: give a positive number, or math.inf for no bound.")
+    if start is not None and math.isfinite(radius):
+        raise ValueError("start was given together with a finite radius: Steihaug's method starts from zero.")
+    limit = gradient.numel() if max_iterations is None else max_iterations
+    stop = _Stop(progress_tolerance, residual_tolerance)
+    return _iterate(A, gradient, start, preconditioner, radius, limit, stop, keep_path)
+
+
+def forcing_sequence(gradient_norm: float) -> float:
+    """The residual tolerance `min(1/2, sqrt(|g|))` of an inexact Newton step (Nocedal & Wright 2006, alg. 7.1): superlinear convergence."""
+    return min(0.5, math.sqrt(gradient_norm))
+
+
+def _iterate(
+    A: Matrix,
+    g: Tensor,
+    start: Tensor | None,
+    preconditioner: Callable[[Tensor], Tensor] | None,
+    radius: float,
+    limit: int,
+    stop: _Stop,
+    keep_path: bool,
+) -> Solution:
+    apply = preconditioner if preconditioner is not None else _identity
+    s = torch.zeros_like(g) if start is None else start.clone()
+    r = -g if start is None else -g - A @ s
+    y = apply(r)
+    d = y.clone()
+    rho = r @ y
+    decrease, rho_now, r_norm = torch.stack([s @ (r - g) / 2, rho, r.norm()]).tolist()
+    stop.begin(decrease, float(g.norm()))
+    path = [Iterate(s, decrease)] if keep_path and start is not None else []
+    size, along, length = 0.0, 0.0, rho_now  # |s|^2, (s, d) and |d|^2 in the preconditioner's norm, by recurrence
+    mark = 1.0
+    iteration = 0
+    reason = "zero residual" if r_norm == 0.0 else "iteration limit"
+    while iteration < limit and r_norm > 0.0:
+        Ad = A @ d
+        curvature = d @ Ad
+        alpha = rho / curvature
+        s_new, r_new = s + alpha * d, r - alpha * Ad
+        y = apply(r_new)
+        rho_new = r_new @ y
+        # The one wait for the device in an iteration.
+        values = torch.stack([curvature, alpha, s_new @ (r_new - g) / 2, rho_new, r_new.norm()]).tolist()
+        bend, alpha_now, decrease_new, rho_next, r_norm = values
+        iteration += 1
+        if not math.isfinite(bend):
+            return Solution(s, decrease, iteration, "non-finite product", tuple(path))
+        if bend <= 0.0:
+            return _negative_curvature(s, d, decrease, rho_now, bend, radius, (size, along, length), iteration, path)
+        size_new = size + 2 * alpha_now * along + alpha_now**2 * length
+        if size_new >= radius**2:
+            tau = _to_boundary(size, along, length, radius)
+            gain = tau * rho_now - tau**2 * bend / 2
+            return Solution(s + tau * d, decrease + gain, iteration, "reached the radius", tuple(path))
+        s, r, decrease, size = s_new, r_new, decrease_new, size_new
+        if keep_path and iteration >= mark:
+            path.append(Iterate(s, decrease))
+            mark = max(iteration + 1, mark * _PATH_FACTOR)
+        ended = stop.check(iteration, decrease, r_norm)
+        if ended or rho_next <= 0.0:
+            reason = ended or "rounding: the residual is as small as the products are exact"
+            break
+        ratio = rho_next / rho_now
+        along, length = ratio * (along + alpha_now * length), rho_next + ratio**2 * length
+        d = y + (rho_new / rho) * d
+        rho, rho_now = rho_new, rho_next
+    return Solution(s, decrease, iteration, reason, tuple(path))
+
+
+def _negative_curvature(
+    s: Tensor,
+    d: Tensor,
+    decrease: float,
+    rho: float,
+    bend: float,
+    radius: float,
+    norms: tuple[float, float, float],
+    iteration: int,
+    path: list[Iterate],
+) -> Solution:
+    if math.isfinite(radius):
+        # The model falls without end along d: go to the boundary.
+        tau = _to_boundary(*norms, radius)
+        s, decrease = s + tau * d, decrease + tau * rho - tau**2 * bend / 2
+    return Solution(s, decrease, iteration, "negative curvature", tuple(path), negative_curvature=d)
+
+
+def _to_boundary(size: float, along: float, length: float, radius: float) -> float:
+    """The positive root t of |s + t d| = radius."""
+    gap = radius**2 - size
+    root = math.sqrt(max(along**2 + length * gap, 0.0))
+    # Of the two forms of the root, the one without cancellation.
+    return gap / (along + root) if along > 0 else (root - along) / length
+
+
+def _identity(v: Tensor) -> Tensor:
+    return v
+
+
+class _Stop:
+    """The two tests for ending, with the history that Martens' needs."""
+
+    def __init__(self, progress: float | None, residual: float | None) -> None:
+        self._progress = progress
+        self._residual = residual
+        self._decreases: list[float] = []
+        self._target = 0.0
+
+    def begin(self, decrease: float, gradient_norm: float) -> None:
+        self._decreases = [decrease]
+        self._target = 0.0 if self._residual is None else self._residual * gradient_norm
+
+    def check(self, iteration: int, decrease: float, residual_norm: float) -> str | None:
+        self._decreases.append(decrease)
+        if residual_norm <= self._target:
+            return "residual tolerance reached"
+        back = max(10, iteration // 10)
+        if self._progress is not None and iteration > back and decrease > 0:
+            gained = decrease - self._decreases[iteration - back]
+            if gained < back * self._progress * decrease:
+                return "progress below tolerance"
+        return None

@@ -1,0 +1,106 @@
+"""Approximate inverses that make conjugate gradients converge in fewer products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from newtonopt.solvers.solution import Matrix
+
+Preconditioner = Callable[[Tensor], Tensor]
+
+
+class Curvature(Matrix, Protocol):
+    """A matrix that knows whether it is positive semi-definite."""
+
+    @property
+    def psd(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A low-rank approximation `U diag(values) U'` of a matrix, or of the matrix with its eigenvalues' absolute values.
+
+    Attributes:
+        vectors: `U`, orthonormal columns, `(n, rank)`.
+        values: Approximate eigenvalues, sorted downwards, `(rank,)`, none negative.
+    """
+
+    vectors: Tensor
+    values: Tensor
+
+    def preconditioner(self, damping: float) -> Preconditioner:
+        """The inverse of the sketch plus `damping I`, scaled so that it is the identity outside the sketch's range.
+
+        It follows the damping without a new sketch: only the `rank` weights change.
+        """
+        U = self.vectors
+        weights = (self.values[-1] + damping) / (self.values + damping) - 1
+        return lambda v: v + U @ (weights * (U.T @ v))
+
+
+def sketch(A: Curvature, rank: int, generator: torch.Generator, like: Tensor) -> Sketch:
+    """Sketch a matrix with random vectors: `rank` products if it is positive semi-definite, twice as many if not.
+
+    Args:
+        A: The matrix, `(n, n)`.
+        rank: Of the sketch; at most `n`.
+        generator: On the CPU. Random numbers are drawn there so that a seed means the same on every device.
+        like: A vector `(n,)` of the dtype and device wanted.
+
+    Returns:
+        The sketch.
+
+    Raises:
+        FloatingPointError: A product was not finite.
+    """
+    n = like.numel()
+    noise = torch.randn(n, min(rank, n), generator=generator, dtype=torch.float64).to(like)
+    test, _ = torch.linalg.qr(noise)
+    return _nystrom(A, test) if A.psd else _range_finder(A, test)
+
+
+def _nystrom(A: Matrix, test: Tensor) -> Sketch:
+    """Algorithm 2.1 of Frangella, Tropp & Udell 2023. The shift `sqrt(n) eps |Y|` keeps the Cholesky factorisation stable, and is taken off again; it
+    is raised where rounding in the products makes the small core indefinite.
+    """
+    n, rank = test.shape
+    Y = _products(A, test)
+    norm = float(Y.norm())
+    shift = max(math.sqrt(n) * torch.finfo(Y.dtype).eps * norm, torch.finfo(Y.dtype).tiny)
+    while True:
+        core = test.T @ Y
+        factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2 + shift * torch.eye(rank, dtype=Y.dtype, device=Y.device))
+        if not failed:
+            break
+        shift *= 10
+    B = torch.linalg.solve_triangular(factor, (Y + shift * test).T, upper=False).T
+    vectors, singular, _ = torch.linalg.svd(B, full_matrices=False)
+    return Sketch(vectors, (singular.square() - shift).clamp(min=0))
+
+
+def _range_finder(A: Matrix, test: Tensor) -> Sketch:
+    """Eigenvalues on the range of `A test`, by absolute value; Halko, Martinsson & Tropp 2011, sec. 5.3, for an indefinite matrix."""
+    basis, _ = torch.linalg.qr(_products(A, test))
+    core = basis.T @ _products(A, basis)
+    values, vectors = torch.linalg.eigh((core + core.T) / 2)
+    order = values.abs().argsort(descending=True)
+    return Sketch(basis @ vectors[:, order], values.abs()[order])
+
+
+def _products(A: Matrix, columns: Tensor) -> Tensor:
+    products = torch.stack([A @ column for column in columns.unbind(1)], dim=1)
+    if not bool(torch.isfinite(products).all()):
+        raise FloatingPointError("A curvature product is not finite: the loss or its derivatives overflow at the current parameters.")
+    return products
+
+
+def diagonal(weights: Tensor, damping: float, exponent: float = 0.75) -> Preconditioner:
+    """Division by `(weights + damping)^exponent`; Martens 2010, sec. 4.7, with the empirical Fisher diagonal for weights `(n,)`."""
+    inverse = (weights + damping).pow(-exponent)
+    return lambda v: inverse * v

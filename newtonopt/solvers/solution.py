@@ -1,0 +1,43 @@
+"""What a solver returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Matrix(Protocol):
+    """Anything that multiplies a vector: a `LinearOperator`, a dense tensor."""
+
+    def __matmul__(self, v: Any, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """A step that a solver passed on its way, `(n,)`, and the model's decrease there."""
+
+    step: Tensor
+    decrease: float
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An approximate minimiser of the model `m(s) = g's + s'As / 2`.
+
+    Attributes:
+        step: The minimiser, `(n,)`.
+        decrease: `-m(step)`, of the matrix that the solver was given (damping included).
+        iterations: How many iterations were taken, each one product.
+        reason: Why the solver stopped, in words.
+        path: Earlier iterates kept on request, first to last; the step itself is the last of them.
+        negative_curvature: A direction `d` with `d'Ad <= 0` and `g'd <= 0` if one was met, else None.
+    """
+
+    step: Tensor
+    decrease: float
+    iterations: int
+    reason: str
+    path: tuple[Iterate, ...] = ()
+    negative_curvature: Tensor | None = None
