@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 import sys
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -190,11 +192,20 @@ def _before_each_module(action: Callable[[nn.Module], None]) -> Iterator[None]:
         if threading.get_ident() == thread:
             action(module)
 
+    _allow_global_hooks()
     handle = register_module_forward_pre_hook(hook)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _allow_global_hooks() -> None:
+    """A compiled module warns of global hooks, which see it once more than its original: ours does not mind."""
+    message = r"Using `torch\.compile\(module\)` when there are global hooks"
+    known = (pattern.pattern for _, pattern, *_ in warnings.filters if isinstance(pattern, re.Pattern))
+    if message not in known:  # adding a filter again would make every warning that was shown once be shown again
+        warnings.filterwarnings("ignore", message=message)
 
 
 @contextmanager

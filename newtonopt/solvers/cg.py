@@ -54,7 +54,7 @@ def conjugate_gradients(
     if start is not None and math.isfinite(radius):
         raise ValueError("start was given together with a finite radius: Steihaug's method starts from zero.")
     limit = gradient.numel() if max_iterations is None else max_iterations
-    stop = _Stop(progress_tolerance, residual_tolerance)
+    stop = _Stop(progress_tolerance, residual_tolerance, torch.finfo(gradient.dtype).eps)
     return _iterate(A, gradient, start, preconditioner, radius, limit, stop, keep_path)
 
 
@@ -154,15 +154,17 @@ def _identity(v: Tensor) -> Tensor:
 class _Stop:
     """The two tests for ending, with the history that Martens' needs."""
 
-    def __init__(self, progress: float | None, residual: float | None) -> None:
+    def __init__(self, progress: float | None, residual: float | None, eps: float) -> None:
         self._progress = progress
+        # Below this the residual, and with it any curvature seen, is rounding.
+        self._floor = 10 * eps
         self._residual = residual
         self._decreases: list[float] = []
         self._target = 0.0
 
     def begin(self, decrease: float, gradient_norm: float) -> None:
         self._decreases = [decrease]
-        self._target = 0.0 if self._residual is None else self._residual * gradient_norm
+        self._target = max(self._residual or 0.0, self._floor) * gradient_norm
 
     def check(self, iteration: int, decrease: float, residual_norm: float) -> str | None:
         self._decreases.append(decrease)

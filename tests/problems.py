@@ -1,0 +1,175 @@
+"""Shared cases: small networks and losses in float64, with the dense truth for their derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+
+from newtonopt import mark_outputs
+
+
+@dataclass
+class Case:
+    """A model, its data, and a loss of its output."""
+
+    model: nn.Module
+    inputs: Tensor
+    loss: Callable[[Tensor], Tensor]
+    tapped_loss: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def closure(self) -> Tensor:
+        """The plain closure for `torch.optim.LBFGS`."""
+        self.model.zero_grad()
+        loss = (self.tapped_loss or self.loss)(self.model(self.inputs))
+        loss.backward()
+        return loss
+
+    def outputs_at(self, flat: Tensor) -> Tensor:
+        """The model's output as a function of the flat parameters, with fixed random numbers."""
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        pieces = flat.split([p.numel() for p in named.values()])
+        values = {name: piece.view(p.shape) for (name, p), piece in zip(named.items(), pieces, strict=True)}
+        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+        torch.manual_seed(0)
+        return functional_call(self.model, {**values, **buffers}, (self.inputs,))
+
+    def loss_at(self, flat: Tensor) -> Tensor:
+        return self.loss(self.outputs_at(flat))
+
+    def flat(self) -> Tensor:
+        return torch.cat([p.detach().reshape(-1) for p in self.params])
+
+    def dense_hessian(self) -> Tensor:
+        return torch.autograd.functional.hessian(self.loss_at, self.flat())
+
+    def dense_jacobian(self) -> Tensor:
+        jacobian = torch.autograd.functional.jacobian(lambda flat: self.outputs_at(flat).reshape(-1), self.flat())
+        return jacobian
+
+    def dense_gauss_newton(self) -> Tensor:
+        z = self.outputs_at(self.flat()).detach()
+        curvature = jacrev(jacrev(lambda flat: self.loss(flat.view(z.shape))))(z.reshape(-1))
+        J = self.dense_jacobian()
+        return J.T @ curvature @ J
+
+
+class Sequence(nn.Module):
+    """An LSTM that answers with a linear readout of its last state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+class Words(nn.Module):
+    """An embedding, averaged, whose transpose is the readout: tied weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.mix = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mix(self.embedding(x).mean(1))))
+
+
+class Odd(nn.Module):
+    """A scalar, a non-contiguous, an unused and a frozen parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.7))
+        self.weight = nn.Parameter(torch.randn(3, 5).T)
+        self.unused = nn.Parameter(torch.randn(2))
+        self.frozen = nn.Parameter(torch.randn(5, 3), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale.exp() * torch.tanh(x @ self.weight) + x @ self.frozen
+
+
+def models() -> dict[str, Callable[[], tuple[nn.Module, Tensor]]]:
+    """Builders of a model with three (or five) outputs and its inputs."""
+
+    def of(model: nn.Module, *shape: int) -> tuple[nn.Module, Tensor]:
+        return model, torch.randn(*shape)
+
+    return {
+        "linear": lambda: of(nn.Linear(4, 3), 6, 4),
+        "mlp": lambda: of(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), 6, 4),
+        "conv": lambda: of(
+            nn.Sequential(nn.Conv2d(1, 2, 3), nn.Softplus(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, 3)), 4, 1, 6, 6
+        ),
+        "batch_norm": lambda: of(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)), 6, 4),
+        "dropout": lambda: of(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.4), nn.Linear(6, 3)), 6, 4),
+        "lstm": lambda: of(Sequence(), 4, 3, 3),
+        "transformer": lambda: of(
+            nn.Sequential(
+                nn.TransformerEncoderLayer(4, 2, 6, dropout=0.2, activation=F.gelu, batch_first=True),
+                nn.Flatten(),
+                nn.Linear(12, 3),
+            ),
+            4,
+            3,
+            4,
+        ),
+        "words": lambda: (Words(), torch.randint(0, 5, (6, 3))),
+        "odd": lambda: of(Odd(), 6, 5),
+    }
+
+
+def losses(classes: int, rows: int) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]]:
+    """Losses of `(rows, classes)` outputs: as a function, and as written in the closure where that differs."""
+    labels = torch.arange(rows) % classes
+    ignored = torch.where(torch.arange(rows) == 1, -100, labels)
+    soft = torch.softmax(torch.randn(rows, classes), 1)
+    weights = torch.rand(classes) + 0.5
+    target = torch.randn(rows, classes)
+    binary = (target > 0).to(target)
+
+    def by_hand(z: Tensor) -> Tensor:
+        return torch.cosh(z - target).log().mean()
+
+    return {
+        "cross_entropy": (lambda z: F.cross_entropy(z, labels), None),
+        "probabilities": (lambda z: F.cross_entropy(z, soft), None),
+        "class_weights": (lambda z: F.cross_entropy(z, labels, weight=weights), None),
+        "label_smoothing": (lambda z: F.cross_entropy(z, labels, label_smoothing=0.2), None),
+        "ignore_index": (lambda z: F.cross_entropy(z, ignored), None),
+        "mse": (lambda z: F.mse_loss(z, target), None),
+        "bce_with_logits": (lambda z: F.binary_cross_entropy_with_logits(z, binary), None),
+        "log_softmax_nll": (
+            lambda z: F.cross_entropy(z, labels),
+            lambda z: F.nll_loss(z.log_softmax(-1).reshape(rows, classes), labels),
+        ),
+        "huber": (lambda z: F.huber_loss(z, target, delta=0.8), None),
+        "by_hand": (by_hand, lambda z: by_hand(mark_outputs(z))),
+    }
+
+
+def build(model: str, loss: str, seed: int = 0, device: str = "cpu") -> Case:
+    """A case in float64."""
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device(device):
+            network, inputs = models()[model]()
+            of_output, in_closure = losses(5 if model == "words" else 3, inputs.shape[0])[loss]
+    finally:
+        torch.set_default_dtype(before)
+    return Case(network, inputs, of_output, in_closure)
