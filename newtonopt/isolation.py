@@ -7,6 +7,7 @@ running statistics, updates metrics, writes to Lightning's logs and clears `.gra
 from __future__ import annotations
 
 import functools
+import os
 import random
 import re
 import sys
@@ -210,7 +211,7 @@ def _allow_global_hooks() -> None:
 
 @contextmanager
 def _silenced(module: nn.Module) -> Iterator[None]:
-    """Keep a LightningModule from logging: `self.log`, `self.log_dict` and its loggers take everything and keep nothing."""
+    """Keep a LightningModule and its trainer's callbacks from logging: `self.log`, `self.log_dict` and the loggers keep nothing."""
     if not _is_lightning_module(module):
         yield
         return
@@ -221,11 +222,17 @@ def _silenced(module: nn.Module) -> Iterator[None]:
         yield
         return
     loggers = trainer.loggers
-    trainer.loggers = [_Silent() for _ in loggers]
+    # Callbacks with hooks inside the closure hold the module's `log` as it was when training began.
+    logs = [(vars(callback), vars(callback)["log"]) for callback in trainer.callbacks if "log" in vars(callback)]
+    trainer.loggers = [_Silent(logger) for logger in loggers]
+    for own, _ in logs:
+        own["log"] = _Silent()
     try:
         yield
     finally:
         trainer.loggers = loggers
+        for own, log in logs:
+            own["log"] = log
 
 
 def _is_lightning_module(module: nn.Module) -> bool:
@@ -235,10 +242,14 @@ def _is_lightning_module(module: nn.Module) -> bool:
 
 
 class _Silent:
-    """Stands in for a logger: any attribute, item, call or context is itself and does nothing."""
+    """Stands in for a logger: any attribute, item, call or context does nothing, but a name, path or number can be read."""
 
-    def __getattr__(self, name: str) -> _Silent:
-        return self
+    def __init__(self, original: object = None) -> None:
+        self._original = original
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._original, name, None)
+        return value if isinstance(value, (str, int, float, os.PathLike)) else _Silent(value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> _Silent:
         return self

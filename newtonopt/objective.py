@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -38,6 +37,7 @@ class Evaluation:
         gradient: Its gradient, `(n,)`, in the order of `params`.
         params: The parameters.
         returned: What the closure returned, detached when it is a tensor.
+        clipped: Whether the closure shrank `.grad` after its backward.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Evaluation:
         self.params = tuple(params)
         self.decay = decay
         self.returned: Any = None
+        self.clipped = False
         self.unrecognised_advice = ""
         self._graph: tuple[Tensor, tuple[Tensor, ...]] | None = (loss, tuple(outputs))
         gradients = torch.autograd.grad(loss, self.params, retain_graph=True, allow_unused=True)
@@ -115,7 +116,7 @@ class Objective:
             called_backward = bool(tap.terms)
             evaluation = self._evaluation(tap, returned)
         if called_backward:
-            _compare_with_grad(self.params, evaluation.data_gradient)
+            evaluation.clipped = _is_clipped(self.params, evaluation.data_gradient)
         return evaluation
 
     def evaluate(self) -> Evaluation:
@@ -233,24 +234,19 @@ def _refuse_sparse(gradients: Sequence[Tensor | None]) -> None:
         )
 
 
-def _compare_with_grad(params: Sequence[Tensor], gradient: Tensor) -> None:
-    """Compare `.grad`, which clipping and accumulation change, with the recorded gradient, which is the one used."""
+def _is_clipped(params: Sequence[Tensor], gradient: Tensor) -> bool:
+    """Compare `.grad`, which clipping shrinks and accumulation changes, with the recorded gradient, which is the one used."""
     with torch.no_grad():
         left = flatten([p.grad for p in params], params)
         scale = float(gradient.abs().max())
         if not math.isfinite(scale):
-            return  # reported as a non-finite gradient
+            return False  # reported as a non-finite gradient
         rounding = math.sqrt(torch.finfo(gradient.dtype).eps) * max(scale, float(left.abs().max()))
         if float((left - gradient).abs().max()) <= rounding:
-            return
+            return False
         shrunk = (left * gradient >= -rounding * scale) & (left.abs() <= gradient.abs() + rounding)
     if bool(shrunk.all()):
-        warnings.warn(
-            "The closure clips gradients. newtonopt takes the gradient of the loss itself: clipping has no effect on its step, which the "
-            "damping bounds. Remove gradient_clip_val (or clip_grad_norm_) to silence this.",
-            stacklevel=2,
-        )
-        return
+        return True
     raise RuntimeError(
         "After the closure, .grad is not the gradient of its loss: something else was added, usually an earlier closure's gradient. "
         "A second-order step needs one objective, so gradients cannot be accumulated across closures: call optimizer.zero_grad() first in the "

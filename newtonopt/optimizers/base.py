@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from newtonopt.optimizers.report import StepReport
 # Settings that a parameter group may have of its own.
 _PER_GROUP = ("lr", "weight_decay")
 _MAX_FAILURES = 5
+_CLIPPING = (
+    "The closure clips gradients. newtonopt takes the gradient of the loss itself: clipping has no effect on its step, which the damping bounds. "
+    "Remove gradient_clip_val (or clip_grad_norm_) to silence this."
+)
 # A step that does not decrease the loss is halved, at most six times.
 _SHORTEN = 0.5
 _SHORTEST = 0.5**6
@@ -52,6 +57,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         _check_settings(settings)
         super().__init__(params, settings)
         self.last_step: StepReport | None = None
+        self._warned_of_clipping = False
 
     @abstractmethod
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
@@ -105,8 +111,11 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         self._forget_if_changed(params)
         decay = _per_entry([float(group["weight_decay"]) for group, _ in trained], params)
         rates = _per_entry([float(group["lr"]) for group, _ in trained], params)
-        with Objective(closure, params, None if decay == 0.0 else decay) as objective:
+        with Objective(closure, params, None if _is_zero(decay) else decay) as objective:
             evaluation = objective.record()
+            if evaluation.clipped and not self._warned_of_clipping:
+                self._warned_of_clipping = True
+                warnings.warn(_CLIPPING, stacklevel=3)
             self._take_step(objective, evaluation, rates)
         _put_gradients(params, evaluation.data_gradient)
         return evaluation.loss if evaluation.returned is None else evaluation.returned
@@ -120,7 +129,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             self._fail(loss, norm)
             return
         memory["failures"] = 0
-        if norm == 0.0 or rates == 0.0:
+        if norm == 0.0 or _is_zero(rates):
             evaluation.free()
             self._report(loss, norm, reason="the gradient is zero" if norm == 0.0 else "the learning rate is zero")
             return
@@ -204,6 +213,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("last_step", None)
+        self.__dict__.setdefault("_warned_of_clipping", False)
 
 
 @dataclass(frozen=True)
@@ -217,7 +227,7 @@ class _Outcome:
 
 
 def _search(objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> _Outcome:
-    """Try the proposal's steps for as long as the loss falls (Martens 2010, sec. 4.6), then shorten the best until it decreases the loss.
+    """Try the proposal's steps until one decreases the loss and the next is no better (Martens 2010, sec. 4.6); shorten the best if none did.
 
     The ratio, which adapts the damping, is that of the step before it was shortened: a good short step does not excuse a bad long one.
     """
@@ -226,9 +236,10 @@ def _search(objective: Objective, gradient: Tensor, proposal: Proposal, loss: fl
     for candidate, decrease in zip(proposal.steps, proposal.decreases, strict=True):
         trial = objective.loss_at(candidate)
         trials += 1
-        if math.isfinite(best) and not trial < best:
+        if trial < best:
+            step, predicted, best = candidate, decrease, trial
+        elif best < loss:
             break
-        step, predicted, best = candidate, decrease, trial if math.isfinite(trial) else math.inf
     ratio = globalization.reduction_ratio(loss, best, predicted, eps)
     slope = float(gradient @ step)
     t = 1.0
@@ -247,6 +258,10 @@ def _per_entry(values: Sequence[float], params: Sequence[Tensor]) -> float | Ten
     if len(set(values)) == 1:
         return values[0]
     return torch.cat([torch.full((p.numel(),), value, dtype=p.dtype, device=p.device) for value, p in zip(values, params, strict=True)])
+
+
+def _is_zero(value: float | Tensor) -> bool:
+    return not isinstance(value, Tensor) and value == 0.0  # a vector holds two different values
 
 
 @torch.no_grad()

@@ -100,9 +100,9 @@ def _iterate(
         if not math.isfinite(bend):
             return Solution(s, decrease, iteration, "non-finite product", tuple(path))
         if bend <= 0.0:
-            return _negative_curvature(s, d, decrease, rho_now, bend, radius, (size, along, length), iteration, path)
+            return _negative_curvature(g, s, d, decrease, rho_now, bend, radius, (size, along, length), iteration, path)
         size_new = size + 2 * alpha_now * along + alpha_now**2 * length
-        if size_new >= radius**2:
+        if size_new >= radius * radius:
             tau = _to_boundary(size, along, length, radius)
             gain = tau * rho_now - tau**2 * bend / 2
             return Solution(s + tau * d, decrease + gain, iteration, "reached the radius", tuple(path))
@@ -122,6 +122,7 @@ def _iterate(
 
 
 def _negative_curvature(
+    g: Tensor,
     s: Tensor,
     d: Tensor,
     decrease: float,
@@ -133,15 +134,19 @@ def _negative_curvature(
     path: list[Iterate],
 ) -> Solution:
     if math.isfinite(radius):
-        # The model falls without end along d: go to the boundary.
-        tau = _to_boundary(*norms, radius)
-        s, decrease = s + tau * d, decrease + tau * rho - tau**2 * bend / 2
+        # The model falls without end both ways along d: go to the lower of the two points on the boundary.
+        _, along, length = norms
+        ahead = _to_boundary(*norms, radius)
+        gain, tau = max((t * rho - t**2 * bend / 2, t) for t in (ahead, -ahead - 2 * along / length))
+        s, decrease = s + tau * d, decrease + gain
+    if float(g @ d) > 0.0:  # possible after a start of the caller's
+        d = -d
     return Solution(s, decrease, iteration, "negative curvature", tuple(path), negative_curvature=d)
 
 
 def _to_boundary(size: float, along: float, length: float, radius: float) -> float:
     """The positive root t of |s + t d| = radius."""
-    gap = radius**2 - size
+    gap = radius * radius - size
     root = math.sqrt(max(along**2 + length * gap, 0.0))
     # Of the two forms of the root, the one without cancellation.
     return gap / (along + root) if along > 0 else (root - along) / length
@@ -171,7 +176,7 @@ class _Stop:
         if residual_norm <= self._target:
             return "residual tolerance reached"
         back = max(10, iteration // 10)
-        if self._progress is not None and iteration > back and decrease > 0:
+        if self._progress and iteration > back and decrease > 0:
             gained = decrease - self._decreases[iteration - back]
             if gained < back * self._progress * decrease:
                 return "progress below tolerance"

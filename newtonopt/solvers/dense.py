@@ -9,10 +9,10 @@ from newtonopt.solvers.solution import Solution
 
 
 def solve_shifted(A: Tensor, gradient: Tensor, damping: float) -> Solution:
-    """Minimise `g's + s'(A + c I)s / 2` with the smallest `c >= damping` that makes the matrix positive definite.
+    """Minimise `g's + s'(A + c I)s / 2` with `c = damping`, or as much more as makes the matrix positive definite.
 
-    By Cholesky factorisation if `c = damping` is enough; otherwise the lowest eigenvalue says how far to shift, so that the lowest shifted one is
-    `damping`.
+    By Cholesky factorisation if `damping` is enough; otherwise by eigenvectors, with `c` such that the lowest
+    eigenvalue becomes `damping`, or the rounding of the eigenvalues if that is more.
 
     Args:
         A: Symmetric, `(n, n)`.
@@ -25,11 +25,15 @@ def solve_shifted(A: Tensor, gradient: Tensor, damping: float) -> Solution:
     identity = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
     factor, failed = torch.linalg.cholesky_ex(A + damping * identity)
     reason = "Cholesky"
-    if failed:
-        lowest = float(torch.linalg.eigvalsh(A)[0])
-        factor = torch.linalg.cholesky(A + (2 * damping - min(lowest, 0.0)) * identity)
+    if bool(failed):
+        # A damping below the rounding of the eigenvalues could fail again, and would scale up noise.
+        values, vectors = torch.linalg.eigh(A)
+        rounding = A.shape[0] * torch.finfo(A.dtype).eps * values.abs().max()
+        lifted = values - values[0].clamp(max=0) + rounding.clamp(min=damping)
+        step = -vectors @ ((vectors.T @ gradient) / lifted)
         reason = "shifted past the lowest eigenvalue"
-    step = -torch.cholesky_solve(gradient.unsqueeze(1), factor).squeeze(1)
+    else:
+        step = -torch.cholesky_solve(gradient.unsqueeze(1), factor).squeeze(1)
     return Solution(step, float(-(gradient @ step) / 2), 1, reason)
 
 

@@ -37,10 +37,13 @@ class Sketch:
     def preconditioner(self, damping: float) -> Preconditioner:
         """The inverse of the sketch plus `damping I`, scaled so that it is the identity outside the sketch's range.
 
-        It follows the damping without a new sketch: only the `rank` weights change.
+        It follows the damping without a new sketch: only the `rank` weights change. A weight that drowned in rounding
+        would blind conjugate gradients to the largest eigenvalues, so none is below 10 eps.
         """
         U = self.vectors
-        weights = (self.values[-1] + damping) / (self.values + damping) - 1
+        shifted = self.values + damping
+        floor = torch.maximum(shifted[-1], 10 * torch.finfo(U.dtype).eps * shifted[0])
+        weights = floor / torch.maximum(shifted, floor) - 1
         return lambda v: v + U @ (weights * (U.T @ v))
 
 

@@ -31,7 +31,7 @@ class Solution:
         decrease: `-m(step)`, of the matrix that the solver was given (damping included).
         iterations: How many iterations were taken, each one product.
         reason: Why the solver stopped, in words.
-        path: Earlier iterates kept on request, first to last; the step itself is the last of them.
+        path: Iterates kept on request, first to last; the step itself is the last of them where it falls on the grid.
         negative_curvature: A direction `d` with `d'Ad <= 0` and `g'd <= 0` if one was met, else None.
     """
 

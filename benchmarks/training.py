@@ -1,0 +1,121 @@
+"""One training run on a clock that counts the optimizer's time alone.
+
+A value reported at time t belongs to the parameters held at t: those before the step that was under way then.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+GRID = 20  # measurements in a run, evenly spaced in time
+
+# Contender, seed, index on the time grid, loss, error.
+Message = tuple[str, int, int, float, float]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model with the loss that trains it and the error that its user cares about."""
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    error: Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer, or several in turn: each phase lasts until that fraction of the time has passed."""
+
+    name: str
+    phases: tuple[tuple[float, Callable[[list[nn.Parameter]], Optimizer]], ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one contender reached from one seed, at the times of the grid."""
+
+    contender: str
+    seed: int
+    steps: int
+    processor_share: float  # processor time by wall time: well below 1, the run had to share its core
+    seconds: list[float]
+    loss: list[float]
+    error: list[float]
+
+
+def train(
+    problem: Callable[[int], Problem],
+    contender: Contender,
+    seed: int,
+    seconds: float,
+    clock: Literal["wall", "processor"],
+    report: Callable[[Message], None],
+) -> Run:
+    """Train for `seconds` of optimizer time; measure loss and error on the time grid, with the clock stopped.
+
+    Args:
+        problem: Builds the problem from a seed.
+        contender: What trains it.
+        seed: Seeds model, data and torch's random state.
+        seconds: Length of the run.
+        clock: Real time, or the processor's: on an idle machine they agree, and the latter is the steadier on a
+            shared one.
+        report: Called with a message at every measurement.
+    """
+    task = problem(seed)
+    torch.manual_seed(seed)
+    params = list(task.model.parameters())
+    grid = [seconds * index / GRID for index in range(GRID + 1)]
+    measured = [_measure(task)]
+    steps, elapsed, wall, processor = 0, 0.0, 0.0, 0.0
+    for until, make in contender.phases:
+        optimizer = make(params)
+        closure = _closure(optimizer, task.loss)
+        while elapsed < until * seconds:
+            held = [param.detach().clone() for param in params]
+            wall_start, processor_start = time.perf_counter(), time.process_time()
+            optimizer.step(closure)
+            wall += time.perf_counter() - wall_start
+            processor += time.process_time() - processor_start
+            elapsed = wall if clock == "wall" else processor
+            steps += 1
+            due = sum(point <= elapsed for point in grid) - len(measured)
+            if due > 0:
+                measured += due * [_measure_at(task, params, held)]
+                report((contender.name, seed, len(measured) - 1, *measured[-1]))
+    losses, errors = map(list, zip(*measured, strict=True))
+    return Run(contender.name, seed, steps, processor / wall, grid, losses, errors)
+
+
+def _closure(optimizer: Optimizer, loss: Callable[[], Tensor]) -> Callable[[], Any]:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    return closure
+
+
+def _measure(task: Problem) -> tuple[float, float]:
+    return task.loss().item(), task.error()
+
+
+def _measure_at(task: Problem, params: list[nn.Parameter], values: list[Tensor]) -> tuple[float, float]:
+    """Measure with the parameters set to `values`, then put theirs back bit for bit."""
+    current = [param.detach().clone() for param in params]
+    _assign(params, values)
+    result = _measure(task)
+    _assign(params, current)
+    return result
+
+
+@torch.no_grad()
+def _assign(params: list[nn.Parameter], values: list[Tensor]) -> None:
+    for param, value in zip(params, values, strict=True):
+        param.copy_(value)

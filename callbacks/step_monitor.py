@@ -1,0 +1,76 @@
+"""What a Newton optimizer's steps did, logged while it trains."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from newtonopt.callbacks.logs import Charts, add_charts, log_values
+from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.optimizers.report import StepReport
+
+
+class StepMonitor(Callback):
+    """Log damping, reduction ratio, inner iterations, products and norms of an optimizer of this package, under `newton/`.
+
+    Args:
+        every_n_train_steps: Optimizer steps between log entries, one or more. Default 1: a Newton step is dear, and its report costs nothing.
+
+    Raises:
+        ValueError: `every_n_train_steps` is below one.
+    """
+
+    def __init__(self, every_n_train_steps: int = 1) -> None:
+        if every_n_train_steps < 1:
+            raise ValueError(f"every_n_train_steps is {every_n_train_steps!r}: give a whole number, 1 or more.")
+        self.every_n_train_steps = every_n_train_steps
+        self._last_step = 0
+        self._charts_written = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step = trainer.global_step
+        self._charts_written = False
+        if not any(isinstance(optimizer, NewtonOptimizer) for optimizer in trainer.optimizers):
+            names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
+            raise MisconfigurationException(
+                f"StepMonitor reports the steps of newtonopt's optimizers, and this run trains with {names}: remove the callback, or use "
+                "CurvatureMonitor, which works with any optimizer."
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        due = trainer.global_step // self.every_n_train_steps > self._last_step // self.every_n_train_steps
+        self._last_step = trainer.global_step
+        reports = [o.last_step for o in trainer.optimizers if isinstance(o, NewtonOptimizer) and o.last_step is not None]
+        if not due or not reports:
+            return
+        log_values(trainer, _tags(reports[0]))
+        if not self._charts_written:
+            add_charts(trainer, "Newton steps", _CHARTS)
+            self._charts_written = True
+
+
+def _tags(report: StepReport) -> dict[str, float]:
+    values = {
+        "damping": report.damping,
+        "ratio": report.ratio,
+        "iterations": float(report.iterations),
+        "products": float(report.products),
+        "accepted": float(report.accepted),
+        "gradient_norm": report.gradient_norm,
+        "step_norm": report.step_norm,
+    }
+    # A step that was not tried has no ratio, and a chart has no place for an infinite one.
+    return {f"newton/{name}": value for name, value in values.items() if math.isfinite(value)}
+
+
+_CHARTS: Charts = {
+    "Damping": ("Multiline", ["newton/damping$"]),
+    "Actual over predicted decrease": ("Multiline", ["newton/ratio$"]),
+    "Conjugate gradient iterations": ("Multiline", ["newton/iterations$"]),
+}

@@ -1,0 +1,265 @@
+"""How much the loss can rise near the current parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from newtonopt.objective import Objective
+from newtonopt.operators import LinearOperator, hessian
+from newtonopt.solvers.lanczos import Tridiagonal, lanczos
+
+Kind = Literal["ball", "adaptive_ball", "average"]
+
+# Residual of the top eigenvector over its eigenvalue; the loss along it errs by the square over the relative gap.
+_AXIS_TOLERANCE = 1e-4
+# Steps are damped down to 2^-10 before a point counts as a maximiser along its ascent direction.
+_HALVINGS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Sharpness:
+    """Rise of the loss around a point.
+
+    Attributes:
+        value: The rise: the largest one found, or the mean; infinite where the loss was not finite within the radius.
+        kind: What was measured.
+        radius: In the units of `kind`.
+        loss: At the point itself.
+        step: The displacement `(n,)` that attains the value; None for an average.
+        gradients: Gradients and Hessian products used; losses, for an average.
+        converged: Whether the search ended by itself. For an average: whether the standard error is at most
+            `tolerance * |value|`.
+        standard_error: Of an average, over the sample; else zero.
+    """
+
+    value: float
+    kind: Kind
+    radius: float
+    loss: float
+    step: Tensor | None
+    gradients: int
+    converged: bool
+    standard_error: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """A displacement in ball coordinates with the loss there."""
+
+    place: Tensor
+    loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """The loss over the unit-metric ball: displacement = scale * place."""
+
+    objective: Objective
+    scale: Tensor
+    radius: float
+    tolerance: float
+    base: float
+
+    def loss_at(self, place: Tensor) -> float:
+        return self.objective.loss_at(self.scale * place)
+
+    def gradient_at(self, place: Tensor) -> tuple[float, Tensor]:
+        loss, gradient = self.objective.gradient_at(self.scale * place)
+        return loss, self.scale * gradient
+
+
+def sharpness(
+    closure: Callable[[], Any],
+    params: Iterable[Tensor],
+    kind: Kind = "ball",
+    radius: float = 0.05,
+    tolerance: float = 1e-4,
+    max_gradients: int = 100,
+    samples: int = 64,
+    seed: int = 0,
+) -> Sharpness:
+    """The largest L(theta + d) - L(theta) over ||d|| <= radius, and two relatives.
+
+    - "ball": as above. At a minimum it tends to radius^2 lambda_max / 2 for small radii.
+    - "adaptive_ball": the ball ||d / |theta| || <= radius, invariant to rescalings of the parameters (Kwon et al. 2021,
+      arXiv 2102.11600). Entries of theta that are zero stay zero.
+    - "average": the mean over the sphere ||d|| = radius, in antithetic pairs; near a minimum radius^2 trace / (2 n).
+
+    The maximum is sought by d <- radius * g(d) / |g(d)|, which never lowers a convex loss (Journee, Nesterov, Richtarik
+    & Sepulchre 2010, alg. 1); where the loss falls, by a shorter way along the chord, which always ascends at first.
+    Starts are the gradient and both signs of the Hessian's top eigenvector. The value is a lower bound of the true
+    maximum, never below these starts and never below zero.
+
+    Not for comparing models that were trained differently: its relation to generalisation is weak (Andriushchenko et
+    al. 2023). In float32 a rise below 1e-7 of the loss is lost in rounding. Parameters, random state and buffers are
+    as before afterwards.
+
+    Args:
+        closure: Computes the loss, as for `evaluate`.
+        params: The parameters; those without `requires_grad` are left alone.
+        kind: Which neighbourhood.
+        radius: Positive. 0.05 is that of sharpness-aware minimisation (Foret et al. 2021, arXiv 2010.01412).
+        tolerance: Relative rise per iteration below which a search ends, in (0, 1).
+        max_gradients: Budget of gradients and Hessian products together, at least 4; unused for "average".
+        samples: Losses for "average", an even number, at least 4.
+        seed: Of the random vectors; the global random state is left alone.
+
+    Returns:
+        The rise and how it was found.
+
+    Raises:
+        ValueError: An argument is out of range.
+        FloatingPointError: The loss or the curvature at the parameters themselves is not finite.
+    """
+    _check(kind, radius, tolerance, max_gradients, samples)
+    trained = tuple(dict.fromkeys(p for p in params if p.requires_grad))
+    if not trained:
+        raise ValueError("params must hold at least one tensor that requires a gradient, got none")
+    with Objective(closure, trained) as objective:
+        evaluation = objective.evaluate()
+        base = float(evaluation.loss)
+        if not math.isfinite(base):
+            raise FloatingPointError(
+                f"the loss at the parameters is {base}, so no rise above it is defined; check the data and the model"
+            )
+        scale = objective.point.abs() if kind == "adaptive_ball" else torch.ones_like(objective.point)
+        search = _Search(objective, scale, radius, tolerance, base)
+        if kind == "average":
+            evaluation.free()
+            return _average(search, samples, seed)
+        axis, products = _top_axis(hessian(evaluation), scale, max_gradients // 2, seed)
+        gradient = scale * evaluation.gradient
+        evaluation.free()
+        starts = [radius * axis, -radius * axis]
+        norm = float(gradient.norm())
+        if norm > 0.0:
+            starts.append(gradient * (radius / norm))
+        best, used, converged = _best(search, starts, max_gradients - products)
+    value, step = best.loss - base, scale * best.place
+    return Sharpness(value, kind, radius, base, step, products + used, converged)
+
+
+def _check(kind: str, radius: float, tolerance: float, max_gradients: int, samples: int) -> None:
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+    if not 0.0 < radius < math.inf:
+        raise ValueError(f"radius must be positive and finite, got {radius}")
+    if not 0.0 < tolerance < 1.0:
+        raise ValueError(f"tolerance must be in (0, 1), got {tolerance}")
+    if max_gradients < 4:
+        raise ValueError(f"max_gradients must be at least 4, got {max_gradients}")
+    if samples < 4 or samples % 2:
+        raise ValueError(f"samples must be even and at least 4, got {samples}")
+
+
+def _sphere(size: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    """A random unit vector, the same on every device and every rank."""
+    vector = torch.randn(size, generator=generator, dtype=torch.float64)
+    unit: Tensor = vector / vector.norm()
+    return unit.to(like.dtype).to(like.device)
+
+
+def _top_axis(curvature: LinearOperator, scale: Tensor, budget: int, seed: int) -> tuple[Tensor, int]:
+    """Unit eigenvector of the largest eigenvalue of scale H scale, and the products used."""
+
+    def settled(tridiagonal: Tridiagonal) -> bool:
+        values, coordinates = tridiagonal.ritz()
+        residual = tridiagonal.betas[-1] * coordinates[-1, -1].abs()
+        return bool(residual <= _AXIS_TOLERANCE * values[-1].abs())
+
+    def product(vector: Tensor) -> Tensor:
+        curved: Tensor = curvature @ (scale * vector)
+        return scale * curved
+
+    start = _sphere(curvature.shape[0], torch.Generator().manual_seed(seed), scale)
+    scaled = LinearOperator(product, (start.shape[0], start.shape[0]), scale)
+    result = lanczos(scaled, start, budget, stop=settled)
+    vector = result.vectors(result.tridiagonal.ritz()[1][:, -1:])[0]
+    axis: Tensor = vector / vector.norm()
+    return axis, result.tridiagonal.size
+
+
+def _best(search: _Search, starts: list[Tensor], budget: int) -> tuple[_Point, int, bool]:
+    """The highest point over all starts, the gradients used, and whether its search ended by itself."""
+    zero = _Point(torch.zeros_like(starts[0]), search.base)
+    best, used, converged = zero, 0, True
+    points = [_Point(place, search.loss_at(place)) for place in starts]
+    finite = [point for point in points if math.isfinite(point.loss)]
+    if len(finite) < len(points):
+        lost = next(point for point in points if not math.isfinite(point.loss))
+        return _Point(lost.place, math.inf), 0, True
+    for index, point in enumerate(sorted(finite, key=lambda point: point.loss, reverse=True)):
+        share = (budget - used) // (len(finite) - index)
+        end, count, ended = _ascend(search, point, share)
+        used += count
+        if end.loss > best.loss:
+            best, converged = end, ended
+        if best.loss == math.inf:
+            break
+    return best, used, converged
+
+
+def _ascend(search: _Search, point: _Point, budget: int) -> tuple[_Point, int, bool]:
+    """The linearised maximiser from one start: highest point, gradients used, whether it ended by itself."""
+    used = 0
+    gradient: Tensor | None = None
+    while used + 2 <= budget:
+        if gradient is None:
+            gradient = search.gradient_at(point.place)[1]
+            used += 1
+        norm = float(gradient.norm())
+        if norm == 0.0:
+            return point, used, True
+        target = gradient * (search.radius / norm)
+        loss, ahead = search.gradient_at(target)
+        used += 1
+        if not math.isfinite(loss):
+            return _Point(target, math.inf), used, True
+        moved, gradient = (_Point(target, loss), ahead) if loss > point.loss else (_damped(search, point, target), None)
+        rise = moved.loss - point.loss
+        point = moved
+        if rise <= search.tolerance * max(point.loss - search.base, 0.0):
+            return point, used, True
+        if point.loss == math.inf:
+            return point, used, True
+    return point, used, False
+
+
+def _damped(search: _Search, point: _Point, target: Tensor) -> _Point:
+    """The first higher point on the chord to the target, or the point itself.
+
+    The chord stays in the ball, and the loss rises along it at first: g'(target - place) = radius |g| - g'place >= 0.
+    """
+    share = 0.5
+    for _ in range(_HALVINGS):
+        place = torch.lerp(point.place, target, share)
+        loss = search.loss_at(place)
+        if not math.isfinite(loss):
+            return _Point(place, math.inf)
+        if loss > point.loss:
+            return _Point(place, loss)
+        share *= 0.5
+    return point
+
+
+def _average(search: _Search, samples: int, seed: int) -> Sharpness:
+    """Mean rise over the sphere; the pair d, -d cancels the gradient's part exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    rises: list[float] = []
+    for _ in range(samples // 2):
+        place = search.radius * _sphere(search.scale.shape[0], generator, search.scale)
+        pair = 0.5 * (search.loss_at(place) + search.loss_at(-place)) - search.base
+        rises.append(pair if math.isfinite(pair) else math.inf)
+    if math.inf in rises:
+        return Sharpness(math.inf, "average", search.radius, search.base, None, samples, True)
+    mean = math.fsum(rises) / len(rises)
+    variance = math.fsum((rise - mean) ** 2 for rise in rises) / (len(rises) - 1)
+    error = math.sqrt(variance / len(rises))
+    converged = error <= search.tolerance * abs(mean)
+    return Sharpness(mean, "average", search.radius, search.base, None, samples, converged, error)

@@ -1,0 +1,31 @@
+"""Every optimizer with the configurations that all of them must pass the same tests in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+
+from newtonopt import DampedNewton, HessianFree
+from newtonopt.optimizers.base import NewtonOptimizer
+
+Build = Callable[..., NewtonOptimizer]
+
+
+def _with(kind: type[NewtonOptimizer], **settings: Any) -> Build:
+    def build(params: Iterable[Tensor] | Iterable[dict[str, Any]], **more: Any) -> NewtonOptimizer:
+        return kind(params, **{**settings, **more})
+
+    return build
+
+
+OPTIMIZERS: dict[str, Build] = {
+    "hessian_free": _with(HessianFree, refresh_every=3),
+    "hessian_free_hessian": _with(HessianFree, curvature="hessian", rank=5, refresh_every=2),
+    "hessian_free_empirical_fisher": _with(HessianFree, preconditioner="empirical_fisher"),
+    "hessian_free_plain": _with(HessianFree, preconditioner=None, warm_start=0.0),
+    "damped_newton": _with(DampedNewton),
+    "damped_newton_gauss_newton": _with(DampedNewton, curvature="gauss_newton"),
+    "damped_newton_shifted": _with(DampedNewton, eigenvalues="shifted"),
+}

@@ -1,0 +1,448 @@
+"""What every optimizer owes to torch.optim and to the user's closure: one battery over the database."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import math
+import os
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from optimizer_db import OPTIMIZERS, Build
+from torch import Tensor, nn
+
+from newtonopt import DampedNewton, HessianFree
+from newtonopt.optimizers.base import NewtonOptimizer
+
+
+class Training:
+    """A small noisy model, its data and its closure, with counts of what the closure did."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(1)
+        self.model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3)).to(dtype)
+        self.x, self.y = torch.randn(20, 4, dtype=dtype), torch.randint(0, 3, (20,))
+        self.forwards = self.backwards = 0
+
+    def closure(self) -> Tensor:
+        self.model.zero_grad()
+        loss = F.cross_entropy(self.model(self.x), self.y)
+        self.forwards += 1
+        loss.register_hook(lambda _: None)
+        loss.backward()
+        return loss
+
+    def flat(self) -> Tensor:
+        return torch.cat([p.detach().reshape(-1) for p in self.model.parameters()])
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def build(request: pytest.FixtureRequest) -> Build:
+    return OPTIMIZERS[request.param]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_training_lowers_the_loss(build: Build, dtype: torch.dtype) -> None:
+    training = Training(dtype)
+    training.model.eval()
+    optimizer = build(training.model.parameters())
+    first = float(optimizer.step(training.closure))
+    for _ in range(12):
+        last = float(optimizer.step(training.closure))
+    assert last < 0.5 * first
+
+
+def test_a_step_returns_the_first_loss_and_reports(build: Build) -> None:
+    training = Training(torch.float64)
+    optimizer = build(training.model.parameters())
+    assert optimizer.last_step is None
+    state = torch.get_rng_state()
+    loss = training.closure()
+    torch.set_rng_state(state)
+    returned = optimizer.step(closure=training.closure)
+    assert torch.equal(returned, loss.detach())
+    assert not returned.requires_grad
+    report = optimizer.last_step
+    assert report is not None and report.accepted
+    assert report.loss == float(loss.detach())
+    assert report.trial_loss < report.loss
+    assert report.ratio == pytest.approx((report.loss - report.trial_loss) / report.predicted_decrease, rel=1e-6)
+    assert report.products >= report.iterations > 0
+    assert report.step_norm > 0
+
+
+def test_a_step_costs_one_forward_one_backward_and_one_forward_per_trial(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training()
+    optimizer = build(training.model.parameters())
+    backwards = []
+    run = torch.autograd.backward
+    monkeypatch.setattr(torch.autograd, "backward", lambda *args, **kwargs: (backwards.append(1), run(*args, **kwargs))[1])
+    for _ in range(3):
+        training.forwards = 0
+        backwards.clear()
+        optimizer.step(training.closure)
+        assert optimizer.last_step is not None
+        assert training.forwards == 1 + optimizer.last_step.trials
+        assert len(backwards) == 1
+
+
+def test_a_step_leaves_what_one_closure_call_leaves(build: Build) -> None:
+    """Random state, buffers and gradients after a step, trials included, are those after the closure ran once at the starting point."""
+    training, twin = Training(), Training()
+    build(training.model.parameters()).step(training.closure)
+    after = torch.get_rng_state()
+    Training()  # the same seed again
+    twin.closure()
+    assert torch.equal(after, torch.get_rng_state())
+    for a, b in zip(training.model.buffers(), twin.model.buffers(), strict=True):
+        assert torch.equal(a, b)
+    for p, q in zip(training.model.parameters(), twin.model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-8)
+
+
+def test_clipping_gives_one_warning_and_changes_nothing(build: Build) -> None:
+    plain, clipped = Training(torch.float64), Training(torch.float64)
+
+    def clipping() -> Tensor:
+        loss = clipped.closure()
+        torch.nn.utils.clip_grad_norm_(clipped.model.parameters(), 1e-4)
+        return loss
+
+    optimizers = build(plain.model.parameters()), build(clipped.model.parameters())
+    state = torch.get_rng_state()
+    for _ in range(3):
+        optimizers[0].step(plain.closure)
+    torch.set_rng_state(state)
+    with pytest.warns(UserWarning, match="clipping has no effect") as caught:
+        for _ in range(3):
+            optimizers[1].step(clipping)
+    assert len(caught) == 1
+    assert torch.equal(plain.flat(), clipped.flat())
+    for p, q in zip(plain.model.parameters(), clipped.model.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)  # the recorded gradient, not the clipped one
+
+
+def test_a_rejected_step_leaves_parameters_bit_equal(build: Build) -> None:
+    training = Training()
+    optimizer = build(training.model.parameters())
+    start = training.flat()
+    recorded = False
+
+    def uphill_everywhere_else() -> Tensor:
+        nonlocal recorded
+        loss = training.closure()
+        if recorded:
+            # Trials see another, far worse loss.
+            extra = loss * 0 + 100.0
+            extra.backward()
+            return extra
+        recorded = True
+        return loss
+
+    optimizer.step(uphill_everywhere_else)
+    assert optimizer.last_step is not None and not optimizer.last_step.accepted
+    assert optimizer.last_step.step_norm == 0.0
+    assert torch.equal(training.flat(), start)
+    damping = optimizer.last_step.damping
+    optimizer.step(training.closure)
+    assert optimizer.last_step.damping == pytest.approx(1.5 * damping)
+
+
+def test_state_dict_resumes_bit_equal_and_loads_weights_only(build: Build) -> None:
+    training = Training()
+    optimizer = build([{"params": training.model[0].parameters(), "lr": 0.7}, {"params": training.model[1:].parameters(), "weight_decay": 0.1}])
+    for _ in range(4):
+        optimizer.step(training.closure)
+    buffer = io.BytesIO()
+    torch.save({"model": training.model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, buffer)
+    for _ in range(4):
+        optimizer.step(training.closure)
+
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    other = Training()
+    other.model.load_state_dict(saved["model"])
+    resumed = build([{"params": other.model[0].parameters()}, {"params": other.model[1:].parameters()}])
+    resumed.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["rng"])
+    for _ in range(4):
+        resumed.step(other.closure)
+    assert torch.equal(training.flat(), other.flat())
+    assert resumed.last_step == optimizer.last_step
+
+
+def test_copies_and_pickles_go_on_alike(build: Build) -> None:
+    training = Training(torch.float64)
+    training.model.eval()
+    optimizer = build(training.model.parameters())
+    optimizer.step(training.closure)
+    for clone in (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))):
+        twin, twin_optimizer = clone((training, optimizer))
+        twin_optimizer.step(twin.closure)
+        reference, reference_optimizer = copy.deepcopy((training, optimizer))
+        reference_optimizer.step(reference.closure)
+        assert torch.equal(twin.flat(), reference.flat())
+
+
+def test_groups_have_their_own_rate_and_decay(build: Build) -> None:
+    """A group with lr 0 stays; weight decay in the groups equals the same penalty written into the loss of an exact method."""
+    training = Training()
+    still = training.model[4].weight.detach().clone()
+    others = [p for p in training.model.parameters() if p is not training.model[4].weight]
+    optimizer = build([{"params": others}, {"params": [training.model[4].weight], "lr": 0.0}])
+    start = training.flat()
+    optimizer.step(training.closure)
+    assert torch.equal(training.model[4].weight, still)
+    assert not torch.equal(training.flat(), start)
+
+
+def test_weight_decay_is_the_penalty_in_the_loss() -> None:
+    results = []
+    for in_loss in (True, False):
+        training = Training(torch.float64)
+        training.model.eval()
+        weights = [p for p in training.model.parameters() if p.dim() == 2]
+        others = [p for p in training.model.parameters() if p.dim() != 2]
+        decay = 0.0 if in_loss else 0.3
+
+        def closure(t: Training = training, ws: list[Tensor] = weights, on: bool = in_loss) -> Tensor:
+            t.model.zero_grad()
+            loss = F.cross_entropy(t.model(t.x), t.y)
+            if on:
+                loss = loss + 0.15 * sum(w.square().sum() for w in ws)
+            loss.backward()
+            return loss
+
+        optimizer = DampedNewton([{"params": weights, "weight_decay": decay}, {"params": others}])
+        for _ in range(5):
+            optimizer.step(closure)
+        results.append((training.flat(), optimizer.last_step))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-9, atol=1e-11)
+    assert results[0][1].loss == pytest.approx(results[1][1].loss, rel=1e-12)
+
+
+def test_the_learning_rate_scales_the_step_and_its_prediction(build: Build) -> None:
+    reports = {}
+    for name, groups in {"one": 0.5, "two": None}.items():
+        training = Training(torch.float64)
+        training.model.eval()
+        params = list(training.model.parameters())
+        if groups is not None:
+            optimizer = build(params, lr=groups)
+        else:
+            optimizer = build([{"params": params[:2], "lr": 0.5}, {"params": params[2:], "lr": 0.5 * (1 + 1e-12)}])
+        optimizer.step(training.closure)
+        reports[name] = optimizer.last_step
+    assert reports["one"].predicted_decrease == pytest.approx(reports["two"].predicted_decrease, rel=1e-6)
+    assert reports["one"].step_norm == pytest.approx(reports["two"].step_norm, rel=1e-6)
+
+
+def test_schedulers_set_the_rate(build: Build) -> None:
+    training = Training()
+    optimizer = build(training.model.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.0 if epoch == 1 else 1.0)
+    moved = []
+    for _ in range(3):
+        start = training.flat()
+        optimizer.step(training.closure)
+        scheduler.step()
+        moved.append(not torch.equal(start, training.flat()))
+    assert moved == [True, False, True]
+
+
+def test_frozen_unused_and_later_unfrozen_parameters(build: Build) -> None:
+    training = Training()
+    training.model.register_parameter("unused", nn.Parameter(torch.ones(3)))
+    training.model[0].requires_grad_(False)
+    frozen = training.model[0].weight.detach().clone()
+    optimizer = build(training.model.parameters())
+    for _ in range(2):
+        optimizer.step(training.closure)
+    assert torch.equal(training.model[0].weight, frozen)
+    assert torch.equal(training.model.unused, torch.ones(3))
+    assert training.model.unused.grad is None
+    training.model[0].requires_grad_(True)
+    optimizer.step(training.closure)
+    assert not torch.equal(training.model[0].weight, frozen)
+
+
+def test_no_graph_is_left_and_none_is_alive_in_a_trial(build: Build) -> None:
+    training = Training()
+    optimizer = build(training.model.parameters())
+    graphs: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def closure() -> Tensor:
+        training.model.zero_grad()
+        alive.append(sum(graph() is not None for graph in graphs))
+        hidden = training.model[:3](training.x)
+        graphs.append(weakref.ref(hidden))
+        loss = F.cross_entropy(training.model[3:](hidden), training.y)
+        loss.backward()
+        return loss
+
+    gc.disable()
+    try:
+        for _ in range(3):
+            optimizer.step(closure)
+    finally:
+        gc.enable()
+    assert len(graphs) > 3
+    assert max(alive) == 0
+    assert all(graph() is None for graph in graphs)
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_leave_memory_flat() -> None:
+    psutil = pytest.importorskip("psutil")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 100), nn.Tanh(), nn.Linear(100, 10))
+    x, y = torch.randn(500, 100), torch.randint(0, 10, (500,))
+    optimizer = HessianFree(model.parameters(), rank=10)
+
+    def closure() -> Tensor:
+        model.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    process = psutil.Process(os.getpid())
+    resident = []
+    for _ in range(200):
+        optimizer.step(closure)
+        resident.append(process.memory_info().rss)
+    graph = 500 * 100 * 4 * 3  # bytes of the activations that one recording keeps
+    assert resident[-1] - resident[40] < 40 * graph
+
+
+# Bad input.
+
+
+def test_no_closure_names_the_remedies(build: Build) -> None:
+    optimizer = build([torch.zeros(2, requires_grad=True)])
+    with pytest.raises(RuntimeError, match=r"bf16-mixed.*32-true"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("value", "what"), [(math.nan, "loss"), (math.inf, "loss")])
+def test_non_finite_losses_move_nothing(build: Build, value: float, what: str) -> None:
+    training = Training()
+    optimizer = build(training.model.parameters())
+    start = training.flat()
+
+    def broken() -> Tensor:
+        training.model.zero_grad()
+        loss = F.cross_entropy(training.model(training.x), training.y) * value
+        loss.backward()
+        return loss
+
+    dampings = []
+    for _ in range(4):
+        optimizer.step(broken)
+        assert optimizer.last_step is not None and not optimizer.last_step.accepted
+        assert f"the {what} is not finite" in optimizer.last_step.reason
+        dampings.append(optimizer.last_step.damping)
+    assert dampings == sorted(dampings) and dampings[-1] > dampings[0]
+    with pytest.raises(RuntimeError, match="not finite in 5 steps in a row"):
+        optimizer.step(broken)
+    assert torch.equal(training.flat(), start)
+    optimizer.step(training.closure)
+    assert optimizer.last_step.accepted
+
+
+def test_a_non_finite_gradient_moves_nothing(build: Build) -> None:
+    theta = torch.zeros(2, requires_grad=True)
+    optimizer = build([theta])
+
+    def closure() -> Tensor:
+        loss = F.mse_loss(theta.sqrt(), torch.ones(2))
+        loss.backward()
+        return loss
+
+    optimizer.step(lambda: (optimizer.zero_grad(), closure())[1])
+    assert torch.equal(theta, torch.zeros(2))
+    assert optimizer.last_step is not None and "the gradient is not finite" in optimizer.last_step.reason
+
+
+def test_accumulation_across_closures_is_an_error(build: Build) -> None:
+    training = Training()
+    optimizer = build(training.model.parameters())
+    start = training.flat()
+    training.closure()
+
+    def without_zero_grad() -> Tensor:
+        loss = F.cross_entropy(training.model(training.x), training.y)
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        optimizer.step(without_zero_grad)
+    assert torch.equal(training.flat(), start)
+
+
+def test_all_frozen_is_an_error(build: Build) -> None:
+    theta = torch.zeros(2, requires_grad=True)
+    optimizer = build([theta])
+    theta.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="every parameter of this optimizer is frozen"):
+        optimizer.step(lambda: torch.zeros(()))
+
+
+def test_parameters_that_cannot_be_one_vector(build: Build) -> None:
+    one = torch.zeros(1, requires_grad=True)
+    with pytest.raises(ValueError, match="empty parameter list"):
+        build([])
+    with pytest.raises(ValueError, match="two dtypes"):
+        build([one, torch.zeros(1, dtype=torch.float64, requires_grad=True)])
+    optimizer = build([one])
+    with pytest.raises(ValueError, match="two devices"):
+        optimizer.add_param_group({"params": [torch.zeros(1, device="meta", requires_grad=True)]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_groups_share_the_global_settings(build: Build) -> None:
+    optimizer = build([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(ValueError, match=r"damping=7.0 in a parameter group.*Only lr and weight_decay"):
+        optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "damping": 7.0})
+    optimizer.add_param_group({"params": [torch.zeros(2, requires_grad=True)], "lr": 0.1})
+    assert optimizer.param_groups[1]["damping"] == optimizer.param_groups[0]["damping"]
+
+
+BAD = [
+    ("lr", -1.0, "zero or more"),
+    ("lr", math.nan, "zero or more"),
+    ("weight_decay", -0.1, "zero or more"),
+    ("damping", 0.0, "above zero"),
+    ("damping", 1e12, "outside min_damping"),
+    ("damping_factor", 1.0, "above one"),
+    ("min_damping", -1.0, "above zero"),
+    ("products", "exact", '"auto" or "cached"'),
+    ("curvature", "fisher", "'gauss_newton' or 'hessian'"),
+]
+BAD_HESSIAN_FREE = [
+    ("preconditioner", "jacobi", "'nystrom' or 'empirical_fisher' or None"),
+    ("rank", 0, "one or more"),
+    ("refresh_every", 1.5, "whole number"),
+    ("max_iterations", -3, "one or more"),
+    ("progress_tolerance", 1.0, "below one"),
+    ("warm_start", -0.1, "from zero"),
+]
+BAD_DAMPED_NEWTON = [("eigenvalues", "clamped", "'absolute' or 'shifted'")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "words"),
+    [(kind, *bad) for kind in (HessianFree, DampedNewton) for bad in BAD]
+    + [(HessianFree, *bad) for bad in BAD_HESSIAN_FREE]
+    + [(DampedNewton, *bad) for bad in BAD_DAMPED_NEWTON],
+)
+def test_wrong_settings_are_named(kind: type[NewtonOptimizer], name: str, value: object, words: str) -> None:
+    with pytest.raises(ValueError, match=f"(?s){name}.*{words}"):
+        kind([torch.zeros(1, requires_grad=True)], **{name: value})  # type: ignore[arg-type]

@@ -1,0 +1,127 @@
+"""What is HessianFree's own: its steps against dense solves, negative curvature, backtracking, the sketch in its state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import build as build_case
+from torch import Tensor, nn
+
+from newtonopt import HessianFree, evaluate, gauss_newton
+
+
+@pytest.mark.parametrize("preconditioner", ["nystrom", "empirical_fisher", None])
+def test_the_step_solves_the_damped_system(preconditioner: str | None) -> None:
+    case = build_case("mlp", "mse")
+    evaluation = evaluate(case.closure, case.params)
+    G, g = gauss_newton(evaluation).dense(), evaluation.gradient
+    start = case.flat()
+    exact = -torch.linalg.solve(G + 0.3 * torch.eye(len(g), dtype=g.dtype), g)
+    optimizer = HessianFree(case.params, damping=0.3, preconditioner=preconditioner, progress_tolerance=0.0)
+    optimizer.step(case.closure)
+    report = optimizer.last_step
+    assert report is not None
+    # Backtracking may prefer an iterate just before the last.
+    assert float((case.flat() - start - exact).norm() / exact.norm()) < 1e-4
+    assert report.predicted_decrease == pytest.approx(-float(g @ exact + exact @ G @ exact / 2), rel=1e-6)  # of the undamped model
+
+
+def test_linear_least_squares_is_solved_as_the_damping_vanishes() -> None:
+    torch.manual_seed(0)
+    X, y = torch.randn(50, 5).double(), torch.randn(50, 1).double()
+    layer = nn.Linear(5, 1).double()
+    optimizer = HessianFree(layer.parameters(), damping_factor=10.0)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.mse_loss(layer(X), y)
+        loss.backward()
+        return loss
+
+    for _ in range(15):
+        optimizer.step(closure)
+    solution = torch.linalg.lstsq(torch.cat([X, torch.ones(50, 1).double()], 1), y).solution[:, 0]
+    torch.testing.assert_close(torch.cat([layer.weight[0], layer.bias]).detach(), solution, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("preconditioner", ["nystrom", None])
+def test_negative_curvature_is_followed_off_a_saddle(preconditioner: str | None) -> None:
+    """x^2 - y^2 + y^4 near its saddle: the gradient points along x, and only curvature along y leads to a minimum (y^2 = 1/2)."""
+    theta = torch.tensor([1.0, 1e-3], dtype=torch.float64, requires_grad=True)
+    optimizer = HessianFree([theta], curvature="hessian", damping=0.1, preconditioner=preconditioner)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = theta[0] ** 2 - theta[1] ** 2 + theta[1] ** 4
+        loss.backward()
+        return loss
+
+    reasons = []
+    for _ in range(30):
+        optimizer.step(closure)
+        assert optimizer.last_step is not None
+        reasons.append(optimizer.last_step.reason)
+    assert "negative curvature" in reasons
+    torch.testing.assert_close(theta.detach().abs(), torch.tensor([0.0, 0.5**0.5]).double(), atol=1e-5, rtol=0)
+
+
+def test_a_worse_last_iterate_is_walked_back() -> None:
+    """The closure's trial losses favour short steps: an earlier iterate of conjugate gradients is taken, not the last."""
+    torch.manual_seed(0)
+    scale = torch.logspace(0, -4, 30).double()
+    theta = torch.ones(30, dtype=torch.float64, requires_grad=True)
+    start = theta.detach().clone()
+
+    def closure() -> Tensor:
+        theta.grad = None
+        moved = theta.detach() - start
+        loss = F.mse_loss(scale * theta, torch.zeros(30).double(), reduction="sum") + 10 * float(moved.norm() > 3.0)
+        loss.backward()
+        return loss
+
+    optimizer = HessianFree([theta], damping=1e-9, preconditioner=None, progress_tolerance=0.0)
+    optimizer.step(closure)
+    report = optimizer.last_step
+    assert report is not None and report.accepted
+    assert report.step_norm <= 3.0
+    assert report.trials > 2
+    assert report.ratio > 0
+
+
+def test_the_sketch_is_kept_refreshed_and_draws_no_global_numbers() -> None:
+    case = build_case("mlp", "mse")
+    optimizer = HessianFree(case.params, rank=8, refresh_every=3)
+    state = torch.get_rng_state()
+    products = []
+    for _ in range(7):
+        optimizer.step(case.closure)
+        assert optimizer.last_step is not None
+        products.append(optimizer.last_step.products - optimizer.last_step.iterations)
+    assert torch.equal(state, torch.get_rng_state())
+    assert [extra >= 8 for extra in products] == [True, False, False, True, False, False, True]
+    memory = optimizer.state_dict()["state"][0]
+    assert memory["sketch_vectors"].shape == (43, 8)
+
+
+def test_the_sketch_makes_conjugate_gradients_short() -> None:
+    torch.manual_seed(0)
+    X = torch.randn(200, 60).double() * torch.logspace(0, -3, 60).double()
+    y = torch.randn(200, 1).double()
+    iterations = {}
+    for preconditioner in ("nystrom", None):
+        layer = nn.Linear(60, 1, bias=False).double()
+        nn.init.zeros_(layer.weight)
+        optimizer = HessianFree(layer.parameters(), damping=1e-6, preconditioner=preconditioner, rank=30, progress_tolerance=1e-6)
+        optimizer.step(lambda layer=layer: F.mse_loss(layer(X), y))
+        assert optimizer.last_step is not None
+        iterations[preconditioner] = optimizer.last_step.iterations
+    assert iterations["nystrom"] < 0.7 * iterations[None]
+
+
+def test_an_unrecognised_loss_leaves_everything_as_it_was() -> None:
+    theta = torch.ones(2, requires_grad=True)
+    optimizer = HessianFree([theta])
+    with pytest.raises(RuntimeError, match="mark_outputs"):
+        optimizer.step(lambda: theta.cosh().sum())
+    assert torch.equal(theta, torch.ones(2))
