@@ -9,11 +9,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -21,36 +21,40 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from newtonopt import evaluate, hessian
-from newtonopt.callbacks.logs import Charts, add_charts, log_values
 from newtonopt.curvature import Eigenvalue, extreme_eigenvalues, stability_threshold
 from newtonopt.curvature import sharpness as measure_sharpness
 from newtonopt.objective import Products, check_products
+
+from .logs import Charts, add_charts, log_values
 
 
 class CurvatureMonitor(Callback):
     """Log the extreme eigenvalues of the Hessian, a sharpness measure and the stability threshold during training.
 
-    The loss is that of `training_step` on the first batches that training saw, kept as the probe, weighted by their sizes. It is measured in full
-    precision, without autocast, and leaves no trace: parameters, `.grad`, buffers, random state, metrics and logs stay as they were to the bit. A
-    measurement that fails warns once and is left out; training goes on.
+    The loss is that of `training_step` on the first batches that training saw, kept as the probe, weighted by their
+    sizes. It is measured in full precision, without autocast, and leaves no trace: parameters, `.grad`, buffers, random
+    state, metrics and logs stay as they were to the bit. A measurement that fails warns once and is left out; training
+    goes on.
 
-    Values go to every logger, under `curvature/`, and to `trainer.callback_metrics`. TensorBoard's custom-scalars page gets a category of
-    charts.
+    Values go to every logger, under `curvature/`, and to `trainer.callback_metrics`. TensorBoard's custom-scalars page
+    gets a category of charts.
 
     Args:
         every_n_train_steps: Optimizer steps between measurements, one or more. Default 100.
         top: How many of the largest eigenvalues, one or more. Default 3.
         bottom: How many of the smallest eigenvalues, zero or more. Default 1.
-        sharpness: "ball" (default): the worst loss increase at Euclidean distance up to `sharpness_radius`; "adaptive_ball": the same with each
-            step relative to its parameter's size (Kwon et al. 2021); None: not measured.
+        sharpness: "ball" (default): the worst loss increase at Euclidean distance up to `sharpness_radius`;
+            "adaptive_ball": the same with each step relative to its parameter's size (Kwon et al. 2021); None: not
+            measured.
         sharpness_radius: Of the ball, above zero. Default 0.05 (Foret et al. 2021).
-        mode: "train" (default): the function that training minimises, with Dropout's random numbers held fixed; "eval": the model in
-            evaluation mode.
+        mode: "train" (default): the function that training minimises, with Dropout's random numbers held fixed; "eval":
+            the model in evaluation mode.
         num_batches: How many batches make the probe, one or more. Default 1.
         products: How curvature products are formed, "auto" (default) or "cached", which today are the same.
-        tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows no more.
-        max_products: Bound on the curvature products of one measurement, one or more. Default 100; an interval not yet narrow enough then is
-            logged as wide as it is.
+        tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
+            no more.
+        max_products: Bound on the curvature products of one measurement, one or more. Default 100; an interval not yet
+            narrow enough then is logged as wide as it is.
         seed: Of the random start vectors. Default 0.
 
     Raises:
@@ -110,7 +114,8 @@ class CurvatureMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                "CurvatureMonitor gets the loss from training_step, which under manual optimization would train the model: use it with "
+                "CurvatureMonitor gets the loss from training_step, which under manual optimization would train the "
+                "model: use it with "
                 "automatic optimization, or call newtonopt.evaluate on a closure of your own."
             )
         self._probe.clear()
@@ -136,7 +141,9 @@ class CurvatureMonitor(Callback):
             values = self._measure(trainer, pl_module)
         except (RuntimeError, ValueError, ArithmeticError, MisconfigurationException) as error:
             if not self._warned:
-                rank_zero_warn(f"CurvatureMonitor could not measure at step {trainer.global_step}, and training goes on: {error}")
+                rank_zero_warn(
+                    f"CurvatureMonitor could not measure at step {trainer.global_step}, and training goes on: {error}"
+                )
             self._warned = True
             return
         log_values(trainer, values)
@@ -177,7 +184,9 @@ class CurvatureMonitor(Callback):
             del H
             evaluation.free()
             if self.sharpness is not None:
-                ball = measure_sharpness(closure, params, kind=self.sharpness, radius=self.sharpness_radius, seed=self.seed)
+                ball = measure_sharpness(
+                    closure, params, kind=self.sharpness, radius=self.sharpness_radius, seed=self.seed
+                )
                 values["curvature/sharpness"] = ball.value
         values["curvature/seconds"] = time.perf_counter() - began
         return values
@@ -199,8 +208,10 @@ def _loss(pl_module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
 
 @contextmanager
 def _measuring(trainer: Trainer, pl_module: LightningModule, mode: str) -> Iterator[None]:
-    """The module in the wanted mode, and in the precision of its weights: autocast would cost a product 4e-3 of relative error."""
-    training = {module: module.training for module in pl_module.modules()}
+    """The module in the wanted mode, and in the precision of its weights: autocast would cost a product 4e-3 of
+    relative error.
+    """
+    training = [(module, module.training) for module in pl_module.modules()]
     precision = trainer.precision_plugin
     with ExitStack() as stack:
         if not isinstance(precision, MixedPrecision):
@@ -210,7 +221,7 @@ def _measuring(trainer: Trainer, pl_module: LightningModule, mode: str) -> Itera
         try:
             yield
         finally:
-            for module, flag in training.items():
+            for module, flag in training:
                 module.training = flag
 
 
@@ -239,10 +250,17 @@ def _stability_tags(optimizers: Sequence[Optimizer], largest: float) -> dict[str
 
 
 def _charts(values: dict[str, float]) -> Charts:
-    """The page of what is measured; the tags of a multi-line chart are regular expressions that match at the start, so they are ended."""
-    several = ["curvature/lambda_max$"] + [f"{tag}$" for tag in values if tag.startswith("curvature/lambda_") and tag[-1].isdigit()]
+    """The page of what is measured; the tags of a multi-line chart are regular expressions that match at the start, so
+    they are ended.
+    """
+    several = ["curvature/lambda_max$"] + [
+        f"{tag}$" for tag in values if tag.startswith("curvature/lambda_") and tag[-1].isdigit()
+    ]
     charts: dict[str, tuple[str, list[str]]] = {}
-    for title, name in (("Largest eigenvalue, with bounds", "lambda_max"), ("Smallest eigenvalue, with bounds", "lambda_min")):
+    for title, name in (
+        ("Largest eigenvalue, with bounds", "lambda_max"),
+        ("Smallest eigenvalue, with bounds", "lambda_min"),
+    ):
         if f"curvature/{name}" in values:
             charts[title] = ("Margin", [f"curvature/{name}{end}" for end in ("", "_lower", "_upper")])
     charts["Eigenvalues"] = ("Multiline", several)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -19,7 +20,8 @@ Charts = Mapping[str, tuple[str, list[str]]]
 
 
 def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
-    """Write values to every logger at the current global step, and to `trainer.callback_metrics` for other callbacks to watch.
+    """Write values to every logger at the current global step, and to `trainer.callback_metrics` for other callbacks to
+    watch.
 
     `self.log` is no way to do it: it drops what does not fall on the grid of `log_every_n_steps`.
     """
@@ -31,11 +33,15 @@ def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
 def add_charts(trainer: Trainer, category: str, charts: Charts) -> None:
     """Put a category of charts on TensorBoard's custom-scalars page, next to those that are there.
 
-    A second layout written to a run replaces the first, so the one in the event files (the user's, or that of another callback of ours) is read
-    back and written again with ours added.
+    A second layout written to a run replaces the first, so the one in the event files (the user's, or that of another
+    callback of ours) is read back and written again with ours added.
     """
     for logger in trainer.loggers:
-        if trainer.is_global_zero and isinstance(logger, TensorBoardLogger) and isinstance(logger.experiment, SummaryWriter):
+        if (
+            trainer.is_global_zero
+            and isinstance(logger, TensorBoardLogger)
+            and isinstance(logger.experiment, SummaryWriter)
+        ):
             _merge_layout(logger.experiment, category, charts)
 
 
@@ -49,7 +55,8 @@ def _merge_layout(writer: SummaryWriter, category: str, charts: Charts) -> None:
     del layout.category[:]
     layout.category.extend([*kept, *ours.category])
     value.string_val[0] = layout.SerializeToString()
-    writer.file_writer.add_summary(summary)
+    file_writer: Any = writer.file_writer  # torch types it as None, which it is only after close()
+    file_writer.add_summary(summary)
     writer.flush()
 
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from newtonopt.callbacks.logs import Charts, add_charts, log_values
 from newtonopt.optimizers.base import NewtonOptimizer
 from newtonopt.optimizers.report import StepReport
 
+from .logs import Charts, add_charts, log_values
+
 
 class StepMonitor(Callback):
-    """Log damping, reduction ratio, inner iterations, products and norms of an optimizer of this package, under `newton/`.
+    """Log damping, reduction ratio, inner iterations, products and norms of an optimizer of this package, under
+    `newton/`.
 
     Args:
-        every_n_train_steps: Optimizer steps between log entries, one or more. Default 1: a Newton step is dear, and its report costs nothing.
+        every_n_train_steps: Optimizer steps between log entries, one or more. Default 1: a Newton step is dear, and its
+            report costs nothing.
 
     Raises:
         ValueError: `every_n_train_steps` is below one.
@@ -37,7 +40,8 @@ class StepMonitor(Callback):
         if not any(isinstance(optimizer, NewtonOptimizer) for optimizer in trainer.optimizers):
             names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
             raise MisconfigurationException(
-                f"StepMonitor reports the steps of newtonopt's optimizers, and this run trains with {names}: remove the callback, or use "
+                f"StepMonitor reports the steps of newtonopt's optimizers, and this run trains with {names}: remove "
+                f"the callback, or use "
                 "CurvatureMonitor, which works with any optimizer."
             )
 
@@ -46,7 +50,9 @@ class StepMonitor(Callback):
     ) -> None:
         due = trainer.global_step // self.every_n_train_steps > self._last_step // self.every_n_train_steps
         self._last_step = trainer.global_step
-        reports = [o.last_step for o in trainer.optimizers if isinstance(o, NewtonOptimizer) and o.last_step is not None]
+        reports = [
+            o.last_step for o in trainer.optimizers if isinstance(o, NewtonOptimizer) and o.last_step is not None
+        ]
         if not due or not reports:
             return
         log_values(trainer, _tags(reports[0]))

@@ -18,7 +18,7 @@ def flatten(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views of `vector`, one for each tensor of `like` and of its shape."""
-    pieces = vector.split([p.numel() for p in like])
+    pieces = torch.split(vector, [p.numel() for p in like])
     return [piece.view(p.shape) for piece, p in zip(pieces, like, strict=True)]
 
 
@@ -26,14 +26,18 @@ def check_parameters(params: Sequence[Tensor]) -> None:
     """Refuse parameters that no flat vector can hold.
 
     Raises:
-        ValueError: No parameters, or more than one device or dtype among them, or a dtype that curvature cannot be computed in.
+        ValueError: No parameters, or more than one device or dtype among them, or a dtype that curvature cannot be
+            computed in.
     """
     if not params:
-        raise ValueError("params is empty: give at least one tensor with requires_grad=True, such as model.parameters().")
+        raise ValueError(
+            "params is empty: give at least one tensor with requires_grad=True, such as model.parameters()."
+        )
     for what, values in (("devices", {str(p.device) for p in params}), ("dtypes", {str(p.dtype) for p in params})):
         if len(values) > 1:
             raise ValueError(
-                f"The parameters are on two {what} or more, {', '.join(sorted(values))}: curvature couples all parameters, so they "
+                f"The parameters are on two {what} or more, {', '.join(sorted(values))}: curvature couples all "
+                f"parameters, so they "
                 f"must share one. Move the model with model.to(...) or give the parameters to separate optimizers."
             )
     if params[0].dtype not in (torch.float32, torch.float64, torch.bfloat16):

@@ -1,6 +1,7 @@
 """The tap on a closure: sees `backward` and the loss functions as the closure calls them.
 
-A `TorchFunctionMode` is local to its thread, nests with the user's own modes, and is gone when its `with` block ends, however it ends.
+A `TorchFunctionMode` is local to its thread, nests with the user's own modes, and is gone when its `with` block ends,
+however it ends.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
-# The losses whose second derivative with respect to these positional arguments is positive semi-definite, so that they define a Gauss-Newton
-# matrix. A difference loss is convex in both of its arguments together; elsewhere a target that needs gradients counts as constant.
+# The losses whose second derivative with respect to these positional arguments is positive semi-definite, so that they
+# define a Gauss-Newton matrix. A difference loss is convex in both of its arguments together; elsewhere a target that
+# needs gradients counts as constant.
 _CONVEX_LOSSES: dict[Callable[..., Any], tuple[int, ...]] = {
     F.cross_entropy: (0,),
     F.binary_cross_entropy_with_logits: (0,),
@@ -39,8 +41,8 @@ _RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 def mark_outputs(z: Tensor) -> Tensor:
     """Name `z` as the model's output for the Gauss-Newton matrix: an identity.
 
-    The losses of `torch.nn.functional` need no mark. Call this inside a closure whose loss is written by hand, on the tensor in which that
-    loss is convex (raw predictions or logits).
+    The losses of `torch.nn.functional` need no mark. Call this inside a closure whose loss is written by hand, on the
+    tensor in which that loss is convex (raw predictions or logits).
 
     Args:
         z: The model's output, any shape.
@@ -110,10 +112,11 @@ class Tap(TorchFunctionMode):
             return
         for p in self._params:
             if p.grad is None and p.requires_grad:
-                p.grad = torch.zeros_like(p)  # what the closure does with gradients next (clip them, print their norm) finds some
+                # What the closure does with gradients next (clip them, print their norm) finds some.
+                p.grad = torch.zeros_like(p)
 
     def _own_view(self, z: Any, into: list[Tensor]) -> Any:
-        """A view of `z` that only its consumer uses, so that a derivative with respect to it is that consumer's alone."""
+        """A view of `z` that only its consumer uses, so that a derivative by it is that consumer's alone."""
         if not isinstance(z, Tensor) or not z.requires_grad or not z.is_floating_point():
             return z
         view = z.view_as(z)
@@ -150,7 +153,9 @@ def tapped(params: Sequence[Tensor], *, backward: bool) -> Iterator[Tap]:
         yield stack.enter_context(Tap(params, backward=backward))
 
 
-def reaches(start: Node | None, goal: Callable[[Node], bool], barrier: frozenset[Node] | set[Node] = frozenset()) -> bool:
+def reaches(
+    start: Node | None, goal: Callable[[Node], bool], barrier: frozenset[Node] | set[Node] = frozenset()
+) -> bool:
     """Whether a node that is a `goal` is met going back from `start` without passing through `barrier`."""
     seen: set[Node] = set()
     waiting = [start]

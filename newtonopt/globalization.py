@@ -6,15 +6,17 @@ import math
 
 
 def undamped_decrease(decrease: float, damping: float, step_norm: float) -> float:
-    """The decrease of the undamped model from the damped one's: `decrease + damping |s|^2 / 2`, the one place where they are converted."""
+    """The decrease of the undamped model from the damped one's: `decrease + damping |s|^2 / 2`, the one place where
+    they are converted.
+    """
     return decrease + 0.5 * damping * step_norm**2
 
 
 def reduction_ratio(loss: float, trial_loss: float, predicted: float, eps: float) -> float:
     """The actual decrease over the predicted one, insensitive to rounding.
 
-    Near a minimum both decreases drown in the rounding of the loss; both get `10 eps |loss|` added, so that their ratio tends to one there
-    (Conn, Gould & Toint 2000, sec. 17.4.2).
+    Near a minimum both decreases drown in the rounding of the loss; both get `10 eps |loss|` added, so that their ratio
+    tends to one there (Conn, Gould & Toint 2000, sec. 17.4.2).
 
     Args:
         loss: At the start of the step.
@@ -39,7 +41,9 @@ def sufficient_decrease(loss: float, trial_loss: float, slope: float, eps: float
 
 
 def levenberg_marquardt(damping: float, ratio: float, *, factor: float, minimum: float, maximum: float) -> float:
-    """The next damping: times `factor` if the ratio is below 1/4, divided by it above 3/4 (Martens 2010, sec. 4.1: factor 3/2)."""
+    """The next damping: times `factor` if the ratio is below 1/4, divided by it above 3/4 (Martens 2010, sec. 4.1:
+    factor 3/2).
+    """
     if ratio < 0.25:
         damping *= factor
     elif ratio > 0.75:

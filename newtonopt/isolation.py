@@ -1,7 +1,8 @@
 """Everything a closure changes besides the parameters, put back after a run that must leave no trace.
 
-A trial evaluation of the loss, and a measurement, run the user's closure again. The closure then draws random numbers, moves BatchNorm's
-running statistics, updates metrics, writes to Lightning's logs and clears `.grad`. `Isolation` lets it, on copies.
+A trial evaluation of the loss, and a measurement, run the user's closure again. The closure then draws random numbers,
+moves BatchNorm's running statistics, updates metrics, writes to Lightning's logs and clears `.grad`. `Isolation` lets
+it, on copies.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ _CONTAINERS = (list, dict, set, deque)
 class Isolation:
     """Runs a closure so that nothing but the parameters can tell it ran.
 
-    The first run, recorded or isolated, notes the random state and the buffers it starts from. Every isolated run starts from there again, so it
-    computes the same function of the parameters: the same Dropout masks, the same power-iteration vectors of a spectral norm.
+    The first run, recorded or isolated, notes the random state and the buffers it starts from. Every isolated run
+    starts from there again, so it computes the same function of the parameters: the same Dropout masks, the same
+    power-iteration vectors of a spectral norm.
 
     Args:
-        closure: The user's closure. Modules that it holds (bound by `functools.partial`, as Lightning does, as `self`, in its cells) are
-            looked after from the start, others from when the closure first calls them.
+        closure: The user's closure. Modules that it holds (bound by `functools.partial`, as Lightning does, as `self`,
+            in its cells) are looked after from the start, others from when the closure first calls them.
         params: The parameters; their `.grad` is put back after an isolated run.
     """
 
@@ -47,17 +49,18 @@ class Isolation:
         self._callables = [host for host in hosts if not isinstance(host, nn.Module)]
         self._devices = {p.device for p in self._params if p.device.type == "cuda"}
         self._start: list[Any] | None = None
-        self._buffers: dict[nn.Module, dict[str, Tensor]] = {}
+        # By identity here and below: a torchmetrics.Metric hashes by its state, which a run changes.
+        self._buffers: dict[int, tuple[nn.Module, dict[str, Tensor]]] = {}
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """The run whose traces stay, as in any training step; they are taken back only if it raises."""
         self._start = self._random_state()
-        touched: dict[nn.Module, dict[str, Tensor]] = {}
+        touched: dict[int, tuple[nn.Module, dict[str, Tensor]]] = {}
 
         def note(module: nn.Module) -> None:
-            if module not in touched:
-                touched[module] = {name: b for name, b in module._buffers.items() if b is not None}
+            if id(module) not in touched:
+                touched[id(module)] = module, {name: b for name, b in module._buffers.items() if b is not None}
                 self._starting_buffers(module)
 
         try:
@@ -68,24 +71,26 @@ class Isolation:
         except BaseException:
             self._set_random_state(self._start)
             with torch.no_grad():
-                for module, buffers in touched.items():
+                for module, buffers in touched.values():
                     for name, buffer in buffers.items():
-                        buffer.copy_(self._buffers[module][name])
+                        buffer.copy_(self._starting_buffers(module)[name])
                         module._buffers[name] = buffer
             raise
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """A run that starts where the first one started and leaves random state, modules, gradients, results and logs as they were."""
+        """A run that starts where the first one started and leaves random state, modules, gradients, results and logs
+        as they were.
+        """
         after = self._random_state()
         if self._start is None:
             self._start = after
         gradients = [p.grad for p in self._params]
-        swapped: dict[nn.Module, _Swapped] = {}
+        swapped: dict[int, _Swapped] = {}
 
         def swap(module: nn.Module) -> None:
-            if module not in swapped:
-                swapped[module] = _Swapped(module, self._starting_buffers(module))
+            if id(module) not in swapped:
+                swapped[id(module)] = _Swapped(module, self._starting_buffers(module))
 
         try:
             with ExitStack() as stack:
@@ -113,10 +118,10 @@ class Isolation:
             yield from module.modules()
 
     def _starting_buffers(self, module: nn.Module) -> dict[str, Tensor]:
-        if module not in self._buffers:
+        if id(module) not in self._buffers:
             with torch.no_grad():
-                self._buffers[module] = {name: b.clone() for name, b in module._buffers.items() if b is not None}
-        return self._buffers[module]
+                self._buffers[id(module)] = module, {name: b.clone() for name, b in module._buffers.items() if b is not None}
+        return self._buffers[id(module)][1]
 
     def _random_state(self) -> list[Any]:
         on_devices = [(device, torch.cuda.get_rng_state(device)) for device in self._devices]
@@ -132,7 +137,9 @@ class Isolation:
 
 
 class _Swapped:
-    """One module working on copies of its buffers and of its plain attributes (counters, lists, the states of a metric)."""
+    """One module working on copies of its buffers and of its plain attributes (counters, lists, the states of a
+    metric).
+    """
 
     def __init__(self, module: nn.Module, starting_buffers: dict[str, Tensor]) -> None:
         self._module = module
@@ -160,7 +167,9 @@ def _copied(value: Any) -> Any:
 
 
 def _bound_objects(closure: Any) -> Iterator[Any]:
-    """The modules and callable objects that a closure was made of: bound by `functools.partial`, as `self`, or in its cells."""
+    """The modules and callable objects that a closure was made of: bound by `functools.partial`, as `self`, or in its
+    cells.
+    """
     if isinstance(closure, functools.partial):
         for bound in (closure.func, *closure.args, *closure.keywords.values()):
             yield from _bound_objects(bound)
@@ -211,7 +220,9 @@ def _allow_global_hooks() -> None:
 
 @contextmanager
 def _silenced(module: nn.Module) -> Iterator[None]:
-    """Keep a LightningModule and its trainer's callbacks from logging: `self.log`, `self.log_dict` and the loggers keep nothing."""
+    """Keep a LightningModule and its trainer's callbacks from logging: `self.log`, `self.log_dict` and the loggers keep
+    nothing.
+    """
     if not _is_lightning_module(module):
         yield
         return
@@ -242,7 +253,9 @@ def _is_lightning_module(module: nn.Module) -> bool:
 
 
 class _Silent:
-    """Stands in for a logger: any attribute, item, call or context does nothing, but a name, path or number can be read."""
+    """Stands in for a logger: any attribute, item, call or context does nothing, but a name, path or number can be
+    read.
+    """
 
     def __init__(self, original: object = None) -> None:
         self._original = original

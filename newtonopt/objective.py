@@ -22,15 +22,17 @@ Products = Literal["auto", "cached"]
 
 
 class Evaluation:
-    """What is known of an objective at the current parameters: loss, gradient, and the graph that gives curvature products.
+    """What is known of an objective at the current parameters: loss, gradient, and the graph that gives curvature
+    products.
 
-    The graph takes the memory of one forward pass, and of the double backward once products are formed; `free()` releases it.
+    The graph takes the memory of one forward pass, and of the double backward once products are formed; `free()`
+    releases it.
 
     Args:
         loss: The objective, a scalar with its graph.
         params: The parameters to differentiate by.
         outputs: The model outputs from which the loss is computed, for Gauss-Newton products.
-        decay: Coefficients `(n,)` of a term `sum(decay * theta^2) / 2` to add to the objective, or None.
+        decay: Coefficients, one number or `(n,)`, of a term `sum(decay * theta^2) / 2` to add to the objective.
 
     Attributes:
         loss: The objective's value, a detached scalar.
@@ -41,7 +43,7 @@ class Evaluation:
     """
 
     def __init__(
-        self, loss: Tensor, params: Iterable[Tensor], outputs: Sequence[Tensor] = (), decay: Tensor | None = None
+        self, loss: Tensor, params: Iterable[Tensor], outputs: Sequence[Tensor] = (), decay: float | Tensor = 0.0
     ) -> None:
         self.params = tuple(params)
         self.decay = decay
@@ -53,7 +55,7 @@ class Evaluation:
         _refuse_sparse(gradients)
         self.data_gradient = flatten(gradients, self.params)
         point = flatten(self.params, self.params).detach()
-        self.gradient = self.data_gradient if decay is None else self.data_gradient + decay * point
+        self.gradient = self.data_gradient + decay * point
         self.loss = loss.detach() + _decay_term(decay, point)
 
     @property
@@ -72,7 +74,9 @@ class Evaluation:
         self._graph = None
 
     def part_outside_outputs(self) -> bool:
-        """Whether the loss depends on the parameters other than through the recorded outputs (an explicit penalty does)."""
+        """Whether the loss depends on the parameters other than through the recorded outputs (an explicit penalty
+        does).
+        """
         loss, outputs = self.graph
         leaves = {id(p) for p in self.params}
         barrier = {z.grad_fn for z in outputs if z.grad_fn is not None}
@@ -81,17 +85,19 @@ class Evaluation:
 
 
 class Objective:
-    """The closure made callable at will, as a function of a step from the current parameters. Lives for one optimizer step.
+    """The closure made callable at will, as a function of a step from the current parameters. Lives for one optimizer
+    step.
 
     Used as a context manager it puts the parameters back, bit for bit, unless `move` has set new ones.
 
     Args:
-        closure: Takes no argument; computes the loss and calls `backward` on it (several times for a sum of losses), or returns a live loss.
+        closure: Takes no argument; computes the loss and calls `backward` on it (several times for a sum of losses), or
+            returns a live loss.
         params: The parameters.
-        decay: Weight decay for each parameter entry, `(n,)`, or None: adds `sum(decay * theta^2) / 2`.
+        decay: Weight decay, one number or one for each parameter entry `(n,)`: adds `sum(decay * theta^2) / 2`.
     """
 
-    def __init__(self, closure: Closure, params: Iterable[Tensor], decay: Tensor | None = None) -> None:
+    def __init__(self, closure: Closure, params: Iterable[Tensor], decay: float | Tensor = 0.0) -> None:
         self._closure = closure
         self.params = tuple(params)
         self._decay = decay
@@ -102,7 +108,9 @@ class Objective:
     def __enter__(self) -> Objective:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._place(self.point)
 
     def record(self) -> Evaluation:
@@ -120,18 +128,24 @@ class Objective:
         return evaluation
 
     def evaluate(self) -> Evaluation:
-        """The same without a trace: `backward` is left out, random state, buffers, gradients and logs stay as they were."""
+        """The same without a trace: `backward` is left out, random state, buffers, gradients and logs stay as they
+        were.
+        """
         with self._isolation.isolated(), tapped(self.params, backward=False) as tap:
             return self._evaluation(tap, self._closure())
 
     def loss_at(self, step: Tensor) -> float:
-        """The objective at `point + step`, `(n,)`, for one forward pass; the same function as the first run, without a trace."""
+        """The objective at `point + step`, `(n,)`, for one forward pass; the same function as the first run, without a
+        trace.
+        """
         with self._moved(step), self._isolation.isolated(), tapped(self.params, backward=False) as tap:
             loss = _sum_of_terms(tap, self._closure()).detach()
         return _value(loss, self._decay, self.point + step)
 
     def gradient_at(self, step: Tensor) -> tuple[float, Tensor]:
-        """The objective and its gradient `(n,)` at `point + step`, for one forward and one backward pass, without a trace."""
+        """The objective and its gradient `(n,)` at `point + step`, for one forward and one backward pass, without a
+        trace.
+        """
         with self._moved(step):
             evaluation = self.evaluate()
             evaluation.free()
@@ -164,12 +178,14 @@ class Objective:
 
 
 def evaluate(closure: Closure, params: Iterable[Tensor], products: Products = "auto") -> Evaluation:
-    """Evaluate a closure for curvature products, leaving no trace: parameters, `.grad`, random state, buffers and logs stay as they were.
+    """Evaluate a closure for curvature products, leaving no trace: parameters, `.grad`, random state, buffers and logs
+    stay as they were.
 
     Args:
         closure: The one that `torch.optim.LBFGS` takes, or any function of no argument that returns a live scalar loss.
         params: The parameters, such as `model.parameters()`; those that do not require a gradient are left out.
-        products: How products are formed: "cached" keeps the graph of the evaluation; "auto" (default) chooses, which today means "cached".
+        products: How products are formed: "cached" keeps the graph of the evaluation; "auto" (default) chooses, which
+            today means "cached".
 
     Returns:
         The `Evaluation` to give to `hessian`, `gauss_newton` or `jacobian`.
@@ -197,8 +213,10 @@ def _sum_of_terms(tap: Tap, returned: Any) -> Tensor:
         terms = [returned if returned.dim() == 0 else returned.squeeze()]
     if not terms:
         raise RuntimeError(
-            "The closure neither called loss.backward() nor returned a loss that requires a gradient, so there is nothing to minimise. "
-            "End it with `loss.backward(); return loss` (torch.autograd.backward is not seen: call the method), and check that the "
+            "The closure neither called loss.backward() nor returned a loss that requires a gradient, so there is "
+            "nothing to minimise. "
+            "End it with `loss.backward(); return loss` (torch.autograd.backward is not seen: call the method), and "
+            "check that the "
             "loss depends on the parameters and that no torch.no_grad() surrounds the forward pass."
         )
     if terms[0].dim() != 0 and terms[0].numel() != 1:
@@ -209,20 +227,23 @@ def _sum_of_terms(tap: Tap, returned: Any) -> Tensor:
     return total.reshape(())
 
 
-def _decay_term(decay: Tensor | None, point: Tensor) -> Tensor | float:
-    return 0.0 if decay is None else 0.5 * (decay * point.square()).sum()
+def _decay_term(decay: float | Tensor, point: Tensor) -> Tensor:
+    return 0.5 * (decay * point.square()).sum()
 
 
-def _value(loss: Tensor, decay: Tensor | None, point: Tensor) -> float:
+def _value(loss: Tensor, decay: float | Tensor, point: Tensor) -> float:
     return float(loss + _decay_term(decay, point))
 
 
 def _advice(tap: Tap) -> str:
     seen = f"The closure called {', '.join(dict.fromkeys(tap.losses_seen))}. " if tap.losses_seen else ""
     return (
-        f"No model output was recorded for the Gauss-Newton matrix. {seen}The losses recognised are cross_entropy, log_softmax followed by "
-        "nll_loss or kl_div, mse_loss, huber_loss, smooth_l1_loss, binary_cross_entropy (also with logits), poisson_nll_loss and the "
-        "soft margin losses of torch.nn.functional. For any other loss call `z = newtonopt.mark_outputs(z)` on the model's output inside the "
+        f"No model output was recorded for the Gauss-Newton matrix. {seen}The losses recognised are cross_entropy, "
+        f"log_softmax followed by "
+        "nll_loss or kl_div, mse_loss, huber_loss, smooth_l1_loss, binary_cross_entropy (also with logits), "
+        "poisson_nll_loss and the "
+        "soft margin losses of torch.nn.functional. For any other loss call `z = newtonopt.mark_outputs(z)` on the "
+        "model's output inside the "
         'closure, or use curvature="hessian".'
     )
 
@@ -235,7 +256,9 @@ def _refuse_sparse(gradients: Sequence[Tensor | None]) -> None:
 
 
 def _is_clipped(params: Sequence[Tensor], gradient: Tensor) -> bool:
-    """Compare `.grad`, which clipping shrinks and accumulation changes, with the recorded gradient, which is the one used."""
+    """Compare `.grad`, which clipping shrinks and accumulation changes, with the recorded gradient, which is the one
+    used.
+    """
     with torch.no_grad():
         left = flatten([p.grad for p in params], params)
         scale = float(gradient.abs().max())
@@ -248,8 +271,11 @@ def _is_clipped(params: Sequence[Tensor], gradient: Tensor) -> bool:
     if bool(shrunk.all()):
         return True
     raise RuntimeError(
-        "After the closure, .grad is not the gradient of its loss: something else was added, usually an earlier closure's gradient. "
-        "A second-order step needs one objective, so gradients cannot be accumulated across closures: call optimizer.zero_grad() first in the "
-        "closure, set accumulate_grad_batches=1 in Lightning, and to use several batches loop over them inside one closure, calling backward "
+        "After the closure, .grad is not the gradient of its loss: something else was added, usually an earlier "
+        "closure's gradient. "
+        "A second-order step needs one objective, so gradients cannot be accumulated across closures: call "
+        "optimizer.zero_grad() first in the "
+        "closure, set accumulate_grad_batches=1 in Lightning, and to use several batches loop over them inside one "
+        "closure, calling backward "
         "for each."
     )

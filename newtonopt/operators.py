@@ -26,7 +26,13 @@ class LinearOperator:
     """
 
     def __init__(
-        self, product: Product, shape: tuple[int, int], like: Tensor, *, psd: bool = False, transpose: Product | None = None
+        self,
+        product: Product,
+        shape: tuple[int, int],
+        like: Tensor,
+        *,
+        psd: bool = False,
+        transpose: Product | None = None,
     ) -> None:
         self._product = product
         self._transpose = transpose
@@ -58,7 +64,8 @@ class LinearOperator:
         """
         if v.shape[0] != self.shape[1] or v.dim() > 2:
             raise ValueError(
-                f"v has shape {tuple(v.shape)}: a vector for this {self.shape[0]} x {self.shape[1]} operator has shape ({self.shape[1]},)."
+                f"v has shape {tuple(v.shape)}: a vector for this {self.shape[0]} x {self.shape[1]} operator has "
+                f"shape ({self.shape[1]},)."
             )
         if v.dim() == 2:
             result = torch.empty(self.shape[0], v.shape[1], dtype=self.dtype, device=self.device)
@@ -119,8 +126,8 @@ def hessian(evaluation: Evaluation) -> LinearOperator:
 def gauss_newton(evaluation: Evaluation) -> LinearOperator:
     """The Gauss-Newton matrix `J' H_L J`, `(n, n)`: `J` the outputs' Jacobian, `H_L` the loss's Hessian in the outputs.
 
-    It is positive semi-definite for the convex losses that are recognised. Weight decay is added; any other term of the loss that does not go
-    through the outputs is left out, with a warning.
+    It is positive semi-definite for the convex losses that are recognised. Weight decay is added; any other term of the
+    loss that does not go through the outputs is left out, with a warning.
 
     Args:
         evaluation: From `evaluate(closure, params)`.
@@ -134,8 +141,10 @@ def gauss_newton(evaluation: Evaluation) -> LinearOperator:
     loss, outputs = _graph_with_outputs(evaluation)
     if evaluation.part_outside_outputs():
         warnings.warn(
-            "Part of the loss does not go through the recorded outputs (an explicit penalty on the parameters, or a term written by hand): the "
-            "Gauss-Newton matrix leaves that part out. Write an L2 penalty as weight_decay=..., and mark the outputs of other terms with "
+            "Part of the loss does not go through the recorded outputs (an explicit penalty on the parameters, or a "
+            "term written by hand): the "
+            "Gauss-Newton matrix leaves that part out. Write an L2 penalty as weight_decay=..., and mark the outputs "
+            "of other terms with "
             "newtonopt.mark_outputs.",
             stacklevel=2,
         )
@@ -181,7 +190,9 @@ def jacobian(evaluation: Evaluation) -> LinearOperator:
 def _jacobian_products(
     outputs: Sequence[Tensor], params: Sequence[Tensor]
 ) -> tuple[Callable[[Tensor], list[Tensor]], Callable[[Sequence[Tensor]], Tensor]]:
-    """`v -> J v` and `u -> J' u`. `J' u` is linear in a dummy `u`, so differentiating it by `u` gives `J v` with reverse mode alone."""
+    """`v -> J v` and `u -> J' u`. `J' u` is linear in a dummy `u`, so differentiating it by `u` gives `J v` with
+    reverse mode alone.
+    """
     dummies = [torch.zeros_like(z, requires_grad=True) for z in outputs]
     pulled = _grad(outputs, params, dummies, create_graph=True)
     live = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
@@ -207,11 +218,16 @@ def _graph_with_outputs(evaluation: Evaluation) -> tuple[Tensor, tuple[Tensor, .
 def _symmetric(product: Product, evaluation: Evaluation, *, psd: bool) -> LinearOperator:
     n = evaluation.gradient.numel()
     operator = LinearOperator(product, (n, n), evaluation.gradient, psd=psd)
-    return operator if evaluation.decay is None else operator.shift(evaluation.decay)
+    decayed = isinstance(evaluation.decay, Tensor) or evaluation.decay != 0.0
+    return operator.shift(evaluation.decay) if decayed else operator
 
 
 def _grad(
-    of: Tensor | Sequence[Tensor], by: Sequence[Tensor], along: Sequence[Tensor] | None = None, *, create_graph: bool = False
+    of: Tensor | Sequence[Tensor],
+    by: Sequence[Tensor],
+    along: Sequence[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
     with torch.enable_grad():
         return torch.autograd.grad(of, by, along, retain_graph=True, create_graph=create_graph, allow_unused=True)

@@ -18,7 +18,9 @@ from newtonopt.objective import Objective
 
 
 class Noisy(nn.Module):
-    """Everything that a forward pass can leave behind: BatchNorm, Dropout, a power iteration, a counter, other random streams."""
+    """Everything that a forward pass can leave behind: BatchNorm, Dropout, a power iteration, a counter, other random
+    streams.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +50,9 @@ def traces(model: Noisy) -> list[object]:
 
 
 def same(a: list[object], b: list[object]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(a, b, strict=True)
+    )
 
 
 def test_a_replay_is_the_same_function_and_leaves_no_trace() -> None:
@@ -326,7 +330,10 @@ def test_bad_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match=r"two dtypes.*torch\.float32, torch\.float64"):
         evaluate(lambda: torch.zeros(()), mixed)
     with pytest.raises(ValueError, match=r"two devices.*cpu, meta"):
-        evaluate(lambda: torch.zeros(()), [torch.zeros(1, requires_grad=True), torch.zeros(1, device="meta", requires_grad=True)])
+        evaluate(
+            lambda: torch.zeros(()),
+            [torch.zeros(1, requires_grad=True), torch.zeros(1, device="meta", requires_grad=True)],
+        )
     with pytest.raises(ValueError, match="Keep the weights in float32"):
         evaluate(lambda: torch.zeros(()), [torch.zeros(1, dtype=torch.float16, requires_grad=True)])
     with pytest.raises(ValueError, match="products is 'exact'"):

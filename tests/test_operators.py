@@ -84,12 +84,16 @@ def test_difference_losses_take_curvature_from_both_arguments() -> None:
     model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     left, right = torch.randn(6, 2).double(), torch.randn(6, 2).double()
     periodic = evaluate(lambda: F.mse_loss(model(left), model(right)), model.parameters())
-    by_difference = evaluate(lambda: F.mse_loss(model(left) - model(right), torch.zeros(6, 1).double()), model.parameters())
+    by_difference = evaluate(
+        lambda: F.mse_loss(model(left) - model(right), torch.zeros(6, 1).double()), model.parameters()
+    )
     close(gauss_newton(periodic).dense(), gauss_newton(by_difference).dense())
 
 
 def test_derivatives_inside_the_loss() -> None:
-    """A physics-informed residual: the Gauss-Newton matrix is J'J of the residual, whose own Jacobian is taken by finite differences."""
+    """A physics-informed residual: the Gauss-Newton matrix is J'J of the residual, whose own Jacobian is taken by
+    finite differences.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     x = torch.linspace(0, 1, 7).double()[:, None].requires_grad_()

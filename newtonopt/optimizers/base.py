@@ -22,7 +22,8 @@ from newtonopt.optimizers.report import StepReport
 _PER_GROUP = ("lr", "weight_decay")
 _MAX_FAILURES = 5
 _CLIPPING = (
-    "The closure clips gradients. newtonopt takes the gradient of the loss itself: clipping has no effect on its step, which the damping bounds. "
+    "The closure clips gradients. newtonopt takes the gradient of the loss itself: clipping has no effect on its "
+    "step, which the damping bounds. "
     "Remove gradient_clip_val (or clip_grad_norm_) to silence this."
 )
 # A step that does not decrease the loss is halved, at most six times.
@@ -50,7 +51,7 @@ class Proposal:
 
 
 class NewtonOptimizer(torch.optim.Optimizer, ABC):
-    """Base of the family. A subclass says how it proposes a step; the rest, from the closure to the damping, is here."""
+    """Base of the family. A subclass says how it proposes a step; all else, from closure to damping, is here."""
 
     def __init__(self, params: ParamsT, settings: dict[str, Any]) -> None:
         check_products(settings["products"])
@@ -73,11 +74,14 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         for name in self.defaults:
             if name not in _PER_GROUP and param_group.get(name, shared[name]) != shared[name]:
                 raise ValueError(
-                    f"{name}={param_group[name]!r} in a parameter group: the step couples all groups, so {name} is one setting for the whole "
+                    f"{name}={param_group[name]!r} in a parameter group: the step couples all groups, so {name} is "
+                    f"one setting for the whole "
                     f"optimizer (here {shared[name]!r}). Only lr and weight_decay may differ between groups."
                 )
         _check_settings({**self.defaults, **{name: param_group[name] for name in _PER_GROUP if name in param_group}})
-        super().add_param_group({**{name: shared[name] for name in self.defaults if name not in _PER_GROUP}, **param_group})
+        super().add_param_group(
+            {**{name: shared[name] for name in self.defaults if name not in _PER_GROUP}, **param_group}
+        )
         try:
             check_parameters([p for group in self.param_groups for p in group["params"]])
         except ValueError:
@@ -85,23 +89,26 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             raise
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
         Args:
-            closure: Clears the gradients, computes the loss, calls `backward` and returns the loss, as for `torch.optim.LBFGS`.
+            closure: Clears the gradients, computes the loss, calls `backward` and returns the loss, as for
+                `torch.optim.LBFGS`.
 
         Returns:
             What the closure returned at the starting point, detached; the loss if it returned nothing.
 
         Raises:
-            RuntimeError: No closure, a closure without a loss, gradients accumulated across closures, or a loss or gradient that was not
-                finite in five steps running.
+            RuntimeError: No closure, a closure without a loss, gradients accumulated across closures, or a loss or
+                gradient that was not finite in five steps running.
         """
         if closure is None:
             raise RuntimeError(
-                f"{type(self).__name__}.step() needs a closure that computes the loss and calls backward: optimizer.step(closure). Lightning "
-                'gives one, except with precision="16-mixed", whose gradient scaler calls step() without it: use precision="bf16-mixed" or '
+                f"{type(self).__name__}.step() needs a closure that computes the loss and calls backward: "
+                f"optimizer.step(closure). Lightning "
+                'gives one, except with precision="16-mixed", whose gradient scaler calls step() without it: use '
+                'precision="bf16-mixed" or '
                 '"32-true".'
             )
         trained = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
@@ -111,7 +118,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         self._forget_if_changed(params)
         decay = _per_entry([float(group["weight_decay"]) for group, _ in trained], params)
         rates = _per_entry([float(group["lr"]) for group, _ in trained], params)
-        with Objective(closure, params, None if _is_zero(decay) else decay) as objective:
+        with Objective(closure, params, decay) as objective:
             evaluation = objective.record()
             if evaluation.clipped and not self._warned_of_clipping:
                 self._warned_of_clipping = True
@@ -174,23 +181,14 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         self._adapt(-math.inf)
         if memory["failures"] >= _MAX_FAILURES:
             raise RuntimeError(
-                f"The {what} was not finite in {memory['failures']} steps in a row; the parameters were left as they were. Check the data for "
+                f"The {what} was not finite in {memory['failures']} steps in a row; the parameters were left as they "
+                f"were. Check the data for "
                 "NaN or infinite entries, the model's initialisation, and operations such as log or sqrt at zero."
             )
 
-    def _report(self, loss: float, gradient_norm: float, **values: Any) -> None:
-        blank: dict[str, Any] = dict(
-            trial_loss=loss,
-            predicted_decrease=0.0,
-            ratio=math.nan,
-            damping=self._memory["damping"],
-            iterations=0,
-            products=0,
-            trials=0,
-            step_norm=0.0,
-            accepted=False,
-        )
-        self.last_step = StepReport(loss=loss, gradient_norm=gradient_norm, **{**blank, **values})
+    def _report(self, loss: float, gradient_norm: float, reason: str, **values: Any) -> None:
+        fields = {"trial_loss": loss, "damping": self._memory["damping"], **values}
+        self.last_step = StepReport(loss=loss, gradient_norm=gradient_norm, reason=reason, **fields)
 
     @property
     def _memory(self) -> dict[str, Any]:
@@ -227,9 +225,11 @@ class _Outcome:
 
 
 def _search(objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> _Outcome:
-    """Try the proposal's steps until one decreases the loss and the next is no better (Martens 2010, sec. 4.6); shorten the best if none did.
+    """Try the proposal's steps until one decreases the loss and the next is no better (Martens 2010, sec. 4.6); shorten
+    the best if none did.
 
-    The ratio, which adapts the damping, is that of the step before it was shortened: a good short step does not excuse a bad long one.
+    The ratio, which adapts the damping, is that of the step before it was shortened: a good short step does not excuse
+        a bad long one.
     """
     step, predicted, best = proposal.steps[0], proposal.decreases[0], math.inf
     trials = 0
@@ -257,7 +257,12 @@ def _per_entry(values: Sequence[float], params: Sequence[Tensor]) -> float | Ten
     """The common value, or a vector `(n,)` with each parameter's own."""
     if len(set(values)) == 1:
         return values[0]
-    return torch.cat([torch.full((p.numel(),), value, dtype=p.dtype, device=p.device) for value, p in zip(values, params, strict=True)])
+    return torch.cat(
+        [
+            torch.full((p.numel(),), value, dtype=p.dtype, device=p.device)
+            for value, p in zip(values, params, strict=True)
+        ]
+    )
 
 
 def _is_zero(value: float | Tensor) -> bool:
@@ -266,7 +271,9 @@ def _is_zero(value: float | Tensor) -> bool:
 
 @torch.no_grad()
 def _put_gradients(params: Sequence[Tensor], gradient: Tensor) -> None:
-    """Leave the recorded gradient in `.grad`, as if nothing had clipped it; a parameter that the loss does not use keeps None."""
+    """Leave the recorded gradient in `.grad`, as if nothing had clipped it; a parameter that the loss does not use
+    keeps None.
+    """
     for p, piece in zip(params, unflatten(gradient, params), strict=True):
         if p.grad is not None:
             p.grad.copy_(piece)
@@ -290,7 +297,8 @@ def _check_settings(settings: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {settings[name]!r}: give a finite number above zero.")
     if not settings["min_damping"] <= settings["damping"] <= settings["max_damping"]:
         raise ValueError(
-            f"damping is {settings['damping']!r}, outside min_damping {settings['min_damping']!r} and max_damping {settings['max_damping']!r}."
+            f"damping is {settings['damping']!r}, outside min_damping {settings['min_damping']!r} and max_damping "
+            f"{settings['max_damping']!r}."
         )
     if not 1.0 < settings["damping_factor"] < math.inf:
         raise ValueError(f"damping_factor is {settings['damping_factor']!r}: give a finite number above one.")

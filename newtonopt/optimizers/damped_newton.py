@@ -14,21 +14,24 @@ from newtonopt.solvers.dense import solve_absolute, solve_shifted
 
 
 class DampedNewton(NewtonOptimizer):
-    """Newton steps `-(A + damping I)^-1 g` with the whole matrix `A`, the damping adapted by the Levenberg-Marquardt rule.
+    """Newton steps `-(A + damping I)^-1 g` with the whole matrix `A`, the damping adapted by the Levenberg-Marquardt
+    rule.
 
-    Use it for models of up to a few thousand parameters, where it converges quadratically: a step costs `n` products, and `n^2` numbers of
-    memory. Do not use it for larger ones, or with small noisy batches: `HessianFree` needs a fraction of the products.
+    Use it for models of up to a few thousand parameters, where it converges quadratically: a step costs `n` products,
+        and `n^2` numbers of memory. Do not use it for larger ones, or with small noisy batches: `HessianFree` needs a
+        fraction of the products.
 
     Args:
         params: Parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
         lr: Scales the step, zero or more. Default 1: the Newton step.
-        curvature: "hessian" (default): exact, with quadratic convergence; "gauss_newton": positive semi-definite, needs a recognised loss or
-            `mark_outputs`.
+        curvature: "hessian" (default): exact, with quadratic convergence; "gauss_newton": positive semi-definite, needs
+            a recognised loss or `mark_outputs`.
         damping: The first damping, above zero. Default 1, as for `HessianFree`.
         weight_decay: Coefficient of `|theta|^2 / 2` in the objective, zero or more. Default 0.
         products: How products are formed, "auto" (default) or "cached", which today are the same.
-        eigenvalues: What becomes of negative eigenvalues: "absolute" (default) takes absolute values, which escapes saddles (Dauphin et al.
-            2014); "shifted" adds a multiple of the identity that lifts them all, and needs no eigenvectors while there are none.
+        eigenvalues: What becomes of negative eigenvalues: "absolute" (default) takes absolute values, which escapes
+            saddles (Dauphin et al. 2014); "shifted" adds a multiple of the identity that lifts them all, and needs no
+            eigenvectors while there are none.
         damping_factor: Of the Levenberg-Marquardt rule, above one. Default 3/2 (Martens 2010, sec. 4.1).
         min_damping: Lower bound, above zero. Default 1e-16: below the rounding of float64.
         max_damping: Upper bound. Default 1e10.

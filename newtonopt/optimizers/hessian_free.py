@@ -22,28 +22,32 @@ from newtonopt.solvers.solution import Iterate, Solution
 class HessianFree(NewtonOptimizer):
     """Truncated Gauss-Newton steps by preconditioned conjugate gradients, with Levenberg-Marquardt damping.
 
-    Each step minimises `g's + s'(A + damping I)s / 2` approximately, tries the result and earlier iterates of conjugate gradients, shortens the
-    step until it decreases the loss, and adapts the damping to how well the model predicted the decrease.
+    Each step minimises `g's + s'(A + damping I)s / 2` approximately, tries the result and earlier iterates of conjugate
+    gradients, shortens the step until it decreases the loss, and adapts the damping to how well the model predicted the
+    decrease.
 
-    Use it with the whole data set or large batches, where the loss is ill-conditioned: physics-informed networks, regression, autoencoders.
-    Do not use it with small batches or a loss dominated by noise: a step costs tens of gradients, and first-order methods need only one.
+    Use it with the whole data set or large batches, where the loss is ill-conditioned: physics-informed networks,
+    regression, autoencoders. Do not use it with small batches or a loss dominated by noise: a step costs tens of
+    gradients, and first-order methods need only one.
 
     Args:
         params: Parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
         lr: Scales the step, zero or more. Default 1: the whole step.
-        curvature: "gauss_newton" (default; Martens 2010, sec. 4.2): positive semi-definite, needs a recognised loss or `mark_outputs`;
-            "hessian": exact, follows negative curvature where conjugate gradients meet it.
-        damping: The first damping, above zero. Default 1 (Martens & Sutskever 2012); the rule finds its own within some tens of steps.
+        curvature: "gauss_newton" (default; Martens 2010, sec. 4.2): positive semi-definite, needs a recognised loss or
+            `mark_outputs`; "hessian": exact, follows negative curvature where conjugate gradients meet it.
+        damping: The first damping, above zero. Default 1 (Martens & Sutskever 2012); the rule finds its own within some
+            tens of steps.
         weight_decay: Coefficient of `|theta|^2 / 2` in the objective, zero or more. Default 0.
         products: How products are formed, "auto" (default) or "cached", which today are the same.
-        preconditioner: "nystrom" (default): a low-rank sketch of the curvature (Frangella, Tropp & Udell 2023); "empirical_fisher": the running
-            mean of squared gradients (Martens 2010, sec. 4.7); None.
+        preconditioner: "nystrom" (default): a low-rank sketch of the curvature (Frangella, Tropp & Udell 2023);
+            "empirical_fisher": the running mean of squared gradients (Martens 2010, sec. 4.7); None.
         rank: Of the sketch, one or more; it takes `rank * n` numbers of memory. Default 100, see benchmarks/NOTES.md.
         refresh_every: Steps between sketches, one or more. Default 10, see benchmarks/NOTES.md.
         max_iterations: Of conjugate gradients in a step, one or more. Default 1000, see benchmarks/NOTES.md.
-        progress_tolerance: Martens' stop (2010, sec. 4.4): relative progress per iteration, from 0 to below 1. Default 5e-3, see
-            benchmarks/NOTES.md; Martens used 5e-4 without a sketch.
-        warm_start: Conjugate gradients start from the last solution times this, from 0 to below 1. Default 0.95 (Martens & Sutskever 2012).
+        progress_tolerance: Martens' stop (2010, sec. 4.4): relative progress per iteration, from 0 to below 1. Default
+            5e-3, see benchmarks/NOTES.md; Martens used 5e-4 without a sketch.
+        warm_start: Conjugate gradients start from the last solution times this, from 0 to below 1. Default 0.95
+            (Martens & Sutskever 2012).
         damping_factor: Of the Levenberg-Marquardt rule, above one. Default 3/2 (Martens 2010, sec. 4.1).
         min_damping: Lower bound, above zero. Default 1e-16: below the rounding of float64.
         max_damping: Upper bound. Default 1e10.
@@ -73,7 +77,9 @@ class HessianFree(NewtonOptimizer):
         seed: int = 0,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
-        check_choices(settings, curvature=("gauss_newton", "hessian"), preconditioner=("nystrom", "empirical_fisher", None))
+        check_choices(
+            settings, curvature=("gauss_newton", "hessian"), preconditioner=("nystrom", "empirical_fisher", None)
+        )
         _check_numbers(settings)
         super().__init__(params, settings)
 
@@ -113,7 +119,9 @@ class HessianFree(NewtonOptimizer):
             sketch = preconditioners.sketch(A, settings["rank"], generator, evaluation.gradient)
             memory.update(sketch_vectors=sketch.vectors, sketch_values=sketch.values, sketch_age=0)
         memory["sketch_age"] += 1
-        return preconditioners.Sketch(memory["sketch_vectors"], memory["sketch_values"]).preconditioner(memory["damping"])
+        return preconditioners.Sketch(memory["sketch_vectors"], memory["sketch_values"]).preconditioner(
+            memory["damping"]
+        )
 
 
 # Of the running mean of squared gradients.
@@ -121,7 +129,9 @@ _FISHER_DECAY = 0.99
 
 
 def _candidates(solution: Solution, damped: LinearOperator, gradient: Tensor, damping: float) -> list[Iterate]:
-    """The steps to try: the solution, then the iterates before it; in front of them, when negative curvature was met, a step along it."""
+    """The steps to try: the solution, then the iterates before it; in front of them, when negative curvature was met, a
+    step along it.
+    """
     last = Iterate(solution.step, solution.decrease)
     earlier = [i for i in reversed(solution.path) if i.step is not solution.step and i.decrease > 0]
     candidates = [last, *earlier] if solution.decrease > 0 else earlier
@@ -132,7 +142,9 @@ def _candidates(solution: Solution, damped: LinearOperator, gradient: Tensor, da
 
 
 def _along(d: Tensor, start: Iterate, damped: LinearOperator, gradient: Tensor, damping: float) -> Iterate:
-    """From `start` along `d`: as far as the model's slope and the size of its curvature say, at most as far as the damping alone allows."""
+    """From `start` along `d`: as far as the model's slope and the size of its curvature say, at most as far as the
+    damping alone allows.
+    """
     slope = float(d @ (gradient + damped @ start.step))
     bend = float(d @ (damped @ d))
     longest = max(float(start.step.norm()), float(gradient.norm()) / damping) / float(d.norm())
@@ -140,7 +152,9 @@ def _along(d: Tensor, start: Iterate, damped: LinearOperator, gradient: Tensor, 
     return Iterate(start.step + t * d, start.decrease - t * slope - 0.5 * t**2 * bend)
 
 
-def _scaled_decrease(candidate: Iterate, damping: float, gradient: Tensor, rates: float | Tensor, A: LinearOperator) -> float:
+def _scaled_decrease(
+    candidate: Iterate, damping: float, gradient: Tensor, rates: float | Tensor, A: LinearOperator
+) -> float:
     """The undamped model's decrease for `rates * step`."""
     step = candidate.step
     if isinstance(rates, Tensor):

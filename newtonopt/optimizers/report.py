@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -11,28 +12,28 @@ class StepReport:
 
     Attributes:
         loss: The objective at the start, weight decay included.
+        gradient_norm: Euclidean, of the objective's gradient.
+        damping: Used in this step.
+        reason: Why the inner solver stopped, or why there was no step, in words.
         trial_loss: The objective at the best trial; equal to `loss` if none was made.
         predicted_decrease: What the undamped quadratic model promised for that trial.
-        ratio: Actual over predicted decrease; near one where the model is right.
-        damping: Used in this step.
+        ratio: Actual over predicted decrease, before any shortening of the step; near one where the model is right.
         iterations: Of the inner solver.
         products: Curvature products, those for the preconditioner included.
         trials: Evaluations of the loss at trial points, one forward pass each.
-        gradient_norm: Euclidean, of the objective's gradient.
         step_norm: Euclidean length of the step taken; zero if it was rejected.
         accepted: Whether the parameters moved.
-        reason: Why the inner solver stopped, or why there was no step, in words.
     """
 
     loss: float
-    trial_loss: float
-    predicted_decrease: float
-    ratio: float
-    damping: float
-    iterations: int
-    products: int
-    trials: int
     gradient_norm: float
-    step_norm: float
-    accepted: bool
+    damping: float
     reason: str
+    trial_loss: float
+    predicted_decrease: float = 0.0
+    ratio: float = math.nan
+    iterations: int = 0
+    products: int = 0
+    trials: int = 0
+    step_norm: float = 0.0
+    accepted: bool = False

@@ -28,8 +28,9 @@ def conjugate_gradients(
 ) -> Solution:
     """Minimise `m(s) = g's + s'As / 2` by conjugate gradients, in the ball `||s|| <= radius`.
 
-    With a radius this is Steihaug's method (Nocedal & Wright 2006, alg. 7.2). The norm is that of the preconditioner, `s'Ms` with `M` the matrix
-    whose inverse the preconditioner applies, in which the iterates grow (Conn, Gould & Toint 2000, sec. 7.5).
+    With a radius this is Steihaug's method (Nocedal & Wright 2006, alg. 7.2). The norm is that of the preconditioner,
+    `s'Ms` with `M` the matrix whose inverse the preconditioner applies, in which the iterates grow (Conn, Gould & Toint
+    2000, sec. 7.5).
 
     Args:
         A: The symmetric matrix, `(n, n)`.
@@ -38,13 +39,14 @@ def conjugate_gradients(
         preconditioner: Applies the inverse of a positive definite matrix near `A`.
         radius: Of the ball, positive.
         max_iterations: At most so many products; `n` if None.
-        progress_tolerance: Martens' stop: end when the relative progress over the last `k = max(10, i / 10)` of `i` iterations is below
-            `k` times this (Martens 2010, sec. 4.4, uses 5e-4).
+        progress_tolerance: Martens' stop: end when the relative progress over the last `k = max(10, i / 10)` of `i`
+            iterations is below `k` times this (Martens 2010, sec. 4.4, uses 5e-4).
         residual_tolerance: End when the residual's norm is at most this times the gradient's (see `forcing_sequence`).
         keep_path: Keep the iterates on a growing grid, for backtracking.
 
     Returns:
-        The solution; on negative curvature the last iterate and the direction, or the boundary point along it if the radius is finite.
+        The solution; on negative curvature the last iterate and the direction, or the boundary point along it if the
+        radius is finite.
 
     Raises:
         ValueError: A radius that is not positive, or a start together with a finite radius.
@@ -59,7 +61,9 @@ def conjugate_gradients(
 
 
 def forcing_sequence(gradient_norm: float) -> float:
-    """The residual tolerance `min(1/2, sqrt(|g|))` of an inexact Newton step (Nocedal & Wright 2006, alg. 7.1): superlinear convergence."""
+    """The residual tolerance `min(1/2, sqrt(|g|))` of an inexact Newton step (Nocedal & Wright 2006, alg. 7.1):
+    superlinear convergence.
+    """
     return min(0.5, math.sqrt(gradient_norm))
 
 

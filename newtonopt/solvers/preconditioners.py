@@ -19,7 +19,9 @@ class Curvature(Matrix, Protocol):
     """A matrix that knows whether it is positive semi-definite."""
 
     @property
-    def psd(self) -> bool: ...
+    def psd(self) -> bool:
+        """Whether it is, by construction."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ def sketch(A: Curvature, rank: int, generator: torch.Generator, like: Tensor) ->
 
 
 def _nystrom(A: Matrix, test: Tensor) -> Sketch:
-    """Algorithm 2.1 of Frangella, Tropp & Udell 2023. The shift `sqrt(n) eps |Y|` keeps the Cholesky factorisation stable, and is taken off again; it
-    is raised where rounding in the products makes the small core indefinite.
+    """Algorithm 2.1 of Frangella, Tropp & Udell 2023. The shift `sqrt(n) eps |Y|` keeps the Cholesky factorisation
+    stable, and is taken off again; it is raised where rounding in the products makes the small core indefinite.
     """
     n, rank = test.shape
     Y = _products(A, test)
@@ -78,7 +80,9 @@ def _nystrom(A: Matrix, test: Tensor) -> Sketch:
     shift = max(math.sqrt(n) * torch.finfo(Y.dtype).eps * norm, torch.finfo(Y.dtype).tiny)
     while True:
         core = test.T @ Y
-        factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2 + shift * torch.eye(rank, dtype=Y.dtype, device=Y.device))
+        factor, failed = torch.linalg.cholesky_ex(
+            (core + core.T) / 2 + shift * torch.eye(rank, dtype=Y.dtype, device=Y.device)
+        )
         if not failed:
             break
         shift *= 10
@@ -88,7 +92,9 @@ def _nystrom(A: Matrix, test: Tensor) -> Sketch:
 
 
 def _range_finder(A: Matrix, test: Tensor) -> Sketch:
-    """Eigenvalues on the range of `A test`, by absolute value; Halko, Martinsson & Tropp 2011, sec. 5.3, for an indefinite matrix."""
+    """Eigenvalues on the range of `A test`, by absolute value; Halko, Martinsson & Tropp 2011, sec. 5.3, for an
+    indefinite matrix.
+    """
     basis, _ = torch.linalg.qr(_products(A, test))
     core = basis.T @ _products(A, basis)
     values, vectors = torch.linalg.eigh((core + core.T) / 2)
@@ -99,11 +105,15 @@ def _range_finder(A: Matrix, test: Tensor) -> Sketch:
 def _products(A: Matrix, columns: Tensor) -> Tensor:
     products = torch.stack([A @ column for column in columns.unbind(1)], dim=1)
     if not bool(torch.isfinite(products).all()):
-        raise FloatingPointError("A curvature product is not finite: the loss or its derivatives overflow at the current parameters.")
+        raise FloatingPointError(
+            "A curvature product is not finite: the loss or its derivatives overflow at the current parameters."
+        )
     return products
 
 
 def diagonal(weights: Tensor, damping: float, exponent: float = 0.75) -> Preconditioner:
-    """Division by `(weights + damping)^exponent`; Martens 2010, sec. 4.7, with the empirical Fisher diagonal for weights `(n,)`."""
+    """Division by `(weights + damping)^exponent`; Martens 2010, sec. 4.7, with the empirical Fisher diagonal for
+    weights `(n,)`.
+    """
     inverse = (weights + damping).pow(-exponent)
     return lambda v: inverse * v

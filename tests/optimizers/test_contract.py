@@ -25,7 +25,9 @@ class Training:
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(1)
-        self.model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3)).to(dtype)
+        self.model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3)).to(
+            dtype
+        )
         self.x, self.y = torch.randn(20, 4, dtype=dtype), torch.randint(0, 3, (20,))
         self.forwards = self.backwards = 0
 
@@ -83,7 +85,9 @@ def test_a_step_costs_one_forward_one_backward_and_one_forward_per_trial(
     optimizer = build(training.model.parameters())
     backwards = []
     run = torch.autograd.backward
-    monkeypatch.setattr(torch.autograd, "backward", lambda *args, **kwargs: (backwards.append(1), run(*args, **kwargs))[1])
+    monkeypatch.setattr(
+        torch.autograd, "backward", lambda *args, **kwargs: (backwards.append(1), run(*args, **kwargs))[1]
+    )
     for _ in range(3):
         training.forwards = 0
         backwards.clear()
@@ -94,7 +98,9 @@ def test_a_step_costs_one_forward_one_backward_and_one_forward_per_trial(
 
 
 def test_a_step_leaves_what_one_closure_call_leaves(build: Build) -> None:
-    """Random state, buffers and gradients after a step, trials included, are those after the closure ran once at the starting point."""
+    """Random state, buffers and gradients after a step, trials included, are those after the closure ran once at the
+    starting point.
+    """
     training, twin = Training(), Training()
     build(training.model.parameters()).step(training.closure)
     after = torch.get_rng_state()
@@ -157,11 +163,19 @@ def test_a_rejected_step_leaves_parameters_bit_equal(build: Build) -> None:
 
 def test_state_dict_resumes_bit_equal_and_loads_weights_only(build: Build) -> None:
     training = Training()
-    optimizer = build([{"params": training.model[0].parameters(), "lr": 0.7}, {"params": training.model[1:].parameters(), "weight_decay": 0.1}])
+    optimizer = build(
+        [
+            {"params": training.model[0].parameters(), "lr": 0.7},
+            {"params": training.model[1:].parameters(), "weight_decay": 0.1},
+        ]
+    )
     for _ in range(4):
         optimizer.step(training.closure)
     buffer = io.BytesIO()
-    torch.save({"model": training.model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, buffer)
+    torch.save(
+        {"model": training.model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()},
+        buffer,
+    )
     for _ in range(4):
         optimizer.step(training.closure)
 
@@ -192,7 +206,9 @@ def test_copies_and_pickles_go_on_alike(build: Build) -> None:
 
 
 def test_groups_have_their_own_rate_and_decay(build: Build) -> None:
-    """A group with lr 0 stays; weight decay in the groups equals the same penalty written into the loss of an exact method."""
+    """A group with lr 0 stays; weight decay in the groups equals the same penalty written into the loss of an exact
+    method.
+    """
     training = Training()
     still = training.model[4].weight.detach().clone()
     others = [p for p in training.model.parameters() if p is not training.model[4].weight]

@@ -24,7 +24,9 @@ def test_the_step_solves_the_damped_system(preconditioner: str | None) -> None:
     assert report is not None
     # Backtracking may prefer an iterate just before the last.
     assert float((case.flat() - start - exact).norm() / exact.norm()) < 1e-4
-    assert report.predicted_decrease == pytest.approx(-float(g @ exact + exact @ G @ exact / 2), rel=1e-6)  # of the undamped model
+    assert report.predicted_decrease == pytest.approx(
+        -float(g @ exact + exact @ G @ exact / 2), rel=1e-6
+    )  # of the undamped model
 
 
 def test_linear_least_squares_is_solved_as_the_damping_vanishes() -> None:
@@ -47,7 +49,9 @@ def test_linear_least_squares_is_solved_as_the_damping_vanishes() -> None:
 
 @pytest.mark.parametrize("preconditioner", ["nystrom", None])
 def test_negative_curvature_is_followed_off_a_saddle(preconditioner: str | None) -> None:
-    """x^2 - y^2 + y^4 near its saddle: the gradient points along x, and only curvature along y leads to a minimum (y^2 = 1/2)."""
+    """x^2 - y^2 + y^4 near its saddle: the gradient points along x, and only curvature along y leads to a minimum (y^2
+    = 1/2).
+    """
     theta = torch.tensor([1.0, 1e-3], dtype=torch.float64, requires_grad=True)
     optimizer = HessianFree([theta], curvature="hessian", damping=0.1, preconditioner=preconditioner)
 
@@ -112,7 +116,9 @@ def test_the_sketch_makes_conjugate_gradients_short() -> None:
     for preconditioner in ("nystrom", None):
         layer = nn.Linear(60, 1, bias=False).double()
         nn.init.zeros_(layer.weight)
-        optimizer = HessianFree(layer.parameters(), damping=1e-6, preconditioner=preconditioner, rank=30, progress_tolerance=1e-6)
+        optimizer = HessianFree(
+            layer.parameters(), damping=1e-6, preconditioner=preconditioner, rank=30, progress_tolerance=1e-6
+        )
         optimizer.step(lambda layer=layer: F.mse_loss(layer(X), y))
         assert optimizer.last_step is not None
         iterations[preconditioner] = optimizer.last_step.iterations

@@ -1,0 +1,423 @@
+"""CurvatureMonitor in real training runs: it changes nothing, its values are true, and they reach every logger."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_problems import (
+    BATCHES,
+    OPTIMIZERS,
+    Classifier,
+    both_loggers,
+    chart_tags,
+    from_csv,
+    from_events,
+    layout,
+    loader,
+    quiet_trainer,
+)
+from torch import Tensor
+from torch.autograd.functional import hessian as dense_hessian
+from torch.func import functional_call
+
+from newtonopt.callbacks import CurvatureMonitor, StepMonitor
+
+
+def small_monitor(**settings: Any) -> CurvatureMonitor:
+    return CurvatureMonitor(**{"every_n_train_steps": 1, "max_products": 30, **settings})
+
+
+def everything(model: Classifier, trainer: L.Trainer, folder: Path) -> dict[str, Any]:
+    """All that a measurement could have changed."""
+    metrics = [model.accuracy, model.updated, *model.several.values()]
+    logged = {
+        f"{name}/{tag}": values
+        for name, table in (("events", from_events(folder)), ("csv", from_csv(folder)))
+        for tag, values in table.items()
+        if not tag.startswith("curvature/")
+    }
+    return {
+        "parameters and buffers": {name: t.clone() for name, t in model.state_dict().items()},
+        "gradients": [p.grad for p in model.parameters()],
+        "optimizer": {i: dict(state) for i, state in enumerate(trainer.optimizers[0].state.values())},
+        "random": [
+            torch.get_rng_state(),
+            torch.from_numpy(np.random.get_state()[1].astype(np.int64)),
+            random.getstate()[1],
+        ],
+        "flags": [module.training for module in model.modules()],
+        "metrics": [{name: getattr(metric, name) for name in metric._defaults} for metric in metrics],
+        "counts": [metric._update_count for metric in metrics],
+        "logged": logged,
+    }
+
+
+def fitted(optimizer: str, folder: Path, *callbacks: L.Callback) -> dict[str, Any]:
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(0)
+    model, trainer = Classifier(optimizer), quiet_trainer(logger=both_loggers(folder), callbacks=list(callbacks))
+    trainer.fit(model, loader(shuffle=True))
+    return everything(model, trainer, folder)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "HessianFree"])
+def test_measuring_changes_nothing(optimizer: str, tmp_path: Path) -> None:
+    without = fitted(optimizer, tmp_path / "without")
+    for mode in ("train", "eval"):
+        monitor = small_monitor(mode=mode, num_batches=2, sharpness="ball" if mode == "train" else "adaptive_ball")
+        watched = fitted(optimizer, tmp_path / mode, monitor)
+        assert len(from_csv(tmp_path / mode)["curvature/lambda_max"]) == 2 * BATCHES - 1
+        for what, expected in without.items():
+            torch.testing.assert_close(
+                watched[what], expected, rtol=0, atol=0, msg=lambda m, what=what: f"{mode}, {what}: {m}"
+            )
+
+
+class Plain(Classifier):
+    """The same loss without random numbers, in which a dense Hessian can be taken."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self.layers(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        pass
+
+
+class Batches(L.Callback):
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(tuple(t.clone() for t in batch))
+
+
+def dense_truth(
+    model: Plain, batches: list[tuple[Tensor, Tensor]], mode: str
+) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor, Tensor]:
+    """The objective as a function of flat parameters in float64; the parameters; gradient and Hessian there."""
+    model = copy.deepcopy(model).double().train(mode == "train")
+    names, shapes = [n for n, _ in model.layers.named_parameters()], [p.shape for p in model.layers.parameters()]
+    total = sum(len(y) for _, y in batches)
+
+    def objective(flat: Tensor) -> Tensor:
+        pieces = flat.split([shape.numel() for shape in shapes])
+        values = {name: piece.view(shape) for name, piece, shape in zip(names, pieces, shapes, strict=True)}
+        buffers = {name: b.clone() for name, b in model.layers.named_buffers()}
+        losses = [
+            F.cross_entropy(functional_call(model.layers, {**values, **buffers}, x.double()), y) for x, y in batches
+        ]
+        return sum(loss * len(y) / total for loss, (_, y) in zip(losses, batches, strict=True))
+
+    point = torch.cat([p.detach().flatten() for p in model.layers.parameters()]).requires_grad_()
+    [gradient] = torch.autograd.grad(objective(point), point)
+    return objective, point.detach(), gradient, dense_hessian(objective, point.detach())
+
+
+def worst_rise(
+    objective: Callable[[Tensor], Tensor], point: Tensor, hessian: Tensor, gradient: Tensor, radius: float
+) -> float:
+    """By brute force: the linearised maximiser, many times over, from many starts."""
+    top = torch.linalg.eigh(hessian)[1][:, -5:].T
+    best = -torch.inf
+    for start in [*top, *-top, gradient, *torch.randn(5, len(point), dtype=point.dtype)]:
+        step = radius * start / start.norm()
+        for _ in range(60):
+            at = (point + step).requires_grad_()
+            loss = objective(at)
+            best = max(best, loss.item())
+            [ascent] = torch.autograd.grad(loss, at)
+            step = radius * ascent / ascent.norm()
+    return best - objective(point).item()
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_values_are_those_of_the_dense_matrix(mode: str, precision: str, tmp_path: Path) -> None:
+    dtype, accuracy = (torch.float64, 1e-9) if precision == "64-true" else (torch.float32, 1e-4)
+    model, batches = Plain("SGD", dropout=0.0 if mode == "train" else 0.5), Batches()
+    monitor = CurvatureMonitor(
+        every_n_train_steps=4,
+        mode=mode,
+        num_batches=2,
+        top=3,
+        bottom=2,
+        tolerance=1e-3,
+        max_products=200,
+        sharpness_radius=0.2,
+    )
+    trainer = quiet_trainer(precision=precision, callbacks=[batches, monitor], logger=both_loggers(tmp_path))
+    trainer.fit(model, loader(14, dtype=dtype))  # batches of 14 and 8, twice: measured once, at the final parameters
+    objective, point, gradient, hessian = dense_truth(model, batches.seen[:2], mode)
+    eigenvalues = torch.linalg.eigvalsh(hessian)
+    size = float(eigenvalues.abs().max())
+    values = {tag: value for tag, [(_, value)] in from_csv(tmp_path).items() if tag.startswith("curvature/")}
+
+    for name, truth in (("lambda_max", eigenvalues[-1]), ("lambda_min", eigenvalues[0])):
+        value, lower, upper = (values[f"curvature/{name}{end}"] for end in ("", "_lower", "_upper"))
+        assert lower - accuracy * size <= truth <= upper + accuracy * size
+        assert lower <= value <= upper
+        assert upper - lower <= 2e-3 * abs(value)
+    for name, truth in (("lambda_2", eigenvalues[-2]), ("lambda_3", eigenvalues[-3]), ("lambda_min_2", eigenvalues[1])):
+        assert values[f"curvature/{name}"] == pytest.approx(float(truth), rel=2e-3, abs=accuracy * size)
+    rayleigh = float(gradient @ hessian @ gradient / (gradient @ gradient))
+    assert values["curvature/gradient_curvature"] == pytest.approx(rayleigh, abs=accuracy * size)
+    assert values["curvature/sharpness"] == pytest.approx(
+        worst_rise(objective, point, hessian, gradient, 0.2), rel=2e-3
+    )
+    assert values["curvature/stability_threshold"] == pytest.approx((2 + 2 * 0.9) / 0.1)
+    assert values["curvature/stability_ratio"] == pytest.approx(values["curvature/lambda_max"] / 38)
+
+
+def test_tags_reach_every_logger_and_the_trainer(tmp_path: Path) -> None:
+    trainer = quiet_trainer(max_epochs=1, callbacks=[small_monitor(bottom=2)], logger=both_loggers(tmp_path))
+    trainer.fit(Classifier("SGD"), loader())
+    bounds = [f"lambda_{end}{part}" for end in ("max", "min") for part in ("", "_lower", "_upper")]
+    others = ["lambda_2", "lambda_3", "lambda_min_2", "sharpness", "gradient_curvature", "products", "seconds"]
+    tags = {f"curvature/{name}" for name in [*bounds, *others, "stability_threshold", "stability_ratio"]}
+    table, events = from_csv(tmp_path), from_events(tmp_path)
+    for tag in tags:
+        assert [step for step, _ in table[tag]] == [step for step, _ in events[tag]] == [1, 2, 3]
+        assert [value for _, value in events[tag]] == pytest.approx([value for _, value in table[tag]])
+        assert float(trainer.callback_metrics[tag]) == pytest.approx(table[tag][-1][1])
+    for found in (table, events, trainer.callback_metrics):
+        assert {tag for tag in found if tag.startswith("curvature/")} == tags
+
+
+def test_early_stopping_watches_curvature_without_a_logger() -> None:
+    stop = EarlyStopping("curvature/lambda_max", mode="max", stopping_threshold=-1e9)
+    trainer = quiet_trainer(max_epochs=5, callbacks=[small_monitor(sharpness=None), stop])
+    trainer.fit(Classifier("Adam"), loader())
+    assert trainer.current_epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("every", "accumulate", "expected"), [(2, 1, [2, 4, 6, 8]), (1, 2, [1, 2, 3, 4, 5, 6]), (4, 2, [4])]
+)
+def test_each_multiple_of_the_interval_is_measured_once(
+    every: int, accumulate: int, expected: list[int], tmp_path: Path
+) -> None:
+    monitor = small_monitor(every_n_train_steps=every, sharpness=None)
+    trainer = quiet_trainer(
+        max_epochs=3, accumulate_grad_batches=accumulate, callbacks=[monitor], logger=both_loggers(tmp_path)
+    )
+    trainer.fit(Classifier("SGD"), loader())
+    assert [step for step, _ in from_csv(tmp_path)["curvature/products"]] == expected
+
+
+class WithPage(Classifier):
+    """Has charts of its own."""
+
+    def on_fit_start(self) -> None:
+        self.logger.experiment.add_custom_scalars({"Mine": {"Loss": ["Multiline", ["loss_step$"]]}})
+
+
+def test_charts_join_those_of_the_user_and_name_tags_that_were_written(tmp_path: Path) -> None:
+    trainer = quiet_trainer(max_epochs=1, callbacks=[small_monitor(), StepMonitor()], logger=both_loggers(tmp_path))
+    trainer.fit(WithPage("HessianFree"), loader())
+    page, written = layout(tmp_path), from_events(tmp_path)
+    assert set(page) == {"Mine", "Curvature", "Newton steps"}
+    assert [*page["Mine"]] == ["Loss"]
+    curvature = {title: chart_tags(chart) for title, chart in page["Curvature"].items()}
+    for end, title in (("max", "Largest eigenvalue, with bounds"), ("min", "Smallest eigenvalue, with bounds")):
+        assert page["Curvature"][title].HasField("margin")
+        assert curvature[title] == [f"curvature/lambda_{end}{part}" for part in ("", "_lower", "_upper")]
+    assert curvature["Eigenvalues"] == ["curvature/lambda_max", "curvature/lambda_2", "curvature/lambda_3"]
+    assert {tag for tags in curvature.values() for tag in tags} <= set(written)
+
+
+OPTIMIZERS_WITHOUT_THRESHOLD: dict[str, Callable[..., Any]] = {
+    "Adam": OPTIMIZERS["Adam"],
+    "HessianFree": OPTIMIZERS["HessianFree"],
+    "ascent": lambda params: torch.optim.SGD(params, lr=0.01, maximize=True),
+    "standstill": lambda params: torch.optim.SGD(params, lr=0.0),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS_WITHOUT_THRESHOLD.values(), ids=OPTIMIZERS_WITHOUT_THRESHOLD.keys())
+def test_no_threshold_is_logged_where_none_is_known(optimizer: Callable[..., Any], tmp_path: Path) -> None:
+    trainer = quiet_trainer(max_epochs=1, callbacks=[small_monitor()], logger=both_loggers(tmp_path))
+    trainer.fit(Classifier(optimizer), loader())
+    assert "curvature/lambda_max" in trainer.callback_metrics
+    assert not [tag for tag in trainer.callback_metrics if "stability" in tag]
+    assert not [title for title in layout(tmp_path)["Curvature"] if "stability" in title]
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return 2 * z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+class WithoutSecondDerivative(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(_Once.apply(self.layers(batch[0])), batch[1])
+
+
+def test_a_measurement_that_fails_warns_once_a_fit_and_training_goes_on() -> None:
+    monitor = small_monitor()
+    for _ in range(2):
+        model, trainer = WithoutSecondDerivative("SGD"), quiet_trainer(callbacks=[monitor])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            warnings.filterwarnings("ignore", message=".*(LeafSpec|many workers|torch.jit)")
+            trainer.fit(model, loader())
+        [warning] = caught
+        assert str(warning.message).startswith("CurvatureMonitor could not measure at step 1, and training goes on: ")
+        assert trainer.global_step == 2 * BATCHES
+        assert not [tag for tag in trainer.callback_metrics if tag.startswith("curvature/")]
+
+
+class TwoPrecisions(Plain):
+    """Parameters of two dtypes, which no flat vector holds."""
+
+    def __init__(self) -> None:
+        super().__init__("SGD")
+        self.scale = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.scale * super().training_step(batch, batch_idx)
+
+
+def test_a_model_that_cannot_be_measured_still_trains() -> None:
+    trainer = quiet_trainer(max_epochs=1, callbacks=[small_monitor()])
+    with pytest.warns(UserWarning, match=r"could not measure at step 1, and training goes on: .*dtype"):
+        trainer.fit(TwoPrecisions(), loader())
+    assert trainer.global_step == BATCHES
+
+
+class Manual(Classifier):
+    def __init__(self) -> None:
+        super().__init__("SGD")
+        self.automatic_optimization = False
+
+
+def test_manual_optimization_is_refused() -> None:
+    with pytest.raises(
+        MisconfigurationException, match=r"under manual optimization would train the model: .*newtonopt\.evaluate"
+    ):
+        quiet_trainer(callbacks=[small_monitor()]).fit(Manual(), loader())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"every_n_train_steps": 0}, "every_n_train_steps is 0: give a whole number, 1 or more"),
+        ({"top": 0}, "top is 0: give a whole number, 1 or more"),
+        ({"bottom": -1}, "bottom is -1: give a whole number, 0 or more"),
+        ({"num_batches": 0}, "num_batches is 0: give a whole number, 1 or more"),
+        ({"max_products": 0}, "max_products is 0: give a whole number, 1 or more"),
+        ({"sharpness": "cube"}, "sharpness is 'cube': choose 'ball' or 'adaptive_ball' or None"),
+        ({"mode": "test"}, "mode is 'test': choose 'train' or 'eval'"),
+        ({"sharpness_radius": 0.0}, "sharpness_radius is 0.0: give a number above zero"),
+        ({"tolerance": 1.0}, "tolerance is 1.0: give a number between 0 and 1"),
+        ({"products": "guess"}, "products is 'guess'"),
+    ],
+)
+def test_bad_arguments_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        CurvatureMonitor(**settings)
+
+
+class OutOfPlace(Plain):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return super().training_step((batch[0] * 3 + 1, batch[1]), batch_idx)
+
+
+class InPlace(Plain):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        batch[0].mul_(3).add_(1)
+        return super().training_step(batch, batch_idx)
+
+
+class WithoutIndex(Plain):
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
+        return super().training_step((batch[0] * 3 + 1, batch[1]), 0)
+
+
+@pytest.mark.parametrize("kind", [InPlace, WithoutIndex])
+def test_the_step_may_change_its_batch_and_leave_out_the_index(kind: type[Plain]) -> None:
+    values = []
+    for model in (OutOfPlace("SGD"), kind("SGD")):
+        torch.manual_seed(0)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.5)
+        trainer = quiet_trainer(max_epochs=1, callbacks=[small_monitor(num_batches=2)])
+        trainer.fit(model, loader())
+        values.append({tag: float(v) for tag, v in trainer.callback_metrics.items() if tag != "curvature/seconds"})
+    assert values[0] == values[1]
+    assert "curvature/sharpness" in values[0]
+
+
+class PartlyFrozen(Plain):
+    """A BatchNorm layer that training holds in evaluation mode."""
+
+    def on_train_epoch_start(self) -> None:
+        self.layers[1].eval()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.calls.batches.append((self.layers[1].training, self.layers[3].training))
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_layer_held_in_evaluation_mode_stays_in_it(mode: str) -> None:
+    model = PartlyFrozen("SGD")
+    quiet_trainer(max_epochs=1, callbacks=[small_monitor(mode=mode)]).fit(model, loader())
+    assert len(model.calls.batches) > BATCHES
+    assert set(model.calls.batches) == ({(False, True)} if mode == "train" else {(False, True), (False, False)})
+    assert model.layers[3].training and not model.layers[1].training
+
+
+def test_the_command_line_builds_both_monitors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["fit"])
+    settings = dict(
+        every_n_train_steps=2,
+        top=4,
+        sharpness=None,
+        sharpness_radius=0.1,
+        mode="eval",
+        num_batches=3,
+        products="cached",
+    )
+    callbacks = [
+        {"class_path": "newtonopt.callbacks.CurvatureMonitor", "init_args": settings},
+        {"class_path": "newtonopt.callbacks.StepMonitor", "init_args": {"every_n_train_steps": 5}},
+    ]
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    arguments = {
+        "trainer": {**quiet, "callbacks": callbacks},
+        "optimizer": {"class_path": "newtonopt.HessianFree", "init_args": {"rank": 5}},
+    }
+    cli = LightningCLI(Bare, run=False, args=arguments, save_config_callback=None)
+    curvature = next(c for c in cli.trainer.callbacks if isinstance(c, CurvatureMonitor))
+    steps = next(c for c in cli.trainer.callbacks if isinstance(c, StepMonitor))
+    assert {name: getattr(curvature, name) for name in settings} == settings
+    assert steps.every_n_train_steps == 5
+
+
+class Bare(L.LightningModule):
+    """For the command line: all of its arguments have a plain type."""
+
+    def __init__(self, width: int = 2) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(width, width)

@@ -1,0 +1,163 @@
+"""A small classifier with everything that a second run of `training_step` could disturb, and quiet trainers to fit it."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.custom_scalar.layout_pb2 import Chart, Layout
+from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
+
+from newtonopt import DampedNewton, HessianFree
+
+BATCHES = 3
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "Adam": lambda params: torch.optim.Adam(params, lr=0.01),
+    "HessianFree": lambda params: HessianFree(params, rank=10),
+    "DampedNewton": lambda params: DampedNewton(params),
+}
+
+
+def points() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(22, 4, generator=generator)
+    return x, (x @ torch.randn(4, 3, generator=generator)).argmax(1)
+
+
+def loader(batch_size: int = 8, *, shuffle: bool = False, dtype: torch.dtype = torch.float32) -> DataLoader:
+    """Three batches, the last of them smaller."""
+    x, y = points()
+    return DataLoader(TensorDataset(x.to(dtype), y), batch_size=batch_size, shuffle=shuffle)
+
+
+@dataclass
+class Calls:
+    """What each call of `training_step` saw; kept outside the module, so that no isolation can take it back."""
+
+    batches: list[tuple[int, int]] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+    gradients: list[list[Tensor]] = field(default_factory=list)
+
+    def recorded(self) -> list[int]:
+        """The indices of the first call on each batch: a Newton step records first and tries afterwards."""
+        return [i for i, batch in enumerate(self.batches) if batch not in self.batches[:i]]
+
+
+class Classifier(L.LightningModule):
+    """BatchNorm, Dropout, numbers from three random generators, metrics and every way to log."""
+
+    def __init__(self, optimizer: Callable[..., Any] | str = "HessianFree", dropout: float = 0.2) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 3))
+        self.accuracy = MulticlassAccuracy(3, average="micro")
+        self.updated = MulticlassAccuracy(3, average="micro")
+        self.several = MetricCollection({"precision": MulticlassPrecision(3), "recall": MulticlassRecall(3)})
+        self.make_optimizer = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
+        vars(self)["calls"] = Calls()
+
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer(self.parameters())
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        x, y = batch
+        scores = self.layers(x * (1 + 0.01 * random.random() + 0.01 * np.random.rand()))
+        loss = F.cross_entropy(scores, y)
+        self.calls.batches.append((self.current_epoch, batch_idx))
+        self.calls.losses.append(loss.detach().clone())
+        self.calls.scores.append(scores.detach())
+        self.calls.labels.append(y)
+        self.accuracy(scores, y)
+        self.updated.update(scores, y)
+        self.several(scores, y)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+        self.log_dict(self.several, on_step=False, on_epoch=True)
+        self.log_dict({"twice": 2 * loss, "square": loss**2}, on_step=False, on_epoch=True)
+        if self.logger is not None:
+            self.loggers[0].experiment.add_scalar("raw", loss.detach(), self.global_step)
+        return {"loss": loss, "scores": scores.detach()}
+
+    def on_train_epoch_end(self) -> None:
+        self.log("updated", self.updated.compute())
+        self.updated.reset()
+
+    def on_after_backward(self) -> None:
+        self.calls.gradients.append([p.grad.clone() for p in self.parameters()])
+
+
+class Recorder(L.Callback):
+    """Keeps what `on_train_batch_end` receives, and `.grad` at that time."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Any] = []
+        self.gradients: list[list[Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.outputs.append(outputs)
+        self.gradients.append([p.grad.clone() for p in pl_module.parameters()])
+
+
+def quiet_trainer(**settings: Any) -> L.Trainer:
+    defaults = dict(accelerator="cpu", max_epochs=2, logger=False, log_every_n_steps=1, enable_checkpointing=False)
+    quiet = dict(enable_progress_bar=False, enable_model_summary=False)
+    return L.Trainer(**{**defaults, **quiet, **settings})
+
+
+def both_loggers(folder: Path) -> list[Any]:
+    return [TensorBoardLogger(folder, name="", version="tb"), CSVLogger(folder, name="", version="csv")]
+
+
+def from_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Each tag's steps and values, read back from TensorBoard's event files."""
+    events = EventAccumulator(str(folder / "tb"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def from_csv(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    table: dict[str, list[tuple[int, float]]] = {}
+    with (folder / "csv" / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            for tag, value in row.items():
+                if value and tag not in ("step", "epoch"):
+                    table.setdefault(tag, []).append((int(row["step"]), float(value)))
+    return table
+
+
+def layout(folder: Path) -> dict[str, dict[str, Chart]]:
+    """The charts of each category of TensorBoard's custom-scalars page: the last layout written is the one it shows."""
+    written = [
+        Layout.FromString(value.tensor.string_val[0])
+        for path in sorted((folder / "tb").glob("*tfevents*"))
+        for event in EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+        if value.tag == CONFIG_SUMMARY_TAG
+    ]
+    return {category.title: {chart.title: chart for chart in category.chart} for category in written[-1].category}
+
+
+def chart_tags(chart: Chart) -> list[str]:
+    """The tags of a margin chart (value, lower, upper), or those that a multi-line chart's expressions end."""
+    if chart.HasField("margin"):
+        [series] = chart.margin.series
+        return [series.value, series.lower, series.upper]
+    assert all(tag.endswith("$") for tag in chart.multiline.tag)
+    return [tag[:-1] for tag in chart.multiline.tag]

@@ -1,0 +1,125 @@
+"""The Lanczos process against its defining identities and dense eigenvalues."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from newtonopt.solvers.lanczos import Tridiagonal, lanczos
+
+
+def _symmetric(n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    matrix = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return ((matrix + matrix.T) / 2).to(dtype)
+
+
+def _vector(n: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_three_term_identity_and_orthonormal_basis_across_chunks(dtype: torch.dtype, accuracy: float) -> None:
+    A = _symmetric(60, dtype=dtype)
+    result = lanczos(A, _vector(60, dtype=dtype), 37)
+    Q, T = result.basis, result.tridiagonal.dense().to(dtype)
+    coupling = torch.zeros(37, 60, dtype=dtype)
+    coupling[-1] = float(result.tridiagonal.betas[-1]) * result.next_vector
+    assert result.tridiagonal.size == 37
+    assert T.shape == (37, 37)
+    assert result.tridiagonal.alphas.dtype == torch.float64
+    torch.testing.assert_close(Q @ A, T @ Q + coupling, rtol=0.0, atol=accuracy * 10)
+    torch.testing.assert_close(Q @ Q.T, torch.eye(37, dtype=dtype), rtol=0.0, atol=accuracy)
+
+
+def test_whole_spectrum_of_a_dense_matrix() -> None:
+    A = _symmetric(40)
+    result = lanczos(A, _vector(40), 100)
+    assert result.tridiagonal.size == 40
+    assert result.tridiagonal.invariant
+    np.testing.assert_allclose(result.ritz_values(), scipy.linalg.eigvalsh(A.numpy()), atol=1e-11)
+
+
+def test_residuals_and_vectors_are_those_of_the_matrix() -> None:
+    A = _symmetric(50)
+    result = lanczos(A, _vector(50), 20)
+    values, coordinates = result.tridiagonal.ritz()
+    vectors = result.vectors(coordinates)
+    true = (vectors @ A - values[:, None] * vectors).norm(dim=1)
+    torch.testing.assert_close(true, result.residuals(), rtol=1e-9, atol=1e-11)
+
+
+def test_deflated_run_sees_the_compressed_matrix() -> None:
+    A = _symmetric(30)
+    U = torch.linalg.qr(_symmetric(30, seed=5)[:, :4]).Q.T.contiguous()
+    P = torch.eye(30, dtype=torch.float64) - U.T @ U
+    result = lanczos(A, _vector(30), 100, deflate=U)
+    assert result.tridiagonal.size == 26
+    # P A P has four more eigenvalues, zero, along U.
+    full = np.sort(np.append(result.ritz_values().numpy(), np.zeros(4)))
+    np.testing.assert_allclose(full, scipy.linalg.eigvalsh((P @ A @ P).numpy()), atol=1e-11)
+    torch.testing.assert_close(result.basis @ U.T, torch.zeros(26, 4, dtype=torch.float64), rtol=0.0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_breakdown_on_few_distinct_eigenvalues(dtype: torch.dtype) -> None:
+    values = torch.cat([torch.full((5,), 3.0), torch.full((20,), -1.0), torch.zeros(30)]).to(dtype)
+    result = lanczos(torch.diag(values), _vector(55, dtype=dtype), 50)
+    assert result.tridiagonal.size == 3
+    assert result.tridiagonal.invariant
+    assert not result.next_vector.any()
+    np.testing.assert_allclose(result.ritz_values(), [-1.0, 0.0, 3.0], atol=1e-5 if dtype == torch.float32 else 1e-13)
+
+
+def test_deflated_remainder_far_below_the_scale_counts_as_breakdown() -> None:
+    u = torch.nn.functional.normalize(_vector(40, seed=3), dim=0)
+    A = 1e6 * torch.outer(u, u)
+    result = lanczos(A, _vector(40), 30, deflate=u[None], scale=1e6)
+    assert result.tridiagonal.size == 1
+
+
+@pytest.mark.parametrize("matrix", [torch.zeros(6, 6), torch.eye(6), torch.zeros(1, 1)])
+def test_first_vector_can_be_all(matrix: torch.Tensor) -> None:
+    result = lanczos(matrix, _vector(matrix.shape[0], dtype=torch.float32), 10)
+    assert result.tridiagonal.size == 1
+    assert result.tridiagonal.invariant
+
+
+def test_stop_sees_every_size_and_ends_the_run() -> None:
+    seen: list[int] = []
+
+    def stop(tridiagonal: Tridiagonal) -> bool:
+        seen.append(tridiagonal.size)
+        return tridiagonal.size == 5
+
+    assert lanczos(_symmetric(20), _vector(20), 15, stop=stop).tridiagonal.size == 5
+    assert seen == [1, 2, 3, 4, 5]
+
+
+def test_start_is_left_alone_and_memory_follows_iterations() -> None:
+    start = _vector(20)
+    kept = start.clone()
+    result = lanczos(_symmetric(20), start, 10_000, stop=lambda t: t.size == 3)
+    assert torch.equal(start, kept)
+    assert sum(chunk.untyped_storage().nbytes() for chunk in result.chunks) <= 16 * 20 * 8
+
+
+def test_noise_measures_what_symmetry_forbids() -> None:
+    A = _symmetric(40)
+    assert lanczos(A, _vector(40), 20).tridiagonal.noise < 1e-13
+    skew = _symmetric(40, seed=9).triu(1)
+    tilted = A + 1e-4 * (skew - skew.T)
+    assert 1e-5 < lanczos(tilted, _vector(40), 20).tridiagonal.noise < 1e-2
+
+
+def test_errors_name_the_remedy() -> None:
+    A = _symmetric(4)
+    with pytest.raises(ValueError, match="max_products must be at least 1, got 0"):
+        lanczos(A, _vector(4), 0)
+    with pytest.raises(ValueError, match="start must be finite and have a part outside"):
+        lanczos(A, torch.zeros(4, dtype=torch.float64), 3)
+    with pytest.raises(FloatingPointError, match=r"product number 1 .* float32 or float64"):
+        lanczos(A * float("nan"), _vector(4), 3)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        lanczos(torch.diag(torch.tensor([1.0, float("inf")])), torch.ones(2), 3)

@@ -1,0 +1,264 @@
+"""Imports point one way, files stay small, and docstrings say what signatures say."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LONGEST_FILE = 350
+
+# What each room of the package may import from the others; "newtonopt" are its public names.
+PRIVATE = {"_flat", "_tap", "isolation"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "_flat": set(),
+    "_tap": set(),
+    "isolation": set(),
+    "solvers": set(),
+    "globalization": set(),
+    "objective": PRIVATE,
+    "operators": {"objective", *PRIVATE},
+    "optimizers": {"objective", "operators", "solvers", "globalization", *PRIVATE},
+    "curvature": {"objective", "operators", "solvers", *PRIVATE},
+    "callbacks": {"newtonopt", "objective", "operators", "optimizers", "curvature"},
+    "newtonopt": {"objective", "operators", "optimizers"},
+}
+PURE = {"solvers", "globalization"}
+CALLBACKS_ONLY = {"lightning", "lightning_utilities", "tensorboard"}
+
+FILES = sorted([*(ROOT / "newtonopt").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")])
+PROGRAMS = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+PUBLIC = ["newtonopt", "newtonopt.optimizers", "newtonopt.curvature", "newtonopt.callbacks"]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def module_of(path: Path) -> str:
+    """The dotted name under which a file installs."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    parts = ["newtonopt", *parts] if parts[0] == "callbacks" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path) for path in FILES}
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
+
+
+def imports_of(source: str, module: str, is_package: bool) -> Iterator[str]:
+    """Dotted names of all modules that a source imports, wherever the statement stands."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")
+                kept = parents[: len(parents) - node.level + is_package]
+                base = ".".join([*kept, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield full if full in MODULES else base
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    room = room_of(module)
+    found = []
+    for imported in imports_of(source, module, is_package):
+        top = imported.split(".")[0]
+        if top == "newtonopt":
+            target = room_of(imported)
+            if target != room and target not in MAY_IMPORT[room]:
+                found.append(f"{module} imports {imported}")
+            continue
+        allowed = {"torch"} if room in PURE else {"torch", "numpy"}
+        if room == "callbacks":
+            allowed |= CALLBACKS_ONLY
+        if top not in allowed and top not in sys.stdlib_module_names:
+            found.append(f"{module} imports {imported}")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_one_way(path: Path) -> None:
+    module = module_of(path)
+    assert room_of(module) in MAY_IMPORT, f"{name_of(path)} is a new room: say in MAY_IMPORT what it may import"
+    assert not violations(path.read_text(), module, path.name == "__init__.py")
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("newtonopt.objective", "from newtonopt.operators import hessian"),
+        ("newtonopt.objective", "from .operators import hessian"),
+        ("newtonopt.objective", "from . import operators"),
+        ("newtonopt.operators", "import newtonopt.optimizers.base"),
+        ("newtonopt.curvature.density", "from newtonopt.optimizers import HessianFree"),
+        ("newtonopt.curvature.density", "from newtonopt import hessian"),
+        ("newtonopt.optimizers.base", "def f():\n    from newtonopt.curvature import trace"),
+        ("newtonopt.optimizers.base", "from ..callbacks import StepMonitor"),
+        ("newtonopt.optimizers.base", "import lightning"),
+        ("newtonopt.solvers.cg", "from newtonopt.operators import LinearOperator"),
+        ("newtonopt.solvers.cg", "import numpy as np"),
+        ("newtonopt.globalization", "from newtonopt import solvers"),
+        ("newtonopt.curvature.density", "import scipy.linalg"),
+        ("newtonopt.callbacks.logs", "import matplotlib"),
+        ("newtonopt.callbacks.logs", "from newtonopt.solvers.cg import conjugate_gradients"),
+    ],
+)
+def test_import_against_the_direction_is_seen(module: str, source: str) -> None:
+    assert len(violations(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("newtonopt.optimizers.base", "from newtonopt import globalization"),
+        ("newtonopt.optimizers.base", "from . import report"),
+        ("newtonopt.solvers.cg", "import math, torch\nfrom .solution import Solution"),
+        ("newtonopt.callbacks.logs", "from newtonopt import hessian\nfrom lightning.pytorch import Trainer"),
+    ],
+)
+def test_import_along_the_direction_passes(module: str, source: str) -> None:
+    assert violations(source, module) == []
+
+
+@pytest.mark.parametrize("path", [*FILES, *PROGRAMS], ids=name_of)
+def test_no_file_is_too_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGEST_FILE
+
+
+def test_package_imports_without_lightning() -> None:
+    program = (
+        "import sys\n"
+        "for name in ('lightning', 'pytorch_lightning', 'lightning_utilities', 'tensorboard'):\n"
+        "    sys.modules[name] = None\n"
+        "import newtonopt, newtonopt.curvature, newtonopt.optimizers\n"
+        "assert newtonopt.HessianFree and newtonopt.curvature.extreme_eigenvalues\n"
+        "assert 'newtonopt.callbacks' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def public_names() -> list[tuple[str, str]]:
+    """Every name in an `__all__`, read from the source so that collecting the tests needs no Lightning."""
+    found = []
+    for module in PUBLIC:
+        path = ROOT / "callbacks" if module.endswith("callbacks") else ROOT.joinpath(*module.split("."))
+        for node in ast.parse((path / "__init__.py").read_text()).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                found += [(module, name) for name in ast.literal_eval(node.value)]
+    return found
+
+
+def documented(thing: Any) -> dict[str, str]:
+    """The entries of the Args section, and for a data class of Attributes, as `{name: text}`."""
+    sections = ("Args", "Attributes") if dataclasses.is_dataclass(thing) else ("Args",)
+    entries: dict[str, list[str]] = {}
+    section = ""
+    for line in inspect.cleandoc(thing.__doc__ or "").splitlines():
+        if line and not line.startswith(" "):
+            section = line[:-1] if re.fullmatch(r"\w+:", line) else ""
+        elif section in sections:
+            start = re.match(r" {4}\*{0,2}(\w+)(?: \([^)]*\))?: (.*)", line)
+            if start:
+                entries[start[1]] = [start[2]]
+            elif line.strip() and entries:
+                entries[list(entries)[-1]].append(line.strip())
+    return {name: " ".join(lines) for name, lines in entries.items()}
+
+
+def named_default(text: str) -> str | None:
+    """The default that a description names, as written: `Default 3/2`, `Default 1e-16: why`, `"auto" (default)`."""
+    match = re.search(r"\bDefault (\S+?)[.,:;]*(?=\s|$)", text) or re.search(r'("[^"]*"|[\w./+-]+) \(default\b', text)
+    return match[1] if match else None
+
+
+def value_of(written: str) -> Any:
+    if written in ("None", "True", "False") or written[0] in "\"'":
+        return ast.literal_eval(written)
+    return {"zero": 0, "one": 1, "inf": math.inf}.get(written) if written.isalpha() else float(Fraction(written))
+
+
+def disagreements(thing: Callable[..., Any]) -> list[str]:
+    """Where docstring and signature part ways."""
+    entries = documented(thing)
+    parameters = {n: p for n, p in inspect.signature(thing).parameters.items() if n not in ("self", "cls")}
+    found = [f"{name} is not documented" for name in parameters if name not in entries]
+    fields = dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ()
+    known = {*parameters, *(field.name for field in fields)}
+    found += [f"{name} is documented and does not exist" for name in entries if name not in known]
+    for name, text in entries.items():
+        written = named_default(text)
+        if written is None:
+            if re.search(r"\bdefault(?!ed)", text.replace("source of the default", ""), re.IGNORECASE):
+                found.append(f"{name}: the default is not written as 'Default X' or 'X (default)'")
+        elif name in parameters and parameters[name].default != value_of(written):
+            found.append(f"{name}: the docstring says {written}, the signature {parameters[name].default!r}")
+    return found
+
+
+@pytest.mark.parametrize(("module", "name"), public_names(), ids=".".join)
+def test_docstring_agrees_with_the_signature(module: str, name: str) -> None:
+    thing = getattr(importlib.import_module(module), name)
+    assert (thing.__doc__ or "").strip(), f"{name} has no docstring"
+    assert not (dataclasses.is_dataclass(thing) and thing.__doc__.startswith(f"{name}(")), "dataclass wrote its own"
+    assert disagreements(thing) == []
+    for method_name, method in vars(thing).items() if inspect.isclass(thing) else ():
+        if inspect.isfunction(method) and documented(method):
+            assert disagreements(method) == [], method_name
+
+
+def test_docstrings_do_name_defaults() -> None:
+    """Guards the parser: were it blind, the comparison above would pass."""
+    optimizer = importlib.import_module("newtonopt").HessianFree
+    named = {name: named_default(text) for name, text in documented(optimizer).items()}
+    assert sum(default is not None for default in named.values()) >= 10
+    assert named["damping_factor"] == "3/2"
+    assert named["products"] == '"auto"'
+
+
+@pytest.mark.parametrize(
+    ("text", "default", "agrees"),
+    [
+        ("Scales. Default 1: the whole step.", 1.0, True),
+        ("Scales. Default 2: the whole step.", 1.0, False),
+        ("Of the rule. Default 3/2 (Martens 2010).", 1.5, True),
+        ("Stop. Default 5e-3, see\n            elsewhere.", 5e-3, True),
+        ("Stop. Default 5e-4, see elsewhere.", 5e-3, False),
+        ("Radius. Default 0.05.", 0.05, True),
+        ('How, "auto" (default) or "cached".', "auto", True),
+        ('How, "cached" or\n            "auto" (default; as in the paper).', "cached", False),
+        ("Which; None (default): none.", None, True),
+        ("Which; None (default): none.", 3, False),
+        ("Which, by default three.", 3, False),
+        ("Which. Default 3.", inspect.Parameter.empty, False),
+    ],
+)
+def test_comparison_of_defaults(text: str, default: object, agrees: bool) -> None:
+    def function(argument: object) -> None: ...
+
+    function.__doc__ = f"Do it.\n\n        Args:\n            argument: {text}\n\n        Returns:\n            It."
+    parameter = inspect.Parameter("argument", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
+    function.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
+    assert (disagreements(function) == []) is agrees
+    function.__signature__ = inspect.Signature([parameter.replace(name="other")])  # type: ignore[attr-defined]
+    assert "other is not documented" in disagreements(function)
+    assert "argument is documented and does not exist" in disagreements(function)
