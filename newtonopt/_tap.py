@@ -7,7 +7,7 @@ however it ends.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -154,11 +154,13 @@ def tapped(params: Sequence[Tensor], *, backward: bool) -> Iterator[Tap]:
 
 
 def reaches(
-    start: Node | None, goal: Callable[[Node], bool], barrier: frozenset[Node] | set[Node] = frozenset()
+    start: Node | None | Iterable[Node | None],
+    goal: Callable[[Node], bool],
+    barrier: frozenset[Node] | set[Node] = frozenset(),
 ) -> bool:
-    """Whether a node that is a `goal` is met going back from `start` without passing through `barrier`."""
+    """Whether a node that is a `goal` is met going back from `start`, one or several, without passing through `barrier`."""
     seen: set[Node] = set()
-    waiting = [start]
+    waiting = list(start) if isinstance(start, Iterable) else [start]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen or node in barrier:

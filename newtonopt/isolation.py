@@ -120,7 +120,10 @@ class Isolation:
     def _starting_buffers(self, module: nn.Module) -> dict[str, Tensor]:
         if id(module) not in self._buffers:
             with torch.no_grad():
-                self._buffers[id(module)] = module, {name: b.clone() for name, b in module._buffers.items() if b is not None}
+                self._buffers[id(module)] = (
+                    module,
+                    {name: b.clone() for name, b in module._buffers.items() if b is not None},
+                )
         return self._buffers[id(module)][1]
 
     def _random_state(self) -> list[Any]:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from newtonopt._flat import flatten, unflatten
+from newtonopt._tap import reaches
 from newtonopt.objective import Evaluation
 
 Product = Callable[[Tensor], Tensor]
@@ -230,4 +232,15 @@ def _grad(
     create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
     with torch.enable_grad():
-        return torch.autograd.grad(of, by, along, retain_graph=True, create_graph=create_graph, allow_unused=True)
+        gradients = torch.autograd.grad(of, by, along, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    # Autograd leaves such a node out of a second differentiation, so its curvature would be zero without a word.
+    if create_graph and reaches([g.grad_fn for g in gradients if g is not None], _is_once_differentiable):
+        raise RuntimeError(
+            "An operation of the model is marked once_differentiable: it has no second derivative, so there are no "
+            "curvature products through it. Write its backward with differentiable operations."
+        )
+    return gradients
+
+
+def _is_once_differentiable(node: Node) -> bool:
+    return node.name() == "torch::autograd::Error"

@@ -103,9 +103,13 @@ def test_logs_hold_the_recorded_points_and_nothing_else(optimizer: str, tmp_path
         return torch.stack([(values[e] * sizes[e]).sum() / sizes[e].sum() for e in epochs])
 
     def overall(metric: Callable[..., Tensor], **settings: Any) -> Tensor:
-        return torch.stack([metric(torch.cat(scores[e]), torch.cat(labels[e]), num_classes=3, **settings) for e in epochs])
+        return torch.stack(
+            [metric(torch.cat(scores[e]), torch.cat(labels[e]), num_classes=3, **settings) for e in epochs]
+        )
 
-    accuracies = [multiclass_accuracy(z, y, num_classes=3, average="micro") for z, y in zip(scores, labels, strict=True)]
+    accuracies = [
+        multiclass_accuracy(z, y, num_classes=3, average="micro") for z, y in zip(scores, labels, strict=True)
+    ]
     steps, ends = list(range(2 * BATCHES)), [BATCHES - 1, 2 * BATCHES - 1]
     expected = {
         "loss_step": (steps, losses),

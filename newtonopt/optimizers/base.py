@@ -111,6 +111,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
                 'precision="bf16-mixed" or '
                 '"32-true".'
             )
+        _refuse_several_processes(type(self).__name__)
         trained = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
         if not trained:
             raise RuntimeError("No parameter requires a gradient: every parameter of this optimizer is frozen.")
@@ -263,6 +264,15 @@ def _per_entry(values: Sequence[float], params: Sequence[Tensor]) -> float | Ten
             for value, p in zip(values, params, strict=True)
         ]
     )
+
+
+def _refuse_several_processes(name: str) -> None:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        raise RuntimeError(
+            f"{name} runs in one process, and this is one of {torch.distributed.get_world_size()}: their gradients and "
+            "products would differ. Train on one device (devices=1 in Lightning)."
+        )
 
 
 def _is_zero(value: float | Tensor) -> bool:

@@ -76,12 +76,11 @@ def test_coverage_of_several(name: str, budget: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", [4, 12, 25, 60])
-@pytest.mark.parametrize("confidence", [0.8, 0.99])
+@pytest.mark.parametrize("budget", [12, 60])
 @pytest.mark.parametrize("name", SPECTRA)
-def test_coverage_of_several_at_length(name: str, confidence: float, budget: int) -> None:
-    coverage = _coverage(SPECTRA[name], 200, top=4, bottom=2, confidence=confidence, max_products=budget)
-    assert coverage.min() >= _least(confidence, 200)
+def test_coverage_of_several_at_length(name: str, budget: int) -> None:
+    coverage = _coverage(SPECTRA[name], 200, top=4, bottom=2, confidence=0.8, max_products=budget)
+    assert coverage.min() >= _least(0.8, 200)
 
 
 def test_coverage_fails_where_the_bound_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -403,6 +403,14 @@ def test_accumulation_across_closures_is_an_error(build: Build) -> None:
     assert torch.equal(training.flat(), start)
 
 
+def test_several_processes_are_refused(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = build([torch.zeros(2, requires_grad=True)])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="one of 2"):
+        optimizer.step(lambda: torch.zeros(()))
+
+
 def test_all_frozen_is_an_error(build: Build) -> None:
     theta = torch.zeros(2, requires_grad=True)
     optimizer = build([theta])
