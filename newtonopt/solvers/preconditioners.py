@@ -104,7 +104,8 @@ def _range_finder(A: Matrix, test: Tensor) -> Sketch:
 
 def _products(A: Matrix, columns: Tensor) -> Tensor:
     products = torch.stack([A @ column for column in columns.unbind(1)], dim=1)
-    if not bool(torch.isfinite(products).all()):
+    # The norm overflows before the entries do, and the factorisations need it.
+    if not bool(torch.isfinite(products.norm())):
         raise FloatingPointError(
             "A curvature product is not finite: the loss or its derivatives overflow at the current parameters."
         )

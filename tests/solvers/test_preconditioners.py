@@ -193,6 +193,13 @@ def test_non_finite_product_raises(psd: bool, value: float) -> None:
         sketch_of(A, 3, psd)
 
 
+@pytest.mark.parametrize("psd", [True, False])
+def test_products_too_large_for_their_dtype_raise(psd: bool) -> None:
+    """Each entry is finite and their norm is not: no shift would make the sketch's core definite."""
+    with pytest.raises(FloatingPointError, match="curvature product is not finite"):
+        sketch_of(1e30 * torch.eye(6), 3, psd)
+
+
 def test_diagonal_divides_by_a_power() -> None:
     apply = diagonal(torch.tensor([15.0, 80.0]).double(), 1.0)
     torch.testing.assert_close(apply(torch.ones(2).double()), torch.tensor([1 / 8, 1 / 27]).double())

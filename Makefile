@@ -1,0 +1,44 @@
+# Needs nothing but make and a Python from 3.10 to 3.13; everything else goes into .venv. `make PYTHON=python3.12 test` picks the Python.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format clean
+
+help: ## list what can be made
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: $(VENV)/examples.stamp ## train a digits classifier with HessianFree and print its curvature
+	$(BIN)/python examples/digits.py fit --config configs/hessian_free.yaml
+
+test: $(VENV)/dev.stamp ## run the tests, less the slow ones
+	$(BIN)/pytest
+
+test-slow: $(VENV)/dev.stamp ## run the slow tests too
+	$(BIN)/pytest -m "not gpu and not browser"
+
+lint: $(VENV)/dev.stamp ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp ## reformat, and mend what the linter can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment, caches and builds; logs/ is kept
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+		|| { echo "newtonopt needs a Python from 3.10 to 3.13; set PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is older than what it depends on exactly when the environment is out of date.
+$(VENV)/%.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV), once; this can take a few minutes"
+	$(INSTALL) --editable '.[$*]'
+	@touch $@
