@@ -154,11 +154,11 @@ def tapped(params: Sequence[Tensor], *, backward: bool) -> Iterator[Tap]:
 
 
 def reaches(
-    start: Node | None | Iterable[Node | None],
+    start: Node | Iterable[Node | None] | None,
     goal: Callable[[Node], bool],
     barrier: frozenset[Node] | set[Node] = frozenset(),
 ) -> bool:
-    """Whether a node that is a `goal` is met going back from `start`, one or several, without passing through `barrier`."""
+    """Whether a node that is a `goal` is met going back from `start` (one or several) without passing `barrier`."""
     seen: set[Node] = set()
     waiting = list(start) if isinstance(start, Iterable) else [start]
     while waiting:

@@ -232,7 +232,9 @@ def _grad(
     create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
     with torch.enable_grad():
-        gradients = torch.autograd.grad(of, by, along, retain_graph=True, create_graph=create_graph, allow_unused=True)
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            of, by, along, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
     # Autograd leaves such a node out of a second differentiation, so its curvature would be zero without a word.
     if create_graph and reaches([g.grad_fn for g in gradients if g is not None], _is_once_differentiable):
         raise RuntimeError(

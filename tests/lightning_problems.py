@@ -1,4 +1,4 @@
-"""A small classifier with everything that a second run of `training_step` could disturb, and quiet trainers to fit it."""
+"""A small classifier with everything that a second run of `training_step` could disturb, and quiet trainers."""
 
 from __future__ import annotations
 
@@ -116,9 +116,9 @@ class Recorder(L.Callback):
 
 
 def quiet_trainer(**settings: Any) -> L.Trainer:
-    defaults = dict(accelerator="cpu", max_epochs=2, logger=False, log_every_n_steps=1, enable_checkpointing=False)
-    quiet = dict(enable_progress_bar=False, enable_model_summary=False)
-    return L.Trainer(**{**defaults, **quiet, **settings})
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    defaults = {"accelerator": "cpu", "max_epochs": 2, "logger": False, "log_every_n_steps": 1, **quiet}
+    return L.Trainer(**{**defaults, **settings})
 
 
 def both_loggers(folder: Path) -> list[Any]:

@@ -134,16 +134,21 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         loss, norm = torch.stack([evaluation.loss.to(evaluation.gradient.dtype), evaluation.gradient.norm()]).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             evaluation.free()
-            self._fail(loss, norm)
+            self._fail(loss, norm, "gradient" if math.isfinite(loss) else "loss")
             return
-        memory["failures"] = 0
         if norm == 0.0 or _is_zero(rates):
             evaluation.free()
             self._report(loss, norm, reason="the gradient is zero" if norm == 0.0 else "the learning rate is zero")
             return
-        proposal = self._propose(evaluation, rates)
-        # The graph goes before any trial, so that no two are alive at once.
-        evaluation.free()
+        try:
+            proposal = self._propose(evaluation, rates)
+        except FloatingPointError:
+            self._fail(loss, norm, "curvature")
+            return
+        finally:
+            # The graph goes before any trial, so that no two are alive at once.
+            evaluation.free()
+        memory["failures"] = 0
         eps = torch.finfo(evaluation.loss.dtype).eps
         outcome = _search(objective, evaluation.gradient, proposal, float(evaluation.loss), eps)
         if outcome.accepted:
@@ -173,18 +178,17 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             maximum=settings["max_damping"],
         )
 
-    def _fail(self, loss: float, norm: float) -> None:
-        """A loss or gradient that is not finite moves nothing; it raises the damping, and soon an error."""
+    def _fail(self, loss: float, norm: float, what: str) -> None:
+        """A loss, gradient or curvature that is not finite moves nothing; it raises the damping, and soon an error."""
         memory = self._memory
         memory["failures"] += 1
-        what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
-        self._report(loss, norm, ratio=-math.inf, reason=f"the {what} is not finite: {value}")
+        self._report(loss, norm, ratio=-math.inf, reason=f"the {what} is not finite")
         self._adapt(-math.inf)
         if memory["failures"] >= _MAX_FAILURES:
             raise RuntimeError(
                 f"The {what} was not finite in {memory['failures']} steps in a row; the parameters were left as they "
-                f"were. Check the data for "
-                "NaN or infinite entries, the model's initialisation, and operations such as log or sqrt at zero."
+                "were. Check the data for NaN or infinite entries, the model's initialisation, and operations such as "
+                "log or sqrt at zero."
             )
 
     def _report(self, loss: float, gradient_norm: float, reason: str, **values: Any) -> None:

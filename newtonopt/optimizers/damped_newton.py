@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -61,6 +62,8 @@ class DampedNewton(NewtonOptimizer):
         settings, damping = self.param_groups[0], self._memory["damping"]
         A = (gauss_newton if settings["curvature"] == "gauss_newton" else hessian)(evaluation)
         matrix = A.dense()
+        if not bool(torch.isfinite(matrix).all()):
+            raise FloatingPointError("The curvature matrix has entries that are not finite.")
         solve = solve_absolute if settings["eigenvalues"] == "absolute" else solve_shifted
         solution = solve(matrix, evaluation.gradient, damping)
         step = rates * solution.step

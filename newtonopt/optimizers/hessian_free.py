@@ -98,6 +98,8 @@ class HessianFree(NewtonOptimizer):
             progress_tolerance=settings["progress_tolerance"],
             keep_path=True,
         )
+        if solution.reason == "non-finite product":
+            raise FloatingPointError("A curvature product is not finite.")
         memory["direction"] = solution.step
         candidates = _candidates(solution, damped, gradient, damping)
         steps = [rates * c.step for c in candidates]

@@ -83,7 +83,7 @@ def test_measuring_changes_nothing(optimizer: str, tmp_path: Path) -> None:
         assert len(from_csv(tmp_path / mode)["curvature/lambda_max"]) == BATCHES
         for what, expected in without.items():
             torch.testing.assert_close(
-                watched[what], expected, rtol=0, atol=0, msg=lambda m, what=what: f"{mode}, {what}: {m}"
+                watched[what], expected, rtol=0, atol=0, msg=lambda m, where=f"{mode}, {what}": f"{where}: {m}"
             )
 
 
@@ -392,15 +392,8 @@ def test_a_layer_held_in_evaluation_mode_stays_in_it(mode: str) -> None:
 
 def test_the_command_line_builds_both_monitors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["fit"])
-    settings = dict(
-        every_n_train_steps=2,
-        top=4,
-        sharpness=None,
-        sharpness_radius=0.1,
-        mode="eval",
-        num_batches=3,
-        products="cached",
-    )
+    settings = {"every_n_train_steps": 2, "top": 4, "sharpness": None, "sharpness_radius": 0.1, "mode": "eval"}
+    settings |= {"num_batches": 3, "products": "cached"}
     callbacks = [
         {"class_path": "newtonopt.callbacks.CurvatureMonitor", "init_args": settings},
         {"class_path": "newtonopt.callbacks.StepMonitor", "init_args": {"every_n_train_steps": 5}},

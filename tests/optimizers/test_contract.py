@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from optimizer_db import OPTIMIZERS, Build
 from torch import Tensor, nn
 
-from newtonopt import DampedNewton, HessianFree
+from newtonopt import DampedNewton, HessianFree, mark_outputs
 from newtonopt.optimizers.base import NewtonOptimizer
 
 
@@ -385,6 +385,22 @@ def test_a_non_finite_gradient_moves_nothing(build: Build) -> None:
     optimizer.step(lambda: (optimizer.zero_grad(), closure())[1])
     assert torch.equal(theta, torch.zeros(2))
     assert optimizer.last_step is not None and "the gradient is not finite" in optimizer.last_step.reason
+
+
+def test_non_finite_curvature_moves_nothing(build: Build) -> None:
+    theta = torch.zeros(2, requires_grad=True)
+    optimizer = build([theta])
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        z = mark_outputs(theta)
+        loss = (z**1.5 + z).sum()  # at zero its slope is one, and its second derivative infinite
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert torch.equal(theta, torch.zeros(2))
+    assert optimizer.last_step is not None and "curvature is not finite" in optimizer.last_step.reason
 
 
 def test_accumulation_across_closures_is_an_error(build: Build) -> None:
