@@ -174,7 +174,7 @@ class DigitsCLI(LightningCLI):
 @torch.no_grad()
 def _scores(model: DigitsClassifier, data: DigitsData) -> Iterator[tuple[str, ...]]:
     model.eval()
-    for name, batches in (("training", data.train), ("held-out", data.held_out)):
+    for name, batches in (("train", data.train), ("test", data.held_out)):
         if len(batches):
             loss, accuracy = model.score(*(tensor.to(model.device) for tensor in batches.tensors))
             yield f"{name} accuracy", f"{accuracy:.2%}", ""

@@ -141,7 +141,9 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             self._report(loss, norm, reason="the gradient is zero" if norm == 0.0 else "the learning rate is zero")
             return
         try:
-            proposal = self._propose(evaluation, rates)
+            # A step taken inside autocast would have it round the solver's vectors.
+            with torch.autocast(evaluation.gradient.device.type, enabled=False):
+                proposal = self._propose(evaluation, rates)
         except FloatingPointError:
             self._fail(loss, norm, "curvature")
             return

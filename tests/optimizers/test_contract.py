@@ -260,6 +260,17 @@ def test_the_learning_rate_scales_the_step_and_its_prediction(build: Build) -> N
     assert reports["one"].step_norm == pytest.approx(reports["two"].step_norm, rel=1e-6)
 
 
+def test_a_step_inside_autocast_solves_in_full_precision(build: Build) -> None:
+    training = Training()
+    training.model.eval()
+    optimizer = build(training.model.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(8):
+            optimizer.step(training.closure)
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.trial_loss < 0.6
+
+
 def test_schedulers_set_the_rate(build: Build) -> None:
     training = Training()
     optimizer = build(training.model.parameters())

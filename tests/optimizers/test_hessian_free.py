@@ -1,4 +1,4 @@
-"""What is HessianFree's own: its steps against dense solves, negative curvature, backtracking, the sketch in its state."""
+"""What is HessianFree's own: its steps against dense solves, negative curvature, backtracking, the sketch."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_negative_curvature_is_followed_off_a_saddle(preconditioner: str | None)
 
 
 def test_a_worse_last_iterate_is_walked_back() -> None:
-    """The closure's trial losses favour short steps: an earlier iterate of conjugate gradients is taken, not the last."""
+    """The trial losses favour short steps: an earlier iterate of conjugate gradients is taken, not the last."""
     torch.manual_seed(0)
     scale = torch.logspace(0, -4, 30).double()
     theta = torch.ones(30, dtype=torch.float64, requires_grad=True)
