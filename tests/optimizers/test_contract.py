@@ -265,10 +265,8 @@ def test_a_step_inside_autocast_solves_in_full_precision(build: Build) -> None:
     training.model.eval()
     optimizer = build(training.model.parameters())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        for _ in range(8):
-            optimizer.step(training.closure)
-    assert optimizer.last_step is not None
-    assert optimizer.last_step.trial_loss < 0.6
+        losses = [float(optimizer.step(training.closure)) for _ in range(12)]
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_schedulers_set_the_rate(build: Build) -> None:
