@@ -168,6 +168,8 @@ class Objective:
     def _place(self, point: Tensor) -> None:
         for p, piece in zip(self.params, unflatten(point, self.params), strict=True):
             p.copy_(piece)
+        # Inside an autocast block of the caller's, the casts of the old values would be used again.
+        torch.clear_autocast_cache()
 
     def _evaluation(self, tap: Tap, returned: Any) -> Evaluation:
         loss = _sum_of_terms(tap, returned)
