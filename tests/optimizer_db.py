@@ -21,8 +21,8 @@ def _with(kind: type[NewtonOptimizer], **settings: Any) -> Build:
 
 
 OPTIMIZERS: dict[str, Build] = {
-    "hessian_free": _with(HessianFree, refresh_every=3),
-    "hessian_free_hessian": _with(HessianFree, curvature="hessian", rank=5, refresh_every=2),
+    "hessian_free": _with(HessianFree, refresh_every=30),
+    "hessian_free_hessian": _with(HessianFree, curvature="hessian", rank=5, refresh_every=20),
     "hessian_free_empirical_fisher": _with(HessianFree, preconditioner="empirical_fisher"),
     "hessian_free_plain": _with(HessianFree, preconditioner=None, warm_start=0.0),
     "damped_newton": _with(DampedNewton),

@@ -41,11 +41,12 @@ class HessianFree(NewtonOptimizer):
         products: How products are formed, "auto" (default) or "cached", which today are the same.
         preconditioner: "nystrom" (default): a low-rank sketch of the curvature (Frangella, Tropp & Udell 2023);
             "empirical_fisher": the running mean of squared gradients (Martens 2010, sec. 4.7); None.
-        rank: Of the sketch, one or more; it takes `rank * n` numbers of memory. Default 100, see benchmarks/NOTES.md.
-        refresh_every: Steps between sketches, one or more. Default 10, see benchmarks/NOTES.md.
+        rank: Of the sketch, one or more; it takes `rank * n` numbers of memory. Default 50, see benchmarks/NOTES.md.
+        refresh_every: Iterations of conjugate gradients after which the next step renews the sketch, one or more.
+            Default 200, four times the rank: sketching costs a quarter more products at most (benchmarks/NOTES.md).
         max_iterations: Of conjugate gradients in a step, one or more. Default 1000, see benchmarks/NOTES.md.
         progress_tolerance: Martens' stop (2010, sec. 4.4): relative progress per iteration, from 0 to below 1. Default
-            5e-3, see benchmarks/NOTES.md; Martens used 5e-4 without a sketch.
+            1e-2, see benchmarks/NOTES.md; Martens used 5e-4 without a sketch.
         warm_start: Conjugate gradients start from the last solution times this, from 0 to below 1. Default 0.95
             (Martens & Sutskever 2012).
         damping_factor: Of the Levenberg-Marquardt rule, above one. Default 3/2 (Martens 2010, sec. 4.1).
@@ -66,10 +67,10 @@ class HessianFree(NewtonOptimizer):
         weight_decay: float = 0.0,
         products: Products = "auto",
         preconditioner: Literal["nystrom", "empirical_fisher"] | None = "nystrom",
-        rank: int = 100,
-        refresh_every: int = 10,
+        rank: int = 50,
+        refresh_every: int = 200,
         max_iterations: int = 1000,
-        progress_tolerance: float = 5e-3,
+        progress_tolerance: float = 1e-2,
         warm_start: float = 0.95,
         damping_factor: float = 1.5,
         min_damping: float = 1e-16,
@@ -101,6 +102,7 @@ class HessianFree(NewtonOptimizer):
         if solution.reason == "non-finite product":
             raise FloatingPointError("A curvature product is not finite.")
         memory["direction"] = solution.step
+        memory["sketch_age"] = memory.get("sketch_age", 0) + solution.iterations
         candidates = _candidates(solution, damped, gradient, damping)
         steps = [rates * c.step for c in candidates]
         decreases = [_scaled_decrease(c, damping, gradient, rates, A) for c in candidates]
@@ -120,7 +122,6 @@ class HessianFree(NewtonOptimizer):
             generator = torch.Generator().manual_seed(settings["seed"] + memory["steps"])
             sketch = preconditioners.sketch(A, settings["rank"], generator, evaluation.gradient)
             memory.update(sketch_vectors=sketch.vectors, sketch_values=sketch.values, sketch_age=0)
-        memory["sketch_age"] += 1
         return preconditioners.Sketch(memory["sketch_vectors"], memory["sketch_values"]).preconditioner(
             memory["damping"]
         )
