@@ -208,9 +208,7 @@ def _loss(pl_module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
 
 @contextmanager
 def _measuring(trainer: Trainer, pl_module: LightningModule, mode: str) -> Iterator[None]:
-    """The module in the wanted mode, and in the precision of its weights: autocast would cost a product 4e-3 of
-    relative error.
-    """
+    """The module in the wanted mode and in its weights' precision: autocast costs a product 4e-3 of relative error."""
     training = [(module, module.training) for module in pl_module.modules()]
     precision = trainer.precision_plugin
     with ExitStack() as stack:
@@ -250,9 +248,7 @@ def _stability_tags(optimizers: Sequence[Optimizer], largest: float) -> dict[str
 
 
 def _charts(values: dict[str, float]) -> Charts:
-    """The page of what is measured; the tags of a multi-line chart are regular expressions that match at the start, so
-    they are ended.
-    """
+    """The page of what is measured. A multi-line chart's tags are regular expressions, to be ended with $."""
     several = ["curvature/lambda_max$"] + [
         f"{tag}$" for tag in values if tag.startswith("curvature/lambda_") and tag[-1].isdigit()
     ]

@@ -20,8 +20,7 @@ Charts = Mapping[str, tuple[str, list[str]]]
 
 
 def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
-    """Write values to every logger at the current global step, and to `trainer.callback_metrics` for other callbacks to
-    watch.
+    """Write values to every logger at the global step, and to `trainer.callback_metrics` for other callbacks.
 
     `self.log` is no way to do it: it drops what does not fall on the grid of `log_every_n_steps`.
     """

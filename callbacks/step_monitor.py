@@ -16,8 +16,7 @@ from .logs import Charts, add_charts, log_values
 
 
 class StepMonitor(Callback):
-    """Log damping, reduction ratio, inner iterations, products and norms of an optimizer of this package, under
-    `newton/`.
+    """Log a Newton optimizer's damping, ratio, iterations, products and norms, under `newton/`.
 
     Args:
         every_n_train_steps: Optimizer steps between log entries, one or more. Default 1: a Newton step is dear, and its

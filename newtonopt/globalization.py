@@ -6,9 +6,7 @@ import math
 
 
 def undamped_decrease(decrease: float, damping: float, step_norm: float) -> float:
-    """The decrease of the undamped model from the damped one's: `decrease + damping |s|^2 / 2`, the one place where
-    they are converted.
-    """
+    """The undamped model's decrease from the damped one's, `decrease + damping |s|^2 / 2`: the one place for it."""
     return decrease + 0.5 * damping * step_norm**2
 
 
@@ -41,9 +39,7 @@ def sufficient_decrease(loss: float, trial_loss: float, slope: float, eps: float
 
 
 def levenberg_marquardt(damping: float, ratio: float, *, factor: float, minimum: float, maximum: float) -> float:
-    """The next damping: times `factor` if the ratio is below 1/4, divided by it above 3/4 (Martens 2010, sec. 4.1:
-    factor 3/2).
-    """
+    """The next damping: times `factor` below a ratio of 1/4, divided by it above 3/4 (Martens 2010, sec. 4.1: 3/2)."""
     if ratio < 0.25:
         damping *= factor
     elif ratio > 0.75:

@@ -79,9 +79,7 @@ class Isolation:
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """A run that starts where the first one started and leaves random state, modules, gradients, results and logs
-        as they were.
-        """
+        """A run from where the first one started; random state, modules, gradients, results and logs are put back."""
         after = self._random_state()
         if self._start is None:
             self._start = after
@@ -140,9 +138,7 @@ class Isolation:
 
 
 class _Swapped:
-    """One module working on copies of its buffers and of its plain attributes (counters, lists, the states of a
-    metric).
-    """
+    """One module working on copies of its buffers and plain attributes (counters, lists, states of a metric)."""
 
     def __init__(self, module: nn.Module, starting_buffers: dict[str, Tensor]) -> None:
         self._module = module
@@ -170,9 +166,7 @@ def _copied(value: Any) -> Any:
 
 
 def _bound_objects(closure: Any) -> Iterator[Any]:
-    """The modules and callable objects that a closure was made of: bound by `functools.partial`, as `self`, or in its
-    cells.
-    """
+    """The modules and callable objects bound to a closure: by `functools.partial`, as `self`, or in its cells."""
     if isinstance(closure, functools.partial):
         for bound in (closure.func, *closure.args, *closure.keywords.values()):
             yield from _bound_objects(bound)
@@ -223,9 +217,7 @@ def _allow_global_hooks() -> None:
 
 @contextmanager
 def _silenced(module: nn.Module) -> Iterator[None]:
-    """Keep a LightningModule and its trainer's callbacks from logging: `self.log`, `self.log_dict` and the loggers keep
-    nothing.
-    """
+    """Keep a LightningModule and its trainer's callbacks from logging, by `self.log`, `log_dict` or the loggers."""
     if not _is_lightning_module(module):
         yield
         return
@@ -256,9 +248,7 @@ def _is_lightning_module(module: nn.Module) -> bool:
 
 
 class _Silent:
-    """Stands in for a logger: any attribute, item, call or context does nothing, but a name, path or number can be
-    read.
-    """
+    """Stands in for a logger: whatever is done with it does nothing, but a name, path or number can be read."""
 
     def __init__(self, original: object = None) -> None:
         self._original = original

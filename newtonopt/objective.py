@@ -22,8 +22,7 @@ Products = Literal["auto", "cached"]
 
 
 class Evaluation:
-    """What is known of an objective at the current parameters: loss, gradient, and the graph that gives curvature
-    products.
+    """What is known of an objective at the current parameters: loss, gradient, and the live graph.
 
     The graph takes the memory of one forward pass, and of the double backward once products are formed; `free()`
     releases it.
@@ -74,9 +73,7 @@ class Evaluation:
         self._graph = None
 
     def part_outside_outputs(self) -> bool:
-        """Whether the loss depends on the parameters other than through the recorded outputs (an explicit penalty
-        does).
-        """
+        """Whether the loss depends on the parameters other than through the outputs, as an explicit penalty does."""
         loss, outputs = self.graph
         leaves = {id(p) for p in self.params}
         barrier = {z.grad_fn for z in outputs if z.grad_fn is not None}
@@ -85,8 +82,7 @@ class Evaluation:
 
 
 class Objective:
-    """The closure made callable at will, as a function of a step from the current parameters. Lives for one optimizer
-    step.
+    """The closure as a function of a step from the current parameters. Lives for one optimizer step.
 
     Used as a context manager it puts the parameters back, bit for bit, unless `move` has set new ones.
 
@@ -128,24 +124,18 @@ class Objective:
         return evaluation
 
     def evaluate(self) -> Evaluation:
-        """The same without a trace: `backward` is left out, random state, buffers, gradients and logs stay as they
-        were.
-        """
+        """The same without a trace: `backward` is left out, and all but the parameters is put back."""
         with self._isolation.isolated(), tapped(self.params, backward=False) as tap:
             return self._evaluation(tap, self._closure())
 
     def loss_at(self, step: Tensor) -> float:
-        """The objective at `point + step`, `(n,)`, for one forward pass; the same function as the first run, without a
-        trace.
-        """
+        """The objective at `point + step`, `(n,)`: one forward pass, without a trace."""
         with self._moved(step), self._isolation.isolated(), tapped(self.params, backward=False) as tap:
             loss = _sum_of_terms(tap, self._closure()).detach()
         return _value(loss, self._decay, self.point + step)
 
     def gradient_at(self, step: Tensor) -> tuple[float, Tensor]:
-        """The objective and its gradient `(n,)` at `point + step`, for one forward and one backward pass, without a
-        trace.
-        """
+        """The objective and its gradient at `point + step`: one forward and one backward pass, without a trace."""
         with self._moved(step):
             evaluation = self.evaluate()
             evaluation.free()
@@ -180,8 +170,7 @@ class Objective:
 
 
 def evaluate(closure: Closure, params: Iterable[Tensor], products: Products = "auto") -> Evaluation:
-    """Evaluate a closure for curvature products, leaving no trace: parameters, `.grad`, random state, buffers and logs
-    stay as they were.
+    """Evaluate a closure for curvature products, without a trace in parameters, `.grad`, buffers, random state or logs.
 
     Args:
         closure: The one that `torch.optim.LBFGS` takes, or any function of no argument that returns a live scalar loss.
@@ -258,9 +247,7 @@ def _refuse_sparse(gradients: Sequence[Tensor | None]) -> None:
 
 
 def _is_clipped(params: Sequence[Tensor], gradient: Tensor) -> bool:
-    """Compare `.grad`, which clipping shrinks and accumulation changes, with the recorded gradient, which is the one
-    used.
-    """
+    """Whether `.grad` is the recorded gradient clipped; anything but this or the gradient itself is an error."""
     with torch.no_grad():
         left = flatten([p.grad for p in params], params)
         scale = float(gradient.abs().max())

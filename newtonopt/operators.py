@@ -192,9 +192,7 @@ def jacobian(evaluation: Evaluation) -> LinearOperator:
 def _jacobian_products(
     outputs: Sequence[Tensor], params: Sequence[Tensor]
 ) -> tuple[Callable[[Tensor], list[Tensor]], Callable[[Sequence[Tensor]], Tensor]]:
-    """`v -> J v` and `u -> J' u`. `J' u` is linear in a dummy `u`, so differentiating it by `u` gives `J v` with
-    reverse mode alone.
-    """
+    """`v -> J v` and `u -> J' u`. `J' u` is linear in a dummy `u`: its derivative by `u` gives `J v`."""
     dummies = [torch.zeros_like(z, requires_grad=True) for z in outputs]
     pulled = _grad(outputs, params, dummies, create_graph=True)
     live = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]

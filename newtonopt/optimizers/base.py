@@ -232,8 +232,7 @@ class _Outcome:
 
 
 def _search(objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> _Outcome:
-    """Try the proposal's steps until one decreases the loss and the next is no better (Martens 2010, sec. 4.6); shorten
-    the best if none did.
+    """Try the steps until one decreases the loss and the next is no better (Martens 2010, sec. 4.6); else shorten it.
 
     The ratio, which adapts the damping, is that of the step before it was shortened: a good short step does not excuse
         a bad long one.
@@ -287,9 +286,7 @@ def _is_zero(value: float | Tensor) -> bool:
 
 @torch.no_grad()
 def _put_gradients(params: Sequence[Tensor], gradient: Tensor) -> None:
-    """Leave the recorded gradient in `.grad`, as if nothing had clipped it; a parameter that the loss does not use
-    keeps None.
-    """
+    """Leave the recorded gradient in `.grad`, unclipped; a parameter that the loss does not use keeps None."""
     for p, piece in zip(params, unflatten(gradient, params), strict=True):
         if p.grad is not None:
             p.grad.copy_(piece)

@@ -15,8 +15,7 @@ from newtonopt.solvers.dense import solve_absolute, solve_shifted
 
 
 class DampedNewton(NewtonOptimizer):
-    """Newton steps `-(A + damping I)^-1 g` with the whole matrix `A`, the damping adapted by the Levenberg-Marquardt
-    rule.
+    """Newton steps `-(A + damping I)^-1 g` with the whole matrix `A`, and Levenberg-Marquardt damping.
 
     Use it for models of up to a few thousand parameters, where it converges quadratically: a step costs `n` products,
         and `n^2` numbers of memory. Do not use it for larger ones, or with small noisy batches: `HessianFree` needs a

@@ -132,9 +132,7 @@ _FISHER_DECAY = 0.99
 
 
 def _candidates(solution: Solution, damped: LinearOperator, gradient: Tensor, damping: float) -> list[Iterate]:
-    """The steps to try: the solution, then the iterates before it; in front of them, when negative curvature was met, a
-    step along it.
-    """
+    """The solution, then the iterates before it; in front of them a step along negative curvature if it was met."""
     last = Iterate(solution.step, solution.decrease)
     earlier = [i for i in reversed(solution.path) if i.step is not solution.step and i.decrease > 0]
     candidates = [last, *earlier] if solution.decrease > 0 else earlier
@@ -145,9 +143,7 @@ def _candidates(solution: Solution, damped: LinearOperator, gradient: Tensor, da
 
 
 def _along(d: Tensor, start: Iterate, damped: LinearOperator, gradient: Tensor, damping: float) -> Iterate:
-    """From `start` along `d`: as far as the model's slope and the size of its curvature say, at most as far as the
-    damping alone allows.
-    """
+    """From `start` along `d`, as far as slope and size of curvature say, at most as far as the damping alone allows."""
     slope = float(d @ (gradient + damped @ start.step))
     bend = float(d @ (damped @ d))
     longest = max(float(start.step.norm()), float(gradient.norm()) / damping) / float(d.norm())

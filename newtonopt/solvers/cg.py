@@ -61,9 +61,7 @@ def conjugate_gradients(
 
 
 def forcing_sequence(gradient_norm: float) -> float:
-    """The residual tolerance `min(1/2, sqrt(|g|))` of an inexact Newton step (Nocedal & Wright 2006, alg. 7.1):
-    superlinear convergence.
-    """
+    """The residual tolerance `min(1/2, sqrt(|g|))` of an inexact Newton step (Nocedal & Wright 2006, alg. 7.1)."""
     return min(0.5, math.sqrt(gradient_norm))
 
 

@@ -38,8 +38,7 @@ def solve_shifted(A: Tensor, gradient: Tensor, damping: float) -> Solution:
 
 
 def solve_absolute(A: Tensor, gradient: Tensor, damping: float) -> Solution:
-    """Minimise `g's + s'(|A| + damping I)s / 2`, `|A|` with the eigenvalues' absolute values: saddle-free Newton
-    (Dauphin et al. 2014).
+    """Minimise `g's + s'(|A| + damping I)s / 2`: saddle-free Newton (Dauphin et al. 2014).
 
     Args:
         A: Symmetric, `(n, n)`.

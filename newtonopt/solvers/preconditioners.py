@@ -92,9 +92,7 @@ def _nystrom(A: Matrix, test: Tensor) -> Sketch:
 
 
 def _range_finder(A: Matrix, test: Tensor) -> Sketch:
-    """Eigenvalues on the range of `A test`, by absolute value; Halko, Martinsson & Tropp 2011, sec. 5.3, for an
-    indefinite matrix.
-    """
+    """For an indefinite matrix: eigenvalues on the range of `A test` (Halko, Martinsson & Tropp 2011, sec. 5.3)."""
     basis, _ = torch.linalg.qr(_products(A, test))
     core = basis.T @ _products(A, basis)
     values, vectors = torch.linalg.eigh((core + core.T) / 2)
@@ -113,8 +111,6 @@ def _products(A: Matrix, columns: Tensor) -> Tensor:
 
 
 def diagonal(weights: Tensor, damping: float, exponent: float = 0.75) -> Preconditioner:
-    """Division by `(weights + damping)^exponent`; Martens 2010, sec. 4.7, with the empirical Fisher diagonal for
-    weights `(n,)`.
-    """
+    """Division by `(weights + damping)^exponent`, with the empirical Fisher diagonal `(n,)` (Martens 2010, sec. 4.7)."""
     inverse = (weights + damping).pow(-exponent)
     return lambda v: inverse * v
