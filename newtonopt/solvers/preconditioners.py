@@ -111,6 +111,6 @@ def _products(A: Matrix, columns: Tensor) -> Tensor:
 
 
 def diagonal(weights: Tensor, damping: float, exponent: float = 0.75) -> Preconditioner:
-    """Division by `(weights + damping)^exponent`, with the empirical Fisher diagonal `(n,)` (Martens 2010, sec. 4.7)."""
+    """Division by `(weights + damping)^exponent`, for an empirical Fisher diagonal `(n,)` (Martens 2010, sec. 4.7)."""
     inverse = (weights + damping).pow(-exponent)
     return lambda v: inverse * v
