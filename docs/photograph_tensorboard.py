@@ -22,7 +22,7 @@ def main(logdir: str, picture: Path, page: str = "custom_scalars") -> None:
     board.configure(argv=[None, "--logdir", logdir, "--host", "127.0.0.1", "--port", "0"])
     address = board.launch()
     options = Options()
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1500,1180", "--hide-scrollbars"):
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1500,1290", "--hide-scrollbars"):
         options.add_argument(flag)
     for flag in ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"):
         options.add_argument(flag)
@@ -39,18 +39,21 @@ def main(logdir: str, picture: Path, page: str = "custom_scalars") -> None:
         browser.quit()
 
 
-# The page is built of nested shadow roots.
+# The page is built of nested shadow roots. Points that chart scaling leaves out as outliers are shown too.
 _OPEN_ALL = """
-const visit = (root, found) => {
+const visit = (root, name, found) => {
   for (const element of root.querySelectorAll('*')) {
-    if (element.tagName.toLowerCase() === 'tf-category-paginated-view') found.push(element);
-    if (element.shadowRoot) visit(element.shadowRoot, found);
+    if (element.tagName.toLowerCase() === name) found.push(element);
+    if (element.shadowRoot) visit(element.shadowRoot, name, found);
   }
   return found;
 };
-for (const view of visit(document, [])) {
+for (const view of visit(document, 'tf-category-paginated-view', [])) {
   const pane = view.shadowRoot.querySelector('iron-collapse');
   if (pane && !pane.opened) view.shadowRoot.querySelector('button.heading').click();
+}
+for (const box of visit(document, 'paper-checkbox', [])) {
+  if (box.checked && box.textContent.includes('outliers')) box.click();
 }
 """
 
