@@ -115,8 +115,7 @@ class CurvatureMonitor(Callback):
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 "CurvatureMonitor gets the loss from training_step, which under manual optimization would train the "
-                "model: use it with "
-                "automatic optimization, or call newtonopt.evaluate on a closure of your own."
+                "model: use it with automatic optimization, or call newtonopt.evaluate on a closure of your own."
             )
         self._probe.clear()
         self._charts_written = False

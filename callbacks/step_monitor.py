@@ -40,8 +40,7 @@ class StepMonitor(Callback):
             names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
             raise MisconfigurationException(
                 f"StepMonitor reports the steps of newtonopt's optimizers, and this run trains with {names}: remove "
-                f"the callback, or use "
-                "CurvatureMonitor, which works with any optimizer."
+                "the callback, or use CurvatureMonitor, which works with any optimizer."
             )
 
     def on_train_batch_end(

@@ -37,11 +37,11 @@ def check_parameters(params: Sequence[Tensor]) -> None:
         if len(values) > 1:
             raise ValueError(
                 f"The parameters are on two {what} or more, {', '.join(sorted(values))}: curvature couples all "
-                f"parameters, so they "
-                f"must share one. Move the model with model.to(...) or give the parameters to separate optimizers."
+                "parameters, so they must share one. Move the model with model.to(...) or give the parameters to "
+                "separate optimizers."
             )
     if params[0].dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise ValueError(
-            f"The parameters are {params[0].dtype}: newtonopt needs float32, float64 or bfloat16 parameters. "
-            f"Keep the weights in float32 (and use bfloat16 autocast for speed)."
+            f"The parameters are {params[0].dtype}: newtonopt needs float32, float64 or bfloat16 parameters. Keep the "
+            "weights in float32 (and use bfloat16 autocast for speed)."
         )

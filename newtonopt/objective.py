@@ -205,10 +205,9 @@ def _sum_of_terms(tap: Tap, returned: Any) -> Tensor:
     if not terms:
         raise RuntimeError(
             "The closure neither called loss.backward() nor returned a loss that requires a gradient, so there is "
-            "nothing to minimise. "
-            "End it with `loss.backward(); return loss` (torch.autograd.backward is not seen: call the method), and "
-            "check that the "
-            "loss depends on the parameters and that no torch.no_grad() surrounds the forward pass."
+            "nothing to minimise. End it with `loss.backward(); return loss` (torch.autograd.backward is not seen: "
+            "call the method), and check that the loss depends on the parameters and that no torch.no_grad() "
+            "surrounds the forward pass."
         )
     if terms[0].dim() != 0 and terms[0].numel() != 1:
         raise RuntimeError(f"The loss has shape {tuple(terms[0].shape)}: return a scalar, such as loss.mean().")
@@ -230,11 +229,9 @@ def _advice(tap: Tap) -> str:
     seen = f"The closure called {', '.join(dict.fromkeys(tap.losses_seen))}. " if tap.losses_seen else ""
     return (
         f"No model output was recorded for the Gauss-Newton matrix. {seen}The losses recognised are cross_entropy, "
-        f"log_softmax followed by "
-        "nll_loss or kl_div, mse_loss, huber_loss, smooth_l1_loss, binary_cross_entropy (also with logits), "
-        "poisson_nll_loss and the "
-        "soft margin losses of torch.nn.functional. For any other loss call `z = newtonopt.mark_outputs(z)` on the "
-        "model's output inside the "
+        "log_softmax followed by nll_loss or kl_div, mse_loss, huber_loss, smooth_l1_loss, binary_cross_entropy (also "
+        "with logits), poisson_nll_loss and the soft margin losses of torch.nn.functional. For any other loss call `z "
+        "= newtonopt.mark_outputs(z)` on the model's output inside the "
         'closure, or use curvature="hessian".'
     )
 
@@ -261,10 +258,7 @@ def _is_clipped(params: Sequence[Tensor], gradient: Tensor) -> bool:
         return True
     raise RuntimeError(
         "After the closure, .grad is not the gradient of its loss: something else was added, usually an earlier "
-        "closure's gradient. "
-        "A second-order step needs one objective, so gradients cannot be accumulated across closures: call "
-        "optimizer.zero_grad() first in the "
-        "closure, set accumulate_grad_batches=1 in Lightning, and to use several batches loop over them inside one "
-        "closure, calling backward "
-        "for each."
+        "closure's gradient. A second-order step needs one objective, so gradients cannot be accumulated across "
+        "closures: call optimizer.zero_grad() first in the closure, set accumulate_grad_batches=1 in Lightning, and "
+        "to use several batches loop over them inside one closure, calling backward for each."
     )

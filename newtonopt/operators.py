@@ -66,8 +66,8 @@ class LinearOperator:
         """
         if v.shape[0] != self.shape[1] or v.dim() > 2:
             raise ValueError(
-                f"v has shape {tuple(v.shape)}: a vector for this {self.shape[0]} x {self.shape[1]} operator has "
-                f"shape ({self.shape[1]},)."
+                f"v has shape {tuple(v.shape)}: a vector for this {self.shape[0]} x {self.shape[1]} operator has shape "
+                f"({self.shape[1]},)."
             )
         if v.dim() == 2:
             result = torch.empty(self.shape[0], v.shape[1], dtype=self.dtype, device=self.device)
@@ -144,10 +144,8 @@ def gauss_newton(evaluation: Evaluation) -> LinearOperator:
     if evaluation.part_outside_outputs():
         warnings.warn(
             "Part of the loss does not go through the recorded outputs (an explicit penalty on the parameters, or a "
-            "term written by hand): the "
-            "Gauss-Newton matrix leaves that part out. Write an L2 penalty as weight_decay=..., and mark the outputs "
-            "of other terms with "
-            "newtonopt.mark_outputs.",
+            "term written by hand): the Gauss-Newton matrix leaves that part out. Write an L2 penalty as "
+            "weight_decay=..., and mark the outputs of other terms with newtonopt.mark_outputs.",
             stacklevel=2,
         )
     forward, backward = _jacobian_products(outputs, evaluation.params)

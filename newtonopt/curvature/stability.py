@@ -42,7 +42,8 @@ def stability_threshold(optimizer: Optimizer) -> float:
     if not isinstance(optimizer, SGD) or type(optimizer).step is not SGD.step:
         raise TypeError(
             f"stability_threshold knows torch.optim.SGD (plain, heavy ball, Nesterov), got {type(optimizer).__name__}: "
-            "for preconditioned methods the eigenvalues of the preconditioned Hessian decide, not those of the Hessian"
+            "for preconditioned methods the eigenvalues of the preconditioned Hessian decide, not those of the "
+            "Hessian"
         )
     return min(_group_threshold(group) for group in optimizer.param_groups)
 

@@ -23,8 +23,7 @@ _PER_GROUP = ("lr", "weight_decay")
 _MAX_FAILURES = 5
 _CLIPPING = (
     "The closure clips gradients. newtonopt takes the gradient of the loss itself: clipping has no effect on its "
-    "step, which the damping bounds. "
-    "Remove gradient_clip_val (or clip_grad_norm_) to silence this."
+    "step, which the damping bounds. Remove gradient_clip_val (or clip_grad_norm_) to silence this."
 )
 # A step that does not decrease the loss is halved, at most six times.
 _SHORTEN = 0.5
@@ -74,9 +73,9 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         for name in self.defaults:
             if name not in _PER_GROUP and param_group.get(name, shared[name]) != shared[name]:
                 raise ValueError(
-                    f"{name}={param_group[name]!r} in a parameter group: the step couples all groups, so {name} is "
-                    f"one setting for the whole "
-                    f"optimizer (here {shared[name]!r}). Only lr and weight_decay may differ between groups."
+                    f"{name}={param_group[name]!r} in a parameter group: the step couples all groups, so {name} is one "
+                    f"setting for the whole optimizer (here {shared[name]!r}). Only lr and weight_decay may differ "
+                    "between groups."
                 )
         _check_settings({**self.defaults, **{name: param_group[name] for name in _PER_GROUP if name in param_group}})
         super().add_param_group(
@@ -106,10 +105,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         if closure is None:
             raise RuntimeError(
                 f"{type(self).__name__}.step() needs a closure that computes the loss and calls backward: "
-                f"optimizer.step(closure). Lightning "
-                'gives one, except with precision="16-mixed", whose gradient scaler calls step() without it: use '
-                'precision="bf16-mixed" or '
-                '"32-true".'
+                'optimizer.step(closure). Lightning gives one, except with precision="16-mixed", whose gradient '
+                'scaler calls step() without it: use precision="bf16-mixed" or "32-true".'
             )
         _refuse_several_processes(type(self).__name__)
         trained = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
@@ -136,7 +133,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             evaluation.free()
             self._fail(loss, norm, "gradient" if math.isfinite(loss) else "loss")
             return
-        if norm == 0.0 or _is_zero(rates):
+        if norm == 0.0 or is_number(rates, 0.0):
             evaluation.free()
             self._report(loss, norm, reason="the gradient is zero" if norm == 0.0 else "the learning rate is zero")
             return
@@ -280,11 +277,11 @@ def _refuse_several_processes(name: str) -> None:
         )
 
 
-def _is_zero(value: float | Tensor) -> bool:
-    return not isinstance(value, Tensor) and value == 0.0  # a vector holds two different values
+def is_number(value: float | Tensor, number: float) -> bool:
+    """Whether a value that is one number or one for each entry is this number throughout."""
+    return not isinstance(value, Tensor) and value == number  # a vector holds two different values
 
 
-@torch.no_grad()
 def _put_gradients(params: Sequence[Tensor], gradient: Tensor) -> None:
     """Leave the recorded gradient in `.grad`, unclipped; a parameter that the loss does not use keeps None."""
     for p, piece in zip(params, unflatten(gradient, params), strict=True):

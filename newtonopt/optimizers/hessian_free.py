@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from newtonopt.globalization import undamped_decrease
 from newtonopt.objective import Evaluation, Products
 from newtonopt.operators import LinearOperator, gauss_newton, hessian
-from newtonopt.optimizers.base import NewtonOptimizer, Proposal, check_choices
+from newtonopt.optimizers.base import NewtonOptimizer, Proposal, check_choices, is_number
 from newtonopt.solvers import preconditioners
 from newtonopt.solvers.cg import conjugate_gradients
 from newtonopt.solvers.preconditioners import Preconditioner
@@ -104,7 +104,7 @@ class HessianFree(NewtonOptimizer):
         memory["direction"] = solution.step
         memory["sketch_age"] = memory.get("sketch_age", 0) + solution.iterations
         candidates = _candidates(solution, damped, gradient, damping)
-        steps = [rates * c.step for c in candidates]
+        steps = [c.step if is_number(rates, 1.0) else rates * c.step for c in candidates]
         decreases = [_scaled_decrease(c, damping, gradient, rates, A) for c in candidates]
         return Proposal(steps, decreases, solution.iterations, A.products, solution.reason)
 
@@ -122,9 +122,8 @@ class HessianFree(NewtonOptimizer):
             generator = torch.Generator().manual_seed(settings["seed"] + memory["steps"])
             sketch = preconditioners.sketch(A, settings["rank"], generator, evaluation.gradient)
             memory.update(sketch_vectors=sketch.vectors, sketch_values=sketch.values, sketch_age=0)
-        return preconditioners.Sketch(memory["sketch_vectors"], memory["sketch_values"]).preconditioner(
-            memory["damping"]
-        )
+        sketch = preconditioners.Sketch(memory["sketch_vectors"], memory["sketch_values"])
+        return sketch.preconditioner(memory["damping"])
 
 
 # Of the running mean of squared gradients.
