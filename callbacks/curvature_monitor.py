@@ -53,8 +53,9 @@ class CurvatureMonitor(Callback):
         products: How curvature products are formed, "auto" (default) or "cached", which today are the same.
         tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
             no more.
-        max_products: Bound on the curvature products of one measurement, one or more. Default 100; an interval not yet
-            narrow enough then is logged as wide as it is.
+        max_products: Bound on the eigenvalues' curvature products in one measurement, one or more. Default 100. The
+            extreme eigenvalues' intervals are logged as wide as they are then; a further eigenvalue, shown without an
+            interval, is left out unless it is known to a tenth.
         seed: Of the random start vectors. Default 0.
 
     Raises:
@@ -81,8 +82,9 @@ class CurvatureMonitor(Callback):
             ("bottom", bottom, 0),
             ("num_batches", num_batches, 1),
             ("max_products", max_products, 1),
+            ("seed", seed, 0),
         ):
-            if value < least:
+            if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}: give a whole number, {least} or more.")
         for name, choice, allowed in (
             ("sharpness", sharpness, ("ball", "adaptive_ball", None)),
@@ -90,9 +92,9 @@ class CurvatureMonitor(Callback):
         ):
             if choice not in allowed:
                 raise ValueError(f"{name} is {choice!r}: choose {' or '.join(map(repr, allowed))}.")
-        if not sharpness_radius > 0:
-            raise ValueError(f"sharpness_radius is {sharpness_radius!r}: give a number above zero.")
-        if not 0 < tolerance < 1:
+        if not isinstance(sharpness_radius, (int, float)) or not 0 < sharpness_radius < math.inf:
+            raise ValueError(f"sharpness_radius is {sharpness_radius!r}: give a finite number above zero.")
+        if not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
             raise ValueError(f"tolerance is {tolerance!r}: give a number between 0 and 1.")
         check_products(products)
         self.every_n_train_steps = every_n_train_steps
@@ -227,13 +229,18 @@ def _eigenvalue_tags(first: str, others: str, eigenvalues: Sequence[Eigenvalue])
     if not eigenvalues:
         return {}
     extreme = eigenvalues[0]
-    further = {f"curvature/{others}_{i}": e.value for i, e in enumerate(eigenvalues[1:], start=2)}
+    further = {f"curvature/{others}_{i}": e.value for i, e in enumerate(eigenvalues[1:], start=2) if _is_known(e)}
     return {
         f"curvature/{first}": extreme.value,
         f"curvature/{first}_lower": extreme.lower,
         f"curvature/{first}_upper": extreme.upper,
         **further,
     }
+
+
+def _is_known(eigenvalue: Eigenvalue) -> bool:
+    """Whether a value that is shown without its bounds can be: they are within a tenth of it."""
+    return eigenvalue.upper - eigenvalue.lower <= 0.1 * abs(eigenvalue.value)
 
 
 def _stability_tags(optimizers: Sequence[Optimizer], largest: float) -> dict[str, float]:

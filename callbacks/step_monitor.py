@@ -27,7 +27,7 @@ class StepMonitor(Callback):
     """
 
     def __init__(self, every_n_train_steps: int = 1) -> None:
-        if every_n_train_steps < 1:
+        if not isinstance(every_n_train_steps, int) or every_n_train_steps < 1:
             raise ValueError(f"every_n_train_steps is {every_n_train_steps!r}: give a whole number, 1 or more.")
         self.every_n_train_steps = every_n_train_steps
         self._last_step = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ def check_parameters(params: Sequence[Tensor]) -> None:
     """
     if not params:
         raise ValueError(
-            "params is empty: give at least one tensor with requires_grad=True, such as model.parameters()."
+            "params is empty, or nothing in it requires a gradient: give at least one tensor with requires_grad=True, "
+            "such as those of model.parameters()."
         )
     for what, values in (("devices", {str(p.device) for p in params}), ("dtypes", {str(p.dtype) for p in params})):
         if len(values) > 1:
@@ -40,8 +41,30 @@ def check_parameters(params: Sequence[Tensor]) -> None:
                 "parameters, so they must share one. Move the model with model.to(...) or give the parameters to "
                 "separate optimizers."
             )
-    if params[0].dtype not in (torch.float32, torch.float64, torch.bfloat16):
+    if params[0].dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"The parameters are {params[0].dtype}: newtonopt needs float32, float64 or bfloat16 parameters. Keep the "
-            "weights in float32 (and use bfloat16 autocast for speed)."
+            f"The parameters are {params[0].dtype}: newtonopt needs float32 or float64 parameters. Keep the weights in "
+            'float32, and for speed use bfloat16 autocast (precision="bf16-mixed" in Lightning).'
         )
+
+
+def trained_parameters(params: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """The parameters that require a gradient, each once, checked.
+
+    Raises:
+        TypeError: Something else than an iterable of tensors, such as a module or a single tensor.
+        ValueError: As `check_parameters`.
+    """
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"params is a {type(params).__name__}: give an iterable of tensors, such as model.parameters()."
+        )
+    given = tuple(params)
+    for p in given:
+        if not isinstance(p, Tensor):
+            raise TypeError(
+                f"params holds a {type(p).__name__}: give tensors only, such as those of model.parameters()."
+            )
+    trained = tuple(dict.fromkeys(p for p in given if p.requires_grad))
+    check_parameters(trained)
+    return trained

@@ -80,6 +80,10 @@ class Tap(TorchFunctionMode):
         fresh = [z for z in self._recognised if not (marked and reaches(z.grad_fn, lambda node: node in marked))]
         return (*self._marked, *fresh)
 
+    def has_marks(self) -> bool:
+        """Whether the closure called `mark_outputs` on something that needs gradients."""
+        return bool(self._marked)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from newtonopt._flat import check_parameters, flatten, unflatten
+from newtonopt._flat import flatten, trained_parameters, unflatten
 from newtonopt._tap import Tap, mark_outputs, reaches, tapped
 from newtonopt.isolation import Isolation
 
@@ -39,6 +38,7 @@ class Evaluation:
         params: The parameters.
         returned: What the closure returned, detached when it is a tensor.
         clipped: Whether the closure shrank `.grad` after its backward.
+        marked: Whether outputs were named by `mark_outputs`.
     """
 
     def __init__(
@@ -48,10 +48,16 @@ class Evaluation:
         self.decay = decay
         self.returned: Any = None
         self.clipped = False
+        self.marked = False
         self.unrecognised_advice = ""
         self._graph: tuple[Tensor, tuple[Tensor, ...]] | None = (loss, tuple(outputs))
         gradients = torch.autograd.grad(loss, self.params, retain_graph=True, allow_unused=True)
         _refuse_sparse(gradients)
+        if all(g is None for g in gradients):
+            raise RuntimeError(
+                "The loss does not depend on any of the parameters given: they may be another model's, or those of a "
+                "copy made after the optimizer. Give the parameters that the closure's forward pass uses."
+            )
         self.data_gradient = flatten(gradients, self.params)
         point = flatten(self.params, self.params).detach()
         self.gradient = self.data_gradient + decay * point
@@ -84,7 +90,7 @@ class Evaluation:
 class Objective:
     """The closure as a function of a step from the current parameters. Lives for one optimizer step.
 
-    Used as a context manager it puts the parameters back, bit for bit, unless `move` has set new ones.
+    Whatever is evaluated elsewhere, the parameters are put back bit for bit; only `move` sets new ones.
 
     Args:
         closure: Takes no argument; computes the loss and calls `backward` on it (several times for a sum of losses), or
@@ -100,14 +106,6 @@ class Objective:
         self._isolation = Isolation(closure, self.params)
         with torch.no_grad():
             self.point = flatten(self.params, self.params).clone()
-
-    def __enter__(self) -> Objective:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._place(self.point)
 
     def record(self) -> Evaluation:
         """Run the closure for real, once: its `backward` runs, its traces stay.
@@ -144,7 +142,10 @@ class Objective:
     def move(self, step: Tensor) -> None:
         """Make `point + step` the new point."""
         self.point = self.point + step
-        self._place(self.point)
+        with torch.no_grad():
+            for p, piece in zip(self.params, unflatten(self.point, self.params), strict=True):
+                p.copy_(piece)
+        torch.clear_autocast_cache()
 
     @contextmanager
     def _moved(self, step: Tensor) -> Iterator[None]:
@@ -154,18 +155,21 @@ class Objective:
         finally:
             self._place(self.point)
 
-    @torch.no_grad()
     def _place(self, point: Tensor) -> None:
         for p, piece in zip(self.params, unflatten(point, self.params), strict=True):
-            p.copy_(piece)
+            # Through `.data` autograd does not see the change, which is taken back: an evaluation made before stays
+            # usable.
+            p.data.copy_(piece)
         # Inside an autocast block of the caller's, the casts of the old values would be used again.
         torch.clear_autocast_cache()
 
     def _evaluation(self, tap: Tap, returned: Any) -> Evaluation:
         loss = _sum_of_terms(tap, returned)
+        _refuse_reentrant_checkpoints(loss)
         evaluation = Evaluation(loss, self.params, tap.outputs(), self._decay)
         evaluation.returned = returned.detach() if isinstance(returned, Tensor) else returned
         evaluation.unrecognised_advice = _advice(tap)
+        evaluation.marked = tap.has_marks()
         return evaluation
 
 
@@ -182,13 +186,23 @@ def evaluate(closure: Closure, params: Iterable[Tensor], products: Products = "a
         The `Evaluation` to give to `hessian`, `gauss_newton` or `jacobian`.
 
     Raises:
+        TypeError: `closure` cannot be called, or `params` is not an iterable of tensors.
         ValueError: `params` is empty or mixes devices or dtypes, or `products` is unknown.
-        RuntimeError: The closure neither calls `backward` nor returns a live loss.
+        RuntimeError: The closure neither calls `backward` nor returns a live loss, or the loss does not depend on
+            `params`.
     """
     check_products(products)
-    trained = tuple(dict.fromkeys(p for p in params if p.requires_grad))
-    check_parameters(trained)
-    return Objective(closure, trained).evaluate()
+    check_closure(closure)
+    return Objective(closure, trained_parameters(params)).evaluate()
+
+
+def check_closure(closure: object) -> None:
+    """Refuse what cannot be called with a TypeError."""
+    if not callable(closure):
+        raise TypeError(
+            f"closure is a {type(closure).__name__}: give a function of no argument that computes the loss, calls "
+            "backward and returns the loss."
+        )
 
 
 def check_products(products: str) -> None:
@@ -234,6 +248,15 @@ def _advice(tap: Tap) -> str:
         "= newtonopt.mark_outputs(z)` on the model's output inside the "
         'closure, or use curvature="hessian".'
     )
+
+
+def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
+    # Its parameters hang on no path of the graph, so that their gradient would silently be missing.
+    if reaches(loss.grad_fn, lambda node: node.name() == "CheckpointFunctionBackward"):
+        raise RuntimeError(
+            "The forward pass uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside "
+            "from differentiation. Call checkpoint(..., use_reentrant=False)."
+        )
 
 
 def _refuse_sparse(gradients: Sequence[Tensor | None]) -> None:

@@ -109,6 +109,7 @@ def hessian(evaluation: Evaluation) -> LinearOperator:
     Returns:
         The operator. A product costs one to two gradients; it can be used until `evaluation.free()`.
     """
+    _check(evaluation)
     loss, _ = evaluation.graph
     params = evaluation.params
     gradients = _grad(loss, params, create_graph=True)
@@ -128,8 +129,8 @@ def hessian(evaluation: Evaluation) -> LinearOperator:
 def gauss_newton(evaluation: Evaluation) -> LinearOperator:
     """The Gauss-Newton matrix `J' H_L J`, `(n, n)`: `J` the outputs' Jacobian, `H_L` the loss's Hessian in the outputs.
 
-    It is positive semi-definite for the convex losses that are recognised. Weight decay is added; any other term of the
-    loss that does not go through the outputs is left out, with a warning.
+    It is positive semi-definite for the convex losses that are recognised, and `psd` says so. Weight decay is added;
+    any other term of the loss that does not go through the outputs is left out, with a warning.
 
     Args:
         evaluation: From `evaluate(closure, params)`.
@@ -159,7 +160,8 @@ def gauss_newton(evaluation: Evaluation) -> LinearOperator:
         curved = _grad([g for _, g in live], outputs, [pushed[i] for i, _ in live])
         return backward([torch.zeros_like(z) if c is None else c for c, z in zip(curved, outputs, strict=True)])
 
-    return _symmetric(product, evaluation, psd=True)
+    # Of marked outputs nobody but the user knows that the loss is convex in them.
+    return _symmetric(product, evaluation, psd=not evaluation.marked)
 
 
 def jacobian(evaluation: Evaluation) -> LinearOperator:
@@ -206,7 +208,16 @@ def _jacobian_products(
     return forward, backward
 
 
+def _check(evaluation: object) -> None:
+    if not isinstance(evaluation, Evaluation):
+        raise TypeError(
+            f"evaluation is a {type(evaluation).__name__}: give an Evaluation, as newtonopt.evaluate(closure, params) "
+            "returns it."
+        )
+
+
 def _graph_with_outputs(evaluation: Evaluation) -> tuple[Tensor, tuple[Tensor, ...]]:
+    _check(evaluation)
     loss, outputs = evaluation.graph
     if not outputs:
         raise RuntimeError(evaluation.unrecognised_advice)
@@ -227,10 +238,18 @@ def _grad(
     *,
     create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    with torch.enable_grad():
-        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-            of, by, along, retain_graph=True, create_graph=create_graph, allow_unused=True
-        )
+    try:
+        with torch.enable_grad():
+            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+                of, by, along, retain_graph=True, create_graph=create_graph, allow_unused=True
+            )
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "The parameters, or something else that the loss was computed from, changed after this evaluation was "
+            "made, as an optimizer's step changes them: its products are no longer defined. Call evaluate again."
+        ) from error
     # Autograd leaves such a node out of a second differentiation, so its curvature would be zero without a word.
     if create_graph and reaches([g.grad_fn for g in gradients if g is not None], _is_once_differentiable):
         raise RuntimeError(

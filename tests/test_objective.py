@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from problems import build, models
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
-from newtonopt import HessianFree, evaluate, gauss_newton, hessian, mark_outputs
+from newtonopt import HessianFree, evaluate, gauss_newton, hessian, jacobian, mark_outputs
+from newtonopt.curvature import sharpness
 from newtonopt.objective import Objective
 
 
@@ -111,14 +113,14 @@ def test_a_closure_that_raises_leaves_no_trace(mode: str) -> None:
         return loss
 
     closure()
-    with Objective(closure, params) as objective:
-        if mode == "replay":
-            objective.record()
-        buffers = [b.clone() for b in model.buffers()]
-        state, start = torch.get_rng_state(), [p.detach().clone() for p in params]
-        broken = True
-        with pytest.raises(KeyError, match="half way"):
-            objective.record() if mode == "record" else objective.loss_at(torch.ones_like(objective.point))
+    objective = Objective(closure, params)
+    if mode == "replay":
+        objective.record()
+    buffers = [b.clone() for b in model.buffers()]
+    state, start = torch.get_rng_state(), [p.detach().clone() for p in params]
+    broken = True
+    with pytest.raises(KeyError, match="half way"):
+        objective.record() if mode == "record" else objective.loss_at(torch.ones_like(objective.point))
     assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(start, params, strict=True))
     assert torch.equal(state, torch.get_rng_state())
@@ -324,7 +326,7 @@ def test_clipping_is_seen_and_accumulation_is_an_error() -> None:
 
 
 def test_bad_parameters_are_refused() -> None:
-    with pytest.raises(ValueError, match="params is empty"):
+    with pytest.raises(ValueError, match="params is empty, or nothing in it requires a gradient"):
         evaluate(lambda: torch.zeros(()), [])
     mixed = [torch.zeros(1, requires_grad=True), torch.zeros(1, dtype=torch.float64, requires_grad=True)]
     with pytest.raises(ValueError, match=r"two dtypes.*torch\.float32, torch\.float64"):
@@ -334,10 +336,58 @@ def test_bad_parameters_are_refused() -> None:
             lambda: torch.zeros(()),
             [torch.zeros(1, requires_grad=True), torch.zeros(1, device="meta", requires_grad=True)],
         )
-    with pytest.raises(ValueError, match="Keep the weights in float32"):
-        evaluate(lambda: torch.zeros(()), [torch.zeros(1, dtype=torch.float16, requires_grad=True)])
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(ValueError, match=r"Keep the weights in float32.*bf16-mixed"):
+            evaluate(lambda: torch.zeros(()), [torch.zeros(1, dtype=dtype, requires_grad=True)])
+    with pytest.raises(TypeError, match=r"params is a Linear.*model\.parameters\(\)"):
+        evaluate(lambda: torch.zeros(()), nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="params is a Tensor"):
+        evaluate(lambda: torch.zeros(()), torch.zeros(1, requires_grad=True))
+    with pytest.raises(TypeError, match="params holds a tuple"):
+        evaluate(lambda: torch.zeros(()), nn.Linear(1, 1).named_parameters())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="closure is a Tensor"):
+        evaluate(torch.zeros(()), [torch.zeros(1, requires_grad=True)])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="products is 'exact'"):
         evaluate(lambda: torch.zeros(()), [torch.zeros(1, requires_grad=True)], products="exact")  # type: ignore[arg-type]
+
+
+def test_a_loss_of_other_parameters_is_refused() -> None:
+    case, other = build("mlp", "mse"), build("mlp", "mse")
+    with pytest.raises(RuntimeError, match="does not depend on any of the parameters given"):
+        evaluate(case.closure, other.params)
+
+
+def test_reentrant_checkpoints_are_refused_and_others_work() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(5, 3).double().requires_grad_(), torch.randn(5, 2).double()
+
+    def loss(reentrant: bool) -> Tensor:
+        return F.mse_loss(model[2](checkpoint(model[:2], x, use_reentrant=reentrant)), y)
+
+    plain = evaluate(lambda: F.mse_loss(model(x), y), model.parameters())
+    through = evaluate(lambda: loss(False), model.parameters())
+    torch.testing.assert_close(hessian(through).dense(), hessian(plain).dense())
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        evaluate(lambda: loss(True), model.parameters())
+
+
+def test_an_evaluation_outlives_trials_and_says_when_the_parameters_moved() -> None:
+    case = build("mlp", "mse")
+    evaluation = evaluate(case.closure, case.params)
+    before = hessian(evaluation).dense()
+    sharpness(case.closure, case.params, max_gradients=8)
+    assert torch.equal(hessian(evaluation).dense(), before)
+    H = hessian(evaluation)
+    HessianFree(case.params).step(case.closure)
+    with pytest.raises(RuntimeError, match="changed after this evaluation was made"):
+        H.dense()
+
+
+def test_operators_are_made_from_evaluations() -> None:
+    case = build("mlp", "mse")
+    for make in (hessian, gauss_newton, jacobian):
+        with pytest.raises(TypeError, match=r"evaluation is a method: give an Evaluation.*newtonopt\.evaluate"):
+            make(case.closure)  # type: ignore[arg-type]
 
 
 def test_sparse_gradients_are_refused() -> None:

@@ -41,7 +41,8 @@ def spectrum_ceiling(tridiagonal: Tridiagonal, delta: float, largest: float) -> 
 
     v_{k+1} = p_k(A) v_1 has norm one, so (v_1'x)^2 p_k(lambda)^2 <= 1 for every eigenpair: lambda_max is at most
     the t above all Ritz values where p_k(t) = 1/delta (van Dorsselaer, Hochstenbach & van der Vorst 2001, sec. 3).
-    The same start serves every k, so the largest p_k counts.
+    The last k is used: a bound from an earlier one may lie below a Ritz value found since, which proves that the start
+    was such an exception, and a bound that is known to be wrong must not be reported.
 
     Args:
         tridiagonal: Coefficients of a run from a random start.
@@ -71,7 +72,7 @@ def spectrum_ceiling(tridiagonal: Tridiagonal, delta: float, largest: float) -> 
 
 
 def _exceeds(alphas: list[float], betas: list[float], point: float, target: float) -> bool:
-    """Whether max_k log p_k(point) >= target, by the pivots of point - T."""
+    """Whether log p_k(point) >= target for the last k, by the pivots of point - T."""
     total, correction = 0.0, 0.0
     for alpha, beta in zip(alphas, betas, strict=True):
         pivot = point - alpha - correction
@@ -79,10 +80,8 @@ def _exceeds(alphas: list[float], betas: list[float], point: float, target: floa
         if pivot <= 0.0:
             return False
         total += math.log(pivot) - math.log(beta)
-        if total >= target:
-            return True
         correction = beta * beta / pivot
-    return False
+    return total >= target
 
 
 @dataclass(frozen=True, eq=False)

@@ -126,15 +126,20 @@ def extreme_eigenvalues(
 def _request(
     operator: LinearOperator, top: int, bottom: int, tolerance: float, confidence: float, max_products: int
 ) -> Request:
+    if not isinstance(operator, LinearOperator):
+        raise TypeError(
+            f"operator is a {type(operator).__name__}: give a LinearOperator, such as hessian(evaluation) or "
+            "gauss_newton(evaluation)."
+        )
     rows, columns = operator.shape
     if rows != columns or rows < 1:
         raise ValueError(f"operator must be square with at least one row, got shape {tuple(operator.shape)}")
     for name, count, least in (("top", top, 0), ("bottom", bottom, 0), ("max_products", max_products, 1)):
-        if count < least:
-            raise ValueError(f"{name} must be at least {least}, got {count}")
+        if not isinstance(count, int) or count < least:
+            raise ValueError(f"{name} must be a whole number and at least {least}, got {count!r}")
     for name, share in (("tolerance", tolerance), ("confidence", confidence)):
-        if not 0.0 < share < 1.0:
-            raise ValueError(f"{name} must be in (0, 1), got {share}")
+        if not isinstance(share, (int, float)) or not 0.0 < share < 1.0:
+            raise ValueError(f"{name} must be in (0, 1), got {share!r}")
     ends = ((1.0, min(top, rows)), (-1.0, min(bottom, rows)))
     return Request(rows, ends, tolerance, 1.0 - confidence, torch.finfo(operator.dtype).eps)
 

@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from newtonopt.objective import Objective
+from newtonopt._flat import trained_parameters
+from newtonopt.objective import Objective, check_closure
 from newtonopt.operators import LinearOperator, hessian
 from newtonopt.solvers.lanczos import Tridiagonal, lanczos
 
@@ -118,29 +119,27 @@ def sharpness(
         FloatingPointError: The loss or the curvature at the parameters themselves is not finite.
     """
     _check(kind, radius, tolerance, max_gradients, samples)
-    trained = tuple(dict.fromkeys(p for p in params if p.requires_grad))
-    if not trained:
-        raise ValueError("params must hold at least one tensor that requires a gradient, got none")
-    with Objective(closure, trained) as objective:
-        evaluation = objective.evaluate()
-        base = float(evaluation.loss)
-        if not math.isfinite(base):
-            raise FloatingPointError(
-                f"the loss at the parameters is {base}, so no rise above it is defined; check the data and the model"
-            )
-        scale = objective.point.abs() if kind == "adaptive_ball" else torch.ones_like(objective.point)
-        search = _Search(objective, scale, radius, tolerance, base)
-        if kind == "average":
-            evaluation.free()
-            return _average(search, samples, seed)
-        axis, products = _top_axis(hessian(evaluation), scale, max_gradients // 2, seed)
-        gradient = scale * evaluation.gradient
+    check_closure(closure)
+    objective = Objective(closure, trained_parameters(params))
+    evaluation = objective.evaluate()
+    base = float(evaluation.loss)
+    if not math.isfinite(base):
+        raise FloatingPointError(
+            f"the loss at the parameters is {base}, so no rise above it is defined; check the data and the model"
+        )
+    scale = objective.point.abs() if kind == "adaptive_ball" else torch.ones_like(objective.point)
+    search = _Search(objective, scale, radius, tolerance, base)
+    if kind == "average":
         evaluation.free()
-        starts = [radius * axis, -radius * axis]
-        norm = float(gradient.norm())
-        if norm > 0.0:
-            starts.append(gradient * (radius / norm))
-        best, used, converged = _best(search, starts, max_gradients - products)
+        return _average(search, samples, seed)
+    axis, products = _top_axis(hessian(evaluation), scale, max_gradients // 2, seed)
+    gradient = scale * evaluation.gradient
+    evaluation.free()
+    starts = [radius * axis, -radius * axis]
+    norm = float(gradient.norm())
+    if norm > 0.0:
+        starts.append(gradient * (radius / norm))
+    best, used, converged = _best(search, starts, max_gradients - products)
     value, step = best.loss - base, scale * best.place
     return Sharpness(value, kind, radius, base, step, products + used, converged)
 
@@ -148,14 +147,14 @@ def sharpness(
 def _check(kind: str, radius: float, tolerance: float, max_gradients: int, samples: int) -> None:
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
-    if not 0.0 < radius < math.inf:
-        raise ValueError(f"radius must be positive and finite, got {radius}")
-    if not 0.0 < tolerance < 1.0:
-        raise ValueError(f"tolerance must be in (0, 1), got {tolerance}")
-    if max_gradients < 4:
-        raise ValueError(f"max_gradients must be at least 4, got {max_gradients}")
-    if samples < 4 or samples % 2:
-        raise ValueError(f"samples must be even and at least 4, got {samples}")
+    if not isinstance(radius, (int, float)) or not 0.0 < radius < math.inf:
+        raise ValueError(f"radius must be positive and finite, got {radius!r}")
+    if not isinstance(tolerance, (int, float)) or not 0.0 < tolerance < 1.0:
+        raise ValueError(f"tolerance must be in (0, 1), got {tolerance!r}")
+    if not isinstance(max_gradients, int) or max_gradients < 4:
+        raise ValueError(f"max_gradients must be a whole number and at least 4, got {max_gradients!r}")
+    if not isinstance(samples, int) or samples < 4 or samples % 2:
+        raise ValueError(f"samples must be even and at least 4, got {samples!r}")
 
 
 def _sphere(size: int, generator: torch.Generator, like: Tensor) -> Tensor:

@@ -41,9 +41,8 @@ def stability_threshold(optimizer: Optimizer) -> float:
     """
     if not isinstance(optimizer, SGD) or type(optimizer).step is not SGD.step:
         raise TypeError(
-            f"stability_threshold knows torch.optim.SGD (plain, heavy ball, Nesterov), got {type(optimizer).__name__}: "
-            "for preconditioned methods the eigenvalues of the preconditioned Hessian decide, not those of the "
-            "Hessian"
+            f"optimizer is {type(optimizer).__name__}: give a torch.optim.SGD (plain, heavy ball or Nesterov), for "
+            "which the Hessian's own eigenvalues decide on stability; for Adam and its like they do not."
         )
     return min(_group_threshold(group) for group in optimizer.param_groups)
 

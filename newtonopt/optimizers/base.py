@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from newtonopt import globalization
 from newtonopt._flat import check_parameters, unflatten
-from newtonopt.objective import Evaluation, Objective, check_products
+from newtonopt.objective import Evaluation, Objective, check_closure, check_products
 from newtonopt.optimizers.report import StepReport
 
 # Settings that a parameter group may have of its own.
@@ -108,6 +108,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
                 'optimizer.step(closure). Lightning gives one, except with precision="16-mixed", whose gradient '
                 'scaler calls step() without it: use precision="bf16-mixed" or "32-true".'
             )
+        check_closure(closure)
         _refuse_several_processes(type(self).__name__)
         trained = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
         if not trained:
@@ -116,12 +117,12 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         self._forget_if_changed(params)
         decay = _per_entry([float(group["weight_decay"]) for group, _ in trained], params)
         rates = _per_entry([float(group["lr"]) for group, _ in trained], params)
-        with Objective(closure, params, decay) as objective:
-            evaluation = objective.record()
-            if evaluation.clipped and not self._warned_of_clipping:
-                self._warned_of_clipping = True
-                warnings.warn(_CLIPPING, stacklevel=3)
-            self._take_step(objective, evaluation, rates)
+        objective = Objective(closure, params, decay)
+        evaluation = objective.record()
+        if evaluation.clipped and not self._warned_of_clipping:
+            self._warned_of_clipping = True
+            warnings.warn(_CLIPPING, stacklevel=3)
+        self._take_step(objective, evaluation, rates)
         _put_gradients(params, evaluation.data_gradient)
         return evaluation.loss if evaluation.returned is None else evaluation.returned
 
@@ -163,7 +164,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             trials=outcome.trials,
             step_norm=float(outcome.step.norm()) if outcome.accepted else 0.0,
             accepted=outcome.accepted,
-            reason=proposal.reason,
+            reason=proposal.reason if outcome.accepted else f"rejected, no trial decreased the loss; {proposal.reason}",
         )
         self._adapt(outcome.ratio)
 
@@ -211,6 +212,20 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             for name in [name for name, value in memory.items() if isinstance(value, Tensor)]:
                 del memory[name]
         memory["layout"] = layout
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state saved by `state_dict`, settings included, as torch's optimizers do.
+
+        Raises:
+            ValueError: The state is that of another kind of optimizer.
+        """
+        missing = [name for name in self.defaults if any(name not in group for group in state_dict["param_groups"])]
+        if missing:
+            raise ValueError(
+                f"This state has no {', '.join(missing)}: it was saved by another kind of optimizer than "
+                f"{type(self).__name__}."
+            )
+        super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -298,17 +313,22 @@ def check_choices(settings: dict[str, Any], **allowed: Sequence[Any]) -> None:
             raise ValueError(f"{name} is {settings[name]!r}: choose {' or '.join(map(repr, values))}.")
 
 
+def check_number(name: str, value: Any, least: float, *, above: bool = False) -> None:
+    """Refuse a setting that is no finite number, or one below `least` (or at it, if `above`), with a ValueError."""
+    number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+    if not number or not (least < value if above else least <= value) or not value < math.inf:
+        what = f"above {least:g}" if above else f"{least:g} or more"
+        raise ValueError(f"{name} is {value!r}: give a finite number, {what}.")
+
+
 def _check_settings(settings: dict[str, Any]) -> None:
     for name in _PER_GROUP:
-        if not 0.0 <= settings[name] < math.inf:
-            raise ValueError(f"{name} is {settings[name]!r}: give a finite number, zero or more.")
+        check_number(name, settings[name], 0)
     for name in ("damping", "min_damping", "max_damping"):
-        if not 0.0 < settings[name] < math.inf:
-            raise ValueError(f"{name} is {settings[name]!r}: give a finite number above zero.")
-    if not settings["min_damping"] <= settings["damping"] <= settings["max_damping"]:
-        raise ValueError(
-            f"damping is {settings['damping']!r}, outside min_damping {settings['min_damping']!r} and max_damping "
-            f"{settings['max_damping']!r}."
-        )
-    if not 1.0 < settings["damping_factor"] < math.inf:
-        raise ValueError(f"damping_factor is {settings['damping_factor']!r}: give a finite number above one.")
+        check_number(name, settings[name], 0, above=True)
+    check_number("damping_factor", settings["damping_factor"], 1, above=True)
+    low, high = settings["min_damping"], settings["max_damping"]
+    if not low <= high:
+        raise ValueError(f"min_damping is {low!r} and max_damping {high!r}: give a minimum below the maximum.")
+    if not low <= settings["damping"] <= high:
+        raise ValueError(f"damping is {settings['damping']!r}, outside min_damping {low!r} and max_damping {high!r}.")

@@ -168,6 +168,9 @@ def _check_numbers(settings: dict[str, object]) -> None:
         value = settings[name]
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}: give a whole number, one or more.")
+    seed = settings["seed"]
+    if not isinstance(seed, int) or not 0 <= seed < 2**62:
+        raise ValueError(f"seed is {seed!r}: give a whole number from zero to 2**62.")
     for name in ("progress_tolerance", "warm_start"):
         value = settings[name]
         if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:

@@ -221,9 +221,9 @@ def test_seed_decides_and_global_random_state_stays() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"top": -1}, "top must be at least 0, got -1"),
-        ({"bottom": -2}, "bottom must be at least 0, got -2"),
-        ({"max_products": 0}, "max_products must be at least 1, got 0"),
+        ({"top": -1}, "top must be a whole number and at least 0, got -1"),
+        ({"bottom": -2}, "bottom must be a whole number and at least 0, got -2"),
+        ({"max_products": 0}, "max_products must be a whole number and at least 1, got 0"),
         ({"tolerance": 0.0}, r"tolerance must be in \(0, 1\), got 0.0"),
         ({"confidence": 1.0}, r"confidence must be in \(0, 1\), got 1.0"),
     ],
@@ -231,6 +231,11 @@ def test_seed_decides_and_global_random_state_stays() -> None:
 def test_arguments_are_checked(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         extreme_eigenvalues(_diagonal(SPECTRA["slow"]), **arguments)
+
+
+def test_an_evaluation_is_no_operator() -> None:
+    with pytest.raises(TypeError, match=r"operator is a Tensor: give a LinearOperator.*hessian\(evaluation\)"):
+        extreme_eigenvalues(torch.eye(3))  # type: ignore[arg-type]
 
 
 def test_rectangular_and_infinite_operators_are_refused() -> None:

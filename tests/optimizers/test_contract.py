@@ -155,6 +155,7 @@ def test_a_rejected_step_leaves_parameters_bit_equal(build: Build) -> None:
     optimizer.step(uphill_everywhere_else)
     assert optimizer.last_step is not None and not optimizer.last_step.accepted
     assert optimizer.last_step.step_norm == 0.0
+    assert optimizer.last_step.reason.startswith("rejected, no trial decreased the loss")
     assert torch.equal(training.flat(), start)
     damping = optimizer.last_step.damping
     optimizer.step(training.closure)
@@ -436,6 +437,24 @@ def test_several_processes_are_refused(build: Build, monkeypatch: pytest.MonkeyP
         optimizer.step(lambda: torch.zeros(()))
 
 
+def test_a_tensor_is_no_closure(build: Build) -> None:
+    with pytest.raises(TypeError, match="closure is a Tensor"):
+        build([torch.zeros(2, requires_grad=True)]).step(torch.zeros(()))  # type: ignore[arg-type]
+
+
+def test_parameters_of_another_model_are_an_error(build: Build) -> None:
+    training = Training()
+    optimizer = build(copy.deepcopy(training.model).parameters())
+    with pytest.raises(RuntimeError, match="does not depend on any of the parameters given"):
+        optimizer.step(training.closure)
+
+
+def test_another_optimizers_state_is_refused(build: Build) -> None:
+    theta = torch.zeros(2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"no .*damping.*another kind of optimizer"):
+        build([theta]).load_state_dict(torch.optim.SGD([theta], lr=0.1).state_dict())
+
+
 def test_all_frozen_is_an_error(build: Build) -> None:
     theta = torch.zeros(2, requires_grad=True)
     optimizer = build([theta])
@@ -465,13 +484,16 @@ def test_groups_share_the_global_settings(build: Build) -> None:
 
 
 BAD = [
-    ("lr", -1.0, "zero or more"),
-    ("lr", math.nan, "zero or more"),
-    ("weight_decay", -0.1, "zero or more"),
-    ("damping", 0.0, "above zero"),
+    ("lr", -1.0, "0 or more"),
+    ("lr", math.nan, "0 or more"),
+    ("lr", "1e-3", "give a finite number"),
+    ("damping", None, "give a finite number"),
+    ("weight_decay", -0.1, "0 or more"),
+    ("damping", 0.0, "above 0"),
     ("damping", 1e12, "outside min_damping"),
-    ("damping_factor", 1.0, "above one"),
-    ("min_damping", -1.0, "above zero"),
+    ("damping_factor", 1.0, "above 1"),
+    ("min_damping", -1.0, "above 0"),
+    ("min_damping", 1e11, "a minimum below the maximum"),
     ("products", "exact", '"auto" or "cached"'),
     ("curvature", "fisher", "'gauss_newton' or 'hessian'"),
 ]
@@ -482,6 +504,7 @@ BAD_HESSIAN_FREE = [
     ("max_iterations", -3, "one or more"),
     ("progress_tolerance", 1.0, "below one"),
     ("warm_start", -0.1, "from zero"),
+    ("seed", "a", "whole number"),
 ]
 BAD_DAMPED_NEWTON = [("eigenvalues", "clamped", "'absolute' or 'shifted'")]
 
