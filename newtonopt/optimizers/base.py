@@ -6,7 +6,6 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,36 +16,14 @@ from newtonopt import globalization
 from newtonopt._flat import check_parameters, unflatten
 from newtonopt.objective import Evaluation, Objective, check_closure, check_products
 from newtonopt.optimizers.report import StepReport
+from newtonopt.optimizers.settings import PER_GROUP, check_settings
+from newtonopt.optimizers.trials import Proposal, search
 
-# Settings that a parameter group may have of its own.
-_PER_GROUP = ("lr", "weight_decay")
 _MAX_FAILURES = 5
 _CLIPPING = (
     "The closure clips gradients. newtonopt takes the gradient of the loss itself: clipping has no effect on its "
     "step, which the damping bounds. Remove gradient_clip_val (or clip_grad_norm_) to silence this."
 )
-# A step that does not decrease the loss is halved, at most six times.
-_SHORTEN = 0.5
-_SHORTEST = 0.5**6
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """Steps to try, best first, with what the undamped model promises for each.
-
-    Attributes:
-        steps: At least one, each `(n,)`, learning rates applied.
-        decreases: The undamped model's decrease for each step.
-        iterations: Of the inner solver.
-        products: Curvature products spent.
-        reason: Why the inner solver stopped.
-    """
-
-    steps: Sequence[Tensor]
-    decreases: Sequence[float]
-    iterations: int
-    products: int
-    reason: str
 
 
 class NewtonOptimizer(torch.optim.Optimizer, ABC):
@@ -54,7 +31,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
 
     def __init__(self, params: ParamsT, settings: dict[str, Any]) -> None:
         check_products(settings["products"])
-        _check_settings(settings)
+        check_settings(settings)
         super().__init__(params, settings)
         self.last_step: StepReport | None = None
         self._warned_of_clipping = False
@@ -71,15 +48,15 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         """
         shared = self.param_groups[0] if self.param_groups else self.defaults
         for name in self.defaults:
-            if name not in _PER_GROUP and param_group.get(name, shared[name]) != shared[name]:
+            if name not in PER_GROUP and param_group.get(name, shared[name]) != shared[name]:
                 raise ValueError(
                     f"{name}={param_group[name]!r} in a parameter group: the step couples all groups, so {name} is one "
                     f"setting for the whole optimizer (here {shared[name]!r}). Only lr and weight_decay may differ "
                     "between groups."
                 )
-        _check_settings({**self.defaults, **{name: param_group[name] for name in _PER_GROUP if name in param_group}})
+        check_settings({**self.defaults, **{name: param_group[name] for name in PER_GROUP if name in param_group}})
         super().add_param_group(
-            {**{name: shared[name] for name in self.defaults if name not in _PER_GROUP}, **param_group}
+            {**{name: shared[name] for name in self.defaults if name not in PER_GROUP}, **param_group}
         )
         try:
             check_parameters([p for group in self.param_groups for p in group["params"]])
@@ -150,7 +127,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             evaluation.free()
         memory["failures"] = 0
         eps = torch.finfo(evaluation.loss.dtype).eps
-        outcome = _search(objective, evaluation.gradient, proposal, float(evaluation.loss), eps)
+        outcome = search(objective, evaluation.gradient, proposal, float(evaluation.loss), eps)
         if outcome.accepted:
             objective.move(outcome.step)
         self._report(
@@ -233,44 +210,6 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         self.__dict__.setdefault("_warned_of_clipping", False)
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    step: Tensor
-    predicted: float
-    loss: float
-    ratio: float
-    accepted: bool
-    trials: int
-
-
-def _search(objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> _Outcome:
-    """Try the steps until one decreases the loss and the next is no better (Martens 2010, sec. 4.6); else shorten it.
-
-    The ratio, which adapts the damping, is that of the step before it was shortened: a good short step does not excuse
-        a bad long one.
-    """
-    step, predicted, best = proposal.steps[0], proposal.decreases[0], math.inf
-    trials = 0
-    for candidate, decrease in zip(proposal.steps, proposal.decreases, strict=True):
-        trial = objective.loss_at(candidate)
-        trials += 1
-        if trial < best:
-            step, predicted, best = candidate, decrease, trial
-        elif best < loss:
-            break
-    ratio = globalization.reduction_ratio(loss, best, predicted, eps)
-    slope = float(gradient @ step)
-    t = 1.0
-    while slope < 0.0 and t > _SHORTEST and not globalization.sufficient_decrease(loss, best, t * slope, eps):
-        t *= _SHORTEN
-        best, trials = objective.loss_at(t * step), trials + 1
-    accepted = globalization.sufficient_decrease(loss, best, t * min(slope, 0.0), eps)
-    if t < 1.0:
-        bend = -2 * (predicted + slope)  # s'As, from the model's value at the whole step
-        step, predicted = t * step, -(t * slope + 0.5 * t**2 * bend)
-    return _Outcome(step, predicted, best, ratio, accepted, trials)
-
-
 def _per_entry(values: Sequence[float], params: Sequence[Tensor]) -> float | Tensor:
     """The common value, or a vector `(n,)` with each parameter's own."""
     if len(set(values)) == 1:
@@ -304,31 +243,3 @@ def _put_gradients(params: Sequence[Tensor], gradient: Tensor) -> None:
             p.grad.copy_(piece)
         elif bool(piece.any()):
             p.grad = piece.clone()
-
-
-def check_choices(settings: dict[str, Any], **allowed: Sequence[Any]) -> None:
-    """Refuse a setting that is none of the values allowed for it, with a ValueError."""
-    for name, values in allowed.items():
-        if settings[name] not in values:
-            raise ValueError(f"{name} is {settings[name]!r}: choose {' or '.join(map(repr, values))}.")
-
-
-def check_number(name: str, value: Any, least: float, *, above: bool = False) -> None:
-    """Refuse a setting that is no finite number, or one below `least` (or at it, if `above`), with a ValueError."""
-    number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
-    if not number or not (least < value if above else least <= value) or not value < math.inf:
-        what = f"above {least:g}" if above else f"{least:g} or more"
-        raise ValueError(f"{name} is {value!r}: give a finite number, {what}.")
-
-
-def _check_settings(settings: dict[str, Any]) -> None:
-    for name in _PER_GROUP:
-        check_number(name, settings[name], 0)
-    for name in ("damping", "min_damping", "max_damping"):
-        check_number(name, settings[name], 0, above=True)
-    check_number("damping_factor", settings["damping_factor"], 1, above=True)
-    low, high = settings["min_damping"], settings["max_damping"]
-    if not low <= high:
-        raise ValueError(f"min_damping is {low!r} and max_damping {high!r}: give a minimum below the maximum.")
-    if not low <= settings["damping"] <= high:
-        raise ValueError(f"damping is {settings['damping']!r}, outside min_damping {low!r} and max_damping {high!r}.")

@@ -10,16 +10,18 @@ from torch.optim.optimizer import ParamsT
 
 from newtonopt.objective import Evaluation, Products
 from newtonopt.operators import gauss_newton, hessian
-from newtonopt.optimizers.base import NewtonOptimizer, Proposal, check_choices
+from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.optimizers.settings import check_choices
+from newtonopt.optimizers.trials import Proposal
 from newtonopt.solvers.dense import solve_absolute, solve_shifted
 
 
 class DampedNewton(NewtonOptimizer):
     """Newton steps `-(A + damping I)^-1 g` with the whole matrix `A`, and Levenberg-Marquardt damping.
 
-    Use it for models of up to a few thousand parameters, where it converges quadratically: a step costs `n` products,
-        and `n^2` numbers of memory. Do not use it for larger ones, or with small noisy batches: `HessianFree` needs a
-        fraction of the products.
+    Use it for models of some hundreds of parameters, where it converges quadratically: a step costs `n` products and
+    `n^2` numbers of memory, 0.2 s at n = 500 and 15 s at n = 5000 on a processor core. Do not use it for larger ones,
+    or with small noisy batches: `HessianFree` needs a fraction of the products.
 
     Args:
         params: Parameters or parameter groups; a group may have its own `lr` and `weight_decay`.

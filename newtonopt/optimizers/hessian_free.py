@@ -12,7 +12,9 @@ from torch.optim.optimizer import ParamsT
 from newtonopt.globalization import undamped_decrease
 from newtonopt.objective import Evaluation, Products
 from newtonopt.operators import LinearOperator, gauss_newton, hessian
-from newtonopt.optimizers.base import NewtonOptimizer, Proposal, check_choices, is_number
+from newtonopt.optimizers.base import NewtonOptimizer, is_number
+from newtonopt.optimizers.settings import check_choices
+from newtonopt.optimizers.trials import Proposal
 from newtonopt.solvers import preconditioners
 from newtonopt.solvers.cg import conjugate_gradients
 from newtonopt.solvers.preconditioners import Preconditioner
