@@ -166,7 +166,15 @@ class Objective:
     def _evaluation(self, tap: Tap, returned: Any) -> Evaluation:
         loss = _sum_of_terms(tap, returned)
         _refuse_reentrant_checkpoints(loss)
-        evaluation = Evaluation(loss, self.params, tap.outputs(), self._decay)
+        try:
+            evaluation = Evaluation(loss, self.params, tap.outputs(), self._decay)
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            raise RuntimeError(
+                "The graph of the loss was freed inside the closure, as torch.autograd.backward(loss) frees it, which is "
+                "not seen here: call loss.backward() instead."
+            ) from error
         evaluation.returned = returned.detach() if isinstance(returned, Tensor) else returned
         evaluation.unrecognised_advice = _advice(tap)
         evaluation.marked = tap.has_marks()

@@ -351,6 +351,18 @@ def test_bad_parameters_are_refused() -> None:
         evaluate(lambda: torch.zeros(()), [torch.zeros(1, requires_grad=True)], products="exact")  # type: ignore[arg-type]
 
 
+def test_autograd_backward_is_answered_with_the_method() -> None:
+    case = build("mlp", "mse")
+
+    def closure() -> Tensor:
+        loss = case.loss(case.model(case.inputs))
+        torch.autograd.backward(loss)
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"torch\.autograd\.backward\(loss\).*call loss\.backward\(\)"):
+        evaluate(closure, case.params)
+
+
 def test_a_loss_of_other_parameters_is_refused() -> None:
     case, other = build("mlp", "mse"), build("mlp", "mse")
     with pytest.raises(RuntimeError, match="does not depend on any of the parameters given"):
