@@ -172,8 +172,8 @@ class Objective:
             if "backward through the graph a second time" not in str(error):
                 raise
             raise RuntimeError(
-                "The graph of the loss was freed inside the closure, as torch.autograd.backward(loss) frees it, which is "
-                "not seen here: call loss.backward() instead."
+                "The graph of the loss was freed inside the closure, as torch.autograd.backward(loss) frees it, which "
+                "is not seen here: call loss.backward() instead."
             ) from error
         evaluation.returned = returned.detach() if isinstance(returned, Tensor) else returned
         evaluation.unrecognised_advice = _advice(tap)
