@@ -107,6 +107,7 @@ def extreme_eigenvalues(
         are possible.
 
     Raises:
+        TypeError: `operator` is no `LinearOperator`.
         ValueError: An argument is out of range, or the operator is not square.
         FloatingPointError: A product is not finite.
     """
