@@ -25,7 +25,7 @@ from newtonopt.curvature import Eigenvalue, extreme_eigenvalues, stability_thres
 from newtonopt.curvature import sharpness as measure_sharpness
 from newtonopt.objective import Products, check_products
 
-from .logs import Charts, add_charts, log_values
+from .logs import Charts, add_charts, log_values, passes_multiple
 
 
 class CurvatureMonitor(Callback):
@@ -133,8 +133,7 @@ class CurvatureMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        # Several steps may pass in a batch, or none: what counts is whether a multiple was passed.
-        due = trainer.global_step // self.every_n_train_steps > self._last_step // self.every_n_train_steps
+        due = passes_multiple(self._last_step, trainer.global_step, self.every_n_train_steps)
         self._last_step = trainer.global_step
         if not due or len(self._probe) < self.num_batches:
             return

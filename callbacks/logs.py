@@ -19,6 +19,11 @@ from torch.utils.tensorboard.summary import custom_scalars
 Charts = Mapping[str, tuple[str, list[str]]]
 
 
+def passes_multiple(before: int, now: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in `(before, now]`: several optimizer steps may pass in a batch, or none."""
+    return now // every > before // every
+
+
 def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
     """Write values to every logger at the global step, and to `trainer.callback_metrics` for other callbacks.
 

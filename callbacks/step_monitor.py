@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from newtonopt.optimizers.base import NewtonOptimizer
 from newtonopt.optimizers.report import StepReport
 
-from .logs import Charts, add_charts, log_values
+from .logs import Charts, add_charts, log_values, passes_multiple
 
 
 class StepMonitor(Callback):
@@ -46,7 +46,7 @@ class StepMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        due = trainer.global_step // self.every_n_train_steps > self._last_step // self.every_n_train_steps
+        due = passes_multiple(self._last_step, trainer.global_step, self.every_n_train_steps)
         self._last_step = trainer.global_step
         reports = [
             o.last_step for o in trainer.optimizers if isinstance(o, NewtonOptimizer) and o.last_step is not None
