@@ -252,9 +252,8 @@ def _advice(tap: Tap) -> str:
     return (
         f"No model output was recorded for the Gauss-Newton matrix. {seen}The losses recognised are cross_entropy, "
         "log_softmax followed by nll_loss or kl_div, mse_loss, huber_loss, smooth_l1_loss, binary_cross_entropy (also "
-        "with logits), poisson_nll_loss and the soft margin losses of torch.nn.functional. For any other loss call `z "
-        "= newtonopt.mark_outputs(z)` on the model's output inside the "
-        'closure, or use curvature="hessian".'
+        "with logits), poisson_nll_loss and the soft margin losses of torch.nn.functional. For any other loss call "
+        '`z = newtonopt.mark_outputs(z)` on the model\'s output inside the closure, or use curvature="hessian".'
     )
 
 

@@ -107,7 +107,11 @@ def hessian(evaluation: Evaluation) -> LinearOperator:
         evaluation: From `evaluate(closure, params)`.
 
     Returns:
-        The operator. A product costs one to two gradients; it can be used until `evaluation.free()`.
+        The operator. A product costs one to two gradients. It holds the graph too: drop it to release the memory.
+
+    Raises:
+        TypeError: `evaluation` is no `Evaluation`.
+        RuntimeError: The evaluation was freed, or an operation has no second derivative.
     """
     _check(evaluation)
     loss, _ = evaluation.graph
@@ -136,10 +140,11 @@ def gauss_newton(evaluation: Evaluation) -> LinearOperator:
         evaluation: From `evaluate(closure, params)`.
 
     Returns:
-        The operator. A product costs about one gradient; it can be used until `evaluation.free()`.
+        The operator. A product costs about one gradient. It holds the graph too: drop it to release the memory.
 
     Raises:
-        RuntimeError: No output was recorded.
+        TypeError: `evaluation` is no `Evaluation`.
+        RuntimeError: No output was recorded, the evaluation was freed, or an operation has no second derivative.
     """
     loss, outputs = _graph_with_outputs(evaluation)
     if evaluation.part_outside_outputs():

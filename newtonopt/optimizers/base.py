@@ -76,8 +76,10 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             What the closure returned at the starting point, detached; the loss if it returned nothing.
 
         Raises:
-            RuntimeError: No closure, a closure without a loss, gradients accumulated across closures, or a loss or
-                gradient that was not finite in five steps running.
+            TypeError: `closure` cannot be called.
+            RuntimeError: No closure, a closure without a loss or with one of other parameters, gradients accumulated
+                across closures, more than one process, every parameter frozen, or a loss, gradient or curvature that
+                was not finite in five steps running.
         """
         if closure is None:
             raise RuntimeError(
@@ -106,12 +108,12 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
     def _take_step(self, objective: Objective, evaluation: Evaluation, rates: float | Tensor) -> None:
         memory = self._memory
         memory["steps"] += 1
-        loss, norm = torch.stack([evaluation.loss.to(evaluation.gradient.dtype), evaluation.gradient.norm()]).tolist()
+        loss, norm = float(evaluation.loss), float(evaluation.gradient.norm())
         if not (math.isfinite(loss) and math.isfinite(norm)):
             evaluation.free()
             self._fail(loss, norm, "gradient" if math.isfinite(loss) else "loss")
             return
-        if norm == 0.0 or is_number(rates, 0.0):
+        if norm == 0.0 or is_everywhere(rates, 0.0):
             evaluation.free()
             self._report(loss, norm, reason="the gradient is zero" if norm == 0.0 else "the learning rate is zero")
             return
@@ -127,7 +129,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             evaluation.free()
         memory["failures"] = 0
         eps = torch.finfo(evaluation.loss.dtype).eps
-        outcome = search(objective, evaluation.gradient, proposal, float(evaluation.loss), eps)
+        outcome = search(objective, evaluation.gradient, proposal, loss, eps)
         if outcome.accepted:
             objective.move(outcome.step)
         self._report(
@@ -231,7 +233,7 @@ def _refuse_several_processes(name: str) -> None:
         )
 
 
-def is_number(value: float | Tensor, number: float) -> bool:
+def is_everywhere(value: float | Tensor, number: float) -> bool:
     """Whether a value that is one number or one for each entry is this number throughout."""
     return not isinstance(value, Tensor) and value == number  # a vector holds two different values
 

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from newtonopt.globalization import undamped_decrease
 from newtonopt.objective import Evaluation, Products
 from newtonopt.operators import LinearOperator, gauss_newton, hessian
-from newtonopt.optimizers.base import NewtonOptimizer, is_number
+from newtonopt.optimizers.base import NewtonOptimizer, is_everywhere
 from newtonopt.optimizers.settings import check_choices
 from newtonopt.optimizers.trials import Proposal
 from newtonopt.solvers import preconditioners
@@ -106,7 +106,7 @@ class HessianFree(NewtonOptimizer):
         memory["direction"] = solution.step
         memory["sketch_age"] = memory.get("sketch_age", 0) + solution.iterations
         candidates = _candidates(solution, damped, gradient, damping)
-        steps = [c.step if is_number(rates, 1.0) else rates * c.step for c in candidates]
+        steps = [c.step if is_everywhere(rates, 1.0) else rates * c.step for c in candidates]
         decreases = [_scaled_decrease(c, damping, gradient, rates, A) for c in candidates]
         return Proposal(steps, decreases, solution.iterations, A.products, solution.reason)
 
