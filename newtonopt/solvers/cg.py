@@ -76,12 +76,12 @@ def _iterate(
     keep_path: bool,
 ) -> Solution:
     apply = preconditioner if preconditioner is not None else _identity
-    s = torch.zeros_like(g) if start is None else start.clone()
+    s = torch.zeros_like(g) if start is None else start
     r = -g if start is None else -g - A @ s
     y = apply(r)
     d = y.clone()
     rho = r @ y
-    decrease, rho_now, r_norm = torch.stack([s @ (r - g) / 2, rho, r.norm()]).tolist()
+    decrease, rho_now, r_norm = torch.stack([(s @ r - s @ g) / 2, rho, r.norm()]).tolist()
     stop.begin(decrease, float(g.norm()))
     path = [Iterate(s, decrease)] if keep_path and start is not None else []
     size, along, length = 0.0, 0.0, rho_now  # |s|^2, (s, d) and |d|^2 in the preconditioner's norm, by recurrence
@@ -92,11 +92,13 @@ def _iterate(
         Ad = A @ d
         curvature = d @ Ad
         alpha = rho / curvature
-        s_new, r_new = s + alpha * d, r - alpha * Ad
+        # Without temporaries: with many parameters memory is what limits.
+        s_new, r_new = torch.addcmul(s, alpha, d), torch.addcmul(r, alpha, Ad, value=-1)
+        del Ad
         y = apply(r_new)
         rho_new = r_new @ y
         # The one wait for the device in an iteration.
-        values = torch.stack([curvature, alpha, s_new @ (r_new - g) / 2, rho_new, r_new.norm()]).tolist()
+        values = torch.stack([curvature, alpha, (s_new @ r_new - s_new @ g) / 2, rho_new, r_new.norm()]).tolist()
         bend, alpha_now, decrease_new, rho_next, r_norm = values
         iteration += 1
         if not math.isfinite(bend):

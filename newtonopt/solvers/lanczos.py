@@ -148,11 +148,13 @@ def lanczos(
     previous = torch.zeros_like(vector)
     noise = 0.0
     while True:
-        _append(chunks, len(alphas), vector)
-        product = operator @ vector
-        alphas.append(_dot(vector, product))
+        _append(chunks, len(alphas), vector, max_products)
+        rest = operator @ vector
+        alphas.append(_dot(vector, rest))
         _check_finite(alphas[-1], len(alphas))
-        rest = product - alphas[-1] * vector - (betas[-1] if betas else 0.0) * previous
+        rest = torch.sub(rest, vector, alpha=alphas[-1])
+        if betas:
+            rest.sub_(previous, alpha=betas[-1])
         noise = max(noise, _project(rest, [*fixed, *_filled(chunks, len(alphas))], len(fixed)))
         betas.append(math.sqrt(_dot(rest, rest)))
         scale = max(scale, abs(alphas[-1]) + betas[-1])
@@ -191,10 +193,10 @@ def _project(vector: Tensor, blocks: list[Tensor], skip: int) -> float:
     return math.sqrt(removed)
 
 
-def _append(chunks: list[Tensor], count: int, vector: Tensor) -> None:
-    """Writes row number `count`, with a further chunk where the last one is full."""
+def _append(chunks: list[Tensor], count: int, vector: Tensor, most: int) -> None:
+    """Writes row number `count` of at most `most`, with a further chunk where the last one is full."""
     if count % _CHUNK == 0:
-        chunks.append(vector.new_empty(_CHUNK, vector.shape[0]))
+        chunks.append(vector.new_empty(min(_CHUNK, most - count), vector.shape[0]))
     chunks[-1][count % _CHUNK] = vector
 
 

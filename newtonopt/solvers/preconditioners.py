@@ -65,7 +65,9 @@ def sketch(A: Curvature, rank: int, generator: torch.Generator, like: Tensor) ->
         FloatingPointError: A product was not finite.
     """
     n = like.numel()
-    noise = torch.randn(n, min(rank, n), generator=generator, dtype=torch.float64).to(like)
+    columns = like.unsqueeze(1).expand(-1, min(rank, n))
+    noise = torch.empty_like(columns, dtype=torch.float64, device="cpu", memory_format=torch.contiguous_format)
+    noise = noise.normal_(generator=generator).to(like)
     test, _ = torch.linalg.qr(noise)
     return _nystrom(A, test) if A.psd else _range_finder(A, test)
 
