@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -21,9 +20,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from newtonopt import evaluate, hessian
+from newtonopt._checks import check_products
 from newtonopt.curvature import Eigenvalue, extreme_eigenvalues, stability_threshold
 from newtonopt.curvature import sharpness as measure_sharpness
-from newtonopt.objective import Products, check_products
+from newtonopt.evaluation import Products
 
 from .logs import Charts, add_charts, log_values, passes_multiple
 
@@ -50,7 +50,8 @@ class CurvatureMonitor(Callback):
         mode: "train" (default): the function that training minimises, with Dropout's random numbers held fixed; "eval":
             the model in evaluation mode.
         num_batches: How many batches make the probe, one or more. Default 1.
-        products: How curvature products are formed, "auto" (default) or "cached", which today are the same.
+        products: How curvature products are formed, "auto" (default), "cached", "streamed" or
+            "finite_difference": see `evaluate`.
         tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
             no more.
         max_products: Bound on the eigenvalues' curvature products in one measurement, one or more. Default 100. The
@@ -105,6 +106,7 @@ class CurvatureMonitor(Callback):
         self.mode = mode
         self.num_batches = num_batches
         self.products: Products = products
+        self._way: Products = products
         self.tolerance = tolerance
         self.max_products = max_products
         self.seed = seed
@@ -120,6 +122,7 @@ class CurvatureMonitor(Callback):
                 "model: use it with automatic optimization, or call newtonopt.evaluate on a closure of your own."
             )
         self._probe.clear()
+        self._way = self.products
         self._charts_written = False
         self._warned = False
 
@@ -154,15 +157,14 @@ class CurvatureMonitor(Callback):
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         began = time.perf_counter()
         params = [p for p in pl_module.parameters() if p.requires_grad]
-        # One batch needs no weight, and its size could not always be told.
-        sizes = [extract_batch_size(batch) for batch, _ in self._probe] if len(self._probe) > 1 else [1]
+        sizes = _sizes(self._probe) if len(self._probe) > 1 or trainer.world_size > 1 else [1]
 
-        def closure() -> Tensor:
-            losses = [_loss(pl_module, batch, batch_idx) for batch, batch_idx in self._probe]
-            return torch.stack([loss * (size / sum(sizes)) for loss, size in zip(losses, sizes, strict=True)]).sum()
+        def closure() -> None:
+            for (batch, batch_idx), size in zip(self._probe, sizes, strict=True):
+                (_loss(pl_module, batch, batch_idx) * (size / sum(sizes))).backward()
 
         with _measuring(trainer, pl_module, self.mode):
-            evaluation = evaluate(closure, params, products=self.products)
+            evaluation = evaluate(closure, params, products=self._way, weight=sum(sizes))
             H = hessian(evaluation)
             g = evaluation.gradient
             spectrum = extreme_eigenvalues(
@@ -183,13 +185,25 @@ class CurvatureMonitor(Callback):
             values["curvature/products"] = float(H.products)
             del H
             evaluation.free()
+            if evaluation.form == "finite_difference":
+                self._way = "finite_difference"  # what has no second derivative now has none the next time
             if self.sharpness is not None:
                 ball = measure_sharpness(
-                    closure, params, kind=self.sharpness, radius=self.sharpness_radius, seed=self.seed
+                    closure,
+                    params,
+                    kind=self.sharpness,
+                    radius=self.sharpness_radius,
+                    seed=self.seed,
+                    products=self._way,
+                    weight=sum(sizes),
                 )
                 values["curvature/sharpness"] = ball.value
         values["curvature/seconds"] = time.perf_counter() - began
         return values
+
+
+def _sizes(probe: Sequence[tuple[Any, int]]) -> list[int]:
+    return [extract_batch_size(batch) for batch, _ in probe]
 
 
 def _copied(batch: Any) -> Any:

@@ -7,45 +7,82 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from newtonopt._sharded import Sharded
+from newtonopt._shards import as_parameters, check_sharding, is_sharded, layout_of, local_part
+
+
+def flat_dtype(params: Sequence[Tensor]) -> torch.dtype:
+    """That of the flat vectors: float64 if any parameter is, else float32 (also for bfloat16 parameters)."""
+    return torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+
 
 def flatten(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
-    """One vector of shape `(n,)` from tensors shaped as `like`; None (a parameter that is not used) counts as zeros."""
+    """One vector of shape `(n,)` from tensors shaped as `like`; None (a parameter that is not used) counts as zeros.
+
+    Of sharded parameters each process holds in it what it holds of them.
+    """
+    dtype = flat_dtype(like)
     pieces = [
-        (torch.zeros_like(p) if t is None else t).reshape(-1).to(p.dtype) for t, p in zip(tensors, like, strict=True)
+        (torch.zeros_like(local_part(p)) if t is None else local_part(t)).reshape(-1).to(dtype)
+        for t, p in zip(tensors, like, strict=True)
     ]
-    return torch.cat(pieces)
+    return Sharded(torch.cat(pieces), layout_of(like)) if is_sharded(like) else torch.cat(pieces)
+
+
+def local_pieces(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of what this process holds of a flat vector, or of columns `(n, k)`: one for each of `like`."""
+    whole = vector.local if isinstance(vector, Sharded) else vector
+    return list(torch.split(whole, [local_part(p).numel() for p in like]))
+
+
+def add_flat(vector: Tensor, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> None:
+    """Add tensors shaped as `like` to the flat `vector` in place; None counts as zeros."""
+    for piece, t in zip(local_pieces(vector, like), tensors, strict=True):
+        if t is not None:
+            piece.add_(local_part(t).reshape(-1))
 
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of `vector`, one for each tensor of `like` and of its shape."""
-    pieces = torch.split(vector, [p.numel() for p in like])
-    return [piece.view(p.shape) for piece, p in zip(pieces, like, strict=True)]
+    """One tensor for each of `like`, of its shape and dtype, sharded as it is: views where the dtypes agree."""
+    parts = [
+        piece.view(local_part(p).shape).to(p.dtype) for piece, p in zip(local_pieces(vector, like), like, strict=True)
+    ]
+    return as_parameters(parts, like) if is_sharded(like) else parts
+
+
+def place(vector: Tensor, params: Sequence[Tensor]) -> None:
+    """Write a flat vector into the parameters, unseen by autograd, which takes them for unchanged."""
+    with torch.no_grad():
+        for p, piece in zip(params, local_pieces(vector, params), strict=True):
+            part = local_part(p).data
+            part.copy_(piece.view(part.shape))
 
 
 def check_parameters(params: Sequence[Tensor]) -> None:
     """Refuse parameters that no flat vector can hold.
 
     Raises:
-        ValueError: No parameters, or more than one device or dtype among them, or a dtype that curvature cannot be
-            computed in.
+        ValueError: No parameters, or more than one device among them, or a dtype that curvature cannot be computed in,
+            or parameters shared out among processes other than by `fully_shard`.
     """
     if not params:
         raise ValueError(
             "params is empty, or nothing in it requires a gradient: give at least one tensor with requires_grad=True, "
             "such as those of model.parameters()."
         )
-    for what, values in (("devices", {str(p.device) for p in params}), ("dtypes", {str(p.dtype) for p in params})):
-        if len(values) > 1:
-            raise ValueError(
-                f"The parameters are on two {what} or more, {', '.join(sorted(values))}: curvature couples all "
-                "parameters, so they must share one. Move the model with model.to(...) or give the parameters to "
-                "separate optimizers."
-            )
-    if params[0].dtype not in (torch.float32, torch.float64):
+    devices = {str(p.device) for p in params}
+    if len(devices) > 1:
         raise ValueError(
-            f"The parameters are {params[0].dtype}: newtonopt needs float32 or float64 parameters. Keep the weights in "
-            'float32, and for speed use bfloat16 autocast (precision="bf16-mixed" in Lightning).'
+            f"The parameters are on several devices, {', '.join(sorted(devices))}: curvature couples all parameters, "
+            "so they must share one. Move the model with model.to(...) or give the parameters to separate optimizers."
         )
+    check_sharding(params)
+    for p in params:
+        if p.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise ValueError(
+                f"A parameter is {p.dtype}: newtonopt needs float32, float64 or bfloat16 parameters. Keep the weights "
+                'in float32, and for speed use bfloat16 autocast (precision="bf16-mixed" in Lightning).'
+            )
 
 
 def trained_parameters(params: Iterable[Tensor]) -> tuple[Tensor, ...]:

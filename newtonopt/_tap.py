@@ -6,34 +6,23 @@ however it ends.
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import Node
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
-# The losses whose second derivative with respect to these positional arguments is positive semi-definite, so that they
-# define a Gauss-Newton matrix. A difference loss is convex in both of its arguments together; elsewhere a target that
-# needs gradients counts as constant.
-_CONVEX_LOSSES: dict[Callable[..., Any], tuple[int, ...]] = {
-    F.cross_entropy: (0,),
-    F.binary_cross_entropy_with_logits: (0,),
-    F.binary_cross_entropy: (0,),
-    F.soft_margin_loss: (0,),
-    F.multilabel_soft_margin_loss: (0,),
-    F.poisson_nll_loss: (0,),
-    F.mse_loss: (0, 1),
-    F.huber_loss: (0, 1),
-    F.smooth_l1_loss: (0, 1),
-}
-# Linear in the log-probabilities they are given: convex, with curvature, only in the logits in front of `log_softmax`.
-_LOG_PROBABILITY_LOSSES = frozenset({F.nll_loss, F.kl_div})
+from newtonopt._graph import Held, SavedTensors, reached
+from newtonopt._losses import CONVEX_LOSSES, LOG_PROBABILITY_LOSSES, mean_over
+
 _LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
 _RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 
@@ -56,33 +45,125 @@ def mark_outputs(z: Tensor) -> Tensor:
     return z
 
 
+@dataclass(frozen=True)
+class Term:
+    """A loss that the closure called `backward` on.
+
+    Attributes:
+        loss: A live scalar.
+        outputs: The recorded outputs that it is computed from.
+        numbers: Theirs, among all that the closure's run met; the same in every run.
+        keep: Whether the graph must outlive the call that this is given to.
+    """
+
+    loss: Tensor
+    outputs: tuple[Tensor, ...]
+    numbers: tuple[int, ...]
+    keep: bool
+
+
+OnTerm = Callable[[Term], None]
+
+
+class _Output(NamedTuple):
+    tensor: Tensor
+    number: int
+
+
 class Tap(TorchFunctionMode):
-    """Notes the scalars that a closure calls `backward` on, and the outputs that its losses are computed from.
+    """Hands over the losses that a closure calls `backward` on, one by one, with the outputs they are computed from.
 
     Args:
         params: The parameters.
-        backward: Whether `backward` runs (its graph retained) or is left out.
+        backward: Whether `backward` runs or is left out.
+        pulled: Whether `on_term` does what `backward` would do.
+        on_term: Called with each loss before its `backward`; None if only the sum of the losses is wanted.
+        keep: Whether all graphs are kept.
+        release: Whether a loss's graph is emptied where `backward` would have emptied it, for closures with several.
+        weigh: Whether to count what the losses are means over.
+        tangents: Where to put the tangents of what may be outputs, by their numbers, in a run in forward mode.
     """
 
-    def __init__(self, params: Sequence[Tensor], *, backward: bool) -> None:
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        *,
+        backward: bool = False,
+        pulled: bool = False,
+        on_term: OnTerm | None = None,
+        keep: bool = False,
+        release: bool = False,
+        weigh: bool = False,
+        tangents: dict[int, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self._params = params
-        self._backward = backward
-        self._log_softmax: dict[Node, Tensor] = {}
-        self._marked: list[Tensor] = []
-        self._recognised: list[Tensor] = []
-        self.terms: list[Tensor] = []
+        self.runs_backward = backward
+        self._pulled = pulled
+        self._on_term = on_term
+        self._keep = keep
+        self._weigh = weigh
+        self._tangents = tangents
+        self._met = 0
+        self._log_softmax: dict[Node, _Output] = {}
+        self._marked: list[_Output] = []
+        self._recognised: list[_Output] = []
+        self.saved: SavedTensors | None = SavedTensors() if release else None
+        self.terms = 0
+        self.called_backward = False
         self.losses_seen: list[str] = []
+        self.has_marks = False
+        self._total: Tensor | None = None
+        self._counts: list[Tensor | float | None] = []
+
+    @property
+    def is_forward(self) -> bool:
+        """Whether the run is in forward mode, where there are no graphs."""
+        return self._tangents is not None
+
+    def total(self) -> Tensor:
+        """The sum of the losses, detached."""
+        if self._total is None:
+            raise RuntimeError(
+                "The closure neither called loss.backward() nor returned a loss that requires a gradient, so there is "
+                "nothing to minimise. End it with `loss.backward(); return loss` (torch.autograd.backward is not seen: "
+                "call the method), and check that the loss depends on the parameters and that no torch.no_grad() "
+                "surrounds the forward pass."
+            )
+        return self._total
+
+    def weight(self) -> float:
+        """How much the losses are means over, together; 0 if it is not known of one of them."""
+        known = [float(count) for count in self._counts if count is not None]
+        return sum(known) if len(known) == len(self._counts) else 0.0
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The recorded outputs; a recognised loss that is fed from marked ones adds none of its own."""
-        marked = {z.grad_fn for z in self._marked}
-        fresh = [z for z in self._recognised if not (marked and reaches(z.grad_fn, lambda node: node in marked))]
-        return (*self._marked, *fresh)
+        return tuple(z.tensor for z in _apart(self._marked, self._recognised))
 
-    def has_marks(self) -> bool:
-        """Whether the closure called `mark_outputs` on something that needs gradients."""
-        return bool(self._marked)
+    def take(self, loss: Tensor, *, keep: bool = False) -> None:
+        """Hand a loss over; without `keep` its graph may go."""
+        if loss.numel() != 1:
+            raise RuntimeError(f"The loss has shape {tuple(loss.shape)}: return a scalar, such as loss.mean().")
+        loss = loss.reshape(())
+        keep = keep or self._keep
+        self.terms += 1
+        self._total = loss.detach() if self._total is None else self._total + loss.detach()
+        recorded = {z.tensor.grad_fn for z in (*self._marked, *self._recognised)}
+        met = set() if self._keep else reached(loss.grad_fn, recorded)
+        if self._on_term is not None:
+            marked = [z for z in self._marked if z.tensor.grad_fn in met]
+            outputs = _apart(marked, [z for z in self._recognised if z.tensor.grad_fn in met])
+            tensors, numbers = tuple(z.tensor for z in outputs), tuple(z.number for z in outputs)
+            self._on_term(Term(loss, tensors, numbers, keep or (self.runs_backward and not self._pulled)))
+        if keep:
+            return
+        # What `backward` would have let go.
+        self._marked = [z for z in self._marked if z.tensor.grad_fn not in met]
+        self._recognised = [z for z in self._recognised if z.tensor.grad_fn not in met]
+        self._log_softmax = {n: z for n, z in self._log_softmax.items() if z.tensor.grad_fn not in met}
+        if self.saved is not None:
+            self.saved.release(loss)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -91,14 +172,16 @@ class Tap(TorchFunctionMode):
         if func is Tensor.backward:
             return self._on_backward(func, *args, **kwargs)
         if func is mark_outputs:
+            self.has_marks = True
             return self._own_view(args[0], self._marked)
-        if func in _CONVEX_LOSSES:
-            self.losses_seen.append(func.__name__)
-            places = _CONVEX_LOSSES[func]
+        if func in CONVEX_LOSSES:
+            self._note(func, args, kwargs)
+            places = CONVEX_LOSSES[func]
             args = tuple(self._own_view(a, self._recognised) if i in places else a for i, a in enumerate(args))
         elif func in _LOG_SOFTMAX:
             return self._on_log_softmax(func, *args, **kwargs)
-        elif func in _LOG_PROBABILITY_LOSSES:
+        elif func in LOG_PROBABILITY_LOSSES:
+            self._note(func, args, kwargs)
             self._on_log_probabilities(args[0])
         elif func in _RECURRENT:
             # cuDNN's recurrent networks have no double backward.
@@ -110,29 +193,48 @@ class Tap(TorchFunctionMode):
         names = ("gradient", "retain_graph", "create_graph", "inputs")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         gradient = given.get("gradient")
-        self.terms.append(loss if gradient is None else (loss * gradient).sum())
-        if self._backward:
-            backward(loss, **{**given, "retain_graph": True})
+        keep = bool(given.get("retain_graph") or given.get("create_graph"))
+        self.take(loss if gradient is None else (loss * gradient).sum(), keep=keep)
+        if self.runs_backward and self._pulled:
+            return
+        if self.runs_backward:
+            backward(loss, **({**given, "retain_graph": True} if self._keep else given))
             return
         for p in self._params:
             if p.grad is None and p.requires_grad:
                 # What the closure does with gradients next (clip them, print their norm) finds some.
                 p.grad = torch.zeros_like(p)
 
-    def _own_view(self, z: Any, into: list[Tensor]) -> Any:
+    def _note(self, loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if loss not in LOG_PROBABILITY_LOSSES:
+            self.losses_seen.append(loss.__name__)
+        if self._weigh:
+            self._counts.append(mean_over(loss, inspect.signature(loss).bind(*args, **kwargs).arguments))
+
+    def _own_view(self, z: Any, into: list[_Output]) -> Any:
         """A view of `z` that only its consumer uses, so that a derivative by it is that consumer's alone."""
-        if not isinstance(z, Tensor) or not z.requires_grad or not z.is_floating_point():
+        output = self._output(z)
+        if output is None:
             return z
-        view = z.view_as(z)
-        into.append(view)
-        return view
+        into.append(output)
+        return output.tensor
+
+    def _output(self, z: Any) -> _Output | None:
+        number = self._met
+        self._met += 1
+        if not isinstance(z, Tensor) or not z.is_floating_point():
+            return None
+        if self._tangents is not None:
+            tangent = forward_ad.unpack_dual(z).tangent
+            self._tangents[number] = torch.zeros_like(z) if tangent is None else tangent
+        return _Output(z.view_as(z), number) if z.requires_grad else None
 
     def _on_log_softmax(self, func: Callable[..., Any], z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not z.requires_grad:
+        output = self._output(z)
+        if output is None:
             return func(z, *args, **kwargs)
-        view = z.view_as(z)
-        log_probabilities = func(view, *args, **kwargs)
-        self._log_softmax[log_probabilities.grad_fn] = view
+        log_probabilities = func(output.tensor, *args, **kwargs)
+        self._log_softmax[log_probabilities.grad_fn] = output
         return log_probabilities
 
     def _on_log_probabilities(self, log_probabilities: Tensor) -> None:
@@ -145,32 +247,63 @@ class Tap(TorchFunctionMode):
             self._recognised.append(self._log_softmax[node])
 
 
+def _apart(marked: list[_Output], recognised: list[_Output]) -> list[_Output]:
+    from_marks = {z.tensor.grad_fn for z in marked}
+    return [*marked, *(z for z in recognised if not (marked and reached(z.tensor.grad_fn, from_marks)))]
+
+
 @contextmanager
-def tapped(params: Sequence[Tensor], *, backward: bool) -> Iterator[Tap]:
+def differentiable_kernels() -> Iterator[None]:
+    """Run what follows with the kernels that can be differentiated twice.
+
+    The fused attention kernels have no double backward, nor have graphs compiled by an ahead-of-time backend, and that
+    of `torch._weight_norm` is wrong. No function mode does it: `torch.autograd.grad` hides those from a checkpoint.
+    """
+    cuda = torch.backends.cuda
+    before = cuda.math_sdp_enabled(), *(enabled() for enabled, _ in _FUSED_ATTENTION)
+    # As `sdpa_kernel(MATH)` does it, which takes too long for every derivative.
+    cuda.enable_math_sdp(True)
+    for _, enable in _FUSED_ATTENTION:
+        enable(False)
+    norms = [(vars(module), vars(module)["_weight_norm"]) for module in _WITH_WEIGHT_NORM]
+    for names, _ in norms:
+        names["_weight_norm"] = _weight_norm
+    try:
+        if "torch._dynamo" in sys.modules:  # nothing can be compiled before it is imported, and importing it is slow
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        else:
+            yield
+    finally:
+        for names, original in norms:
+            names["_weight_norm"] = original
+        cuda.enable_math_sdp(before[0])
+        for (_, enable), enabled in zip(_FUSED_ATTENTION, before[1:], strict=True):
+            enable(enabled)
+
+
+_FUSED_ATTENTION = (
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+)
+
+
+# The module of this name is hidden behind its function.
+_WITH_WEIGHT_NORM = (torch, sys.modules["torch.nn.utils.weight_norm"])
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """`torch._weight_norm`, whose own double backward takes the norms as constants."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+@contextmanager
+def tapped(tap: Tap) -> Iterator[Tap]:
     """Run what follows under a tap, with the kernels that can be differentiated twice."""
     with ExitStack() as stack:
-        # The fused attention kernels have no double backward, nor have graphs compiled by an ahead-of-time backend.
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if "torch._dynamo" in sys.modules:  # nothing can be compiled before it is imported, and importing it is slow
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.enable_grad())
-        yield stack.enter_context(Tap(params, backward=backward))
-
-
-def reaches(
-    start: Node | Iterable[Node | None] | None,
-    goal: Callable[[Node], bool],
-    barrier: frozenset[Node] | set[Node] = frozenset(),
-) -> bool:
-    """Whether a node that is a `goal` is met going back from `start` (one or several) without passing `barrier`."""
-    seen: set[Node] = set()
-    waiting = list(start) if isinstance(start, Iterable) else [start]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen or node in barrier:
-            continue
-        if goal(node):
-            return True
-        seen.add(node)
-        waiting.extend(following for following, _ in node.next_functions)
-    return False
+        stack.enter_context(differentiable_kernels())
+        stack.enter_context(torch.set_grad_enabled(not tap.is_forward))
+        if tap.saved is not None:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(tap.saved.pack, Held.unpack))
+        yield stack.enter_context(tap)

@@ -14,19 +14,26 @@ import re
 import sys
 import threading
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.distributed.utils import _to_kwargs
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 
-_MODULE_INTERNALS = frozenset(vars(nn.Module()))
-_CONTAINERS = (list, dict, set, deque)
+from newtonopt._discovery import (
+    CONTAINERS,
+    GENERATORS,
+    MODULE_INTERNALS,
+    bound_callables,
+    found_in,
+    generator_state,
+    set_generator_state,
+)
 
 
 class Isolation:
@@ -37,41 +44,44 @@ class Isolation:
     power-iteration vectors of a spectral norm.
 
     Args:
-        closure: The user's closure. Modules that it holds (bound by `functools.partial`, as Lightning does, as `self`,
-            in its cells) are looked after from the start, others from when the closure first calls them.
+        closure: The user's closure. Modules and random generators that it holds (bound by `functools.partial`, as
+            Lightning does, as `self` or its attributes, in cells and globals, its own and those of functions that it
+            calls) are looked after from the start, other modules from when the closure first calls them.
         params: The parameters; their `.grad` is put back after an isolated run.
     """
 
     def __init__(self, closure: Callable[[], Any], params: Iterable[Tensor]) -> None:
         self._params = tuple(params)
-        hosts = list(_bound_objects(closure))
-        self._modules = [host for host in hosts if isinstance(host, nn.Module)]
-        self._callables = [host for host in hosts if not isinstance(host, nn.Module)]
+        found = list(found_in(closure))
+        self._modules = [host for host in found if isinstance(host, nn.Module)]
+        self._generators = [host for host in found if isinstance(host, GENERATORS)]
+        self._callables = list(bound_callables(closure))
         self._devices = {p.device for p in self._params if p.device.type == "cuda"}
         self._start: list[Any] | None = None
         # By identity here and below: a torchmetrics.Metric hashes by its state, which a run changes.
         self._buffers: dict[int, tuple[nn.Module, dict[str, Tensor]]] = {}
+        self._visiting: dict[int, tuple[Tensor, Tensor]] = {}
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """The run whose traces stay, as in any training step; they are taken back only if it raises."""
         self._start = self._random_state()
-        touched: dict[int, tuple[nn.Module, dict[str, Tensor]]] = {}
-
-        def note(module: nn.Module) -> None:
-            if id(module) not in touched:
-                touched[id(module)] = module, {name: b for name, b in module._buffers.items() if b is not None}
-                self._starting_buffers(module)
-
+        modules = list(self._submodules())
+        before = [{name: b for name, b in module._buffers.items() if b is not None} for module in modules]
+        visits = _Visits(self._visiting, lend=False)
+        for module in modules:
+            visits.own(module)
         try:
-            with _before_each_module(note):
-                for module in self._submodules():
-                    note(module)
+            for module in modules:
+                self._starting_buffers(module)
+            with _around_each_module(visits.enter, visits.leave):
                 yield
         except BaseException:
             self._set_random_state(self._start)
             with torch.no_grad():
-                for module, buffers in touched.values():
+                for buffer, start in self._visiting.values():
+                    buffer.copy_(start)
+                for module, buffers in zip(modules, before, strict=True):
                     for name, buffer in buffers.items():
                         buffer.copy_(self._starting_buffers(module)[name])
                         module._buffers[name] = buffer
@@ -85,10 +95,12 @@ class Isolation:
             self._start = after
         gradients = [p.grad for p in self._params]
         swapped: dict[int, _Swapped] = {}
+        visits = _Visits(self._visiting, lend=True)
 
-        def swap(module: nn.Module) -> None:
+        def enter(module: nn.Module) -> None:
             if id(module) not in swapped:
-                swapped[id(module)] = _Swapped(module, self._starting_buffers(module))
+                swapped[id(module)] = _Swapped(module, {})
+            visits.enter(module)
 
         try:
             with ExitStack() as stack:
@@ -99,21 +111,22 @@ class Isolation:
                     p.grad = None
                 self._set_random_state(self._start)
                 for module in self._submodules():
-                    swap(module)
+                    swapped[id(module)] = _Swapped(module, self._starting_buffers(module))
+                    visits.own(module)
                 for module in self._modules:
                     stack.enter_context(_silenced(module))
-                stack.enter_context(_before_each_module(swap))
+                stack.enter_context(_around_each_module(enter, visits.leave))
                 yield
         finally:
+            visits.leave_all()
             for entry in swapped.values():
                 entry.put_back()
             for p, gradient in zip(self._params, gradients, strict=True):
                 p.grad = gradient
             self._set_random_state(after)
 
-    def _submodules(self) -> Iterator[nn.Module]:
-        for module in self._modules:
-            yield from module.modules()
+    def _submodules(self) -> Iterable[nn.Module]:
+        return {id(module): module for host in self._modules for module in host.modules()}.values()
 
     def _starting_buffers(self, module: nn.Module) -> dict[str, Tensor]:
         if id(module) not in self._buffers:
@@ -126,15 +139,18 @@ class Isolation:
 
     def _random_state(self) -> list[Any]:
         on_devices = [(device, torch.cuda.get_rng_state(device)) for device in self._devices]
-        return [torch.get_rng_state(), random.getstate(), np.random.get_state(), on_devices]
+        held = [generator_state(generator) for generator in self._generators]
+        return [torch.get_rng_state(), random.getstate(), np.random.get_state(), on_devices, held]
 
     def _set_random_state(self, state: list[Any]) -> None:
-        of_torch, of_python, of_numpy, on_devices = state
+        of_torch, of_python, of_numpy, on_devices, held = state
         torch.set_rng_state(of_torch)
         random.setstate(of_python)
         np.random.set_state(of_numpy)
         for device, of_device in on_devices:
             torch.cuda.set_rng_state(of_device, device)
+        for generator, of_generator in zip(self._generators, held, strict=True):
+            set_generator_state(generator, of_generator)
 
 
 class _Swapped:
@@ -142,41 +158,97 @@ class _Swapped:
 
     def __init__(self, module: nn.Module, starting_buffers: dict[str, Tensor]) -> None:
         self._module = module
-        self._attributes = {name: value for name, value in vars(module).items() if name not in _MODULE_INTERNALS}
+        self._attributes = {name: value for name, value in vars(module).items() if name not in MODULE_INTERNALS}
         vars(module).update({name: _copied(value) for name, value in self._attributes.items()})
-        self._buffers = {name: b for name, b in module._buffers.items() if b is not None}
+        self._buffers = {name: module._buffers[name] for name in starting_buffers if name in module._buffers}
         with torch.no_grad():
-            copies = {name: b.clone() for name, b in starting_buffers.items() if name in self._buffers}
+            copies = {name: starting_buffers[name].clone() for name in self._buffers}
         module._buffers.update(copies)
+        if isinstance(module, DistributedDataParallel):
+            # Nothing that waits for other processes; the flags are for a call that has begun already.
+            vars(module).update(
+                require_backward_grad_sync=False,
+                require_forward_param_sync=False,
+                forward=functools.partial(_forward_of_one_process, module),
+            )
 
     def put_back(self) -> None:
         own = vars(self._module)
-        for name in [name for name in own if name not in _MODULE_INTERNALS and name not in self._attributes]:
+        for name in [name for name in own if name not in MODULE_INTERNALS and name not in self._attributes]:
             del own[name]
         own.update(self._attributes)
         self._module._buffers.update(self._buffers)
 
 
+def _forward_of_one_process(module: DistributedDataParallel, *inputs: Any, **kwargs: Any) -> Any:
+    if module.device_ids:
+        device = torch.device(module.device_type, module.device_ids[0])
+        (inputs,), (kwargs,) = _to_kwargs(inputs, kwargs, device, module.use_side_stream_for_tensor_copies)
+    return module.module(*inputs, **kwargs)
+
+
+class _Visits:
+    """Looks after buffers that a module has while its forward runs and that are not known to be its own.
+
+    `torch.func.functional_call` gives a module somebody else's for as long, and a module that was not found at the
+    start may be called by it. An isolated run lends a copy for each one, and takes it back before `functional_call`
+    does, so that neither the buffers nor who holds which can change.
+
+    Args:
+        starts: Where buffers started, by identity: themselves, and a copy of their values then. Added to.
+        lend: Whether the modules work on copies.
+    """
+
+    def __init__(self, starts: dict[int, tuple[Tensor, Tensor]], *, lend: bool) -> None:
+        self._starts = starts
+        self._known: dict[int, Tensor | None] = {}
+        self._lend = lend
+        self._current: dict[int, Tensor] = {}
+        self._open: list[tuple[nn.Module, dict[str, Tensor]]] = []
+
+    def own(self, module: nn.Module, but: Container[str] = ()) -> None:
+        """The buffers that the module has now are its own, or copies."""
+        self._known.update({id(b): b for name, b in module._buffers.items() if name not in but})
+
+    def enter(self, module: nn.Module) -> None:
+        """Called before the module's forward."""
+        met = {name: b for name, b in module._buffers.items() if b is not None and id(b) not in self._known}
+        self._open.append((module, met))
+        for name, buffer in met.items():
+            with torch.no_grad():
+                _, start = self._starts.setdefault(id(buffer), (buffer, buffer.clone()))
+                if self._lend:
+                    module._buffers[name] = self._current.setdefault(id(buffer), start.clone())
+        if self._lend:
+            self.own(module)
+
+    def leave(self, module: nn.Module) -> None:
+        """Called after the module's forward."""
+        if not self._open or self._open[-1][0] is not module:
+            return  # another hook raised before the visit began
+        _, met = self._open.pop()
+        self.own(module, met)
+        for name, buffer in met.items():
+            now = module._buffers.get(name)
+            if self._lend:
+                self._current[id(buffer)] = buffer if now is None else now
+                module._buffers[name] = buffer
+            elif now is not None and now is not buffer:
+                # Assigned anew: later runs meet this one, and start from where the other did.
+                self._starts[id(now)] = now, self._starts[id(buffer)][1]
+
+    def leave_all(self) -> None:
+        """End the visits that an exception broke off."""
+        while self._open:
+            self.leave(self._open[-1][0])
+
+
 def _copied(value: Any) -> Any:
-    if type(value) in _CONTAINERS:
+    if type(value) in CONTAINERS:
         return value.copy()
     if isinstance(value, Tensor) and value.is_leaf and not isinstance(value, nn.Parameter):
         return value.detach().clone().requires_grad_(value.requires_grad)
     return value
-
-
-def _bound_objects(closure: Any) -> Iterator[Any]:
-    """The modules and callable objects bound to a closure: by `functools.partial`, as `self`, or in its cells."""
-    if isinstance(closure, functools.partial):
-        for bound in (closure.func, *closure.args, *closure.keywords.values()):
-            yield from _bound_objects(bound)
-    elif isinstance(closure, MethodType):
-        yield from (module for module in (closure.__self__,) if isinstance(module, nn.Module))
-    elif isinstance(closure, FunctionType):
-        filled = [cell for cell in closure.__closure__ or () if cell != CellType()]
-        yield from (cell.cell_contents for cell in filled if isinstance(cell.cell_contents, nn.Module))
-    elif isinstance(closure, nn.Module) or (callable(closure) and type(getattr(closure, "__dict__", None)) is dict):
-        yield closure
 
 
 @contextmanager
@@ -191,20 +263,25 @@ def _attributes_restored(host: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _before_each_module(action: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Call `action(module)` before every forward call of a module in this thread (torch's hook is global)."""
+def _around_each_module(enter: Callable[[nn.Module], None], leave: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Call these before and after every forward call of a module in this thread (torch's hooks are global)."""
     thread = threading.get_ident()
 
-    def hook(module: nn.Module, _: Any) -> None:
+    def before(module: nn.Module, _: Any) -> None:
         if threading.get_ident() == thread:
-            action(module)
+            enter(module)
+
+    def after(module: nn.Module, *_: Any) -> None:
+        if threading.get_ident() == thread:
+            leave(module)
 
     _allow_global_hooks()
-    handle = register_module_forward_pre_hook(hook)
+    handles = register_module_forward_pre_hook(before), register_module_forward_hook(after, always_call=True)
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _allow_global_hooks() -> None:

@@ -1,90 +1,29 @@
-"""The user's closure as a function of the parameters, and what is known of it at one point."""
+"""The user's closure as a function of the parameters."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from newtonopt._flat import flatten, trained_parameters, unflatten
-from newtonopt._tap import Tap, mark_outputs, reaches, tapped
+from newtonopt._autograd import forward_mode, grad
+from newtonopt._checks import check_closure, check_products, check_weight
+from newtonopt._flat import add_flat, flatten, place, trained_parameters, unflatten
+from newtonopt._progress import progress
+from newtonopt._ranks import Ranks
+from newtonopt._recording import Recording, is_clipped
+from newtonopt._shards import check_sharding, is_sharded, resharded, supported
+from newtonopt._tap import OnTerm, Tap, Term, mark_outputs, tapped
+from newtonopt.evaluation import Evaluation, Products, decay_term
 from newtonopt.isolation import Isolation
 
-__all__ = ["Evaluation", "Objective", "evaluate", "mark_outputs"]
+__all__ = ["Closure", "Evaluation", "Objective", "Products", "evaluate", "mark_outputs"]
 
 Closure = Callable[[], Any]
-Products = Literal["auto", "cached"]
-
-
-class Evaluation:
-    """What is known of an objective at the current parameters: loss, gradient, and the live graph.
-
-    The graph takes the memory of one forward pass, and of the double backward once products are formed; `free()`
-    releases it.
-
-    Args:
-        loss: The objective, a scalar with its graph.
-        params: The parameters to differentiate by.
-        outputs: The model outputs from which the loss is computed, for Gauss-Newton products.
-        decay: Coefficients, one number or `(n,)`, of a term `sum(decay * theta^2) / 2` to add to the objective.
-
-    Attributes:
-        loss: The objective's value, a detached scalar.
-        gradient: Its gradient, `(n,)`, in the order of `params`.
-        params: The parameters.
-        returned: What the closure returned, detached when it is a tensor.
-        clipped: Whether the closure shrank `.grad` after its backward.
-        marked: Whether outputs were named by `mark_outputs`.
-    """
-
-    def __init__(
-        self, loss: Tensor, params: Iterable[Tensor], outputs: Sequence[Tensor] = (), decay: float | Tensor = 0.0
-    ) -> None:
-        self.params = tuple(params)
-        self.decay = decay
-        self.returned: Any = None
-        self.clipped = False
-        self.marked = False
-        self.unrecognised_advice = ""
-        self._graph: tuple[Tensor, tuple[Tensor, ...]] | None = (loss, tuple(outputs))
-        gradients = torch.autograd.grad(loss, self.params, retain_graph=True, allow_unused=True)
-        _refuse_sparse(gradients)
-        if all(g is None for g in gradients):
-            raise RuntimeError(
-                "The loss does not depend on any of the parameters given: they may be another model's, or those of a "
-                "copy made after the optimizer. Give the parameters that the closure's forward pass uses."
-            )
-        self.data_gradient = flatten(gradients, self.params)
-        point = flatten(self.params, self.params).detach()
-        self.gradient = self.data_gradient + decay * point
-        self.loss = loss.detach() + _decay_term(decay, point)
-
-    @property
-    def graph(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The live loss and outputs.
-
-        Raises:
-            RuntimeError: The graph was freed.
-        """
-        if self._graph is None:
-            raise RuntimeError("This evaluation was freed and gives no more products: evaluate the closure again.")
-        return self._graph
-
-    def free(self) -> None:
-        """Release the graph; loss and gradient stay."""
-        self._graph = None
-
-    def part_outside_outputs(self) -> bool:
-        """Whether the loss depends on the parameters other than through the outputs, as an explicit penalty does."""
-        loss, outputs = self.graph
-        leaves = {id(p) for p in self.params}
-        barrier = {z.grad_fn for z in outputs if z.grad_fn is not None}
-        # `variable` is what an AccumulateGrad node, the end of a path, accumulates into.
-        return reaches(loss.grad_fn, lambda node: id(getattr(node, "variable", None)) in leaves, barrier)
+Result = TypeVar("Result")
 
 
 class Objective:
@@ -92,20 +31,43 @@ class Objective:
 
     Whatever is evaluated elsewhere, the parameters are put back bit for bit; only `move` sets new ones.
 
+    With several processes of `torch.distributed` the objective is the mean of theirs, weighted by what their losses are
+    means over where these are losses of `torch.nn.functional`, else equally. All methods are then collective calls.
+
     Args:
         closure: Takes no argument; computes the loss and calls `backward` on it (several times for a sum of losses), or
             returns a live loss.
         params: The parameters.
         decay: Weight decay, one number or one for each parameter entry `(n,)`: adds `sum(decay * theta^2) / 2`.
+        products: How products are formed, as for `evaluate`.
+        weight: Of this process in the mean, above zero; None (default): found from the losses.
     """
 
-    def __init__(self, closure: Closure, params: Iterable[Tensor], decay: float | Tensor = 0.0) -> None:
+    def __init__(
+        self,
+        closure: Closure,
+        params: Iterable[Tensor],
+        decay: float | Tensor = 0.0,
+        products: Products = "auto",
+        weight: float | None = None,
+    ) -> None:
         self._closure = closure
         self.params = tuple(params)
         self._decay = decay
+        check_sharding(self.params)
+        # The hooks of sharded modules have no derivative, and average gradients over the processes themselves.
+        self._sharded = is_sharded(self.params)
+        self._products: Products = supported(products) if self._sharded else products
+        self._weight = weight
         self._isolation = Isolation(closure, self.params)
         with torch.no_grad():
             self.point = flatten(self.params, self.params).clone()
+        self._terms: int | None = None
+        self._may_release, self._has_released = True, False
+        self._ranks = Ranks(self.point)
+        if not self._sharded:
+            self._ranks.check_same(self.point)
+        self._shares = torch.full((self._ranks.count,), 1 / self._ranks.count, dtype=torch.float64)
 
     def record(self) -> Evaluation:
         """Run the closure for real, once: its `backward` runs, its traces stay.
@@ -113,42 +75,111 @@ class Objective:
         Raises:
             RuntimeError: The closure gives no loss, or `.grad` holds more than this closure's gradient.
         """
-        with self._isolation.recorded(), tapped(self.params, backward=True) as tap:
-            returned = self._closure()
-            called_backward = bool(tap.terms)
-            evaluation = self._evaluation(tap, returned)
-        if called_backward:
-            evaluation.clipped = _is_clipped(self.params, evaluation.data_gradient)
+        with self._isolation.recorded():
+            recording, tap = self._run(backward=True, release=False)
+        evaluation = self._evaluation(lambda: (recording, tap))
+        if tap.called_backward:
+            evaluation.clipped = is_clipped(self.params, self._averages(evaluation, recording.gradient))
         return evaluation
 
     def evaluate(self) -> Evaluation:
         """The same without a trace: `backward` is left out, and all but the parameters is put back."""
-        with self._isolation.isolated(), tapped(self.params, backward=False) as tap:
-            return self._evaluation(tap, self._closure())
+
+        def attempt(release: bool) -> tuple[Recording, Tap]:
+            with self._isolation.isolated():
+                return self._run(backward=False, release=release)
+
+        return self._evaluation(lambda: self._released(attempt))
 
     def loss_at(self, step: Tensor) -> float:
         """The objective at `point + step`, `(n,)`: one forward pass, without a trace."""
-        with self._moved(step), self._isolation.isolated(), tapped(self.params, backward=False) as tap:
-            loss = _sum_of_terms(tap, self._closure()).detach()
-        return _value(loss, self._decay, self.point + step)
+        return self._value(lambda: self.visit(None, step), step)
 
     def gradient_at(self, step: Tensor) -> tuple[float, Tensor]:
         """The objective and its gradient at `point + step`: one forward and one backward pass, without a trace."""
-        with self._moved(step):
-            evaluation = self.evaluate()
-            evaluation.free()
-        return float(evaluation.loss), evaluation.gradient
+        gradient = torch.zeros_like(self.point)
+        loss = self._value(lambda: self.add_gradient(gradient, step), step)
+        return loss, self.mean(lambda: gradient) + self._decay * (self.point + step)
+
+    def visit(self, on_term: OnTerm | None, step: Tensor | None = None) -> Tensor:
+        """Run the closure at `point + step` without a trace, and hand its losses over one by one.
+
+        Returns:
+            Their sum, on this process.
+        """
+
+        def attempt(release: bool) -> Tensor:
+            with self._moved(step), self._isolation.isolated(), progress(self._terms) as tick:
+
+                def take(term: Term) -> None:
+                    self._has_released = release
+                    if on_term is not None:
+                        on_term(term)
+                    tick()
+
+                tap = Tap(self.params, on_term=take, release=release)
+                self._call(tap)
+            return tap.total()
+
+        return self._released(attempt)
+
+    def push(self, v: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the closure in forward mode along `v`, `(n,)`, without a graph and without a trace.
+
+        Returns:
+            The sum of its losses on this process, and `J v` for what may be its outputs, by number.
+
+        Raises:
+            RuntimeError: The closure differentiates inside, or an operation has no forward mode.
+        """
+        tangents: dict[int, Tensor] = {}
+        with self._isolation.isolated(), progress(self._terms) as tick, forward_mode(self.params, v):
+            tap = Tap(self.params, on_term=lambda term: tick(), tangents=tangents)
+            self._call(tap)
+        return tap.total(), tangents
+
+    def add_gradient(self, gradient: Tensor, step: Tensor) -> Tensor:
+        """Add this process's gradient at `point + step` to `gradient` in place; returns its loss there."""
+
+        def add(term: Term) -> None:
+            add_flat(gradient, grad(term.loss, self.params, keep=term.keep), self.params)
+
+        return self.visit(add, step)
+
+    def mean(self, compute: Callable[[], Tensor]) -> Tensor:
+        """The mean over the processes of the vectors `(n,)` that they compute: one all-reduce."""
+        if self._sharded:
+            return self._ranks.each(compute)
+        if self._ranks.count == 1:
+            return compute()
+        share = float(self._shares[self._ranks.rank])
+        return self._ranks.sum(lambda: share * compute())
 
     def move(self, step: Tensor) -> None:
-        """Make `point + step` the new point."""
-        self.point = self.point + step
+        """Make `point + step` the new point, on all processes the same to the bit."""
+        self.point = self.point + step if self._sharded else self._ranks.first(self.point + step)
         with torch.no_grad():
             for p, piece in zip(self.params, unflatten(self.point, self.params), strict=True):
                 p.copy_(piece)
         torch.clear_autocast_cache()
 
+    def _released(self, attempt: Callable[[bool], Result]) -> Result:
+        """`attempt(release)`, with release of each graph at its `backward` where there may be several of them."""
+        release = self._may_release and self._terms != 1
+        try:
+            return attempt(release)
+        except RuntimeError as error:
+            # Transforms of torch.func allow no hooks on what graphs save.
+            if not release or self._has_released or "saved tensor hooks" not in str(error):
+                raise
+            self._may_release = False
+        return attempt(False)
+
     @contextmanager
-    def _moved(self, step: Tensor) -> Iterator[None]:
+    def _moved(self, step: Tensor | None) -> Iterator[None]:
+        if step is None:
+            yield
+            return
         self._place(self.point + step)
         try:
             yield
@@ -156,95 +187,126 @@ class Objective:
             self._place(self.point)
 
     def _place(self, point: Tensor) -> None:
-        for p, piece in zip(self.params, unflatten(point, self.params), strict=True):
-            # Through `.data` autograd does not see the change, which is taken back: an evaluation made before stays
-            # usable.
-            p.data.copy_(piece)
+        # Autograd does not see the change, which is taken back: an evaluation made before stays usable.
+        place(point, self.params)
         # Inside an autocast block of the caller's, the casts of the old values would be used again.
         torch.clear_autocast_cache()
 
-    def _evaluation(self, tap: Tap, returned: Any) -> Evaluation:
-        loss = _sum_of_terms(tap, returned)
-        _refuse_reentrant_checkpoints(loss)
-        try:
-            evaluation = Evaluation(loss, self.params, tap.outputs(), self._decay)
-        except RuntimeError as error:
-            if "backward through the graph a second time" not in str(error):
-                raise
-            raise RuntimeError(
-                "The graph of the loss was freed inside the closure, as torch.autograd.backward(loss) frees it, which "
-                "is not seen here: call loss.backward() instead."
-            ) from error
-        evaluation.returned = returned.detach() if isinstance(returned, Tensor) else returned
+    def _call(self, tap: Tap) -> Any:
+        """Run the closure under a tap, which takes a live loss that is returned if `backward` was not called."""
+        with tapped(tap), resharded(self.params, trace=tap.runs_backward):
+            returned = self._closure()
+            tap.called_backward = tap.terms > 0
+            if tap.terms == 0 and isinstance(returned, Tensor) and (returned.requires_grad or tap.is_forward):
+                tap.take(returned)
+        return returned
+
+    def _run(self, *, backward: bool, release: bool) -> tuple[Recording, Tap]:
+        """The closure once, with what an evaluation needs of it."""
+        cached = self._products in ("auto", "cached")
+        recording = Recording(self.params, cached=cached, accumulates=backward and self._sharded)
+        tap = Tap(
+            self.params,
+            backward=backward,
+            pulled=self._sharded,
+            on_term=recording.take,
+            keep=cached,
+            release=release and not cached,
+            weigh=self._ranks.count > 1 and self._weight is None and not self._sharded,
+        )
+        recording.finish(tap, self._call(tap))
+        self._terms = tap.terms
+        return recording, tap
+
+    def _evaluation(self, run: Callable[[], tuple[Recording, Tap]]) -> Evaluation:
+        done: list[tuple[Recording, Tap]] = []
+
+        def loss_and_weight() -> tuple[Tensor, float]:
+            done.append(run())
+            recording, tap = done[0]
+            return recording.loss, 0.0 if self._sharded else self._weight or tap.weight()
+
+        losses, weights = self._ranks.gather(loss_and_weight).unbind(1)
+        if self._ranks.count > 1 and bool((weights > 0).all()):
+            self._shares = weights / weights.sum()
+        recording, tap = done[0]
+        evaluation = Evaluation(
+            recording.loss,
+            self.params,
+            recording.outputs,
+            self._decay,
+            gradient=self.mean(lambda: recording.gradient),
+            source=self,
+            form="cached" if self._products == "auto" else self._products,
+        )
+        if self._ranks.count > 1:
+            evaluation.loss = self._mean_loss(losses, recording.loss.dtype, self.point).to(self.point.device)
+        evaluation.returned = recording.returned
+        evaluation.may_fall_back = self._products == "auto"
+        evaluation.marked = tap.has_marks
         evaluation.unrecognised_advice = _advice(tap)
-        evaluation.marked = tap.has_marks()
+        evaluation.output_size, evaluation.output_numbers = recording.output_size, recording.output_numbers
+        evaluation.outside = recording.outside
         return evaluation
 
+    def _value(self, compute: Callable[[], Tensor], step: Tensor) -> float:
+        dtypes: list[torch.dtype] = []
 
-def evaluate(closure: Closure, params: Iterable[Tensor], products: Products = "auto") -> Evaluation:
+        def loss() -> tuple[Tensor, float]:
+            value = compute()
+            dtypes.append(value.dtype)
+            return value, 0.0
+
+        losses = self._ranks.gather(loss)[:, 0]
+        return float(self._mean_loss(losses, dtypes[0], self.point + step))
+
+    def _mean_loss(self, losses: Tensor, dtype: torch.dtype, point: Tensor) -> Tensor:
+        mean = (self._shares @ losses).to(dtype)
+        decays = isinstance(self._decay, Tensor) or self._decay != 0.0
+        return mean + decay_term(self._decay, point) if decays else mean
+
+    def _averages(self, evaluation: Evaluation, gradient: Tensor) -> list[Tensor]:
+        """What `.grad` may hold: the mean, or one of those that others make, this process's or the unweighted mean."""
+        averages = [evaluation.data_gradient]
+        if self._ranks.count > 1 and not self._sharded:
+            averages.append(gradient)
+        if bool((self._shares != self._shares[0]).any()):
+            averages.append(self._ranks.sum(lambda: gradient / self._ranks.count))
+        return averages
+
+
+def evaluate(
+    closure: Closure, params: Iterable[Tensor], products: Products = "auto", weight: float | None = None
+) -> Evaluation:
     """Evaluate a closure for curvature products, without a trace in parameters, `.grad`, buffers, random state or logs.
+
+    Under `torch.distributed` this, and every product, is a collective call, and the objective is the mean over all
+    processes.
 
     Args:
         closure: The one that `torch.optim.LBFGS` takes, or any function of no argument that returns a live scalar loss.
         params: The parameters, such as `model.parameters()`; those that do not require a gradient are left out.
-        products: How products are formed: "cached" keeps the graph of the evaluation; "auto" (default) chooses, which
-            today means "cached".
+        products: How products are formed. "cached" keeps the graph of the evaluation: fastest. "streamed" runs the
+            closure again for each product and differentiates at each of its `backward` calls, so that a closure that
+            loops over micro-batches takes the memory of one. "finite_difference" takes central differences of
+            gradients: needs no second derivatives. "auto" (default) is "cached", with a warning and
+            "finite_difference" where an operation has no second derivative.
+        weight: Of this process in the mean, above zero, such as the size of its batch; None (default): what its losses
+            are means over, where these are losses of `torch.nn.functional`, and the same for all if not.
 
     Returns:
         The `Evaluation` to give to `hessian`, `gauss_newton` or `jacobian`.
 
     Raises:
         TypeError: `closure` cannot be called, or `params` is not an iterable of tensors.
-        ValueError: `params` is empty or mixes devices or dtypes, or `products` is unknown.
-        RuntimeError: The closure neither calls `backward` nor returns a live loss, or the loss does not depend on
-            `params`.
+        ValueError: `params` is empty or spread over devices, `products` is unknown, or `weight` is not positive.
+        RuntimeError: The closure neither calls `backward` nor returns a live loss, the loss does not depend on
+            `params`, or the processes hold different parameters.
     """
     check_products(products)
     check_closure(closure)
-    return Objective(closure, trained_parameters(params)).evaluate()
-
-
-def check_closure(closure: object) -> None:
-    """Refuse what cannot be called with a TypeError."""
-    if not callable(closure):
-        raise TypeError(
-            f"closure is a {type(closure).__name__}: give a function of no argument that computes the loss, calls "
-            "backward and returns the loss."
-        )
-
-
-def check_products(products: str) -> None:
-    """Refuse an unknown way to form products with a ValueError."""
-    if products not in ("auto", "cached"):
-        raise ValueError(f'products is {products!r}: choose "auto" or "cached".')
-
-
-def _sum_of_terms(tap: Tap, returned: Any) -> Tensor:
-    """The objective: the sum of what `backward` was called on, or else the live loss that the closure returned."""
-    terms = tap.terms
-    if not terms and isinstance(returned, Tensor) and returned.requires_grad:
-        terms = [returned if returned.dim() == 0 else returned.squeeze()]
-    if not terms:
-        raise RuntimeError(
-            "The closure neither called loss.backward() nor returned a loss that requires a gradient, so there is "
-            "nothing to minimise. End it with `loss.backward(); return loss` (torch.autograd.backward is not seen: "
-            "call the method), and check that the loss depends on the parameters and that no torch.no_grad() "
-            "surrounds the forward pass."
-        )
-    if terms[0].dim() != 0 and terms[0].numel() != 1:
-        raise RuntimeError(f"The loss has shape {tuple(terms[0].shape)}: return a scalar, such as loss.mean().")
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total.reshape(())
-
-
-def _decay_term(decay: float | Tensor, point: Tensor) -> Tensor:
-    return 0.5 * (decay * point.square()).sum()
-
-
-def _value(loss: Tensor, decay: float | Tensor, point: Tensor) -> float:
-    return float(loss + _decay_term(decay, point))
+    check_weight(weight)
+    return Objective(closure, trained_parameters(params), products=products, weight=weight).evaluate()
 
 
 def _advice(tap: Tap) -> str:
@@ -254,41 +316,4 @@ def _advice(tap: Tap) -> str:
         "log_softmax followed by nll_loss or kl_div, mse_loss, huber_loss, smooth_l1_loss, binary_cross_entropy (also "
         "with logits), poisson_nll_loss and the soft margin losses of torch.nn.functional. For any other loss call "
         '`z = newtonopt.mark_outputs(z)` on the model\'s output inside the closure, or use curvature="hessian".'
-    )
-
-
-def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
-    # Its parameters hang on no path of the graph, so that their gradient would silently be missing.
-    if reaches(loss.grad_fn, lambda node: node.name() == "CheckpointFunctionBackward"):
-        raise RuntimeError(
-            "The forward pass uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside "
-            "from differentiation. Call checkpoint(..., use_reentrant=False)."
-        )
-
-
-def _refuse_sparse(gradients: Sequence[Tensor | None]) -> None:
-    if any(g is not None and g.layout != torch.strided for g in gradients):
-        raise RuntimeError(
-            "A gradient is sparse, and curvature products need dense ones: build the embedding with sparse=False."
-        )
-
-
-def _is_clipped(params: Sequence[Tensor], gradient: Tensor) -> bool:
-    """Whether `.grad` is the recorded gradient clipped; anything but this or the gradient itself is an error."""
-    with torch.no_grad():
-        left = flatten([p.grad for p in params], params)
-        scale = float(gradient.abs().max())
-        if not math.isfinite(scale):
-            return False  # reported as a non-finite gradient
-        rounding = math.sqrt(torch.finfo(gradient.dtype).eps) * max(scale, float(left.abs().max()))
-        if float((left - gradient).abs().max()) <= rounding:
-            return False
-        shrunk = (left * gradient >= -rounding * scale) & (left.abs() <= gradient.abs() + rounding)
-    if bool(shrunk.all()):
-        return True
-    raise RuntimeError(
-        "After the closure, .grad is not the gradient of its loss: something else was added, usually an earlier "
-        "closure's gradient. A second-order step needs one objective, so gradients cannot be accumulated across "
-        "closures: call optimizer.zero_grad() first in the closure, set accumulate_grad_batches=1 in Lightning, and "
-        "to use several batches loop over them inside one closure, calling backward for each."
     )

@@ -21,19 +21,45 @@ ROOT = Path(__file__).parents[1]
 LONGEST_FILE = 350
 
 # What each room of the package may import from the others; "newtonopt" are its public names.
-PRIVATE = {"_flat", "_tap", "isolation"}
+# What optimizers and measurements alike are made from.
+KNOWN = {"_checks", "_flat", "evaluation", "linear_operator", "objective", "operators"}
+PRIVATE = {"_autograd", "_flat", "_progress", "_ranks", "_recording", "_shards", "_tap"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "_flat": set(),
-    "_tap": set(),
-    "isolation": set(),
+    "_flat": {"_sharded", "_shards"},
+    "_sharded": set(),
+    "_shards": {"_sharded"},
+    "_checks": {"evaluation"},
+    "_discovery": set(),
+    "_graph": set(),
+    "_losses": set(),
+    "_progress": set(),
+    "_ranks": set(),
+    "_tap": {"_graph", "_losses"},
+    "_autograd": {"_flat", "_graph", "_shards", "_tap"},
+    "_recording": {"_autograd", "_flat", "_graph", "_shards", "_tap", "evaluation"},
+    "isolation": {"_discovery"},
+    "linear_operator": {"_sharded"},
     "solvers": set(),
     "globalization": set(),
-    "objective": PRIVATE,
-    "operators": {"objective", *PRIVATE},
-    "optimizers": {"objective", "operators", "solvers", "globalization", *PRIVATE},
-    "curvature": {"objective", "operators", "solvers", *PRIVATE},
-    "callbacks": {"newtonopt", "objective", "operators", "optimizers", "curvature"},
-    "newtonopt": {"objective", "operators", "optimizers"},
+    "evaluation": {"_autograd", "_flat", "_graph", "_tap"},
+    "objective": {"_checks", "evaluation", "isolation", *PRIVATE},
+    "products": {"evaluation", "_autograd", "_flat", "_tap"},
+    "operators": {"evaluation", "linear_operator", "products", "_autograd", "_flat", "_shards"},
+    "optimizers": {
+        "_checks",
+        "evaluation",
+        "objective",
+        "operators",
+        "linear_operator",
+        "solvers",
+        "globalization",
+        "_flat",
+        "_sharded",
+        "_shards",
+    },
+    "curvature": {"_checks", "evaluation", "objective", "operators", "linear_operator", "solvers", "_flat"},
+    "callbacks": {"newtonopt", "_checks", "evaluation", "objective", "operators", "optimizers", "curvature"},
+    "newtonopt": {"evaluation", "linear_operator", "objective", "operators", "optimizers"},
 }
 PURE = {"solvers", "globalization"}
 CALLBACKS_ONLY = {"lightning", "lightning_utilities", "tensorboard"}

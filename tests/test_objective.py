@@ -328,15 +328,12 @@ def test_clipping_is_seen_and_accumulation_is_an_error() -> None:
 def test_bad_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="params is empty, or nothing in it requires a gradient"):
         evaluate(lambda: torch.zeros(()), [])
-    mixed = [torch.zeros(1, requires_grad=True), torch.zeros(1, dtype=torch.float64, requires_grad=True)]
-    with pytest.raises(ValueError, match=r"two dtypes.*torch\.float32, torch\.float64"):
-        evaluate(lambda: torch.zeros(()), mixed)
-    with pytest.raises(ValueError, match=r"two devices.*cpu, meta"):
+    with pytest.raises(ValueError, match=r"several devices.*cpu, meta"):
         evaluate(
             lambda: torch.zeros(()),
             [torch.zeros(1, requires_grad=True), torch.zeros(1, device="meta", requires_grad=True)],
         )
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype in (torch.float16, torch.complex64):
         with pytest.raises(ValueError, match=r"Keep the weights in float32.*bf16-mixed"):
             evaluate(lambda: torch.zeros(()), [torch.zeros(1, dtype=dtype, requires_grad=True)])
     with pytest.raises(TypeError, match=r"params is a Linear.*model\.parameters\(\)"):

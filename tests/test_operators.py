@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -181,22 +179,3 @@ def test_marked_outputs_take_precedence_over_a_loss_fed_from_them() -> None:
     case.tapped_loss = lambda z: case.loss(mark_outputs(z) / 1.0)
     close(gauss_newton(evaluate(case.closure, case.params)).dense(), plain)
     assert torch.equal(mark_outputs(case.inputs), case.inputs)
-
-
-class _Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, z: torch.Tensor) -> torch.Tensor:
-        return 2 * z
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: object, g: torch.Tensor) -> torch.Tensor:
-        return 2 * g
-
-
-@pytest.mark.parametrize("operator", [hessian, gauss_newton, jacobian])
-def test_an_operation_without_second_derivative_is_no_zero_curvature(operator: Callable[[Evaluation], object]) -> None:
-    model, x, y = nn.Linear(4, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
-    evaluation = evaluate(lambda: F.cross_entropy(_Doubled.apply(model(x)), y), model.parameters())
-    with pytest.raises(RuntimeError, match="marked once_differentiable: it has no second derivative"):
-        operator(evaluation)

@@ -21,7 +21,7 @@ from newtonopt.curvature.bounds import (
     slack,
     spectrum_ceiling,
 )
-from newtonopt.operators import LinearOperator
+from newtonopt.linear_operator import LinearOperator
 from newtonopt.solvers.lanczos import LanczosResult, Tridiagonal, lanczos
 
 # Share of the budget for the first run, where a second one has to certify what it finds.
@@ -117,7 +117,7 @@ def extreme_eigenvalues(
     run = 0
     while knowledge.products < max_products and not certified(request, knowledge):
         run += 1
-        start = torch.randn(request.size, generator=generator, dtype=torch.float64)
+        start = operator.like.new_empty(request.size, dtype=torch.float64, device="cpu").normal_(generator=generator)
         start = start.to(operator.dtype).to(operator.device)
         knowledge = _advance(operator, request, knowledge, start, run, max_products)
     largest, smallest = (_report(request, knowledge, sign, count) for sign, count in request.ends)
@@ -146,7 +146,7 @@ def _request(
 
 
 def _nothing(operator: LinearOperator) -> Knowledge:
-    rows = torch.zeros(0, operator.shape[0], dtype=operator.dtype, device=operator.device)
+    rows = operator.like
     block = RitzBlock(torch.zeros(0, dtype=torch.float64), rows, rows)
     whole = Range(0.0 if operator.psd else -math.inf, math.inf)
     return Knowledge(block, block.pairs(), whole, whole)

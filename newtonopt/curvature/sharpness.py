@@ -10,9 +10,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from newtonopt._checks import check_closure, check_products, check_weight
 from newtonopt._flat import trained_parameters
-from newtonopt.objective import Objective, check_closure
-from newtonopt.operators import LinearOperator, hessian
+from newtonopt.evaluation import Products
+from newtonopt.linear_operator import LinearOperator
+from newtonopt.objective import Objective
+from newtonopt.operators import hessian
 from newtonopt.solvers.lanczos import Tridiagonal, lanczos
 
 Kind = Literal["ball", "adaptive_ball", "average"]
@@ -84,6 +87,8 @@ def sharpness(
     max_gradients: int = 100,
     samples: int = 64,
     seed: int = 0,
+    products: Products = "auto",
+    weight: float | None = None,
 ) -> Sharpness:
     """The largest L(theta + d) - L(theta) over ||d|| <= radius, and two relatives.
 
@@ -110,6 +115,8 @@ def sharpness(
         max_gradients: Budget of gradients and Hessian products together, at least 4; unused for "average".
         samples: Losses for "average", an even number, at least 4.
         seed: Of the random vectors; the global random state is left alone.
+        products: How Hessian products are formed, as for `evaluate`.
+        weight: Of this process in the mean over several, as for `evaluate`.
 
     Returns:
         The rise and how it was found.
@@ -119,8 +126,10 @@ def sharpness(
         FloatingPointError: The loss or the curvature at the parameters themselves is not finite.
     """
     _check(kind, radius, tolerance, max_gradients, samples)
+    check_products(products)
     check_closure(closure)
-    objective = Objective(closure, trained_parameters(params))
+    check_weight(weight)
+    objective = Objective(closure, trained_parameters(params), products=products, weight=weight)
     evaluation = objective.evaluate()
     base = float(evaluation.loss)
     if not math.isfinite(base):
@@ -132,16 +141,16 @@ def sharpness(
     if kind == "average":
         evaluation.free()
         return _average(search, samples, seed)
-    axis, products = _top_axis(hessian(evaluation), scale, max_gradients // 2, seed)
+    axis, spent = _top_axis(hessian(evaluation), scale, max_gradients // 2, seed)
     gradient = scale * evaluation.gradient
     evaluation.free()
     starts = [radius * axis, -radius * axis]
     norm = float(gradient.norm())
     if norm > 0.0:
         starts.append(gradient * (radius / norm))
-    best, used, converged = _best(search, starts, max_gradients - products)
+    best, used, converged = _best(search, starts, max_gradients - spent)
     value, step = best.loss - base, scale * best.place
-    return Sharpness(value, kind, radius, base, step, products + used, converged)
+    return Sharpness(value, kind, radius, base, step, spent + used, converged)
 
 
 def _check(kind: str, radius: float, tolerance: float, max_gradients: int, samples: int) -> None:
@@ -159,7 +168,7 @@ def _check(kind: str, radius: float, tolerance: float, max_gradients: int, sampl
 
 def _sphere(size: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """A random unit vector, the same on every device and every rank."""
-    vector = torch.randn(size, generator=generator, dtype=torch.float64)
+    vector = like.new_empty(size, dtype=torch.float64, device="cpu").normal_(generator=generator)
     unit: Tensor = vector / vector.norm()
     return unit.to(like.dtype).to(like.device)
 

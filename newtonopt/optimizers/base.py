@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -13,8 +14,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from newtonopt import globalization
-from newtonopt._flat import check_parameters, unflatten
-from newtonopt.objective import Evaluation, Objective, check_closure, check_products
+from newtonopt._checks import check_closure, check_products
+from newtonopt._flat import check_parameters, flatten, unflatten
+from newtonopt._shards import is_sharded, local_part
+from newtonopt.evaluation import Evaluation, Products
+from newtonopt.objective import Objective
+from newtonopt.optimizers.checkpoints import joined, spread
 from newtonopt.optimizers.report import StepReport
 from newtonopt.optimizers.settings import PER_GROUP, check_settings
 from newtonopt.optimizers.trials import Proposal, search
@@ -35,6 +40,10 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         super().__init__(params, settings)
         self.last_step: StepReport | None = None
         self._warned_of_clipping = False
+        self._fell_back = False
+        if is_sharded(self._params):
+            # Without a state, torch.distributed.checkpoint takes a step to get one.
+            _ = self._memory
 
     @abstractmethod
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
@@ -59,7 +68,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             {**{name: shared[name] for name in self.defaults if name not in PER_GROUP}, **param_group}
         )
         try:
-            check_parameters([p for group in self.param_groups for p in group["params"]])
+            check_parameters(self._params)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -88,7 +97,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
                 'scaler calls step() without it: use precision="bf16-mixed" or "32-true".'
             )
         check_closure(closure)
-        _refuse_several_processes(type(self).__name__)
+        if _skips_backward(closure):
+            return self._run_without_backward(closure)
         trained = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
         if not trained:
             raise RuntimeError("No parameter requires a gradient: every parameter of this optimizer is frozen.")
@@ -96,7 +106,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         self._forget_if_changed(params)
         decay = _per_entry([float(group["weight_decay"]) for group, _ in trained], params)
         rates = _per_entry([float(group["lr"]) for group, _ in trained], params)
-        objective = Objective(closure, params, decay)
+        products: Products = "finite_difference" if self._fell_back else self.param_groups[0]["products"]
+        objective = Objective(closure, params, decay, products)
         evaluation = objective.record()
         if evaluation.clipped and not self._warned_of_clipping:
             self._warned_of_clipping = True
@@ -104,6 +115,13 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         self._take_step(objective, evaluation, rates)
         _put_gradients(params, evaluation.data_gradient)
         return evaluation.loss if evaluation.returned is None else evaluation.returned
+
+    def _run_without_backward(self, closure: Callable[[], Any]) -> Any:
+        """Lightning runs batches so, after averaging weights, for the statistics of BatchNorm."""
+        returned = closure()
+        loss = float(returned) if isinstance(returned, Tensor) and returned.numel() == 1 else math.nan
+        self._report(loss, math.nan, reason="the closure left backward out, to move statistics only")
+        return returned
 
     def _take_step(self, objective: Objective, evaluation: Evaluation, rates: float | Tensor) -> None:
         memory = self._memory
@@ -128,8 +146,9 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             # The graph goes before any trial, so that no two are alive at once.
             evaluation.free()
         memory["failures"] = 0
-        eps = torch.finfo(evaluation.loss.dtype).eps
-        outcome = search(objective, evaluation.gradient, proposal, loss, eps)
+        # What has no second derivative now has none in the next step.
+        self._fell_back = self._fell_back or (evaluation.may_fall_back and evaluation.form == "finite_difference")
+        outcome = search(objective, evaluation.gradient, proposal, loss, evaluation.eps)
         if outcome.accepted:
             objective.move(outcome.step)
         self._report(
@@ -141,6 +160,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             iterations=proposal.iterations,
             products=proposal.products,
             trials=outcome.trials,
+            form=evaluation.form,
             step_norm=float(outcome.step.norm()) if outcome.accepted else 0.0,
             accepted=outcome.accepted,
             reason=proposal.reason if outcome.accepted else f"rejected, no trial decreased the loss; {proposal.reason}",
@@ -175,6 +195,10 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         self.last_step = StepReport(loss=loss, gradient_norm=gradient_norm, reason=reason, **fields)
 
     @property
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @property
     def _memory(self) -> dict[str, Any]:
         """The state, kept under the first parameter as torch's LBFGS keeps its own."""
         memory: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
@@ -185,12 +209,34 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
     def _forget_if_changed(self, params: Sequence[Tensor]) -> None:
         """Drop vectors from earlier steps when other parameters are frozen now than then."""
         trained = {id(p) for p in params}
-        layout = [p.numel() if id(p) in trained else 0 for group in self.param_groups for p in group["params"]]
+        layout = [p.numel() if id(p) in trained else 0 for p in self._params]
         memory = self._memory
         if memory.get("layout", layout) != layout:
             for name in [name for name, value in memory.items() if isinstance(value, Tensor)]:
                 del memory[name]
         memory["layout"] = layout
+
+    def _blank(self, like: Tensor) -> dict[str, Any]:
+        """What the state may hold besides, with vectors of zeros made from the flat vector `like`."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the settings, as torch's optimizers give them.
+
+        Of sharded parameters vectors are given in pieces, one DTensor for each parameter, so that
+        `torch.distributed.checkpoint` can save them and load them on any number of processes. All that the state may
+        hold is there then, zeros for what is not known yet, and a new optimizer's can be loaded into.
+        """
+        state_dict: dict[str, Any] = super().state_dict()
+        params = self._params
+        if is_sharded(params):
+            layout = self._memory.get("layout", [p.numel() if p.requires_grad else 0 for p in params])
+            trained = [number for number, size in enumerate(layout) if size]
+            with torch.no_grad():
+                like = [params[number] for number in trained]
+                memory = {"layout": layout, **self._blank(flatten([None] * len(like), like)), **self._memory}
+                state_dict["state"] = spread(memory, params, trained)
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by `state_dict`, settings included, as torch's optimizers do.
@@ -204,33 +250,30 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
                 f"This state has no {', '.join(missing)}: it was saved by another kind of optimizer than "
                 f"{type(self).__name__}."
             )
-        super().load_state_dict(state_dict)
+        super().load_state_dict(joined(state_dict, self._params))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("last_step", None)
         self.__dict__.setdefault("_warned_of_clipping", False)
+        self.__dict__.setdefault("_fell_back", False)
+
+
+def _skips_backward(closure: Callable[[], Any]) -> bool:
+    """Whether this is Lightning's closure without a `backward`."""
+    hosts = (closure.func, *closure.args) if isinstance(closure, functools.partial) else (closure,)
+    return any(
+        type(host).__module__.partition(".")[0] in ("lightning", "pytorch_lightning")
+        and getattr(host, "_backward_fn", host) is None
+        for host in hosts
+    )
 
 
 def _per_entry(values: Sequence[float], params: Sequence[Tensor]) -> float | Tensor:
     """The common value, or a vector `(n,)` with each parameter's own."""
     if len(set(values)) == 1:
         return values[0]
-    return torch.cat(
-        [
-            torch.full((p.numel(),), value, dtype=p.dtype, device=p.device)
-            for value, p in zip(values, params, strict=True)
-        ]
-    )
-
-
-def _refuse_several_processes(name: str) -> None:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        raise RuntimeError(
-            f"{name} runs in one process, and this is one of {torch.distributed.get_world_size()}: their gradients and "
-            "products would differ. Train on one device (devices=1 in Lightning)."
-        )
+    return flatten([torch.full_like(local_part(p), v) for v, p in zip(values, params, strict=True)], params)
 
 
 def is_everywhere(value: float | Tensor, number: float) -> bool:

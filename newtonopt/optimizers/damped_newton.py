@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from newtonopt.objective import Evaluation, Products
+from newtonopt._shards import is_sharded
+from newtonopt.evaluation import Evaluation, Products
 from newtonopt.operators import gauss_newton, hessian
 from newtonopt.optimizers.base import NewtonOptimizer
 from newtonopt.optimizers.settings import check_choices
@@ -30,7 +31,8 @@ class DampedNewton(NewtonOptimizer):
             a recognised loss or `mark_outputs`.
         damping: The first damping, above zero. Default 1, as for `HessianFree`.
         weight_decay: Coefficient of `|theta|^2 / 2` in the objective, zero or more. Default 0.
-        products: How products are formed, "auto" (default) or "cached", which today are the same.
+        products: How products are formed, "auto" (default), "cached", "streamed" or
+            "finite_difference": see `evaluate`.
         eigenvalues: What becomes of negative eigenvalues: "absolute" (default) takes absolute values, which escapes
             saddles (Dauphin et al. 2014); "shifted" adds a multiple of the identity that lifts them all, and needs no
             eigenvectors while there are none.
@@ -39,7 +41,7 @@ class DampedNewton(NewtonOptimizer):
         max_damping: Upper bound. Default 1e10.
 
     Raises:
-        ValueError: A setting out of its range.
+        ValueError: A setting out of its range, or sharded parameters.
     """
 
     def __init__(
@@ -58,6 +60,11 @@ class DampedNewton(NewtonOptimizer):
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         check_choices(settings, curvature=("gauss_newton", "hessian"), eigenvalues=("absolute", "shifted"))
         super().__init__(params, settings)
+        if is_sharded(self._params):
+            raise ValueError(
+                "The parameters are sharded, and DampedNewton needs the whole curvature matrix in one place: take "
+                "HessianFree, which needs its products with vectors only."
+            )
 
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
         settings, damping = self.param_groups[0], self._memory["damping"]

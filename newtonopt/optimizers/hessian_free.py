@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from newtonopt.evaluation import Evaluation, Products
 from newtonopt.globalization import undamped_decrease
-from newtonopt.objective import Evaluation, Products
 from newtonopt.operators import LinearOperator, gauss_newton, hessian
 from newtonopt.optimizers.base import NewtonOptimizer, is_everywhere
 from newtonopt.optimizers.settings import check_choices
@@ -40,7 +40,8 @@ class HessianFree(NewtonOptimizer):
         damping: The first damping, above zero. Default 1 (Martens & Sutskever 2012); the rule finds its own within some
             tens of steps.
         weight_decay: Coefficient of `|theta|^2 / 2` in the objective, zero or more. Default 0.
-        products: How products are formed, "auto" (default) or "cached", which today are the same.
+        products: How products are formed, "auto" (default), "cached", "streamed" or
+            "finite_difference": see `evaluate`.
         preconditioner: "nystrom" (default): a low-rank sketch of the curvature (Frangella, Tropp & Udell 2023);
             "empirical_fisher": the running mean of squared gradients (Martens 2010, sec. 4.7); None.
         rank: Of the sketch, one or more; it takes `rank * n` numbers of memory. Default 50, see benchmarks/NOTES.md.
@@ -109,6 +110,18 @@ class HessianFree(NewtonOptimizer):
         steps = [c.step if is_everywhere(rates, 1.0) else rates * c.step for c in candidates]
         decreases = [_scaled_decrease(c, damping, gradient, rates, A) for c in candidates]
         return Proposal(steps, decreases, solution.iterations, A.products, solution.reason)
+
+    def _blank(self, like: Tensor) -> dict[str, Any]:
+        settings = self.param_groups[0]
+        blank = {"direction": like, "sketch_age": 0}
+        if settings["preconditioner"] == "empirical_fisher":
+            blank["squared_gradients"] = torch.zeros_like(like)
+        if settings["preconditioner"] == "nystrom":
+            rank = min(settings["rank"], like.numel())
+            columns = torch.zeros_like(like.unsqueeze(1).expand(-1, rank), memory_format=torch.contiguous_format)
+            values = torch.zeros(rank, dtype=like.dtype, device=like.device)
+            blank.update(sketch_vectors=columns, sketch_values=values)
+        return blank
 
     def _preconditioner(self, A: LinearOperator, evaluation: Evaluation) -> Preconditioner | None:
         settings, memory = self.param_groups[0], self._memory

@@ -20,6 +20,7 @@ class StepReport:
         ratio: Actual over predicted decrease, before any shortening of the step; near one where the model is right.
         iterations: Of the inner solver.
         products: Curvature products, those for the preconditioner included.
+        form: How they were formed: "cached", "streamed" or "finite_difference".
         trials: Evaluations of the loss at trial points, one forward pass each.
         step_norm: Euclidean length of the step taken; zero if it was rejected.
         accepted: Whether the parameters moved.
@@ -34,6 +35,7 @@ class StepReport:
     ratio: float = math.nan
     iterations: int = 0
     products: int = 0
+    form: str = "cached"
     trials: int = 0
     step_norm: float = 0.0
     accepted: bool = False

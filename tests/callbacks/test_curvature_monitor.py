@@ -276,7 +276,7 @@ class WithoutSecondDerivative(Plain):
 
 
 def test_a_measurement_that_fails_warns_once_a_fit_and_training_goes_on() -> None:
-    monitor = small_monitor()
+    monitor = small_monitor(products="cached")
     for _ in range(2):
         model, trainer = WithoutSecondDerivative("SGD"), quiet_trainer(callbacks=[monitor])
         with warnings.catch_warnings(record=True) as caught:
@@ -289,21 +289,33 @@ def test_a_measurement_that_fails_warns_once_a_fit_and_training_goes_on() -> Non
         assert not [tag for tag in trainer.callback_metrics if tag.startswith("curvature/")]
 
 
-class TwoPrecisions(Plain):
-    """Parameters of two dtypes, which no flat vector holds."""
+def test_without_second_derivatives_it_measures_by_finite_differences(tmp_path: Path) -> None:
+    trainer = quiet_trainer(callbacks=[small_monitor(sharpness="ball")], logger=both_loggers(tmp_path))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", message=".*(LeafSpec|many workers|torch.jit)")
+        trainer.fit(WithoutSecondDerivative("SGD"), loader())
+    assert [str(w.message) for w in caught if "finite differences" not in str(w.message)] == []
+    assert len(caught) == 1
+    assert "curvature/sharpness" in trainer.callback_metrics
+    assert len(from_csv(tmp_path)["curvature/lambda_max"]) > 1
+
+
+class HalfPrecision(Plain):
+    """A parameter in float16, in which curvature is not computed."""
 
     def __init__(self) -> None:
         super().__init__("SGD")
-        self.scale = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.scale = torch.nn.Parameter(torch.ones((), dtype=torch.float16))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.scale * super().training_step(batch, batch_idx)
+        return self.scale.float() * super().training_step(batch, batch_idx)
 
 
 def test_a_model_that_cannot_be_measured_still_trains() -> None:
     trainer = quiet_trainer(max_epochs=1, callbacks=[small_monitor()])
-    with pytest.warns(UserWarning, match=r"could not measure at step 1, and training goes on: .*dtype"):
-        trainer.fit(TwoPrecisions(), loader())
+    with pytest.warns(UserWarning, match=r"could not measure at step 1, and training goes on: .*float16"):
+        trainer.fit(HalfPrecision(), loader())
     assert trainer.global_step == BATCHES
 
 

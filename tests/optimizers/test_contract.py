@@ -444,14 +444,6 @@ def test_accumulation_across_closures_is_an_error(build: Build) -> None:
     assert torch.equal(training.flat(), start)
 
 
-def test_several_processes_are_refused(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer = build([torch.zeros(2, requires_grad=True)])
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="one of 2"):
-        optimizer.step(lambda: torch.zeros(()))
-
-
 def test_a_tensor_is_no_closure(build: Build) -> None:
     with pytest.raises(TypeError, match="closure is a Tensor"):
         build([torch.zeros(2, requires_grad=True)]).step(torch.zeros(()))  # type: ignore[arg-type]
@@ -482,10 +474,10 @@ def test_parameters_that_cannot_be_one_vector(build: Build) -> None:
     one = torch.zeros(1, requires_grad=True)
     with pytest.raises(ValueError, match="empty parameter list"):
         build([])
-    with pytest.raises(ValueError, match="two dtypes"):
-        build([one, torch.zeros(1, dtype=torch.float64, requires_grad=True)])
+    with pytest.raises(ValueError, match="complex64: newtonopt needs float32"):
+        build([one, torch.zeros(1, dtype=torch.complex64, requires_grad=True)])
     optimizer = build([one])
-    with pytest.raises(ValueError, match="two devices"):
+    with pytest.raises(ValueError, match="several devices"):
         optimizer.add_param_group({"params": [torch.zeros(1, device="meta", requires_grad=True)]})
     assert len(optimizer.param_groups) == 1
 
@@ -509,7 +501,7 @@ BAD = [
     ("damping_factor", 1.0, "above 1"),
     ("min_damping", -1.0, "above 0"),
     ("min_damping", 1e11, "a minimum below the maximum"),
-    ("products", "exact", '"auto" or "cached"'),
+    ("products", "exact", "'auto', 'cached', 'streamed', 'finite_difference'"),
     ("curvature", "fisher", "'gauss_newton' or 'hessian'"),
 ]
 BAD_HESSIAN_FREE = [

@@ -1,0 +1,124 @@
+"""Differentiation, once and twice, with errors that say what to do."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import Node
+
+from newtonopt._flat import unflatten
+from newtonopt._graph import reaches
+from newtonopt._shards import is_sharded, pulled
+from newtonopt._tap import differentiable_kernels
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class NoSecondDerivativeError(RuntimeError):
+    """An operation of the model cannot be differentiated twice."""
+
+
+def grad(
+    of: Tensor | Sequence[Tensor], by: Sequence[Tensor], along: Sequence[Tensor] | None = None, *, keep: bool
+) -> Gradients:
+    """`along' d of / d by`, for sharded parameters its mean over the processes; without `keep` it empties the graph.
+
+    Raises:
+        NoSecondDerivativeError: The graph of a first derivative ends in an operation without a second one.
+        RuntimeError: The graph is gone, or something in it was changed in place.
+    """
+    with _differentiating():
+        if is_sharded(by):
+            return pulled(of, by, along, keep=keep)
+        return torch.autograd.grad(of, by, along, retain_graph=keep, allow_unused=True)
+
+
+def grad_with_graph(
+    of: Tensor | Sequence[Tensor], by: Sequence[Tensor], along: Sequence[Tensor] | None = None
+) -> Gradients:
+    """The same with a graph of its own, to be differentiated again.
+
+    Raises:
+        NoSecondDerivativeError: The result depends on `by` through an operation without a second derivative, which
+            autograd would leave out of the next differentiation without a word.
+    """
+    with _differentiating():
+        gradients: Gradients = torch.autograd.grad(of, by, along, create_graph=True, allow_unused=True)
+    if reaches([g.grad_fn for g in gradients if g is not None], _is_dead_end):
+        raise NoSecondDerivativeError(
+            "An operation of the model has no second derivative (it is marked once_differentiable, or PyTorch has no "
+            "formula for it), so there are no exact curvature products through it."
+        )
+    return gradients
+
+
+def _is_dead_end(node: Node) -> bool:
+    return node.name() in ("torch::autograd::Error", "torch::autograd::NotImplemented")
+
+
+@contextmanager
+def _differentiating() -> Iterator[None]:
+    # A checkpoint computes its part of the forward pass again, and must meet the kernels that it met the first time.
+    # Fabric, under some precisions, hooks the model's outputs and refuses any other derivative than fabric.backward's.
+    wrappers = [sys.modules[name] for name in _FABRIC if name in sys.modules]
+    flags = [getattr(module, "_in_fabric_backward", False) for module in wrappers]
+    try:
+        for module in wrappers:
+            vars(module)["_in_fabric_backward"] = True
+        with differentiable_kernels(), torch.enable_grad():
+            yield
+    except RuntimeError as error:  # NotImplementedError is one
+        text = str(error)
+        if "derivative for" in text and "not implemented" in text:
+            raise NoSecondDerivativeError(
+                "An operation of the model has no second derivative, so there are no exact curvature products through "
+                f"it: {text}"
+            ) from error
+        if "modified by an inplace operation" in text:
+            raise RuntimeError(CHANGED) from error
+        if "backward through the graph a second time" in text:
+            raise RuntimeError(
+                "The graph of the loss was freed inside the closure, as torch.autograd.backward(loss) frees it, which "
+                "is not seen here: call loss.backward() instead."
+            ) from error
+        raise
+    finally:
+        for module, flag in zip(wrappers, flags, strict=True):
+            vars(module)["_in_fabric_backward"] = flag
+
+
+_FABRIC = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
+CHANGED = (
+    "The parameters, or something else that the loss was computed from, changed after this evaluation was made, as an "
+    "optimizer's step changes them: its products are no longer defined. Call evaluate again."
+)
+
+
+@contextmanager
+def forward_mode(params: Sequence[Tensor], v: Tensor) -> Iterator[None]:
+    """Run what follows in forward mode, the parameters with the pieces of `v` as tangents."""
+    _load_forward_mode()
+    with forward_ad.dual_level():
+        with torch.no_grad():
+            for p, piece in zip(params, unflatten(v, params), strict=True):
+                # An operation in place gives the parameter itself a tangent, which goes with the level; its value and
+                # its version stay.
+                with torch.autograd._unsafe_preserve_version_counter(p):  # type: ignore[attr-defined]
+                    p.copy_(forward_ad.make_dual(p.detach().clone(), piece))
+        yield
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """Torch compiles some of its rules at the first use, which it has deprecated itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))

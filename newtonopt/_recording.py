@@ -1,0 +1,149 @@
+"""What one run of the closure gives for an evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newtonopt._autograd import grad
+from newtonopt._flat import add_flat, flatten
+from newtonopt._graph import reaches
+from newtonopt._shards import accumulate
+from newtonopt._tap import Tap, Term
+from newtonopt.evaluation import UNRELATED, leaves_outside, local_gradient, refuse_sparse
+
+
+class Recording:
+    """The losses of one run: kept with their graphs, or differentiated and let go one by one.
+
+    Args:
+        params: The parameters.
+        cached: Whether the losses are kept.
+        accumulates: Whether their gradients are added to `.grad`, as `backward` does it.
+
+    Attributes:
+        loss: Their sum, live if they were kept.
+        gradient: Its gradient on this process, `(n,)`.
+        outputs: The recorded outputs, if the losses were kept.
+        output_size: How many entries all recorded outputs have.
+        output_numbers: Their numbers, if the losses were not kept.
+        outside: Whether the loss depends on the parameters other than through the outputs; None: not known.
+        returned: What the closure returned, detached when it is a tensor.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    outputs: tuple[Tensor, ...] = ()
+    output_size: int = 0
+    output_numbers: tuple[int, ...] = ()
+    outside: bool | None = None
+    returned: Any = None
+
+    def __init__(self, params: Sequence[Tensor], *, cached: bool, accumulates: bool = False) -> None:
+        self._params = params
+        self._cached = cached
+        self._accumulates = accumulates
+        self._kept: list[Tensor] = []
+        self._related = False
+        self._products = True
+        if not cached:
+            self.outside = False
+            self.gradient = flatten([None] * len(params), params)
+
+    def take(self, term: Term) -> None:
+        """Called by the tap with each loss."""
+        _refuse_reentrant_checkpoints(term.loss)
+        self._products = self._products and _is_product(term.loss)
+        if self._cached:
+            self._kept.append(term.loss)
+            return
+        self.output_size += sum(z.numel() for z in term.outputs)
+        self.output_numbers += term.numbers
+        self.outside = self.outside or leaves_outside(term.loss, term.outputs, self._params)
+        gradients = grad(term.loss, self._params, keep=term.keep)
+        refuse_sparse(gradients)
+        self._related = self._related or any(g is not None for g in gradients)
+        add_flat(self.gradient, gradients, self._params)
+        if self._accumulates:
+            accumulate(gradients, self._params)
+
+    def finish(self, tap: Tap, returned: Any) -> None:
+        """Called after the closure, with what it returned."""
+        self.returned = returned.detach() if isinstance(returned, Tensor) else returned
+        if self._products and isinstance(returned, Tensor) and returned.numel() == 1:
+            _refuse_gradient_scaler(float(tap.total()), float(self.returned))
+        if not self._cached:
+            self.loss = tap.total()
+            if not self._related:
+                raise RuntimeError(UNRELATED)
+            return
+        tap.total()
+        with torch.enable_grad():
+            self.loss = self._kept[0]
+            for loss in self._kept[1:]:
+                self.loss = self.loss + loss
+        self.gradient = local_gradient(self.loss, self._params)
+        self.outputs = tap.outputs()
+        self.output_size = sum(z.numel() for z in self.outputs)
+
+
+def is_clipped(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+    """Whether `.grad` is one of these gradients, clipped; anything but this or one of them itself is an error."""
+    with torch.no_grad():
+        left = flatten([p.grad for p in params], params)
+        eps = max(torch.finfo(p.dtype).eps for p in params)
+        verdicts = {_compared(left, gradient, math.sqrt(eps)) for gradient in gradients}
+    if "same" in verdicts:
+        return False
+    if "clipped" in verdicts:
+        return True
+    raise RuntimeError(
+        "After the closure, .grad is not the gradient of its loss: something else was added, usually an earlier "
+        "closure's gradient. A second-order step needs one objective, so gradients cannot be accumulated across "
+        "closures: call optimizer.zero_grad() first in the closure, set accumulate_grad_batches=1 in Lightning, and "
+        "to use several batches loop over them inside one closure, calling backward for each."
+    )
+
+
+def _compared(left: Tensor, gradient: Tensor, tolerance: float) -> str:
+    scale = float(gradient.abs().max())
+    if not math.isfinite(scale):
+        return "same"  # reported as a non-finite gradient
+    rounding = tolerance * max(scale, float(left.abs().max()))
+    if float((left - gradient).abs().max()) <= rounding:
+        return "same"
+    shrunk = (left * gradient >= -rounding * scale) & (left.abs() <= gradient.abs() + rounding)
+    return "clipped" if bool(shrunk.all()) else "other"
+
+
+def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
+    # Its parameters hang on no path of the graph, so that their gradient would silently be missing.
+    if reaches(loss.grad_fn, lambda node: node.name() == "CheckpointFunctionBackward"):
+        raise RuntimeError(
+            "The forward pass uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside "
+            "from differentiation. Call checkpoint(..., use_reentrant=False)."
+        )
+
+
+def _is_product(loss: Tensor) -> bool:
+    node = loss.grad_fn
+    while node is not None and node.name() in ("ViewBackward0", "AliasBackward0"):
+        node = node.next_functions[0][0]
+    return node is not None and node.name() == "MulBackward0"
+
+
+def _refuse_gradient_scaler(total: float, returned: float) -> None:
+    # A scale is a power of two, and large; multiplying by it does not round.
+    if returned == 0.0 or not math.isfinite(total / returned):
+        return
+    mantissa, exponent = math.frexp(total / returned)
+    if mantissa == 0.5 and exponent > 8:
+        raise RuntimeError(
+            f"The closure calls backward on {total / returned:g} times the loss that it returns, as it does with "
+            "scaler.scale(loss).backward() of a GradScaler, and a second-order step would take that for the loss. Call "
+            "loss.backward(), without a scaler, and use bfloat16 autocast, which needs none."
+        )

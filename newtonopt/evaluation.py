@@ -1,0 +1,192 @@
+"""What is known of an objective at one point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from newtonopt._autograd import CHANGED, grad
+from newtonopt._flat import flatten
+from newtonopt._graph import reaches
+from newtonopt._tap import OnTerm
+
+Form = Literal["cached", "streamed", "finite_difference"]
+Products = Literal["auto", "cached", "streamed", "finite_difference"]
+
+
+class Source(Protocol):
+    """What an evaluation was made from and can be made from again: an `Objective`."""
+
+    def visit(self, on_term: OnTerm | None, step: Tensor | None = None) -> Tensor:
+        """Run the closure at the current point, or a step from it, and hand its losses over one by one.
+
+        Returns:
+            Their sum, on this process.
+        """
+        ...
+
+    def push(self, v: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the closure in forward mode: the sum of its losses, and `J v` for what may be its outputs, by number."""
+        ...
+
+    def add_gradient(self, gradient: Tensor, step: Tensor) -> Tensor:
+        """Add this process's gradient at a step from the point to `gradient` in place; returns its loss there."""
+        ...
+
+    def mean(self, compute: Callable[[], Tensor]) -> Tensor:
+        """The mean over the processes of the vectors `(n,)` that they compute."""
+        ...
+
+
+class Evaluation:
+    """What is known of an objective at the current parameters: loss, gradient, and how to form products.
+
+    With cached products it holds the live graph, which takes the memory of one forward pass, and of the double backward
+    once products are formed; `free()` releases it.
+
+    Args:
+        loss: The objective, a scalar with its graph; a detached one where `gradient` is given.
+        params: The parameters to differentiate by.
+        outputs: The model outputs from which the loss is computed, for Gauss-Newton products.
+        decay: Coefficients, one number or `(n,)`, of a term `sum(decay * theta^2) / 2` to add to the objective.
+        gradient: That of the loss, `(n,)`; None: to be computed from the graph.
+        source: Where the closure can be run again, for products that are streamed or by finite differences.
+        form: How products are formed: "cached", "streamed" or "finite_difference".
+
+    Attributes:
+        loss: The objective's value, a detached scalar.
+        gradient: Its gradient, `(n,)`, in the order of `params`.
+        data_gradient: The gradient without the term of `decay`.
+        params: The parameters.
+        form: How products are formed.
+        returned: What the closure returned, detached when it is a tensor.
+        clipped: Whether the closure shrank `.grad` after its backward.
+        marked: Whether outputs were named by `mark_outputs`.
+        output_size: How many entries the recorded outputs have.
+        output_numbers: Their numbers in a run of the closure, unless products are cached.
+    """
+
+    def __init__(
+        self,
+        loss: Tensor,
+        params: Iterable[Tensor],
+        outputs: Sequence[Tensor] = (),
+        decay: float | Tensor = 0.0,
+        *,
+        gradient: Tensor | None = None,
+        source: Source | None = None,
+        form: Form = "cached",
+    ) -> None:
+        self.params = tuple(params)
+        self.decay = decay
+        self.form: Form = form
+        self.source = source
+        self.may_fall_back = False
+        self.returned: Any = None
+        self.clipped = False
+        self.marked = False
+        self.unrecognised_advice = ""
+        self.output_size = sum(z.numel() for z in outputs)
+        self.output_numbers: tuple[int, ...] = ()
+        self.outside: bool | None = None
+        self._graph: tuple[Tensor, tuple[Tensor, ...]] | None = (loss, tuple(outputs))
+        self._alive = True
+        self._versions = [p._version for p in self.params]
+        self.data_gradient = local_gradient(loss, self.params) if gradient is None else gradient
+        self.gradient, self.loss = self.data_gradient, loss.detach()
+        if self.decays:
+            point = flatten(self.params, self.params).detach()
+            self.gradient = self.data_gradient + decay * point
+            self.loss = self.loss + decay_term(decay, point)
+        self.local_loss = float(loss.detach())
+        # What a loss computed in this precision can tell apart, relative to its size.
+        self.eps = torch.finfo(loss.dtype).eps
+
+    @property
+    def decays(self) -> bool:
+        """Whether there is a term of `decay`."""
+        return isinstance(self.decay, Tensor) or self.decay != 0.0
+
+    @property
+    def graph(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The live loss and outputs.
+
+        Raises:
+            RuntimeError: The graph was freed.
+        """
+        self.check_alive()
+        if self._graph is None:
+            raise RuntimeError(_FREED)
+        return self._graph
+
+    def check_alive(self) -> None:
+        """Refuse products of an evaluation that was freed."""
+        if not self._alive:
+            raise RuntimeError(_FREED)
+
+    def check_unchanged(self) -> None:
+        """Refuse products at other parameters than the evaluation's."""
+        if [p._version for p in self.params] != self._versions:
+            raise RuntimeError(CHANGED)
+
+    def free(self) -> None:
+        """Release the graph; loss and gradient stay."""
+        self._graph = None
+        self._alive = False
+
+    def turn_to(self, form: Form) -> None:
+        """Form products another way from now on."""
+        self._graph = None
+        self.form = form
+
+    def part_outside_outputs(self) -> bool:
+        """Whether the loss depends on the parameters other than through the outputs, as an explicit penalty does."""
+        if self.outside is None:
+            self.outside = leaves_outside(*self.graph, self.params)
+        return self.outside
+
+
+_FREED = "This evaluation was freed and gives no more products: evaluate the closure again."
+
+
+def local_gradient(loss: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """The flat gradient of a live loss, whose graph stays.
+
+    Raises:
+        RuntimeError: A gradient is sparse, or the loss does not depend on the parameters.
+    """
+    gradients = grad(loss, params, keep=True)
+    refuse_sparse(gradients)
+    if all(g is None for g in gradients):
+        raise RuntimeError(UNRELATED)
+    return flatten(gradients, params)
+
+
+def refuse_sparse(gradients: Sequence[Tensor | None]) -> None:
+    """Refuse sparse gradients with a RuntimeError."""
+    if any(g is not None and g.layout != torch.strided for g in gradients):
+        raise RuntimeError(
+            "A gradient is sparse, and curvature products need dense ones: build the embedding with sparse=False."
+        )
+
+
+UNRELATED = (
+    "The loss does not depend on any of the parameters given: they may be another model's, or those of a copy made "
+    "after the optimizer. Give the parameters that the closure's forward pass uses."
+)
+
+
+def leaves_outside(loss: Tensor, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
+    """Whether a path leads from the loss to a parameter that passes none of the outputs."""
+    leaves = {id(p) for p in params}
+    barrier = {z.grad_fn for z in outputs if z.grad_fn is not None}
+    # `variable` is what an AccumulateGrad node, the end of a path, accumulates into.
+    return reaches(loss.grad_fn, lambda node: id(getattr(node, "variable", None)) in leaves, barrier)
+
+
+def decay_term(decay: float | Tensor, point: Tensor) -> Tensor:
+    """`sum(decay * theta^2) / 2`."""
+    return 0.5 * (decay * point.square()).sum()

@@ -1,0 +1,105 @@
+"""Matrices known by their products with vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from newtonopt._sharded import Sharded
+
+Product = Callable[[Tensor], Tensor]
+
+
+class LinearOperator:
+    """A matrix known by its products, over flat vectors in the order of the parameters.
+
+    Args:
+        product: Computes `A v` for `v` of shape `(columns,)`.
+        shape: `(rows, columns)`.
+        like: A tensor of the operator's dtype and device.
+        psd: Whether the matrix is positive semi-definite by construction.
+        transpose: Computes `A' u`; None for a symmetric matrix.
+
+    Attributes:
+        like: No rows `(0, columns)`, from which vectors of the operator's kind can be made.
+    """
+
+    def __init__(
+        self,
+        product: Product,
+        shape: tuple[int, int],
+        like: Tensor,
+        *,
+        psd: bool = False,
+        transpose: Product | None = None,
+    ) -> None:
+        self._product = product
+        self._transpose = transpose
+        self.shape = shape
+        self.dtype = like.dtype
+        self.device = like.device
+        self.like = like.new_empty(0, shape[1])
+        self.psd = psd
+        self._count = [0]
+
+    @property
+    def products(self) -> int:
+        """How many products were formed, by this operator and by those derived from it."""
+        return self._count[0]
+
+    @property
+    def T(self) -> LinearOperator:
+        """The transpose; a symmetric operator is its own."""
+        if self._transpose is None:
+            return self
+        rows, columns = self.shape
+        return self._derived(LinearOperator(self._transpose, (columns, rows), self.like, transpose=self._product))
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """`A v` for `v` of shape `(columns,)`, or column by column for `(columns, k)`.
+
+        Raises:
+            ValueError: `v` has another length, or only one of it and the operator is sharded.
+        """
+        if v.shape[0] != self.shape[1] or v.dim() > 2:
+            raise ValueError(
+                f"v has shape {tuple(v.shape)}: a vector for this {self.shape[0]} x {self.shape[1]} operator has shape "
+                f"({self.shape[1]},)."
+            )
+        if isinstance(v, Sharded) != isinstance(self.like, Sharded):
+            own = "" if isinstance(self.like, Sharded) else "not "
+            raise ValueError(
+                f"v is a {type(v).__name__}, and the operator's parameters are {own}sharded: multiply by vectors made "
+                "from those of the evaluation, such as evaluation.gradient."
+            )
+        if v.dim() == 2:
+            return torch.stack([self @ column for column in v.unbind(1)], dim=1)
+        self._count[0] += 1
+        return self._product(v.to(self.dtype))
+
+    def shift(self, c: float | Tensor) -> LinearOperator:
+        """`A + c I`, or `A + diag(c)` for `c` of shape `(n,)`, sharing this operator's count of products."""
+        psd = self.psd and bool(torch.as_tensor(c).min() >= 0)
+        return self._derived(LinearOperator(lambda v: _plus(self._product(v), c, v), self.shape, self.like, psd=psd))
+
+    def dense(self) -> Tensor:
+        """The whole matrix, for one product a column (a row if there are fewer); symmetric matrices are symmetrised."""
+        rows, columns = self.shape
+        if self._transpose is not None and rows < columns:
+            return self.T.dense().T
+        matrix = self @ torch.eye(columns, dtype=self.dtype, device=self.device)
+        return matrix if self._transpose is not None else (matrix + matrix.T) / 2
+
+    def _derived(self, other: LinearOperator) -> LinearOperator:
+        other._count = self._count
+        return other
+
+    def __repr__(self) -> str:
+        rows, columns = self.shape
+        return f"LinearOperator({rows} x {columns}, {self.dtype}, {self.device}, products={self.products})"
+
+
+def _plus(product: Tensor, c: float | Tensor, v: Tensor) -> Tensor:
+    return torch.addcmul(product, c, v) if isinstance(c, Tensor) else torch.add(product, v, alpha=c)

@@ -1,0 +1,79 @@
+"""The state of an optimizer of sharded parameters, in the form that `torch.distributed.checkpoint` can reshard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newtonopt._flat import local_pieces
+from newtonopt._sharded import Sharded
+from newtonopt._shards import as_parameters, is_sharded, layout_of, local_part, taken_back
+
+# Under this name the state of the first parameter lists which of its entries are pieces of vectors.
+_VECTORS = "vectors"
+
+
+def spread(memory: dict[str, Any], params: Sequence[Tensor], trained: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Each vector as one DTensor for each trained parameter, shaped and sharded as it is.
+
+    Args:
+        memory: The optimizer's state.
+        params: All parameters.
+        trained: The numbers of those that the vectors are made of.
+
+    Returns:
+        States by the parameters' numbers; all that is no sharded vector is in the first one's, numbers as tensors:
+        under a key that is no string, others are not loaded.
+    """
+    vectors = {name: value for name, value in memory.items() if isinstance(value, Sharded)}
+    rest = {name: _as_tensor(value) for name, value in memory.items() if name not in vectors}
+    state: dict[int, dict[str, Any]] = {0: {**rest, _VECTORS: sorted(vectors)}}
+    like = [params[number] for number in trained]
+    for name, vector in vectors.items():
+        parts = [
+            piece.reshape(*local_part(p).shape, *piece.shape[1:])
+            for piece, p in zip(local_pieces(vector, like), like, strict=True)
+        ]
+        for number, piece in zip(trained, as_parameters(parts, like), strict=True):
+            state.setdefault(number, {})[name] = piece
+    return state
+
+
+def joined(state_dict: dict[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
+    """A state_dict with the vectors that `spread` took apart as they were, for these parameters, sharded or not.
+
+    Vectors of zeros, which stand for none, are left out.
+    """
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    state = state_dict["state"]
+    if not keys or _VECTORS not in state.get(keys[0], {}):
+        return state_dict
+    names = state[keys[0]][_VECTORS]
+    memory = {name: _as_numbers(value) for name, value in state[keys[0]].items() if name not in (*names, _VECTORS)}
+    for name in names:
+        pieces, like = [], []
+        for key, p in zip(keys, params, strict=True):
+            if name in state.get(key, {}):
+                piece = taken_back(state[key][name], p)
+                pieces.append(piece.reshape(local_part(p).numel(), *piece.shape[p.dim() :]))
+                like.append(p)
+        vector = torch.cat(pieces)
+        if is_sharded(params):
+            vector = Sharded(vector, layout_of(like), -vector.dim())
+        if bool(vector.any()):
+            memory[name] = vector
+    return {**state_dict, "state": {keys[0]: memory}}
+
+
+def _as_tensor(value: Any) -> Tensor:
+    real = isinstance(value, float)
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64 if real else torch.int64)
+
+
+def _as_numbers(value: Any) -> Any:
+    if isinstance(value, Tensor) and (value.dim() == 0 or value.dtype == torch.int64):
+        return value.tolist()
+    return value

@@ -1,0 +1,313 @@
+"""Curvature products: with one loss, and with an objective that is a sum of losses, formed in three ways."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from newtonopt._autograd import Gradients, NoSecondDerivativeError, grad, grad_with_graph
+from newtonopt._flat import add_flat, flatten, unflatten
+from newtonopt._tap import OnTerm, Term
+from newtonopt.evaluation import Evaluation, Form, Source
+
+Product = Callable[[Tensor], Tensor]
+# `v -> J v`, by the outputs' numbers.
+Push = Callable[[Tensor], dict[int, Tensor]]
+# From a loss, its outputs, the parameters, and whether the graph must outlive the products, to `v -> A v` in pieces.
+Build = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], bool], Callable[[Tensor], Gradients]]
+
+
+def hessian_of(
+    loss: Tensor, _: Sequence[Tensor], params: Sequence[Tensor], keep: bool
+) -> Callable[[Tensor], Gradients]:
+    """`v -> H v` with a loss's Hessian, by a second differentiation."""
+    gradients = grad_with_graph(loss, params)
+    # Entries that are constant in the parameters have no graph, and no second derivative.
+    live = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+
+    def product(v: Tensor) -> Gradients:
+        if not live:
+            return (None,) * len(params)
+        pieces = unflatten(v, params)
+        return grad([g for _, g in live], params, [pieces[i] for i, _ in live], keep=keep)
+
+    return product
+
+
+def gauss_newton_of(
+    loss: Tensor, outputs: Sequence[Tensor], params: Sequence[Tensor], keep: bool
+) -> Callable[[Tensor], Gradients]:
+    """`v -> J' H_L J v`: `J` the outputs' Jacobian, `H_L` the loss's Hessian in the outputs."""
+    push, curve = push_of(outputs, params), curve_of(loss, outputs)
+    return lambda v: grad(outputs, params, curve(push(v)), keep=keep)
+
+
+def push_of(outputs: Sequence[Tensor], params: Sequence[Tensor]) -> Callable[[Tensor], list[Tensor]]:
+    """`v -> J v`. `J' u` is linear in a dummy `u`: its derivative by `u` gives `J v`."""
+    dummies = [torch.zeros_like(z, requires_grad=True) for z in outputs]
+    pulled = grad_with_graph(outputs, params, dummies)
+    live = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
+
+    def push(v: Tensor) -> list[Tensor]:
+        pieces = unflatten(v, params)
+        along = [pieces[i] for i, _ in live]
+        pushed = grad([g for _, g in live], dummies, along, keep=True) if live else (None,) * len(dummies)
+        return _filled(pushed, outputs)
+
+    return push
+
+
+def curve_of(loss: Tensor, outputs: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """`t -> H_L t`, in the outputs."""
+    gradients = grad_with_graph(loss, outputs)
+    live = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+
+    def curve(pushed: Sequence[Tensor]) -> list[Tensor]:
+        along = [pushed[i] for i, _ in live]
+        # Without any, the loss is linear in the outputs.
+        curved = grad([g for _, g in live], outputs, along, keep=True) if live else (None,) * len(outputs)
+        return _filled(curved, outputs)
+
+    return curve
+
+
+def _filled(tensors: Gradients, like: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(z) if t is None else t for t, z in zip(tensors, like, strict=True)]
+
+
+def cached(evaluation: Evaluation, build: Build) -> Product:
+    """Products on the graph that the evaluation keeps."""
+    product = build(*evaluation.graph, evaluation.params, True)
+    return _averaged(evaluation.source, lambda v: flatten(product(v), evaluation.params))
+
+
+def streamed_hessian(evaluation: Evaluation) -> Product:
+    """Products that run the closure again, each of its losses differentiated twice at its `backward` and let go."""
+    source, params = _source(evaluation), evaluation.params
+
+    def product(v: Tensor) -> Tensor:
+        result = torch.zeros_like(v)
+
+        def add(term: Term) -> None:
+            add_flat(result, hessian_of(term.loss, term.outputs, params, term.keep)(v), params)
+
+        _visit(evaluation, add)
+        return result
+
+    return _averaged(source, product)
+
+
+def gauss_newton_from(push: Push, evaluation: Evaluation) -> Product:
+    """Products `J' H_L J v` from `push: v -> J v`: for the rest the closure runs again, with one backward pass."""
+    source, params = _source(evaluation), evaluation.params
+
+    def product(v: Tensor) -> Tensor:
+        pushed = push(v)
+        result = torch.zeros_like(v)
+
+        def add(term: Term) -> None:
+            if term.outputs:
+                along = curve_of(term.loss, term.outputs)([pushed[number] for number in term.numbers])
+                add_flat(result, grad(term.outputs, params, along, keep=term.keep), params)
+
+        _visit(evaluation, add)
+        return result
+
+    return _averaged(source, product)
+
+
+def pull_from(evaluation: Evaluation) -> Product:
+    """`u -> J' u`, for the outputs in the order of their losses, by a run of the closure."""
+    params = evaluation.params
+
+    def pull(u: Tensor) -> Tensor:
+        result = torch.zeros_like(evaluation.gradient)
+        done = 0
+
+        def add(term: Term) -> None:
+            nonlocal done
+            size = sum(z.numel() for z in term.outputs)
+            if term.outputs:
+                along = unflatten(u[done : done + size], term.outputs)
+                add_flat(result, grad(term.outputs, params, along, keep=term.keep), params)
+            done += size
+
+        _visit(evaluation, add)
+        return result
+
+    return pull
+
+
+def streamed_push(evaluation: Evaluation) -> Push:
+    """`v -> J v` by a run of the closure in forward mode, which keeps no graph.
+
+    Where an operation has no forward mode, or the closure differentiates inside, by two backward passes.
+    """
+    source, params = _source(evaluation), evaluation.params
+    has_forward_mode = True
+
+    def forwards(v: Tensor) -> dict[int, Tensor]:
+        evaluation.check_unchanged()
+        loss, pushed = source.push(v)
+        _check_same_function(evaluation, float(loss), 0.0, math.sqrt(evaluation.eps))
+        return pushed
+
+    def backwards(v: Tensor) -> dict[int, Tensor]:
+        pushed: dict[int, Tensor] = {}
+
+        def add(term: Term) -> None:
+            if term.outputs:
+                pushed.update(zip(term.numbers, push_of(term.outputs, params)(v), strict=True))
+
+        _visit(evaluation, add)
+        return pushed
+
+    def push(v: Tensor) -> dict[int, Tensor]:
+        nonlocal has_forward_mode
+        if has_forward_mode:
+            try:
+                return forwards(v)
+            except RuntimeError:  # an error that has nothing to do with forward mode comes again
+                has_forward_mode = False
+        return backwards(v)
+
+    return push
+
+
+def differenced_hessian(evaluation: Evaluation) -> Product:
+    """`(g(theta + h v) - g(theta - h v)) / 2h`."""
+    source = _source(evaluation)
+    length = displacement(evaluation.params)
+
+    def product(v: Tensor) -> Tensor:
+        result, norm = torch.zeros_like(v), float(v.norm())
+        if norm == 0.0:
+            return result
+        h = length / norm
+        evaluation.check_unchanged()
+        below = source.add_gradient(result, -h * v)
+        above = source.add_gradient(result.neg_(), h * v)
+        # h^2/2 v'Hv, by which the mean of the two losses exceeds the one between them.
+        bend = 0.25 * h * float(result @ v)
+        _check_same_function(evaluation, 0.5 * (float(below) + float(above)), bend, evaluation.eps**0.25)
+        return result.div_(2 * h)
+
+    return _averaged(source, product)
+
+
+def differenced_push(evaluation: Evaluation) -> Push:
+    """`v -> (z(theta + h v) - z(theta - h v)) / 2h`, for the outputs `z` by number."""
+    source = _source(evaluation)
+    length = displacement(evaluation.params)
+
+    def outputs_at(step: Tensor) -> dict[int, Tensor]:
+        found: dict[int, Tensor] = {}
+
+        def take(term: Term) -> None:
+            found.update(zip(term.numbers, (z.detach().clone() for z in term.outputs), strict=True))
+
+        source.visit(take, step)
+        return found
+
+    def push(v: Tensor) -> dict[int, Tensor]:
+        # Any step will do for the zero vector.
+        h = length / (float(v.norm()) or 1.0)
+        evaluation.check_unchanged()
+        above, below = outputs_at(h * v), outputs_at(-h * v)
+        if {n: z.shape for n, z in above.items()} != {n: z.shape for n, z in below.items()}:
+            raise RuntimeError(f"The closure computed outputs of other shapes at the second call. {_SAME_FUNCTION}")
+        return {number: (z - below[number]) / (2 * h) for number, z in above.items()}
+
+    return push
+
+
+def displacement(params: Sequence[Tensor]) -> float:
+    """How far from the parameters central differences look: `h |v|`.
+
+    Truncation grows as `h^2` and rounding as `eps / h`, so that `h` belongs near `eps^(1/3)` (Nocedal & Wright 2006,
+    sec. 8.1), in proportion to the size of the parameters. Measured on some hundred small and large networks, the
+    shorter `eps^0.4` with the root of their norm is as good on smooth ones and better where there are kinks: a step in
+    proportion to the norm, which grows with the number of parameters, is 10 to 100 times too long on large ones.
+    """
+    if any(p.dtype == torch.bfloat16 for p in params):
+        raise RuntimeError(
+            "bfloat16 parameters are too coarse for finite differences: keep the weights in float32, or choose "
+            'products="cached" or "streamed".'
+        )
+    norm = float(flatten(params, params).detach().norm())
+    eps: float = max(torch.finfo(p.dtype).eps for p in params)
+    return float(eps**0.4) * math.sqrt(1.0 + norm)
+
+
+def _visit(evaluation: Evaluation, on_term: OnTerm) -> None:
+    evaluation.check_unchanged()
+    loss = float(_source(evaluation).visit(on_term))
+    _check_same_function(evaluation, loss, 0.0, math.sqrt(evaluation.eps))
+
+
+def formed(evaluation: Evaluation, ways: Mapping[Form, Callable[[], Product]]) -> Product:
+    """Products in the evaluation's form, and by finite differences where "auto" meets an operation without a second
+    derivative: when they are prepared, or when the first one is formed.
+    """
+    form = evaluation.form
+    try:
+        current = ways[form]()
+    except NoSecondDerivativeError as error:
+        form = _fall_back(evaluation, form, error)
+        current = ways[form]()
+
+    def product(v: Tensor) -> Tensor:
+        nonlocal form, current
+        try:
+            return current(v)
+        except NoSecondDerivativeError as error:
+            form = _fall_back(evaluation, form, error)
+            current = ways[form]()
+            return current(v)
+
+    return product
+
+
+def _fall_back(evaluation: Evaluation, form: Form, error: NoSecondDerivativeError) -> Form:
+    if form != "cached" or not evaluation.may_fall_back:
+        raise NoSecondDerivativeError(f'{error} products="finite_difference" needs none.') from error
+    if evaluation.form == "cached":
+        warnings.warn(
+            f"{error} The products are formed by finite differences instead, of which five digits can be trusted in "
+            'float64 and two in float32. products="finite_difference" says that this is wanted.',
+            stacklevel=6,
+        )
+        evaluation.turn_to("finite_difference")
+    return "finite_difference"
+
+
+def _check_same_function(evaluation: Evaluation, loss: float, bend: float, tolerance: float) -> None:
+    expected = evaluation.local_loss
+    if abs(loss - expected - bend) > tolerance * (abs(expected) + abs(bend)):  # false where one is not finite
+        raise RuntimeError(
+            f"The closure computed the loss {loss:.9g} where it had computed {expected:.9g} at the same parameters. "
+            f"{_SAME_FUNCTION}"
+        )
+
+
+_SAME_FUNCTION = (
+    "Products need the same function each time, so let it use the same data on every call: begin its loader anew, and "
+    "do not call next() on an iterator from outside."
+)
+
+
+def _averaged(source: Source | None, product: Product) -> Product:
+    return product if source is None else lambda v: source.mean(lambda: product(v))
+
+
+def _source(evaluation: Evaluation) -> Source:
+    if evaluation.source is None:
+        raise RuntimeError(
+            "This evaluation was made from a loss, and other than cached products run the closure again: make it with "
+            "newtonopt.evaluate(closure, params)."
+        )
+    return evaluation.source

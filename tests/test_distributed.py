@@ -1,0 +1,307 @@
+"""Two processes with a part of the batch each are one with the whole: by hand and in Lightning."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning.pytorch.strategies import DDPStrategy
+from lightning_problems import quiet_trainer
+from optimizer_db import OPTIMIZERS
+from processes import run
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+from newtonopt import HessianFree, evaluate, gauss_newton, hessian
+from newtonopt.callbacks import CurvatureMonitor
+from newtonopt.curvature import extreme_eigenvalues, sharpness
+
+ROWS = 12
+CUTS = pytest.mark.parametrize("cut", [6, 4], ids=["halves", "unequal"])
+WAYS = pytest.mark.parametrize("products", ["cached", "streamed", "finite_difference"])
+
+
+class Problem:
+    """A small classifier, of whose data each process takes its part."""
+
+    def __init__(self, part: slice = slice(None), **ddp: Any) -> None:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        self.x, self.y = torch.randn(ROWS, 4, dtype=torch.float64), torch.randint(0, 3, (ROWS,))
+        self.y[1] = -100  # one that is ignored
+        self.x, self.y = self.x[part], self.y[part]
+        several = dist.is_initialized()
+        self.model = DistributedDataParallel(network, **ddp) if several else network
+
+    def closure(self) -> Tensor:
+        self.model.zero_grad()
+        loss = F.cross_entropy(self.model(self.x), self.y)
+        loss.backward()
+        return loss
+
+    def flat(self) -> Tensor:
+        return torch.cat([p.detach().reshape(-1) for p in self.model.parameters()])
+
+
+def part_of(rank: int, cut: int) -> slice:
+    return slice(0, cut) if rank == 0 else slice(cut, None)
+
+
+def matrices(rank: int, problem: Problem, products: Any) -> tuple[Tensor, ...]:
+    evaluation = evaluate(problem.closure, problem.model.parameters(), products=products)
+    H, G = hessian(evaluation), gauss_newton(evaluation)
+    return evaluation.loss, evaluation.gradient, H.dense(), G.dense()
+
+
+def measure(rank: int, cut: int, products: Any, options: dict[str, Any]) -> tuple[Tensor, ...]:
+    return matrices(rank, Problem(part_of(rank, cut), **options), products)
+
+
+@CUTS
+@WAYS
+def test_loss_gradient_and_products_are_those_of_the_whole_batch(cut: int, products: Any) -> None:
+    expected = matrices(0, Problem(), "cached")
+    results = run(measure, cut, products, {})
+    close = {"rtol": 1e-5, "atol": 1e-9} if products == "finite_difference" else {"rtol": 1e-12, "atol": 1e-15}
+    for found, true in zip(results[0], expected, strict=True):
+        torch.testing.assert_close(found, true, **close)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "the processes disagree"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"find_unused_parameters": True}, {"static_graph": True}, {"gradient_as_bucket_view": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_the_wrapper_change_nothing(options: dict[str, Any]) -> None:
+    expected = matrices(0, Problem(), "cached")
+    for found, true in zip(run(measure, 6, "cached", options)[0], expected, strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-12, atol=1e-15)
+
+
+def train(
+    rank: int, cut: int | None, name: str, settings: dict[str, Any]
+) -> tuple[Tensor, list[dict[str, Any]], list[float]]:
+    problem = Problem(slice(None) if cut is None else part_of(rank, cut))
+    optimizer = OPTIMIZERS[name](problem.model.parameters(), weight_decay=1e-3, **settings)
+    reports = []
+    for _ in range(4):
+        optimizer.step(problem.closure)
+        assert optimizer.last_step is not None
+        reports.append(dataclasses.asdict(optimizer.last_step))
+    return problem.flat(), reports
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_are_those_of_the_whole_batch(name: str) -> None:
+    parameters, reports = train(0, None, name, {})
+    (first, first_reports), (second, second_reports) = run(train, 4, name, {})
+    torch.testing.assert_close(first, parameters, rtol=1e-9, atol=1e-10)
+    assert torch.equal(first, second), "the processes drift apart"
+    assert str(first_reports) == str(second_reports)
+    for found, true in zip(first_reports, reports, strict=True):
+        assert found["accepted"] == true["accepted"]
+        assert found["loss"] == pytest.approx(true["loss"], rel=1e-9)
+        assert found["ratio"] == pytest.approx(true["ratio"], rel=1e-5)
+
+
+@WAYS
+def test_steps_with_other_products_are_those_of_the_whole_batch(products: Any) -> None:
+    settings = {"products": products, "max_iterations": 5}
+    parameters, _ = train(0, None, "hessian_free_plain", settings)
+    (first, _), (second, _) = run(train, 4, "hessian_free_plain", settings)
+    torch.testing.assert_close(first, parameters, rtol=1e-4, atol=1e-6)
+    assert torch.equal(first, second)
+
+
+def count_collectives(rank: int, products: Any) -> dict[str, list[int]]:
+    problem = Problem(part_of(rank, 6))
+    sizes: list[int] = []
+    real = dist.all_reduce
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(tensor.numel())
+        return real(tensor, *args, **kwargs)
+
+    found = {}
+    evaluation = evaluate(problem.closure, problem.model.parameters(), products=products)
+    v = torch.ones_like(evaluation.gradient)
+    dist.all_reduce = counted
+    try:
+        for operator in (hessian, gauss_newton):
+            A = operator(evaluation)
+            sizes.clear()
+            A @ v
+            found[operator.__name__] = list(sizes)
+    finally:
+        dist.all_reduce = real
+    return found
+
+
+@WAYS
+def test_a_product_costs_one_all_reduce(products: Any) -> None:
+    for found in run(count_collectives, products):
+        for name, sizes in found.items():
+            assert len(sizes) == 1, name
+
+
+def measure_curvature(rank: int, cut: int | None) -> tuple[float, float, float]:
+    problem = Problem(slice(None) if cut is None else part_of(rank, cut))
+    params = list(problem.model.parameters())
+    spectrum = extreme_eigenvalues(hessian(evaluate(problem.closure, params)), top=1, bottom=1)
+    rise = sharpness(problem.closure, params).value
+    return spectrum.top[0].value, spectrum.bottom[0].value, rise
+
+
+def test_measurements_are_those_of_the_whole_batch() -> None:
+    expected = measure_curvature(0, None)
+    first, second = run(measure_curvature, 4)
+    assert first == pytest.approx(expected, rel=1e-6)
+    assert first == second
+
+
+def raise_in(rank: int, when: str) -> str:
+    problem = Problem(part_of(rank, 6))
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if rank == 0 and calls > {"evaluate": 0, "product": 1, "trial": 1}[when]:
+            raise OverflowError("here")
+        return problem.closure()
+
+    before = problem.flat()
+    try:
+        if when == "trial":
+            HessianFree(problem.model.parameters()).step(closure)
+        else:
+            evaluation = evaluate(closure, problem.model.parameters(), products="streamed")
+            hessian(evaluation) @ torch.ones_like(evaluation.gradient)
+    except (OverflowError, RuntimeError) as error:
+        assert torch.equal(problem.flat(), before)
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize("when", ["evaluate", "product", "trial"])
+def test_an_error_on_one_process_reaches_the_other_at_once(when: str) -> None:
+    assert run(raise_in, when) == [
+        "OverflowError: here",
+        "RuntimeError: The closure failed on another process, whose own message says why.",
+    ]
+
+
+def raise_before_backward(rank: int) -> str:
+    problem = Problem(part_of(rank, 6), process_group=dist.new_group(timeout=timedelta(seconds=2)))
+
+    def closure() -> Tensor:
+        if rank == 0:
+            raise OverflowError("here")
+        return problem.closure()
+
+    try:
+        HessianFree(problem.model.parameters()).step(closure)
+    except (OverflowError, RuntimeError) as error:
+        return type(error).__name__
+    return "nothing"
+
+
+def test_an_error_before_backward_reaches_the_other_within_the_time_out() -> None:
+    assert run(raise_before_backward) == ["OverflowError", "RuntimeError"]
+
+
+def hold_different_parameters(rank: int) -> str:
+    theta = nn.Parameter(torch.full((3,), float(rank + 1)))
+    try:
+        HessianFree([theta]).step(lambda: F.mse_loss(theta, torch.zeros(3)))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_processes_with_different_parameters_are_an_error() -> None:
+    for message in run(hold_different_parameters):
+        assert "The 2 processes hold different parameters" in message
+        assert "Wrap the model in DistributedDataParallel" in message
+
+
+def penalise_by_hand(rank: int, weight: bool) -> Tensor:
+    """A loss that says nothing of what it is a mean over."""
+    theta, x = nn.Parameter(torch.ones(2, dtype=torch.float64)), torch.arange(6.0, dtype=torch.float64)
+    mine = x[part_of(rank, 2)]
+    evaluation = evaluate(
+        lambda: (theta.sum() * mine).square().mean(), [theta], weight=float(len(mine)) if weight else None
+    )
+    return evaluation.loss
+
+
+def test_weights_are_the_users_where_the_loss_tells_none() -> None:
+    x = torch.arange(6.0, dtype=torch.float64)
+    whole = (2 * x).square().mean()
+    plain = ((2 * x[:2]).square().mean() + (2 * x[2:]).square().mean()) / 2
+    torch.testing.assert_close(run(penalise_by_hand, True)[0], whole)
+    torch.testing.assert_close(run(penalise_by_hand, False)[0], plain)
+
+
+class Regression(L.LightningModule):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+        self.name = name
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = F.mse_loss(self.layers(batch[0]), batch[1])
+        self.log("loss", loss, sync_dist=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        if self.name == "SGD":
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+        return HessianFree(self.parameters(), rank=5)
+
+
+def fit(rank: int, count: int, name: str, folder: str) -> tuple[Tensor, dict[str, float]]:
+    generator = torch.Generator().manual_seed(1)
+    data = TensorDataset(*(torch.randn(16, k, generator=generator, dtype=torch.float64) for k in (4, 1)))
+    model = Regression(name)
+    monitor = CurvatureMonitor(every_n_train_steps=1, top=2, num_batches=1)
+    settings: dict[str, Any] = {"callbacks": [monitor], "max_epochs": 3, "default_root_dir": folder, "logger": False}
+    if count > 1:
+        settings |= {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": count, "accelerator": "cpu"}
+    trainer = quiet_trainer(**settings)
+    trainer.fit(model, DataLoader(data, batch_size=16 // count))
+    curvature = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith("seconds")}
+    return torch.cat([p.detach().reshape(-1) for p in model.layers.parameters()]), curvature
+
+
+def fit_as_launched(rank: int, count: int, name: str, folder: str) -> tuple[Tensor, dict[str, float]]:
+    with pytest.MonkeyPatch.context() as patch:
+        # As torchrun sets them.
+        launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0}
+        for key, value in {
+            **launched,
+            "TORCHELASTIC_RUN_ID": "test",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": 0,
+        }.items():
+            patch.setenv(key, str(value))
+        return fit(rank, count, name, folder)
+
+
+@pytest.mark.parametrize("name", ["SGD", "HessianFree"])
+def test_lightning_trains_and_measures_as_one_process_with_the_whole_batch(name: str, tmp_path: Any) -> None:
+    parameters, curvature = fit(0, 1, name, str(tmp_path / "one"))
+    (first, measured), (second, _) = run(fit_as_launched, 2, name, str(tmp_path / "two"))
+    torch.testing.assert_close(first, parameters, rtol=1e-7, atol=1e-9)
+    assert torch.equal(first, second)
+    assert measured == pytest.approx(curvature, rel=1e-4)

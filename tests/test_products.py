@@ -1,0 +1,362 @@
+"""Products formed in other ways than on a cached graph: streamed, and by finite differences."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import build, models
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from newtonopt import Evaluation, HessianFree, LinearOperator, Objective, evaluate, gauss_newton, hessian, jacobian
+
+Operator = Callable[[Evaluation], LinearOperator]
+SYMMETRIC = pytest.mark.parametrize("operator", [hessian, gauss_newton], ids=lambda f: f.__name__)
+ALL = pytest.mark.parametrize("operator", [hessian, gauss_newton, jacobian], ids=lambda f: f.__name__)
+
+
+def error(found: Tensor, true: Tensor) -> float:
+    return float((found - true).norm() / true.norm().clamp_min(1e-300))
+
+
+class Batches:
+    """A network with BatchNorm and Dropout, trained by a closure that loops over a loader."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, **loader: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)).to(
+            dtype
+        )
+        self.data = TensorDataset(torch.randn(22, 4, dtype=dtype), torch.randint(0, 3, (22,)))
+        self.loader = DataLoader(self.data, batch_size=8, **loader)
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    def closure(self) -> Tensor:
+        self.model.zero_grad()
+        total = torch.zeros(())
+        for x, y in self.loader:
+            loss = F.cross_entropy(self.model(x), y) * len(x) / len(self.data)
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "by_hand"])
+@pytest.mark.parametrize("model", models())
+@ALL
+def test_streamed_equals_cached(operator: Operator, model: str, loss: str) -> None:
+    case = build(model, loss)
+    torch.manual_seed(1)
+    cached, streamed = (operator(evaluate(case.closure, case.params, products=way)) for way in ("cached", "streamed"))  # type: ignore[arg-type]
+    v = torch.randn(cached.shape[1], dtype=torch.float64)
+    assert streamed.shape == cached.shape
+    assert error(streamed @ v, cached @ v) < 1e-12
+    u = torch.randn(cached.shape[0], dtype=torch.float64)
+    assert error(streamed.T @ u, cached.T @ u) < 1e-12
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@ALL
+def test_streamed_over_a_loader_is_the_whole_data_sets(operator: Operator, shuffle: bool) -> None:
+    problem = Batches(shuffle=shuffle)
+    torch.manual_seed(3)
+    cached = operator(evaluate(problem.closure, problem.params, products="cached"))
+    torch.manual_seed(3)
+    streamed = operator(evaluate(problem.closure, problem.params, products="streamed"))
+    v = torch.randn(cached.shape[1], dtype=torch.float64)
+    expected = cached @ v
+    # More than one product, with the user's random numbers drawn between them.
+    for _ in range(2):
+        assert error(streamed @ v, expected) < 1e-12
+        torch.rand(5)
+
+
+@pytest.mark.parametrize("products", ["streamed", "finite_difference"])
+def test_passes_over_a_loader_leave_no_trace(products: Any) -> None:
+    problem = Batches(shuffle=True, generator=torch.Generator().manual_seed(5))
+    problem.closure()
+    buffers = [b.clone() for b in problem.model.buffers()]
+    gradients = [p.grad.clone() for p in problem.params if p.grad is not None]
+    values = [p.detach().clone() for p in problem.params]
+    generators = problem.loader.generator.get_state(), torch.get_rng_state()
+    H = hessian(evaluate(problem.closure, problem.params, products=products))
+    first = H @ torch.ones(H.shape[1], dtype=torch.float64)
+    assert error(H @ torch.ones(H.shape[1], dtype=torch.float64), first) < 1e-6
+    assert all(torch.equal(a, b) for a, b in zip(problem.model.buffers(), buffers, strict=True))
+    assert all(torch.equal(p.grad, g) for p, g in zip(problem.params, gradients, strict=True))
+    assert all(torch.equal(p, v) for p, v in zip(problem.params, values, strict=True))
+    assert torch.equal(problem.loader.generator.get_state(), generators[0])
+    assert torch.equal(torch.get_rng_state(), generators[1])
+
+
+class Held(torch.autograd.Function):
+    """Squares its input, and saves a tensor whose memory can be watched."""
+
+    alive: ClassVar[list[weakref.ref[np.ndarray]]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        memory = np.full(x.shape, 2.0)
+        Held.alive.append(weakref.ref(memory))
+        ctx.save_for_backward(x, torch.from_numpy(memory))
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        x, two = ctx.saved_tensors
+        return g * x * two
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor) -> Tensor:
+        return t  # wrong on purpose where it is used: nothing here looks at values
+
+
+@pytest.mark.parametrize("action", ["trial", "gradient", "hessian", "gauss_newton"])
+def test_each_micro_batch_is_let_go_before_the_next(action: str) -> None:
+    """In a closure that leaves its last loss and output in scope, as loops do."""
+    problem = Batches()
+    alive: list[int] = []
+
+    def closure() -> None:
+        Held.alive.clear()
+        for x, y in problem.loader:
+            alive.append(sum(ref() is not None for ref in Held.alive))
+            z = Held.apply(problem.model(x))
+            loss = F.cross_entropy(z, y)
+            loss.backward()
+
+    objective = Objective(closure, problem.params, products="streamed")
+    evaluation = objective.evaluate()
+    v = torch.ones_like(evaluation.gradient)
+    alive.clear()
+    if action == "trial":
+        objective.loss_at(v)
+    elif action == "gradient":
+        objective.gradient_at(v)
+    else:
+        (hessian if action == "hessian" else gauss_newton)(evaluation) @ v
+    assert len(alive) >= 3
+    assert max(alive) == 0
+
+
+def test_two_losses_built_before_their_backwards_are_both_whole() -> None:
+    """Letting one graph go must leave the other, with which it may share nothing or, retained, a part."""
+    problem = Batches()
+    (x, y), (other_x, other_y), *_ = problem.loader
+
+    def closure() -> None:
+        z = problem.model[0](x).tanh()
+        first, second = F.mse_loss(z, torch.ones_like(z)), F.cross_entropy(problem.model(other_x), other_y)
+        third = F.cross_entropy(problem.model[4](z), y)
+        second.backward()
+        first.backward(retain_graph=True)
+        third.backward()
+
+    for operator in (hessian, gauss_newton):
+        cached, streamed = (operator(evaluate(closure, problem.params, products=way)) for way in ("cached", "streamed"))  # type: ignore[arg-type]
+        v = torch.randn(cached.shape[1], dtype=torch.float64)
+        assert error(streamed @ v, cached @ v) < 1e-12
+        assert error(streamed @ v, cached @ v) < 1e-12
+
+
+@pytest.mark.parametrize("products", ["streamed", "finite_difference"])
+@SYMMETRIC
+def test_a_closure_that_draws_new_batches_is_an_error(operator: Operator, products: Any) -> None:
+    problem = Batches()
+    batches = itertools.cycle(problem.loader)
+
+    def closure() -> Tensor:
+        x, y = next(batches)
+        return F.cross_entropy(problem.model(x), y)
+
+    A = operator(evaluate(closure, problem.params, products=products))
+    before = [p.detach().clone() for p in problem.params]
+    with pytest.raises(RuntimeError, match=r"The closure computed .* begin its loader anew"):
+        A @ torch.ones(A.shape[1], dtype=torch.float64)
+    assert all(torch.equal(p, b) for p, b in zip(problem.params, before, strict=True))
+
+
+@pytest.mark.parametrize("products", ["streamed", "finite_difference"])
+def test_products_of_changed_parameters_are_an_error(products: Any) -> None:
+    problem = Batches()
+    H = hessian(evaluate(problem.closure, problem.params, products=products))
+    with torch.no_grad():
+        problem.params[0].add_(1.0)
+    with pytest.raises(RuntimeError, match="changed after this evaluation"):
+        H @ torch.ones(H.shape[1], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-5), (torch.float32, 1e-2)])
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse", "by_hand"])
+@pytest.mark.parametrize("model", models())
+@ALL
+def test_finite_differences_are_close(
+    operator: Operator, model: str, loss: str, dtype: torch.dtype, allowed: float
+) -> None:
+    case = build(model, loss)
+    torch.manual_seed(1)
+    exact = operator(evaluate(case.closure, case.params))
+    v = torch.randn(exact.shape[1], dtype=torch.float64)
+    expected = exact @ v
+    case.model.to(dtype)
+    inputs = case.inputs.to(dtype) if case.inputs.is_floating_point() else case.inputs
+
+    def closure() -> Tensor:
+        return (case.tapped_loss or case.loss)(case.model(inputs).double())
+
+    torch.manual_seed(1)
+    differenced = operator(evaluate(closure, case.params, products="finite_difference"))
+    assert error(differenced @ v.to(dtype), expected) < allowed
+
+
+@pytest.mark.parametrize("products", ["streamed", "finite_difference"])
+def test_a_closure_that_raises_leaves_all_as_it_was(products: Any) -> None:
+    problem = Batches()
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss = problem.closure()
+        if calls > 1:
+            raise OverflowError("in the closure")
+        return loss
+
+    problem.closure()
+    H = hessian(evaluate(closure, problem.params, products=products))
+    before = [*(p.detach().clone() for p in problem.params), *(b.clone() for b in problem.model.buffers())]
+    with pytest.raises(OverflowError, match="in the closure"):
+        H @ torch.ones(H.shape[1], dtype=torch.float64)
+    after = [*problem.params, *problem.model.buffers()]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return 2 * z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+def attention(x: Tensor) -> Tensor:
+    """Whose double backward only says when it runs that there is none."""
+    return torch.cdist(x, torch.ones_like(x) * 0.5)
+
+
+@pytest.mark.parametrize("last", [Doubled.apply, attention], ids=["once_differentiable", "not_implemented"])
+@ALL
+def test_without_second_derivative_auto_warns_once_and_differences(operator: Operator, last: Any) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 5).double(), torch.randn(5, 4, dtype=torch.float64)
+    y = torch.randn(5, 5, dtype=torch.float64)
+
+    def closure() -> Tensor:
+        return F.mse_loss(last(model(x)), y)
+
+    params = list(model.parameters())
+    v = torch.randn(25, dtype=torch.float64)
+    evaluation = evaluate(closure, params)
+    with pytest.warns(UserWarning, match=r"no second derivative.*finite differences") as caught:
+        A = operator(evaluation)
+        product = A @ v
+    assert len(caught) == 1
+    assert evaluation.form == "finite_difference"
+    assert error(product, operator(evaluate(closure, params, products="finite_difference")) @ v) < 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        A @ v
+        operator(evaluation) @ v
+    for products in ("cached", "streamed"):
+        with pytest.raises(RuntimeError, match=r'no second derivative.*products="finite_difference" needs none'):
+            operator(evaluate(closure, params, products=products)) @ v  # type: ignore[arg-type]
+
+
+def test_an_optimizer_falls_back_once_and_reports_it() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3), torch.randn(20, 4)
+    y = torch.randint(0, 3, (20,))
+    optimizer = HessianFree(model.parameters(), rank=4)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(Doubled.apply(model(x)), y)
+        loss.backward()
+        return loss
+
+    with pytest.warns(UserWarning, match="finite differences") as caught:
+        losses = [float(optimizer.step(closure)) for _ in range(4)]
+    assert len(caught) == 1
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.form == "finite_difference"
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("products", ["streamed", "finite_difference"])
+def test_steps_with_other_products_follow_the_cached_ones(products: Any) -> None:
+    def train(way: Any) -> tuple[list[float], str]:
+        problem = Batches()
+        optimizer = HessianFree(problem.params, rank=4, products=way, max_iterations=5)
+        found = []
+        for _ in range(3):
+            found.append(float(optimizer.step(problem.closure)))
+        assert optimizer.last_step is not None
+        return found, optimizer.last_step.form
+
+    reference, form = train("cached")
+    assert form == "cached"
+    found, form = train(products)
+    assert form == products
+    assert found == pytest.approx(reference, rel=1e-10 if products == "streamed" else 1e-4)
+
+
+def test_parameters_of_two_precisions() -> None:
+    """Vectors take the wider one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3).double())
+    x, y = torch.randn(8, 4), torch.randint(0, 3, (8,))
+
+    def closure() -> Tensor:
+        return F.cross_entropy(model[2](model[1](model[0](x)).double()), y)
+
+    exact = hessian(evaluate(closure, model.parameters()))
+    assert exact.dtype == torch.float64
+    v = torch.randn(exact.shape[1], dtype=torch.float64)
+    expected = exact @ v
+    double = copy.deepcopy(model).double()
+    truth = hessian(evaluate(lambda: F.cross_entropy(double(x.double()), y), double.parameters())) @ v
+    assert error(expected, truth) < 1e-5
+    for products, allowed in (("streamed", 1e-6), ("finite_difference", 1e-2)):
+        H = hessian(evaluate(closure, model.parameters(), products=products))  # type: ignore[arg-type]
+        assert error(H @ v, expected) < allowed
+    optimizer = HessianFree(model.parameters(), rank=4)
+    losses = [float(optimizer.step(closure)) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    assert [p.dtype for p in model.parameters()] == [torch.float32] * 2 + [torch.float64] * 2
+
+
+def test_bfloat16_parameters_are_too_coarse_for_differences() -> None:
+    model = nn.Linear(3, 2).bfloat16()
+    evaluation = evaluate(lambda: model(torch.ones(4, 3).bfloat16()).square().mean(), model.parameters(), "streamed")
+    assert evaluation.gradient.dtype == torch.float32
+    assert torch.isfinite(hessian(evaluation) @ evaluation.gradient).all()
+    evaluation = evaluate(
+        lambda: model(torch.ones(4, 3).bfloat16()).square().mean(), model.parameters(), "finite_difference"
+    )
+    with pytest.raises(RuntimeError, match=r"bfloat16 parameters are too coarse .* float32"):
+        hessian(evaluation)
