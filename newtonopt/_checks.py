@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
+from pathlib import Path
 from typing import get_args
 
+import torch
+
 from newtonopt.evaluation import Products
+
+# Files in which a warning's cause is not the user's: this package, and torch, which wraps the step.
+_NOT_THE_USERS = tuple(str(Path(module).parent) for module in (__file__, torch.__file__))
+
+
+def warn(message: str) -> None:
+    """Warn, and name the user's line as the place."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def check_closure(closure: object) -> None:
@@ -20,7 +36,7 @@ def check_closure(closure: object) -> None:
 def check_weight(weight: object) -> None:
     """Refuse a weight that is not positive with a ValueError."""
     if weight is not None and not (isinstance(weight, (int, float)) and 0 < weight < math.inf):
-        raise ValueError(f"weight is {weight!r}: give a finite number above zero, or None.")
+        raise ValueError(f"weight is {weight!r}: give a finite number (int or float) above zero, or None.")
 
 
 def check_products(products: str) -> None:

@@ -77,11 +77,11 @@ class Recording:
         if self._products and isinstance(returned, Tensor) and returned.numel() == 1:
             _refuse_gradient_scaler(float(tap.total()), float(self.returned))
         if not self._cached:
-            self.loss = tap.total()
+            self.loss = tap.total(returned)
             if not self._related:
                 raise RuntimeError(UNRELATED)
             return
-        tap.total()
+        tap.total(returned)
         with torch.enable_grad():
             self.loss = self._kept[0]
             for loss in self._kept[1:]:

@@ -121,11 +121,13 @@ class Tap(TorchFunctionMode):
         """Whether the run is in forward mode, where there are no graphs."""
         return self._tangents is not None
 
-    def total(self) -> Tensor:
-        """The sum of the losses, detached."""
+    def total(self, returned: object = None) -> Tensor:
+        """The sum of the losses, detached; `returned` is what the closure returned, for the error if there was none."""
         if self._total is None:
+            what = "" if isinstance(returned, Tensor) else f" (it returned a {type(returned).__name__})"
             raise RuntimeError(
-                "The closure neither called loss.backward() nor returned a loss that requires a gradient, so there is "
+                "The closure neither called loss.backward() nor returned a loss that requires a gradient"
+                f"{what}, so there is "
                 "nothing to minimise. End it with `loss.backward(); return loss` (torch.autograd.backward is not seen: "
                 "call the method), and check that the loss depends on the parameters and that no torch.no_grad() "
                 "surrounds the forward pass."

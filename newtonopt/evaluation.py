@@ -105,6 +105,9 @@ class Evaluation:
         # What a loss computed in this precision can tell apart, relative to its size.
         self.eps = torch.finfo(loss.dtype).eps
 
+    def __repr__(self) -> str:
+        return f"Evaluation(loss={float(self.loss):.6g}, n={self.gradient.numel()}, form={self.form!r})"
+
     @property
     def decays(self) -> bool:
         """Whether there is a term of `decay`."""
@@ -132,6 +135,24 @@ class Evaluation:
         if [p._version for p in self.params] != self._versions:
             raise RuntimeError(CHANGED)
 
+    def check_same_function(self, loss: float, tolerance: float, bend: float = 0.0) -> None:
+        """Refuse a closure that computed another loss at a later call.
+
+        Args:
+            loss: Of that call, on this process.
+            tolerance: Relative.
+            bend: By how much it should differ.
+
+        Raises:
+            RuntimeError: It differs by another amount.
+        """
+        expected = self.local_loss
+        if abs(loss - expected - bend) > tolerance * (abs(expected) + abs(bend)):  # false where one is not finite
+            raise RuntimeError(
+                f"The closure computed the loss {loss:.9g} where it had computed {expected:.9g} at the same "
+                f"parameters. {SAME_FUNCTION}"
+            )
+
     def free(self) -> None:
         """Release the graph; loss and gradient stay."""
         self._graph = None
@@ -139,6 +160,7 @@ class Evaluation:
 
     def turn_to(self, form: Form) -> None:
         """Form products another way from now on."""
+        self.outside = self.part_outside_outputs()
         self._graph = None
         self.form = form
 
@@ -149,6 +171,10 @@ class Evaluation:
         return self.outside
 
 
+SAME_FUNCTION = (
+    "Trials and products need the same function each time, so let it use the same data on every call: begin its loader "
+    "anew, and do not call next() on an iterator from outside."
+)
 _FREED = "This evaluation was freed and gives no more products: evaluate the closure again."
 
 

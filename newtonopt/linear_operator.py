@@ -61,8 +61,11 @@ class LinearOperator:
         """`A v` for `v` of shape `(columns,)`, or column by column for `(columns, k)`.
 
         Raises:
+            TypeError: `v` is no tensor.
             ValueError: `v` has another length, or only one of it and the operator is sharded.
         """
+        if not isinstance(v, Tensor):
+            raise TypeError(f"v is a {type(v).__name__}: give a tensor of shape ({self.shape[1]},).")
         if v.shape[0] != self.shape[1] or v.dim() > 2:
             raise ValueError(
                 f"v has shape {tuple(v.shape)}: a vector for this {self.shape[0]} x {self.shape[1]} operator has shape "

@@ -95,6 +95,19 @@ class Objective:
         """The objective at `point + step`, `(n,)`: one forward pass, without a trace."""
         return self._value(lambda: self.visit(None, step), step)
 
+    def check_replay(self, evaluation: Evaluation) -> None:
+        """See that the closure computes the same loss when it runs again: one forward pass, without a trace.
+
+        Raises:
+            RuntimeError: It does not.
+        """
+
+        def compare() -> tuple[float, float]:
+            evaluation.check_same_function(float(self.visit(None)), evaluation.eps**0.25)
+            return 0.0, 0.0
+
+        self._ranks.gather(compare)
+
     def gradient_at(self, step: Tensor) -> tuple[float, Tensor]:
         """The objective and its gradient at `point + step`: one forward and one backward pass, without a trace."""
         gradient = torch.zeros_like(self.point)
@@ -212,7 +225,7 @@ class Objective:
             on_term=recording.take,
             keep=cached,
             release=release and not cached,
-            weigh=self._ranks.count > 1 and self._weight is None and not self._sharded,
+            weigh=self._ranks.count > 1 and self._weight is None,
         )
         recording.finish(tap, self._call(tap))
         self._terms = tap.terms
@@ -224,11 +237,17 @@ class Objective:
         def loss_and_weight() -> tuple[Tensor, float]:
             done.append(run())
             recording, tap = done[0]
-            return recording.loss, 0.0 if self._sharded else self._weight or tap.weight()
+            return recording.loss, self._weight or tap.weight()
 
         losses, weights = self._ranks.gather(loss_and_weight).unbind(1)
         if self._ranks.count > 1 and bool((weights > 0).all()):
             self._shares = weights / weights.sum()
+            if self._sharded and float(self._shares.max() - self._shares.min()) > 1e-6:
+                raise RuntimeError(
+                    f"The processes' batches weigh {', '.join(f'{w:g}' for w in weights.tolist())}, and fully_shard "
+                    "averages gradients over processes with equal weights: give every process as much data "
+                    "(drop_last=True in its loader)."
+                )
         recording, tap = done[0]
         evaluation = Evaluation(
             recording.loss,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from newtonopt import products
 from newtonopt._autograd import grad
+from newtonopt._checks import warn
 from newtonopt._flat import flatten, unflatten
 from newtonopt._shards import is_sharded
 from newtonopt.evaluation import Evaluation
@@ -62,11 +61,10 @@ def gauss_newton(evaluation: Evaluation) -> LinearOperator:
     """
     _check_outputs(evaluation)
     if evaluation.part_outside_outputs():
-        warnings.warn(
+        warn(
             "Part of the loss does not go through the recorded outputs (an explicit penalty on the parameters, or a "
             "term written by hand): the Gauss-Newton matrix leaves that part out. Write an L2 penalty as "
-            "weight_decay=..., and mark the outputs of other terms with newtonopt.mark_outputs.",
-            stacklevel=2,
+            "weight_decay=..., and mark the outputs of other terms with newtonopt.mark_outputs."
         )
     product = products.formed(
         evaluation,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from newtonopt._autograd import Gradients, NoSecondDerivativeError, grad, grad_with_graph
+from newtonopt._checks import warn
 from newtonopt._flat import add_flat, flatten, unflatten
 from newtonopt._tap import OnTerm, Term
-from newtonopt.evaluation import Evaluation, Form, Source
+from newtonopt.evaluation import SAME_FUNCTION, Evaluation, Form, Source
 
 Product = Callable[[Tensor], Tensor]
 # `v -> J v`, by the outputs' numbers.
@@ -153,7 +153,7 @@ def streamed_push(evaluation: Evaluation) -> Push:
     def forwards(v: Tensor) -> dict[int, Tensor]:
         evaluation.check_unchanged()
         loss, pushed = source.push(v)
-        _check_same_function(evaluation, float(loss), 0.0, math.sqrt(evaluation.eps))
+        evaluation.check_same_function(float(loss), math.sqrt(evaluation.eps))
         return pushed
 
     def backwards(v: Tensor) -> dict[int, Tensor]:
@@ -193,7 +193,7 @@ def differenced_hessian(evaluation: Evaluation) -> Product:
         above = source.add_gradient(result.neg_(), h * v)
         # h^2/2 v'Hv, by which the mean of the two losses exceeds the one between them.
         bend = 0.25 * h * float(result @ v)
-        _check_same_function(evaluation, 0.5 * (float(below) + float(above)), bend, evaluation.eps**0.25)
+        evaluation.check_same_function(0.5 * (float(below) + float(above)), evaluation.eps**0.25, bend)
         return result.div_(2 * h)
 
     return _averaged(source, product)
@@ -219,7 +219,7 @@ def differenced_push(evaluation: Evaluation) -> Push:
         evaluation.check_unchanged()
         above, below = outputs_at(h * v), outputs_at(-h * v)
         if {n: z.shape for n, z in above.items()} != {n: z.shape for n, z in below.items()}:
-            raise RuntimeError(f"The closure computed outputs of other shapes at the second call. {_SAME_FUNCTION}")
+            raise RuntimeError(f"The closure computed outputs of other shapes at the second call. {SAME_FUNCTION}")
         return {number: (z - below[number]) / (2 * h) for number, z in above.items()}
 
     return push
@@ -246,7 +246,7 @@ def displacement(params: Sequence[Tensor]) -> float:
 def _visit(evaluation: Evaluation, on_term: OnTerm) -> None:
     evaluation.check_unchanged()
     loss = float(_source(evaluation).visit(on_term))
-    _check_same_function(evaluation, loss, 0.0, math.sqrt(evaluation.eps))
+    evaluation.check_same_function(loss, math.sqrt(evaluation.eps))
 
 
 def formed(evaluation: Evaluation, ways: Mapping[Form, Callable[[], Product]]) -> Product:
@@ -276,28 +276,12 @@ def _fall_back(evaluation: Evaluation, form: Form, error: NoSecondDerivativeErro
     if form != "cached" or not evaluation.may_fall_back:
         raise NoSecondDerivativeError(f'{error} products="finite_difference" needs none.') from error
     if evaluation.form == "cached":
-        warnings.warn(
+        warn(
             f"{error} The products are formed by finite differences instead, of which five digits can be trusted in "
-            'float64 and two in float32. products="finite_difference" says that this is wanted.',
-            stacklevel=6,
+            'float64 and two in float32. products="finite_difference" says that this is wanted.'
         )
         evaluation.turn_to("finite_difference")
     return "finite_difference"
-
-
-def _check_same_function(evaluation: Evaluation, loss: float, bend: float, tolerance: float) -> None:
-    expected = evaluation.local_loss
-    if abs(loss - expected - bend) > tolerance * (abs(expected) + abs(bend)):  # false where one is not finite
-        raise RuntimeError(
-            f"The closure computed the loss {loss:.9g} where it had computed {expected:.9g} at the same parameters. "
-            f"{_SAME_FUNCTION}"
-        )
-
-
-_SAME_FUNCTION = (
-    "Products need the same function each time, so let it use the same data on every call: begin its loader anew, and "
-    "do not call next() on an iterator from outside."
-)
 
 
 def _averaged(source: Source | None, product: Product) -> Product:

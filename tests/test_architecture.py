@@ -43,8 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "globalization": set(),
     "evaluation": {"_autograd", "_flat", "_graph", "_tap"},
     "objective": {"_checks", "evaluation", "isolation", *PRIVATE},
-    "products": {"evaluation", "_autograd", "_flat", "_tap"},
-    "operators": {"evaluation", "linear_operator", "products", "_autograd", "_flat", "_shards"},
+    "products": {"_checks", "evaluation", "_autograd", "_flat", "_tap"},
+    "operators": {"_checks", "evaluation", "linear_operator", "products", "_autograd", "_flat", "_shards"},
     "optimizers": {
         "_checks",
         "evaluation",

@@ -87,9 +87,9 @@ def test_options_of_the_wrapper_change_nothing(options: dict[str, Any]) -> None:
 
 
 def train(
-    rank: int, cut: int | None, name: str, settings: dict[str, Any]
-) -> tuple[Tensor, list[dict[str, Any]], list[float]]:
-    problem = Problem(slice(None) if cut is None else part_of(rank, cut))
+    rank: int, cut: int | None, name: str, settings: dict[str, Any], **ddp: Any
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    problem = Problem(slice(None) if cut is None else part_of(rank, cut), **ddp)
     optimizer = OPTIMIZERS[name](problem.model.parameters(), weight_decay=1e-3, **settings)
     reports = []
     for _ in range(4):
@@ -97,6 +97,16 @@ def train(
         assert optimizer.last_step is not None
         reports.append(dataclasses.asdict(optimizer.last_step))
     return problem.flat(), reports
+
+
+def train_with(rank: int, options: dict[str, Any]) -> Tensor:
+    return train(rank, 6, "hessian_free", {}, **options)[0]
+
+
+@pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph", "gradient_as_bucket_view"])
+def test_steps_with_options_of_the_wrapper_are_the_same(option: str) -> None:
+    plain, other = run(train_with, {})[0], run(train_with, {option: True})[0]
+    torch.testing.assert_close(other, plain, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -188,6 +188,21 @@ def test_a_closure_that_draws_new_batches_is_an_error(operator: Operator, produc
     assert all(torch.equal(p, b) for p, b in zip(problem.params, before, strict=True))
 
 
+@pytest.mark.parametrize("products", ["cached", "streamed", "finite_difference"])
+def test_a_first_step_with_new_batches_is_an_error(products: Any) -> None:
+    problem = Batches()
+    batches = itertools.cycle(problem.loader)
+
+    def closure() -> Tensor:
+        x, y = next(batches)
+        return F.cross_entropy(problem.model(x), y)
+
+    before = [p.detach().clone() for p in problem.params]
+    with pytest.raises(RuntimeError, match=r"The closure computed .* begin its loader anew"):
+        HessianFree(problem.params, rank=2, products=products).step(closure)
+    assert all(torch.equal(p, b) for p, b in zip(problem.params, before, strict=True))
+
+
 @pytest.mark.parametrize("products", ["streamed", "finite_difference"])
 def test_products_of_changed_parameters_are_an_error(products: Any) -> None:
     problem = Batches()
@@ -278,10 +293,12 @@ def test_without_second_derivative_auto_warns_once_and_differences(operator: Ope
     assert len(caught) == 1
     assert evaluation.form == "finite_difference"
     assert error(product, operator(evaluate(closure, params, products="finite_difference")) @ v) < 1e-6
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         A @ v
-        operator(evaluation) @ v
+        for other in (hessian, gauss_newton, jacobian):
+            other(evaluation) @ v
     for products in ("cached", "streamed"):
         with pytest.raises(RuntimeError, match=r'no second derivative.*products="finite_difference" needs none'):
             operator(evaluate(closure, params, products=products)) @ v  # type: ignore[arg-type]
@@ -360,3 +377,38 @@ def test_bfloat16_parameters_are_too_coarse_for_differences() -> None:
     )
     with pytest.raises(RuntimeError, match=r"bfloat16 parameters are too coarse .* float32"):
         hessian(evaluation)
+
+
+class Bar:
+    """Stands in for tqdm's bar."""
+
+    made: ClassVar[list[Bar]] = []
+
+    def __init__(self, total: int | None, **settings: Any) -> None:
+        self.total, self.settings, self.parts = total, settings, 0
+        Bar.made.append(self)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+    def update(self) -> None:
+        self.parts += 1
+
+
+def test_long_passes_show_their_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    tqdm = pytest.importorskip("tqdm")
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr(Bar, "made", [])
+    problem = Batches()
+    H = hessian(evaluate(problem.closure, problem.params, products="streamed"))
+    assert Bar.made == []  # of the first pass nobody knows how long it is
+    H @ torch.ones(H.shape[1], dtype=torch.float64)
+    assert [(bar.total, bar.parts) for bar in Bar.made] == [(3, 3)]
+    assert Bar.made[0].settings["disable"] is None  # none where the output is no terminal
+    Bar.made.clear()
+    single = hessian(evaluate(lambda: F.mse_loss(problem.model[0].weight, torch.ones(6, 4).double()), problem.params))
+    single @ torch.ones(single.shape[1], dtype=torch.float64)
+    assert Bar.made == []

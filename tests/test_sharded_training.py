@@ -228,6 +228,20 @@ def refused(rank: int) -> None:
         HessianFree(flat.parameters())
 
 
+def weigh_unequally(rank: int) -> str:
+    model, (x, y) = sharded_network(), data()
+    mine = slice(0, 1) if rank == 0 else slice(1, None)
+    with pytest.raises(RuntimeError) as raised:
+        evaluate(lambda: F.mse_loss(model(x[mine]), y[mine]), model.parameters())
+    return str(raised.value)
+
+
+def test_unequal_batches_are_refused() -> None:
+    """The engine averages gradients with equal weights."""
+    for message in run(weigh_unequally):
+        assert "fully_shard averages gradients over processes with equal weights" in message
+
+
 def test_refusals() -> None:
     run(refused)
 

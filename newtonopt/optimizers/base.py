@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from newtonopt import globalization
-from newtonopt._checks import check_closure, check_products
+from newtonopt._checks import check_closure, check_products, warn
 from newtonopt._flat import check_parameters, flatten, unflatten
 from newtonopt._shards import is_sharded, local_part
 from newtonopt.evaluation import Evaluation, Products
@@ -87,7 +86,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             TypeError: `closure` cannot be called.
             RuntimeError: No closure, a closure without a loss or with one of other parameters, gradients accumulated
-                across closures, more than one process, every parameter frozen, or a loss, gradient or curvature that
+                across closures, every parameter frozen, or a loss, gradient or curvature that
                 was not finite in five steps running.
         """
         if closure is None:
@@ -111,7 +110,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         evaluation = objective.record()
         if evaluation.clipped and not self._warned_of_clipping:
             self._warned_of_clipping = True
-            warnings.warn(_CLIPPING, stacklevel=3)
+            warn(_CLIPPING)
         self._take_step(objective, evaluation, rates)
         _put_gradients(params, evaluation.data_gradient)
         return evaluation.loss if evaluation.returned is None else evaluation.returned
@@ -148,6 +147,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         memory["failures"] = 0
         # What has no second derivative now has none in the next step.
         self._fell_back = self._fell_back or (evaluation.may_fall_back and evaluation.form == "finite_difference")
+        if memory["steps"] == 1:
+            objective.check_replay(evaluation)
         outcome = search(objective, evaluation.gradient, proposal, loss, evaluation.eps)
         if outcome.accepted:
             objective.move(outcome.step)

@@ -88,12 +88,13 @@ def test_a_step_costs_one_forward_one_backward_and_one_forward_per_trial(
     monkeypatch.setattr(
         torch.autograd, "backward", lambda *args, **kwargs: (backwards.append(1), run(*args, **kwargs))[1]
     )
-    for _ in range(3):
+    for step in range(3):
         training.forwards = 0
         backwards.clear()
         optimizer.step(training.closure)
         assert optimizer.last_step is not None
-        assert training.forwards == 1 + optimizer.last_step.trials
+        # The first step also sees whether the closure computes the same loss again.
+        assert training.forwards == 1 + optimizer.last_step.trials + (step == 0)
         assert len(backwards) == 1
 
 
@@ -139,18 +140,14 @@ def test_a_rejected_step_leaves_parameters_bit_equal(build: Build) -> None:
     training = Training()
     optimizer = build(training.model.parameters())
     start = training.flat()
-    recorded = False
 
     def uphill_everywhere_else() -> Tensor:
-        nonlocal recorded
         loss = training.closure()
-        if recorded:
-            # Trials see another, far worse loss.
-            extra = loss * 0 + 100.0
-            extra.backward()
-            return extra
-        recorded = True
-        return loss
+        if torch.equal(training.flat(), start):
+            return loss
+        extra = loss * 0 + 100.0
+        extra.backward()
+        return extra
 
     optimizer.step(uphill_everywhere_else)
     assert optimizer.last_step is not None and not optimizer.last_step.accepted
