@@ -145,7 +145,7 @@ def test_operator_counts_shifts_and_checks() -> None:
     with pytest.raises(ValueError, match=r"v has shape \(3,\)"):
         H @ torch.zeros(3)
     with pytest.raises(TypeError, match="v is a list: give a tensor"):
-        H @ [0.0] * n  # type: ignore[operator]
+        H @ ([0.0] * n)  # type: ignore[operator]
 
 
 def test_freed_evaluation_refuses_products() -> None:
