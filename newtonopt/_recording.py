@@ -29,8 +29,7 @@ class Recording:
         loss: Their sum, live if they were kept.
         gradient: Its gradient on this process, `(n,)`.
         outputs: The recorded outputs, if the losses were kept.
-        output_size: How many entries all recorded outputs have.
-        output_numbers: Their numbers, if the losses were not kept.
+        output_sizes: How many entries the recorded outputs have, by their numbers, in the order of these.
         outside: Whether the loss depends on the parameters other than through the outputs; None: not known.
         returned: What the closure returned, detached when it is a tensor.
     """
@@ -38,8 +37,6 @@ class Recording:
     loss: Tensor
     gradient: Tensor
     outputs: tuple[Tensor, ...] = ()
-    output_size: int = 0
-    output_numbers: tuple[int, ...] = ()
     outside: bool | None = None
     returned: Any = None
 
@@ -49,10 +46,16 @@ class Recording:
         self._accumulates = accumulates
         self._kept: list[Tensor] = []
         self._related = False
+        self._sizes: dict[int, int] = {}
         self._products = True
         if not cached:
             self.outside = False
             self.gradient = flatten([None] * len(params), params)
+
+    @property
+    def output_sizes(self) -> dict[int, int]:
+        """See the class."""
+        return dict(sorted(self._sizes.items()))
 
     def take(self, term: Term) -> None:
         """Called by the tap with each loss."""
@@ -61,8 +64,7 @@ class Recording:
         if self._cached:
             self._kept.append(term.loss)
             return
-        self.output_size += sum(z.numel() for z in term.outputs)
-        self.output_numbers += term.numbers
+        self._sizes.update({number: z.numel() for number, z in zip(term.numbers, term.outputs, strict=True)})
         self.outside = self.outside or leaves_outside(term.loss, term.outputs, self._params)
         gradients = grad(term.loss, self._params, keep=term.keep)
         refuse_sparse(gradients)
@@ -87,8 +89,9 @@ class Recording:
             for loss in self._kept[1:]:
                 self.loss = self.loss + loss
         self.gradient = local_gradient(self.loss, self._params)
-        self.outputs = tap.outputs()
-        self.output_size = sum(z.numel() for z in self.outputs)
+        outputs = tap.outputs()
+        self.outputs = tuple(z.tensor for z in outputs)
+        self._sizes = {z.number: z.tensor.numel() for z in outputs}
 
 
 def is_clipped(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:

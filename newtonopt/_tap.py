@@ -65,7 +65,9 @@ class Term:
 OnTerm = Callable[[Term], None]
 
 
-class _Output(NamedTuple):
+class Output(NamedTuple):
+    """A tensor that a loss is computed from, and its number among all that the run met."""
+
     tensor: Tensor
     number: int
 
@@ -105,9 +107,9 @@ class Tap(TorchFunctionMode):
         self._weigh = weigh
         self._tangents = tangents
         self._met = 0
-        self._log_softmax: dict[Node, _Output] = {}
-        self._marked: list[_Output] = []
-        self._recognised: list[_Output] = []
+        self._log_softmax: dict[Node, Output] = {}
+        self._marked: list[Output] = []
+        self._recognised: list[Output] = []
         self.saved: SavedTensors | None = SavedTensors() if release else None
         self.terms = 0
         self.called_backward = False
@@ -139,9 +141,12 @@ class Tap(TorchFunctionMode):
         known = [float(count) for count in self._counts if count is not None]
         return sum(known) if len(known) == len(self._counts) else 0.0
 
-    def outputs(self) -> tuple[Tensor, ...]:
-        """The recorded outputs; a recognised loss that is fed from marked ones adds none of its own."""
-        return tuple(z.tensor for z in _apart(self._marked, self._recognised))
+    def outputs(self) -> list[Output]:
+        """The recorded outputs, in the order in which the closure produced them.
+
+        A recognised loss that is fed from marked ones adds none of its own.
+        """
+        return sorted(_apart(self._marked, self._recognised), key=lambda z: z.number)
 
     def take(self, loss: Tensor, *, keep: bool = False) -> None:
         """Hand a loss over; without `keep` its graph may go."""
@@ -213,7 +218,7 @@ class Tap(TorchFunctionMode):
         if self._weigh:
             self._counts.append(mean_over(loss, inspect.signature(loss).bind(*args, **kwargs).arguments))
 
-    def _own_view(self, z: Any, into: list[_Output]) -> Any:
+    def _own_view(self, z: Any, into: list[Output]) -> Any:
         """A view of `z` that only its consumer uses, so that a derivative by it is that consumer's alone."""
         output = self._output(z)
         if output is None:
@@ -221,7 +226,7 @@ class Tap(TorchFunctionMode):
         into.append(output)
         return output.tensor
 
-    def _output(self, z: Any) -> _Output | None:
+    def _output(self, z: Any) -> Output | None:
         number = self._met
         self._met += 1
         if not isinstance(z, Tensor) or not z.is_floating_point():
@@ -229,7 +234,7 @@ class Tap(TorchFunctionMode):
         if self._tangents is not None:
             tangent = forward_ad.unpack_dual(z).tangent
             self._tangents[number] = torch.zeros_like(z) if tangent is None else tangent
-        return _Output(z.view_as(z), number) if z.requires_grad else None
+        return Output(z.view_as(z), number) if z.requires_grad else None
 
     def _on_log_softmax(self, func: Callable[..., Any], z: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = self._output(z)
@@ -249,7 +254,7 @@ class Tap(TorchFunctionMode):
             self._recognised.append(self._log_softmax[node])
 
 
-def _apart(marked: list[_Output], recognised: list[_Output]) -> list[_Output]:
+def _apart(marked: list[Output], recognised: list[Output]) -> list[Output]:
     from_marks = {z.tensor.grad_fn for z in marked}
     return [*marked, *(z for z in recognised if not (marked and reached(z.tensor.grad_fn, from_marks)))]
 

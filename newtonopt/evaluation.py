@@ -65,8 +65,7 @@ class Evaluation:
         returned: What the closure returned, detached when it is a tensor.
         clipped: Whether the closure shrank `.grad` after its backward.
         marked: Whether outputs were named by `mark_outputs`.
-        output_size: How many entries the recorded outputs have.
-        output_numbers: Their numbers in a run of the closure, unless products are cached.
+        output_sizes: How many entries the recorded outputs have, by their numbers in a run of the closure.
     """
 
     def __init__(
@@ -89,8 +88,7 @@ class Evaluation:
         self.clipped = False
         self.marked = False
         self.unrecognised_advice = ""
-        self.output_size = sum(z.numel() for z in outputs)
-        self.output_numbers: tuple[int, ...] = ()
+        self.output_sizes = {number: z.numel() for number, z in enumerate(outputs)}
         self.outside: bool | None = None
         self._graph: tuple[Tensor, tuple[Tensor, ...]] | None = (loss, tuple(outputs))
         self._alive = True

@@ -264,8 +264,7 @@ class Objective:
         evaluation.may_fall_back = self._products == "auto"
         evaluation.marked = tap.has_marks
         evaluation.unrecognised_advice = _advice(tap)
-        evaluation.output_size, evaluation.output_numbers = recording.output_size, recording.output_numbers
-        evaluation.outside = recording.outside
+        evaluation.output_sizes, evaluation.outside = recording.output_sizes, recording.outside
         return evaluation
 
     def _value(self, compute: Callable[[], Tensor], step: Tensor) -> float:

@@ -107,7 +107,7 @@ def jacobian(evaluation: Evaluation) -> LinearOperator:
         },
     )
     pull = _cached_pull(evaluation) if evaluation.form == "cached" else products.pull_from(evaluation)
-    shape = (evaluation.output_size, evaluation.gradient.numel())
+    shape = (sum(evaluation.output_sizes.values()), evaluation.gradient.numel())
     return LinearOperator(push, shape, evaluation.gradient, transpose=pull)
 
 
@@ -119,8 +119,7 @@ def _cached_push(evaluation: Evaluation) -> Product:
 def _joined_push(push: products.Push, evaluation: Evaluation) -> Product:
     def joined(v: Tensor) -> Tensor:
         pushed = push(v)
-        numbers = evaluation.output_numbers or tuple(pushed)
-        return torch.cat([pushed[number].reshape(-1).to(v.dtype) for number in numbers])
+        return torch.cat([pushed[number].reshape(-1).to(v.dtype) for number in evaluation.output_sizes])
 
     return joined
 
@@ -141,7 +140,7 @@ def _check(evaluation: object) -> None:
 
 def _check_outputs(evaluation: Evaluation) -> None:
     _check(evaluation)
-    if not evaluation.output_size:
+    if not evaluation.output_sizes:
         raise RuntimeError(evaluation.unrecognised_advice)
 
 

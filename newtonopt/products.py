@@ -121,20 +121,18 @@ def gauss_newton_from(push: Push, evaluation: Evaluation) -> Product:
 
 
 def pull_from(evaluation: Evaluation) -> Product:
-    """`u -> J' u`, for the outputs in the order of their losses, by a run of the closure."""
-    params = evaluation.params
+    """`u -> J' u` by a run of the closure."""
+    params, sizes = evaluation.params, evaluation.output_sizes
 
     def pull(u: Tensor) -> Tensor:
         result = torch.zeros_like(evaluation.gradient)
-        done = 0
+        pieces = dict(zip(sizes, u.split(list(sizes.values())), strict=True))
 
         def add(term: Term) -> None:
-            nonlocal done
-            size = sum(z.numel() for z in term.outputs)
             if term.outputs:
-                along = unflatten(u[done : done + size], term.outputs)
+                numbered = zip(term.numbers, term.outputs, strict=True)
+                along = [pieces[number].view(z.shape).to(z.dtype) for number, z in numbered]
                 add_flat(result, grad(term.outputs, params, along, keep=term.keep), params)
-            done += size
 
         _visit(evaluation, add)
         return result

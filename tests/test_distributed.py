@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from newtonopt import HessianFree, evaluate, gauss_newton, hessian
+from newtonopt import HessianFree, Objective, evaluate, gauss_newton, hessian
 from newtonopt.callbacks import CurvatureMonitor
 from newtonopt.curvature import extreme_eigenvalues, sharpness
 
@@ -259,6 +259,19 @@ def test_weights_are_the_users_where_the_loss_tells_none() -> None:
     plain = ((2 * x[:2]).square().mean() + (2 * x[2:]).square().mean()) / 2
     torch.testing.assert_close(run(penalise_by_hand, True)[0], whole)
     torch.testing.assert_close(run(penalise_by_hand, False)[0], plain)
+
+
+def move_apart(rank: int) -> Tensor:
+    theta = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    objective = Objective(lambda: theta.sum(), [theta])
+    # As after different rounding on different machines.
+    objective.move(torch.full((3,), 1.0 + 1e-9 * rank, dtype=torch.float64))
+    return theta.detach()
+
+
+def test_a_move_is_the_first_processes() -> None:
+    first, second = run(move_apart)
+    assert torch.equal(first, second)
 
 
 class Regression(L.LightningModule):

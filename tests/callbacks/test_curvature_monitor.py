@@ -299,6 +299,9 @@ def test_without_second_derivatives_it_measures_by_finite_differences(tmp_path: 
     assert len(caught) == 1
     assert "curvature/sharpness" in trainer.callback_metrics
     assert len(from_csv(tmp_path)["curvature/lambda_max"]) > 1
+    monitor = trainer.callbacks[0]
+    monitor.on_fit_start(trainer, Plain("SGD"))
+    assert monitor._way == "auto"  # another model may have them
 
 
 class HalfPrecision(Plain):
