@@ -16,7 +16,7 @@ from .logs import Charts, add_charts, log_values, passes_multiple
 
 
 class StepMonitor(Callback):
-    """Log a Newton optimizer's damping, ratio, iterations, products and norms, under `newton/`.
+    """Log a Newton optimizer's damping, radius or sigma, and ratio, iterations, products and norms, under `newton/`.
 
     Args:
         every_n_train_steps: Optimizer steps between log entries, one or more. Default 1: a Newton step is dear, and its
@@ -55,13 +55,15 @@ class StepMonitor(Callback):
             return
         log_values(trainer, _tags(reports[0]))
         if not self._charts_written:
-            add_charts(trainer, "Newton steps", _CHARTS)
+            add_charts(trainer, "Newton steps", _charts(reports[0]))
             self._charts_written = True
 
 
 def _tags(report: StepReport) -> dict[str, float]:
     values = {
         "damping": report.damping,
+        "radius": report.radius,
+        "sigma": report.sigma,
         "ratio": report.ratio,
         "iterations": float(report.iterations),
         "products": float(report.products),
@@ -70,11 +72,13 @@ def _tags(report: StepReport) -> dict[str, float]:
         "step_norm": report.step_norm,
     }
     # A step that was not tried has no ratio, and a chart has no place for an infinite one.
-    return {f"newton/{name}": value for name, value in values.items() if math.isfinite(value)}
+    return {f"newton/{name}": v for name, v in values.items() if v is not None and math.isfinite(v)}
 
 
-_CHARTS: Charts = {
-    "Damping": ("Multiline", ["newton/damping$"]),
-    "Actual over predicted decrease": ("Multiline", ["newton/ratio$"]),
-    "Conjugate gradient iterations": ("Multiline", ["newton/iterations$"]),
-}
+def _charts(report: StepReport) -> Charts:
+    controls = {"Damping": report.damping, "Radius": report.radius, "Sigma": report.sigma}
+    return {
+        **{t: ("Multiline", [f"newton/{t.lower()}$"]) for t, value in controls.items() if value is not None},
+        "Actual over predicted decrease": ("Multiline", ["newton/ratio$"]),
+        "Conjugate gradient iterations": ("Multiline", ["newton/iterations$"]),
+    }

@@ -4,17 +4,20 @@ from newtonopt.evaluation import Evaluation
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective, evaluate, mark_outputs
 from newtonopt.operators import gauss_newton, hessian, jacobian
-from newtonopt.optimizers import DampedNewton, HessianFree, StepReport
+from newtonopt.optimizers import CubicNewton, DampedNewton, HessianFree, NewtonCG, StepReport, TrustRegionNewton
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CubicNewton",
     "DampedNewton",
     "Evaluation",
     "HessianFree",
     "LinearOperator",
+    "NewtonCG",
     "Objective",
     "StepReport",
+    "TrustRegionNewton",
     "evaluate",
     "gauss_newton",
     "hessian",

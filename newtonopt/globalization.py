@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 
 def undamped_decrease(decrease: float, damping: float, step_norm: float) -> float:
@@ -45,3 +47,80 @@ def levenberg_marquardt(damping: float, ratio: float, *, factor: float, minimum:
     elif ratio > 0.75:
         damping /= factor
     return min(max(damping, minimum), maximum)
+
+
+def trust_radius(radius: float, ratio: float, length: float, *, minimum: float, maximum: float) -> float:
+    """The next radius: a quarter of the step's length below a ratio of 1/4; twice the radius above 3/4 if the step went
+    to the boundary (Nocedal & Wright 2006, alg. 4.1). A length of zero: no step was tried.
+    """
+    if ratio < 0.25:
+        radius = 0.25 * (min(length, radius) or radius)
+    elif ratio > 0.75 and length > 0.999 * radius:
+        radius *= 2
+    return min(max(radius, minimum), maximum)
+
+
+def cubic_weight(sigma: float, ratio: float, *, minimum: float, maximum: float) -> float:
+    """The next weight of the cubic term: doubled below a ratio of 0.1, halved above 0.9 (Cartis et al. 2011)."""
+    if ratio < 0.1:
+        sigma *= 2
+    elif ratio > 0.9:
+        sigma /= 2
+    return min(max(sigma, minimum), maximum)
+
+
+@dataclass(frozen=True)
+class LinePoint:
+    """Where a line search ended: `t`, zero if nowhere; the loss there and at `t = 1`; and how many trials it took."""
+
+    t: float
+    value: float
+    first: float
+    trials: int
+
+
+def strong_wolfe(
+    along: Callable[[float], tuple[float, float]], loss: float, slope: float, eps: float, max_trials: int
+) -> LinePoint:
+    """Find `t` with `f(t) <= f(0) + 1e-4 t f'(0)` and `|f'(t)| <= 0.9 |f'(0)|` (Nocedal & Wright 2006, alg. 3.5, 3.6).
+
+    Args:
+        along: `f(t)` and `f'(t)`; `t = 1` is tried first.
+        loss: `f(0)`.
+        slope: `f'(0)`, below zero.
+        eps: Of the dtype in which the loss was computed: changes of `10 eps |loss|` are rounding.
+        max_trials: At most so many evaluations.
+
+    Returns:
+        The point, or after `max_trials` the best one that satisfies the first condition.
+    """
+    low: tuple[float, float, float] = (0.0, loss, slope)  # the best point yet: t, f, f'
+    high: tuple[float, float, float] | None = None  # a minimum lies between the two
+    t, first = 1.0, math.inf
+    for trial in range(1, max_trials + 1):
+        value, slope_there = along(t)
+        first = value if trial == 1 else first
+        here = (t, value, slope_there)
+        if not sufficient_decrease(loss, value, t * slope, eps) or value > low[1] + 10 * eps * abs(loss):
+            high = here
+        elif abs(slope_there) <= 0.9 * abs(slope):
+            return LinePoint(t, value, first, trial)
+        else:
+            if slope_there * ((math.inf if high is None else high[0]) - low[0]) >= 0:
+                high = low
+            low = here
+        t = 2 * t if high is None else _between(low, high)
+    return LinePoint(low[0], low[1], first, max_trials)
+
+
+def _between(one: tuple[float, float, float], other: tuple[float, float, float]) -> float:
+    """The cubic's minimiser from values and slopes (Nocedal & Wright 2006, eq. 3.59), well inside the interval."""
+    (a, f_a, slope_a), (b, f_b, slope_b) = one, other
+    d1 = slope_a + slope_b - 3 * (f_a - f_b) / (a - b)
+    square = d1 * d1 - slope_a * slope_b  # not d1**2, which raises where it overflows
+    d2 = math.copysign(math.sqrt(square), b - a) if square >= 0 else math.nan
+    divisor = slope_b - slope_a + 2 * d2
+    part = (slope_b + d2 - d1) / divisor if divisor else math.nan
+    # The middle where the loss overflowed or the cubic has no minimum.
+    part = min(max(part, 0.1), 0.9) if math.isfinite(part) else 0.5
+    return b - part * (b - a)

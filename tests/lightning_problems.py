@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 
-from newtonopt import DampedNewton, HessianFree
+from newtonopt import CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton
 
 BATCHES = 3
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -31,6 +31,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adam": lambda params: torch.optim.Adam(params, lr=0.01),
     "HessianFree": lambda params: HessianFree(params, rank=10),
     "DampedNewton": lambda params: DampedNewton(params),
+    "NewtonCG": lambda params: NewtonCG(params),
+    "TrustRegionNewton": lambda params: TrustRegionNewton(params),
+    "CubicNewton": lambda params: CubicNewton(params),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from newtonopt import DampedNewton, HessianFree
+from newtonopt import CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton
 from newtonopt.optimizers.base import NewtonOptimizer
 
 Build = Callable[..., NewtonOptimizer]
@@ -28,4 +28,17 @@ OPTIMIZERS: dict[str, Build] = {
     "damped_newton": _with(DampedNewton),
     "damped_newton_gauss_newton": _with(DampedNewton, curvature="gauss_newton"),
     "damped_newton_shifted": _with(DampedNewton, eigenvalues="shifted"),
+    "newton_cg": _with(NewtonCG),
+    "newton_cg_strong_wolfe": _with(NewtonCG, line_search="strong_wolfe"),
+    "newton_cg_gauss_newton": _with(NewtonCG, curvature="gauss_newton"),
+    "trust_region": _with(TrustRegionNewton),
+    "trust_region_retrying": _with(TrustRegionNewton, max_trials=4),
+    "trust_region_lanczos": _with(TrustRegionNewton, subproblem="lanczos", max_trials=4),
+    "trust_region_exact": _with(TrustRegionNewton, subproblem="exact", max_trials=4),
+    "trust_region_gauss_newton": _with(TrustRegionNewton, curvature="gauss_newton"),
+    # A first weight at which the battery's first steps are not rejected.
+    "cubic_newton": _with(CubicNewton, sigma=30.0),
+    "cubic_newton_retrying": _with(CubicNewton, sigma=30.0, max_trials=4),
+    "cubic_newton_exact": _with(CubicNewton, sigma=30.0, subproblem="exact", max_trials=4),
+    "cubic_newton_gauss_newton": _with(CubicNewton, sigma=30.0, curvature="gauss_newton"),
 }

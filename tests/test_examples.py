@@ -38,7 +38,15 @@ def fit(config: str, folder: Path, *more: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "least"), [("hessian_free", 97.0), ("damped_newton", 96.0), ("adam_with_curvature", 95.0)]
+    ("config", "least"),
+    [
+        ("hessian_free", 97.0),
+        ("damped_newton", 96.0),
+        ("newton_cg", 96.0),
+        ("trust_region", 96.0),
+        ("cubic_newton", 96.0),
+        ("adam_with_curvature", 95.0),
+    ],
 )
 def test_every_configuration_trains_and_reports(config: str, least: float, tmp_path: Path) -> None:
     printed = fit(config, tmp_path)

@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from newtonopt.globalization import levenberg_marquardt, reduction_ratio, sufficient_decrease, undamped_decrease
+from newtonopt.globalization import (
+    cubic_weight,
+    levenberg_marquardt,
+    reduction_ratio,
+    strong_wolfe,
+    sufficient_decrease,
+    trust_radius,
+    undamped_decrease,
+)
 
 EPS = torch.finfo(torch.float64).eps
 rules = settings(max_examples=200, deadline=None, derandomize=True)
@@ -98,3 +106,59 @@ def test_levenberg_marquardt_keeps_its_bounds(
 def test_raising_and_lowering_cancel() -> None:
     up = levenberg_marquardt(1.0, 0.0, factor=1.5, minimum=1e-16, maximum=1e10)
     assert levenberg_marquardt(up, 1.0, factor=1.5, minimum=1e-16, maximum=1e10) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "length", "expected"),
+    [
+        (-math.inf, 0.0, 0.5),
+        (-math.inf, 2.0, 0.5),
+        (0.2, 0.4, 0.1),
+        (0.25, 2.0, 2.0),
+        (0.75, 2.0, 2.0),
+        (0.76, 2.0, 4.0),
+        (0.76, 1.9, 2.0),
+        (math.nan, 2.0, 2.0),
+    ],
+)
+def test_trust_radius_rule(ratio: float, length: float, expected: float) -> None:
+    assert trust_radius(2.0, ratio, length, minimum=1e-16, maximum=1e10) == pytest.approx(expected)
+    assert trust_radius(2.0, ratio, length, minimum=0.3, maximum=3.0) == pytest.approx(min(max(expected, 0.3), 3.0))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [(-math.inf, 4.0), (0.09, 4.0), (0.1, 2.0), (0.9, 2.0), (0.91, 1.0), (math.nan, 2.0)],
+)
+def test_cubic_weight_rule(ratio: float, expected: float) -> None:
+    assert cubic_weight(2.0, ratio, minimum=1e-16, maximum=1e10) == expected
+    assert cubic_weight(2.0, ratio, minimum=1.5, maximum=3.0) == min(max(expected, 1.5), 3.0)
+
+
+@rules
+@given(st.floats(-3, 3), st.floats(0.01, 20), st.floats(0.1, 5))
+def test_strong_wolfe_point(scale: float, width: float, bump: float) -> None:
+    """On a line with several valleys the point that is found meets both conditions."""
+    unit = 10.0**scale
+
+    def along(t: float) -> tuple[float, float]:
+        x = t / unit
+        return x**2 / width - x + bump * math.sin(x) / 8, (2 * x / width - 1 + bump * math.cos(x) / 8) / unit
+
+    loss, slope = along(0.0)
+    found = strong_wolfe(along, loss, slope, EPS, 60)
+    value, slope_there = along(found.t)
+    assert found.trials < 60
+    assert (found.value, found.first) == (value, along(1.0)[0])
+    assert value <= loss + 1e-4 * found.t * slope + 1e-12
+    assert abs(slope_there) <= 0.9 * abs(slope)
+
+
+def test_strong_wolfe_comes_back_from_overflow() -> None:
+    def along(t: float) -> tuple[float, float]:
+        return (math.inf, math.nan) if t > 0.01 else (-t, -1.0 if t < 0.005 else -0.5)
+
+    found = strong_wolfe(along, 0.0, -1.0, EPS, 40)
+    assert 0.005 <= found.t <= 0.01
+    assert found.first == math.inf
+    assert strong_wolfe(along, 0.0, -1.0, EPS, 3).t == 0.0

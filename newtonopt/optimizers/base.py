@@ -6,36 +6,44 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from newtonopt import globalization
 from newtonopt._checks import check_closure, check_products, warn
 from newtonopt._flat import check_parameters, flatten, unflatten
-from newtonopt._shards import is_sharded, local_part
+from newtonopt._shards import is_sharded
 from newtonopt.evaluation import Evaluation, Products
+from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective
+from newtonopt.operators import gauss_newton, hessian
 from newtonopt.optimizers.checkpoints import joined, spread
+from newtonopt.optimizers.escape import leave
+from newtonopt.optimizers.rates import is_everywhere, per_entry
 from newtonopt.optimizers.report import StepReport
 from newtonopt.optimizers.settings import PER_GROUP, check_settings
-from newtonopt.optimizers.trials import Proposal, search
+from newtonopt.optimizers.trials import Outcome, Proposal, search
 
 _MAX_FAILURES = 5
 _CLIPPING = (
     "The closure clips gradients. newtonopt takes the gradient of the loss itself: clipping has no effect on its "
-    "step, which the damping bounds. Remove gradient_clip_val (or clip_grad_norm_) to silence this."
+    "step, which is bounded by other means. Remove gradient_clip_val (or clip_grad_norm_) to silence this."
 )
 
 
 class NewtonOptimizer(torch.optim.Optimizer, ABC):
-    """Base of the family. A subclass says how it proposes a step; all else, from closure to damping, is here."""
+    """Base of the family. A subclass says how it proposes a step and names its one parameter of control and the rule
+    for it; all else, from closure to report, is here.
+    """
+
+    control: ClassVar[str | None]
+    """What bounds the steps and adapts to their success: "damping", "radius" or "sigma"; None for a line search."""
 
     def __init__(self, params: ParamsT, settings: dict[str, Any]) -> None:
         check_products(settings["products"])
-        check_settings(settings)
+        check_settings(settings, self.control)
         super().__init__(params, settings)
         self.last_step: StepReport | None = None
         self._warned_of_clipping = False
@@ -47,6 +55,21 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
     @abstractmethod
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
         """A proposal from the live evaluation; `rates` is the learning rate, one number or one for each entry."""
+
+    def _next_control(self, control: float, ratio: float, length: float) -> float:
+        """The rule: the next control, from a trial's ratio and the length of its step before learning rates."""
+        return control
+
+    def _judge(self, objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> Outcome:
+        """Try a proposal's steps."""
+        return search(objective, gradient, proposal, loss, eps)
+
+    def _length_along(self, slope: float, bend: float) -> float:
+        """How far to go along a unit vector of slope zero or below and of negative curvature `bend`.
+
+        As far as the size of the curvature (Royer, O'Neill & Wright 2020): the search doubles and halves that.
+        """
+        return -bend
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group with its own `lr` and `weight_decay`; every other setting is the optimizer's.
@@ -62,7 +85,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
                     f"setting for the whole optimizer (here {shared[name]!r}). Only lr and weight_decay may differ "
                     "between groups."
                 )
-        check_settings({**self.defaults, **{name: param_group[name] for name in PER_GROUP if name in param_group}})
+        own = {name: param_group[name] for name in PER_GROUP if name in param_group}
+        check_settings({**self.defaults, **own}, self.control)
         super().add_param_group(
             {**{name: shared[name] for name in self.defaults if name not in PER_GROUP}, **param_group}
         )
@@ -103,8 +127,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             raise RuntimeError("No parameter requires a gradient: every parameter of this optimizer is frozen.")
         params = [p for _, p in trained]
         self._forget_if_changed(params)
-        decay = _per_entry([float(group["weight_decay"]) for group, _ in trained], params)
-        rates = _per_entry([float(group["lr"]) for group, _ in trained], params)
+        decay = per_entry([float(group["weight_decay"]) for group, _ in trained], params)
+        rates = per_entry([float(group["lr"]) for group, _ in trained], params)
         products: Products = "finite_difference" if self._fell_back else self.param_groups[0]["products"]
         objective = Objective(closure, params, decay, products)
         evaluation = objective.record()
@@ -128,16 +152,20 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         loss, norm = float(evaluation.loss), float(evaluation.gradient.norm())
         if not (math.isfinite(loss) and math.isfinite(norm)):
             evaluation.free()
-            self._fail(loss, norm, "gradient" if math.isfinite(loss) else "loss")
-            return
-        if norm == 0.0 or is_everywhere(rates, 0.0):
+            return self._fail(loss, norm, "gradient" if math.isfinite(loss) else "loss")
+        place = self._critical(evaluation.gradient, norm)
+        known = place and (loss, norm) == (memory.get("settled_loss"), memory.get("settled_norm"))
+        if known or is_everywhere(rates, 0.0):
             evaluation.free()
-            self._report(loss, norm, reason="the gradient is zero" if norm == 0.0 else "the learning rate is zero")
+            reason = (
+                f"{place}, and no negative curvature was found here before" if known else "the learning rate is zero"
+            )
+            self._report(loss, norm, reason=reason)
             return
         try:
             # A step taken inside autocast would have it round the solver's vectors.
             with torch.autocast(evaluation.gradient.device.type, enabled=False):
-                proposal = self._propose(evaluation, rates)
+                proposal = self._leave(evaluation, rates, place) if place else self._propose(evaluation, rates)
         except FloatingPointError:
             self._fail(loss, norm, "curvature")
             return
@@ -147,9 +175,39 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         memory["failures"] = 0
         # What has no second derivative now has none in the next step.
         self._fell_back = self._fell_back or (evaluation.may_fall_back and evaluation.form == "finite_difference")
+        spent = {"iterations": proposal.iterations, "products": proposal.products, "form": evaluation.form}
+        if not proposal.steps:
+            memory.update(settled_loss=loss, settled_norm=norm)
+            self._report(loss, norm, reason=proposal.reason, **spent)
+            return
+        if float(proposal.steps[0].abs().max()) <= self.param_groups[0]["tolerance_step"]:
+            reason = f"no entry of the step is above tolerance_step; {proposal.reason}"
+            self._report(loss, norm, predicted_decrease=proposal.decreases[0], reason=reason, **spent)
+            return
         if memory["steps"] == 1:
             objective.check_replay(evaluation)
-        outcome = search(objective, evaluation.gradient, proposal, loss, evaluation.eps)
+        self._try(objective, evaluation, proposal, loss, norm, spent)
+
+    def _try(
+        self,
+        objective: Objective,
+        evaluation: Evaluation,
+        proposal: Proposal,
+        loss: float,
+        norm: float,
+        spent: dict[str, Any],
+    ) -> None:
+        """Try a proposal, and shorter ones while that is rejected and there are any; move, report, adapt."""
+        trials, turns = 0, self.param_groups[0].get("max_trials", 1)
+        while True:
+            outcome = self._judge(objective, evaluation.gradient, proposal, loss, evaluation.eps)
+            trials += outcome.trials
+            used = self._controls
+            self._adapt(outcome.ratio, proposal.length)
+            turns -= 1
+            if outcome.accepted or turns == 0 or proposal.shrink is None or self.control is None:
+                break
+            proposal = proposal.shrink(self._memory[self.control])
         if outcome.accepted:
             objective.move(outcome.step)
         self._report(
@@ -158,28 +216,39 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             trial_loss=outcome.loss,
             predicted_decrease=outcome.predicted,
             ratio=outcome.ratio,
-            iterations=proposal.iterations,
-            products=proposal.products,
-            trials=outcome.trials,
-            form=evaluation.form,
+            trials=trials,
             step_norm=float(outcome.step.norm()) if outcome.accepted else 0.0,
             accepted=outcome.accepted,
             reason=proposal.reason if outcome.accepted else f"rejected, no trial decreased the loss; {proposal.reason}",
+            **spent,
+            **used,
         )
-        self._adapt(outcome.ratio)
 
-    def _adapt(self, ratio: float) -> None:
-        settings, memory = self.param_groups[0], self._memory
-        memory["damping"] = globalization.levenberg_marquardt(
-            memory["damping"],
-            ratio,
-            factor=settings["damping_factor"],
-            minimum=settings["min_damping"],
-            maximum=settings["max_damping"],
-        )
+    def _critical(self, gradient: Tensor, norm: float) -> str:
+        """In words, why the gradient counts as zero; empty if it does not."""
+        # Where the square underflows, no solver can tell the gradient from zero.
+        if norm <= torch.finfo(gradient.dtype).tiny ** 0.5:
+            return "the gradient is zero"
+        if float(gradient.abs().max()) <= self.param_groups[0]["tolerance_gradient"]:
+            return "no entry of the gradient is above tolerance_gradient"
+        return ""
+
+    def _leave(self, evaluation: Evaluation, rates: float | Tensor, place: str) -> Proposal:
+        return leave(self._curvature(evaluation), evaluation.gradient, rates, place, self._length_along)
+
+    def _curvature(self, evaluation: Evaluation) -> LinearOperator:
+        return (gauss_newton if self.param_groups[0]["curvature"] == "gauss_newton" else hessian)(evaluation)
+
+    @property
+    def _controls(self) -> dict[str, float]:
+        return {} if self.control is None else {self.control: self._memory[self.control]}
+
+    def _adapt(self, ratio: float, length: float = 0.0) -> None:
+        if self.control is not None:
+            self._memory[self.control] = self._next_control(self._memory[self.control], ratio, length)
 
     def _fail(self, loss: float, norm: float, what: str) -> None:
-        """A loss, gradient or curvature that is not finite moves nothing; it raises the damping, and soon an error."""
+        """A loss, gradient or curvature not finite moves nothing; it tightens the control, and soon an error."""
         memory = self._memory
         memory["failures"] += 1
         self._report(loss, norm, ratio=-math.inf, reason=f"the {what} is not finite")
@@ -192,7 +261,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             )
 
     def _report(self, loss: float, gradient_norm: float, reason: str, **values: Any) -> None:
-        fields = {"trial_loss": loss, "damping": self._memory["damping"], **values}
+        fields = {"trial_loss": loss, **self._controls, **values}
         self.last_step = StepReport(loss=loss, gradient_norm=gradient_norm, reason=reason, **fields)
 
     @property
@@ -204,7 +273,9 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         """The state, kept under the first parameter as torch's LBFGS keeps its own."""
         memory: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
         if not memory:
-            memory.update(steps=0, failures=0, damping=float(self.param_groups[0]["damping"]))
+            memory.update(steps=0, failures=0, settled_loss=math.inf, settled_norm=math.inf)
+            if self.control is not None:
+                memory[self.control] = float(self.param_groups[0][self.control])
         return memory
 
     def _forget_if_changed(self, params: Sequence[Tensor]) -> None:
@@ -268,18 +339,6 @@ def _skips_backward(closure: Callable[[], Any]) -> bool:
         and getattr(host, "_backward_fn", host) is None
         for host in hosts
     )
-
-
-def _per_entry(values: Sequence[float], params: Sequence[Tensor]) -> float | Tensor:
-    """The common value, or a vector `(n,)` with each parameter's own."""
-    if len(set(values)) == 1:
-        return values[0]
-    return flatten([torch.full_like(local_part(p), v) for v, p in zip(values, params, strict=True)], params)
-
-
-def is_everywhere(value: float | Tensor, number: float) -> bool:
-    """Whether a value that is one number or one for each entry is this number throughout."""
-    return not isinstance(value, Tensor) and value == number  # a vector holds two different values
 
 
 def _put_gradients(params: Sequence[Tensor], gradient: Tensor) -> None:

@@ -10,9 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from newtonopt._shards import is_sharded
 from newtonopt.evaluation import Evaluation, Products
-from newtonopt.operators import gauss_newton, hessian
 from newtonopt.optimizers.base import NewtonOptimizer
-from newtonopt.optimizers.settings import check_choices
+from newtonopt.optimizers.settings import check_choices, check_number, damping_rule
 from newtonopt.optimizers.trials import Proposal
 from newtonopt.solvers.dense import solve_absolute, solve_shifted
 
@@ -39,10 +38,15 @@ class DampedNewton(NewtonOptimizer):
         damping_factor: Of the Levenberg-Marquardt rule, above one. Default 3/2 (Martens 2010, sec. 4.1).
         min_damping: Lower bound, above zero. Default 1e-16: below the rounding of float64.
         max_damping: Upper bound. Default 1e10.
+        tolerance_gradient: No step is taken where no entry of the gradient is larger, unless along negative curvature.
+            Default 0: only a gradient of zero ends it (`torch.optim.LBFGS` has 1e-7).
+        tolerance_step: A step without a larger entry is not taken. Default 0 (`torch.optim.LBFGS` has 1e-9).
 
     Raises:
         ValueError: A setting out of its range, or sharded parameters.
     """
+
+    control = "damping"
 
     def __init__(
         self,
@@ -56,9 +60,12 @@ class DampedNewton(NewtonOptimizer):
         damping_factor: float = 1.5,
         min_damping: float = 1e-16,
         max_damping: float = 1e10,
+        tolerance_gradient: float = 0.0,
+        tolerance_step: float = 0.0,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         check_choices(settings, curvature=("gauss_newton", "hessian"), eigenvalues=("absolute", "shifted"))
+        check_number("damping_factor", damping_factor, 1, above=True)
         super().__init__(params, settings)
         if is_sharded(self._params):
             raise ValueError(
@@ -68,7 +75,7 @@ class DampedNewton(NewtonOptimizer):
 
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
         settings, damping = self.param_groups[0], self._memory["damping"]
-        A = (gauss_newton if settings["curvature"] == "gauss_newton" else hessian)(evaluation)
+        A = self._curvature(evaluation)
         matrix = A.dense()
         if not bool(torch.isfinite(matrix).all()):
             raise FloatingPointError("The curvature matrix has entries that are not finite.")
@@ -77,3 +84,6 @@ class DampedNewton(NewtonOptimizer):
         step = rates * solution.step
         decrease = -float(step @ (evaluation.gradient + 0.5 * (matrix @ step)))
         return Proposal([step], [decrease], solution.iterations, A.products, solution.reason)
+
+    def _next_control(self, control: float, ratio: float, length: float) -> float:
+        return damping_rule(self.param_groups[0], control, ratio)

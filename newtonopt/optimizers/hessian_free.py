@@ -11,9 +11,10 @@ from torch.optim.optimizer import ParamsT
 
 from newtonopt.evaluation import Evaluation, Products
 from newtonopt.globalization import undamped_decrease
-from newtonopt.operators import LinearOperator, gauss_newton, hessian
-from newtonopt.optimizers.base import NewtonOptimizer, is_everywhere
-from newtonopt.optimizers.settings import check_choices
+from newtonopt.linear_operator import LinearOperator
+from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.optimizers.rates import scaled
+from newtonopt.optimizers.settings import check_choices, check_count, check_number, damping_rule
 from newtonopt.optimizers.trials import Proposal
 from newtonopt.solvers import preconditioners
 from newtonopt.solvers.cg import conjugate_gradients
@@ -55,11 +56,16 @@ class HessianFree(NewtonOptimizer):
         damping_factor: Of the Levenberg-Marquardt rule, above one. Default 3/2 (Martens 2010, sec. 4.1).
         min_damping: Lower bound, above zero. Default 1e-16: below the rounding of float64.
         max_damping: Upper bound. Default 1e10.
+        tolerance_gradient: No step is taken where no entry of the gradient is larger, unless along negative curvature.
+            Default 0: only a gradient of zero ends it (`torch.optim.LBFGS` has 1e-7).
+        tolerance_step: A step without a larger entry is not taken. Default 0 (`torch.optim.LBFGS` has 1e-9).
         seed: Of the sketch's random vectors, which leave the global random state alone. Default 0.
 
     Raises:
         ValueError: A setting out of its range.
     """
+
+    control = "damping"
 
     def __init__(
         self,
@@ -78,6 +84,8 @@ class HessianFree(NewtonOptimizer):
         damping_factor: float = 1.5,
         min_damping: float = 1e-16,
         max_damping: float = 1e10,
+        tolerance_gradient: float = 0.0,
+        tolerance_step: float = 0.0,
         seed: int = 0,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
@@ -89,7 +97,7 @@ class HessianFree(NewtonOptimizer):
 
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
         settings, memory = self.param_groups[0], self._memory
-        A = (gauss_newton if settings["curvature"] == "gauss_newton" else hessian)(evaluation)
+        A = self._curvature(evaluation)
         gradient, damping = evaluation.gradient, memory["damping"]
         damped = A.shift(damping)
         start = settings["warm_start"] * memory["direction"] if "direction" in memory else None
@@ -107,9 +115,15 @@ class HessianFree(NewtonOptimizer):
         memory["direction"] = solution.step
         memory["sketch_age"] = memory.get("sketch_age", 0) + solution.iterations
         candidates = _candidates(solution, damped, gradient, damping)
-        steps = [c.step if is_everywhere(rates, 1.0) else rates * c.step for c in candidates]
-        decreases = [_scaled_decrease(c, damping, gradient, rates, A) for c in candidates]
+        tries = [
+            scaled(Iterate(c.step, undamped_decrease(c.decrease, damping, float(c.step.norm()))), gradient, rates, A)
+            for c in candidates
+        ]
+        steps, decreases = [i.step for i in tries], [i.decrease for i in tries]
         return Proposal(steps, decreases, solution.iterations, A.products, solution.reason)
+
+    def _next_control(self, control: float, ratio: float, length: float) -> float:
+        return damping_rule(self.param_groups[0], control, ratio)
 
     def _blank(self, like: Tensor) -> dict[str, Any]:
         settings = self.param_groups[0]
@@ -165,24 +179,10 @@ def _along(d: Tensor, start: Iterate, damped: LinearOperator, gradient: Tensor, 
     return Iterate(start.step + t * d, start.decrease - t * slope - 0.5 * t**2 * bend)
 
 
-def _scaled_decrease(
-    candidate: Iterate, damping: float, gradient: Tensor, rates: float | Tensor, A: LinearOperator
-) -> float:
-    """The undamped model's decrease for `rates * step`."""
-    step = candidate.step
-    if isinstance(rates, Tensor):
-        scaled = rates * step
-        return -float(scaled @ (gradient + 0.5 * (A @ scaled)))
-    slope = float(gradient @ step)
-    bend = -2 * (undamped_decrease(candidate.decrease, damping, float(step.norm())) + slope)
-    return -(rates * slope + 0.5 * rates**2 * bend)
-
-
 def _check_numbers(settings: dict[str, object]) -> None:
+    check_number("damping_factor", settings["damping_factor"], 1, above=True)
     for name in ("rank", "refresh_every", "max_iterations"):
-        value = settings[name]
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}: give a whole number, one or more.")
+        check_count(name, settings[name])
     seed = settings["seed"]
     if not isinstance(seed, int) or not 0 <= seed < 2**62:
         raise ValueError(f"seed is {seed!r}: give a whole number from zero to 2**62.")

@@ -13,9 +13,11 @@ class StepReport:
     Attributes:
         loss: The objective at the start, weight decay included.
         gradient_norm: Euclidean, of the objective's gradient.
-        damping: Used in this step.
         reason: Why the inner solver stopped, or why there was no step, in words.
         trial_loss: The objective at the best trial; equal to `loss` if none was made.
+        damping: Used in this step; None (default) for an optimizer without.
+        radius: Of the trust region used in this step; None (default) for an optimizer without.
+        sigma: The cubic term's weight used in this step; None (default) for an optimizer without.
         predicted_decrease: What the undamped quadratic model promised for that trial.
         ratio: Actual over predicted decrease, before any shortening of the step; near one where the model is right.
         iterations: Of the inner solver.
@@ -28,9 +30,11 @@ class StepReport:
 
     loss: float
     gradient_norm: float
-    damping: float
     reason: str
     trial_loss: float
+    damping: float | None = None
+    radius: float | None = None
+    sigma: float | None = None
     predicted_decrease: float = 0.0
     ratio: float = math.nan
     iterations: int = 0

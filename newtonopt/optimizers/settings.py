@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from newtonopt import globalization
+
 # Settings that a parameter group may have of its own.
 PER_GROUP = ("lr", "weight_decay")
 
@@ -27,15 +29,34 @@ def check_number(name: str, value: Any, least: float, *, above: bool = False) ->
         raise ValueError(f"{name} is {value!r}: give a finite number, {what}.")
 
 
-def check_settings(settings: dict[str, Any]) -> None:
-    """Refuse values of the settings that all optimizers share, with a ValueError."""
-    for name in PER_GROUP:
+def check_count(name: str, value: Any) -> None:
+    """Refuse a setting that is no whole number, one or more, with a ValueError."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}: give a whole number, one or more.")
+
+
+def check_settings(settings: dict[str, Any], control: str | None) -> None:
+    """Refuse values of the settings that all optimizers share, and of the control's, with a ValueError."""
+    for name in (*PER_GROUP, "tolerance_gradient", "tolerance_step"):
         check_number(name, settings[name], 0)
-    for name in ("damping", "min_damping", "max_damping"):
+    if control is None:
+        return
+    least, most = f"min_{control}", f"max_{control}"
+    for name in (control, least, most):
         check_number(name, settings[name], 0, above=True)
-    check_number("damping_factor", settings["damping_factor"], 1, above=True)
-    low, high = settings["min_damping"], settings["max_damping"]
+    value, low, high = settings[control], settings[least], settings[most]
     if not low <= high:
-        raise ValueError(f"min_damping is {low!r} and max_damping {high!r}: give a minimum below the maximum.")
-    if not low <= settings["damping"] <= high:
-        raise ValueError(f"damping is {settings['damping']!r}, outside min_damping {low!r} and max_damping {high!r}.")
+        raise ValueError(f"{least} is {low!r} and {most} {high!r}: give a minimum below the maximum.")
+    if not low <= value <= high:
+        raise ValueError(f"{control} is {value!r}, outside {least} {low!r} and {most} {high!r}.")
+
+
+def damping_rule(settings: dict[str, Any], damping: float, ratio: float) -> float:
+    """The next damping by the Levenberg-Marquardt rule of these settings."""
+    return globalization.levenberg_marquardt(
+        damping,
+        ratio,
+        factor=settings["damping_factor"],
+        minimum=settings["min_damping"],
+        maximum=settings["max_damping"],
+    )

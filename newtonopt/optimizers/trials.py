@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from newtonopt import globalization
 from newtonopt.objective import Objective
-
-# A step that does not decrease the loss is halved, at most six times.
-_SHORTEN = 0.5
-_SHORTEST = 0.5**6
 
 
 @dataclass(frozen=True)
@@ -26,6 +22,9 @@ class Proposal:
         iterations: Of the inner solver.
         products: Curvature products spent.
         reason: Why the inner solver stopped.
+        length: Of the first step before learning rates were applied.
+        follows_negative_curvature: Whether the first step does, so that it may be worth going further.
+        shrink: From a tighter control to a shorter proposal, without products; None if there is none.
     """
 
     steps: Sequence[Tensor]
@@ -33,11 +32,14 @@ class Proposal:
     iterations: int
     products: int
     reason: str
+    length: float = 0.0
+    follows_negative_curvature: bool = False
+    shrink: Callable[[float], Proposal] | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The step to take or to reject: its model decrease, its loss, and the ratio that adapts the damping."""
+    """The step to take or to reject: its model decrease, its loss, and the ratio that adapts the control."""
 
     step: Tensor
     predicted: float
@@ -47,11 +49,14 @@ class Outcome:
     trials: int
 
 
-def search(objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> Outcome:
-    """Try the steps until one decreases the loss and the next is no better (Martens 2010, sec. 4.6); else shorten it.
+def search(
+    objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float, max_halvings: int = 6
+) -> Outcome:
+    """Try the steps until one decreases the loss and the next is no better (Martens 2010, sec. 4.6); else halve it.
 
-    The ratio, which adapts the damping, is that of the step before it was shortened: a good short step does not excuse
-    a bad long one.
+    The ratio, which adapts the control, is that of the step before it was shortened: a good short step does not excuse
+    a bad long one. A step along negative curvature must decrease the loss by a part of what its curvature promises too
+    (McCormick 1977), and is doubled as often while that helps.
     """
     step, predicted, best = proposal.steps[0], proposal.decreases[0], math.inf
     trials = 0
@@ -64,12 +69,44 @@ def search(objective: Objective, gradient: Tensor, proposal: Proposal, loss: flo
             break
     ratio = globalization.reduction_ratio(loss, best, predicted, eps)
     slope = float(gradient @ step)
-    t = 1.0
-    while slope < 0.0 and t > _SHORTEST and not globalization.sufficient_decrease(loss, best, t * slope, eps):
-        t *= _SHORTEN
+    bend = -2 * (predicted + slope)  # s'As, from the model's value at the whole step
+    follows = proposal.follows_negative_curvature
+
+    def suffices(t: float, trial: float) -> bool:
+        promise = t * min(slope, 0.0) + 0.5 * t**2 * (min(bend, 0.0) if follows else 0.0)
+        return globalization.sufficient_decrease(loss, trial, promise, eps)
+
+    t, shortest = 1.0, 0.5**max_halvings
+    while (slope < 0.0 or follows) and t > shortest and not suffices(t, best):
+        t *= 0.5
         best, trials = objective.loss_at(t * step), trials + 1
-    accepted = globalization.sufficient_decrease(loss, best, t * min(slope, 0.0), eps)
-    if t < 1.0:
-        bend = -2 * (predicted + slope)  # s'As, from the model's value at the whole step
+    accepted = suffices(t, best)
+    while follows and accepted and 1.0 <= t < 1 / shortest:
+        further, trials = objective.loss_at(2 * t * step), trials + 1
+        if not (further < best and suffices(2 * t, further)):
+            break
+        t, best = 2 * t, further
+    if t != 1.0:
         step, predicted = t * step, -(t * slope + 0.5 * t**2 * bend)
     return Outcome(step, predicted, best, ratio, accepted, trials)
+
+
+def wolfe_search(
+    objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float, max_trials: int
+) -> Outcome:
+    """Go along the first step, a descent direction, to a point that satisfies the strong Wolfe conditions."""
+    step, predicted = proposal.steps[0], proposal.decreases[0]
+    slope = float(gradient @ step)
+
+    def along(t: float) -> tuple[float, float]:
+        trial, there = objective.gradient_at(t * step)
+        return trial, float(there @ step)
+
+    found = globalization.strong_wolfe(along, loss, slope, eps, max_trials)
+    ratio = globalization.reduction_ratio(loss, found.first, predicted, eps)
+    t = found.t
+    if t == 0.0:
+        return Outcome(step, predicted, found.first, ratio, False, found.trials)
+    bend = -2 * (predicted + slope)
+    predicted = -(t * slope + 0.5 * t**2 * bend)
+    return Outcome(step if t == 1.0 else t * step, predicted, found.value, ratio, True, found.trials)

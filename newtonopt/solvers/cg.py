@@ -60,6 +60,35 @@ def conjugate_gradients(
     return _iterate(A, gradient, start, preconditioner, radius, limit, stop, keep_path)
 
 
+def shortened(solution: Solution, gradient: Tensor, radius: float) -> Solution:
+    """The point at `radius` on the polygon through the iterates kept from zero on: Steihaug's again, for no product.
+
+    An iterate is the minimiser over its Krylov space, and each later search direction is conjugate to that space: with
+    `p` the iterate before and `d` the way to the next one kept, `p'Ad = 0`, so that decreases alone tell `d'Ad`.
+
+    Args:
+        solution: From `conjugate_gradients` without preconditioner and start, with its path kept.
+        gradient: `g`, `(n,)`.
+        radius: Positive; the solution itself if that is no longer.
+
+    Returns:
+        The point and the model's decrease there.
+    """
+    before = Iterate(torch.zeros_like(gradient), 0.0)
+    for node in (*solution.path, Iterate(solution.step, solution.decrease)):
+        if float(node.step.norm()) > radius:
+            d = node.step - before.step
+            slope, size = float(gradient @ d), float(before.step @ before.step)
+            bend = 2 * (before.decrease - node.decrease - slope)
+            t = _to_boundary(size, float(before.step @ d), float(d @ d), radius)
+            point = Iterate(before.step + t * d, before.decrease - t * slope - t**2 * bend / 2)
+            # Negative curvature may have been followed backwards, at first uphill.
+            best = max(point, before, key=lambda iterate: iterate.decrease)
+            return Solution(best.step, best.decrease, solution.iterations, f"{solution.reason}, shortened")
+        before = node
+    return solution
+
+
 def forcing_sequence(gradient_norm: float) -> float:
     """The residual tolerance `min(1/2, sqrt(|g|))` of an inexact Newton step (Nocedal & Wright 2006, alg. 7.1)."""
     return min(0.5, math.sqrt(gradient_norm))
@@ -104,11 +133,13 @@ def _iterate(
         if not math.isfinite(bend):
             return Solution(s, decrease, iteration, "non-finite product", tuple(path))
         if bend <= 0.0:
+            path += [Iterate(s, decrease)] * keep_path
             return _negative_curvature(g, s, d, decrease, rho_now, bend, radius, (size, along, length), iteration, path)
         size_new = size + 2 * alpha_now * along + alpha_now**2 * length
         if size_new >= radius * radius:
             tau = _to_boundary(size, along, length, radius)
             gain = tau * rho_now - tau**2 * bend / 2
+            path += [Iterate(s, decrease)] * keep_path
             return Solution(s + tau * d, decrease + gain, iteration, "reached the radius", tuple(path))
         s, r, decrease, size = s_new, r_new, decrease_new, size_new
         if keep_path and iteration >= mark:
@@ -145,7 +176,7 @@ def _negative_curvature(
         s, decrease = s + tau * d, decrease + gain
     if float(g @ d) > 0.0:  # possible after a start of the caller's
         d = -d
-    return Solution(s, decrease, iteration, "negative curvature", tuple(path), negative_curvature=d)
+    return Solution(s, decrease, iteration, "negative curvature", tuple(path), negative_curvature=d, bend=bend)
 
 
 def _to_boundary(size: float, along: float, length: float, radius: float) -> float:

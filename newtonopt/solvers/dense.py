@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from newtonopt.solvers import secular
+from newtonopt.solvers.secular import Minimise
 from newtonopt.solvers.solution import Solution
 
 
@@ -52,3 +56,40 @@ def solve_absolute(A: Tensor, gradient: Tensor, damping: float) -> Solution:
     step = -vectors @ ((vectors.T @ gradient) / (values.abs() + damping))
     reason = "eigenvalues replaced by their absolute value" if bool(values[0] < 0) else "positive definite"
     return Solution(step, float(-(gradient @ step) / 2), 1, reason)
+
+
+def solve_ball(values: Tensor, vectors: Tensor, gradient: Tensor, radius: float) -> Solution:
+    """Minimise `g's + s'As / 2` in the ball `|s| <= radius`: More & Sorensen 1983, hard case included.
+
+    Args:
+        values: Eigenvalues of `A`, `(n,)`, ascending, as `torch.linalg.eigh` gives them.
+        vectors: Its eigenvectors as columns, `(n, n)`.
+        gradient: `g`, `(n,)`.
+        radius: Positive.
+
+    Returns:
+        The solution.
+    """
+    return _solve(values, vectors, gradient, functools.partial(secular.ball, radius=radius))
+
+
+def solve_cubic(values: Tensor, vectors: Tensor, gradient: Tensor, sigma: float) -> Solution:
+    """Minimise `g's + s'As / 2 + sigma |s|^3 / 3` (Cartis, Gould & Toint 2011).
+
+    Args:
+        values: Eigenvalues of `A`, `(n,)`, ascending, as `torch.linalg.eigh` gives them.
+        vectors: Its eigenvectors as columns, `(n, n)`.
+        gradient: `g`, `(n,)`.
+        sigma: Positive.
+
+    Returns:
+        The solution; `decrease` is that of the model without the cubic term.
+    """
+    return _solve(values, vectors, gradient, functools.partial(secular.cubic, sigma=sigma))
+
+
+def _solve(values: Tensor, vectors: Tensor, gradient: Tensor, minimise: Minimise) -> Solution:
+    slopes = vectors.T @ gradient
+    y, reason = minimise(values, slopes)
+    decrease = -float(slopes.double().cpu() @ y + values.double().cpu() @ y.square() / 2)
+    return Solution(vectors @ y.to(vectors), decrease, 1, reason)

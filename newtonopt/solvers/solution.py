@@ -33,6 +33,7 @@ class Solution:
         reason: Why the solver stopped, in words.
         path: Iterates kept on request, first to last; the step itself is the last of them where it falls on the grid.
         negative_curvature: A direction `d` with `d'Ad <= 0` and `g'd <= 0` if one was met, else None.
+        bend: `d'Ad` of that direction, else zero.
     """
 
     step: Tensor
@@ -41,3 +42,4 @@ class Solution:
     reason: str
     path: tuple[Iterate, ...] = ()
     negative_curvature: Tensor | None = None
+    bend: float = 0.0

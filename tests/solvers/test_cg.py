@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.optimize._trustregion_ncg import CGSteihaugSubproblem
 from torch import Tensor
 
-from newtonopt.solvers.cg import conjugate_gradients, forcing_sequence
+from newtonopt.solvers.cg import conjugate_gradients, forcing_sequence, shortened
 
 quadratics = settings(max_examples=60, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -318,3 +318,19 @@ def test_single_precision_ends_at_rounding_level(n: int, seed: int, digits: floa
     best = float(gradient @ torch.linalg.solve(exact, gradient)) / 2
     assert decrease(exact, gradient, solution.step.double()) == pytest.approx(best, rel=1e-4)
     assert solution.decrease == pytest.approx(best, rel=1e-3)
+
+
+@quadratics
+@given(sizes, seeds, st.booleans(), st.floats(0.01, 0.99))
+def test_shortened_solution_is_on_the_polygon(n: int, seed: int, convex: bool, part: float) -> None:
+    A, g = definite(n, seed) if convex else indefinite(n, seed), vector(n, seed)
+    whole = conjugate_gradients(A, g, radius=5.0, keep_path=True)
+    radius = part * float(whole.step.norm())
+    point = shortened(whole, g, radius)
+    assert float(point.step.norm()) <= radius * (1 + 1e-9)
+    assert point.decrease == pytest.approx(decrease(A, g, point.step), rel=1e-6, abs=1e-12)
+    assert 0 < point.decrease <= whole.decrease * (1 + 1e-9)
+    if len(whole.path) < 5 and convex:
+        # Every iterate was kept, so that this is Steihaug's own point.
+        assert point.decrease == pytest.approx(conjugate_gradients(A, g, radius=radius).decrease, rel=1e-6)
+    assert shortened(whole, g, 6.0) is whole

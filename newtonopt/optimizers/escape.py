@@ -1,0 +1,61 @@
+"""Away from saddles and maxima, where the gradient says nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from newtonopt.linear_operator import LinearOperator
+from newtonopt.optimizers.rates import ray, scaled
+from newtonopt.optimizers.trials import Proposal
+from newtonopt.solvers.negative_curvature import negative_curvature
+from newtonopt.solvers.solution import Iterate
+
+
+def leave(
+    A: LinearOperator,
+    gradient: Tensor,
+    rates: float | Tensor,
+    place: str,
+    length_along: Callable[[float, float], float],
+) -> Proposal:
+    """A step along negative curvature away from a point where the gradient is zero or nearly so.
+
+    Args:
+        A: The curvature there.
+        gradient: `(n,)`.
+        rates: The learning rate, one number or one for each entry.
+        place: In words, what the point is.
+        length_along: From slope and curvature along a unit vector to how far to go, under the present control.
+
+    Returns:
+        The proposal; without a step if the curvature is nowhere negative, so that the point is a minimum.
+    """
+    found = None if A.psd else negative_curvature(A, gradient)
+    if found is None:
+        more = "" if A.psd else ", and no negative curvature was found"
+        return Proposal([], [], A.products, A.products, place + more)
+    direction, bend = found
+    slope = float(gradient @ direction)
+    if slope > 0:
+        direction, slope = -direction, -slope
+    length = length_along(slope, bend)
+    first = scaled(Iterate(length * direction, -(length * slope + 0.5 * length**2 * bend)), gradient, rates, A)
+    products = A.products
+
+    def propose(length: float) -> Proposal:
+        there = ray(first, gradient, length / longest)
+        return Proposal(
+            [there.step],
+            [there.decrease],
+            products,
+            products,
+            f"{place}: left along negative curvature",
+            length=length,
+            follows_negative_curvature=True,
+            shrink=lambda _: propose(length_along(slope, bend)),
+        )
+
+    longest = length
+    return propose(length)

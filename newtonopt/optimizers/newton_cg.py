@@ -1,0 +1,104 @@
+"""Truncated Newton with a line search: Nocedal & Wright 2006, sec. 7.1."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from newtonopt.evaluation import Evaluation, Products
+from newtonopt.objective import Objective
+from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.optimizers.rates import scaled
+from newtonopt.optimizers.settings import check_choices, check_count
+from newtonopt.optimizers.trials import Outcome, Proposal, search, wolfe_search
+from newtonopt.solvers.cg import conjugate_gradients, forcing_sequence
+from newtonopt.solvers.solution import Iterate
+
+
+class NewtonCG(NewtonOptimizer):
+    """Newton steps by conjugate gradients, solved the better the smaller the gradient is, with a line search.
+
+    Conjugate gradients end at a residual of `min(1/2, sqrt(|g|)) |g|`, which makes convergence superlinear. Where they
+    meet negative curvature the step follows it, downhill, as far as a line search finds the loss to fall.
+
+    Use it for smooth problems without noise that are far from no minimum, of any size: there is no parameter to tune.
+    Do not use it with small batches, whose curvature a line search cannot tell from noise, or where the loss is badly
+    scaled far from its minima: `TrustRegionNewton` is more robust there.
+
+    Args:
+        params: Parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
+        lr: Scales the step, zero or more. Default 1: the line search begins with the Newton step.
+        curvature: "hessian" (default): exact; "gauss_newton": positive semi-definite, needs a recognised loss or
+            `mark_outputs`.
+        weight_decay: Coefficient of `|theta|^2 / 2` in the objective, zero or more. Default 0.
+        products: How products are formed, "auto" (default), "cached", "streamed" or
+            "finite_difference": see `evaluate`.
+        line_search: "armijo" (default): the step is halved until it decreases the loss enough (Nocedal & Wright 2006,
+            alg. 3.1), one forward pass a trial; "strong_wolfe": the slope must have levelled off too (alg. 3.5), one
+            backward pass a trial more.
+        max_trials: Of the line search in a step, one or more. Default 25, as `torch.optim.LBFGS` allows its own.
+        max_iterations: Of conjugate gradients in a step, one or more. Default 1000, as for `HessianFree`.
+        tolerance_gradient: No step is taken where no entry of the gradient is larger, unless along negative curvature.
+            Default 0: only a gradient of zero ends it (`torch.optim.LBFGS` has 1e-7).
+        tolerance_step: A step without a larger entry is not taken. Default 0 (`torch.optim.LBFGS` has 1e-9).
+
+    Raises:
+        ValueError: A setting out of its range.
+    """
+
+    control = None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1.0,
+        curvature: Literal["gauss_newton", "hessian"] = "hessian",
+        weight_decay: float = 0.0,
+        products: Products = "auto",
+        line_search: Literal["armijo", "strong_wolfe"] = "armijo",
+        max_trials: int = 25,
+        max_iterations: int = 1000,
+        tolerance_gradient: float = 0.0,
+        tolerance_step: float = 0.0,
+    ) -> None:
+        settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        check_choices(settings, curvature=("gauss_newton", "hessian"), line_search=("armijo", "strong_wolfe"))
+        for name in ("max_trials", "max_iterations"):
+            check_count(name, settings[name])
+        super().__init__(params, settings)
+
+    def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
+        A, gradient = self._curvature(evaluation), evaluation.gradient
+        solution = conjugate_gradients(
+            A,
+            gradient,
+            max_iterations=self.param_groups[0]["max_iterations"],
+            residual_tolerance=forcing_sequence(float(gradient.norm())),
+        )
+        if solution.reason == "non-finite product":
+            raise FloatingPointError("A curvature product is not finite.")
+        best = Iterate(solution.step, solution.decrease)
+        d = solution.negative_curvature
+        if d is not None:
+            # The conjugate direction adds its own slope and bend to the model: as far as Newton's step on its
+            # absolute value, and the line search goes on from there.
+            slope, bend = float(gradient @ d), solution.bend
+            t = slope / bend if bend < 0.0 else 1.0
+            best = Iterate(best.step + t * d, best.decrease - t * slope - 0.5 * t**2 * bend)
+        step = scaled(best, gradient, rates, A)
+        return Proposal(
+            [step.step],
+            [step.decrease],
+            solution.iterations,
+            A.products,
+            solution.reason,
+            follows_negative_curvature=d is not None,
+        )
+
+    def _judge(self, objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> Outcome:
+        settings = self.param_groups[0]
+        if settings["line_search"] == "strong_wolfe" and float(gradient @ proposal.steps[0]) < 0.0:
+            return wolfe_search(objective, gradient, proposal, loss, eps, settings["max_trials"])
+        return search(objective, gradient, proposal, loss, eps, settings["max_trials"] - 1)

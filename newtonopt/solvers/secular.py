@@ -1,0 +1,93 @@
+"""Quadratic models in the coordinates of their eigenvectors: minima in a ball, and with a cubic term."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Minimise = Callable[[Tensor, Tensor], tuple[Tensor, str]]
+
+_MAX_ITERATIONS = 100
+
+
+def ball(values: Tensor, slopes: Tensor, radius: float) -> tuple[Tensor, str]:
+    """Minimise `c'y + y'Ly / 2` in `|y| <= radius`, `L` diagonal: More & Sorensen 1983, hard case included.
+
+    The minimiser has `(L + m I) y = -c` with `L + m I` positive semi-definite, `m >= 0` and `m (radius - |y|) = 0`.
+
+    Args:
+        values: Eigenvalues `(k,)`, ascending, the diagonal of `L`.
+        slopes: `c`, `(k,)`, the gradient in the eigenvectors' coordinates.
+        radius: Positive.
+
+    Returns:
+        `y`, `(k,)`, float64 on the CPU, and in words which case it was.
+    """
+    values, slopes = values.double().cpu(), slopes.double().cpu()
+    lift = max(0.0, -float(values[0]))
+    gaps = values + lift  # the lowest is exactly zero where the matrix is not positive definite
+    least = max(0.0, float((slopes.abs() / radius - gaps).max()))
+    if lift == 0.0:
+        inside = _coordinates(gaps, slopes, 0.0)
+        if bool(torch.isfinite(inside).all()) and float(inside.norm()) <= radius:
+            return inside, "inside the ball"
+    return _on_the_boundary(gaps, slopes, lift, least, lambda shift: (1 / radius, 0.0))
+
+
+def cubic(values: Tensor, slopes: Tensor, sigma: float) -> tuple[Tensor, str]:
+    """Minimise `c'y + y'Ly / 2 + sigma |y|^3 / 3`, `L` diagonal: Cartis, Gould & Toint 2011, sec. 6.1.
+
+    The minimiser has `(L + m I) y = -c` with `L + m I` positive semi-definite and `m = sigma |y|`.
+
+    Args:
+        values: Eigenvalues `(k,)`, ascending, the diagonal of `L`.
+        slopes: `c`, `(k,)`, the gradient in the eigenvectors' coordinates.
+        sigma: Positive.
+
+    Returns:
+        `y`, `(k,)`, float64 on the CPU, and in words which case it was.
+    """
+    values, slopes = values.double().cpu(), slopes.double().cpu()
+    lift = max(0.0, -float(values[0]))
+    gaps = values + lift
+    if lift == 0.0 and not bool(slopes.any()):
+        return torch.zeros_like(slopes), "zero gradient"
+    # Where one entry alone has |y_i| = m / sigma: left of the root, for |y| is larger than any entry.
+    half, product = (gaps + lift) / 2, gaps * lift - sigma * slopes.abs()
+    roots = -product / (half + (half.square() - product).clamp(min=0).sqrt())
+    least = max(0.0, float(roots.nan_to_num(0.0).max()))
+    return _on_the_boundary(gaps, slopes, lift, least, lambda shift: (sigma / shift, -sigma / shift**2))
+
+
+def _on_the_boundary(
+    gaps: Tensor, slopes: Tensor, lift: float, least: float, inverse_length: Callable[[float], tuple[float, float]]
+) -> tuple[Tensor, str]:
+    """Solve `1 / |y| = w(m)`: Newton's method on a concave increasing function, from the left: monotone, no bracket.
+
+    `m = lift + t`, with `t >= least`; `inverse_length` gives `w(m)` and its derivative.
+    """
+    t = least
+    y = _coordinates(gaps, slopes, t)
+    wanted = inverse_length(lift + t)[0]
+    if t == 0.0 and float(y.norm()) * wanted < 1.0:
+        # The hard case: no gradient along the lowest eigenvector, which makes up the length.
+        y[0] = math.sqrt(max(wanted**-2 - float(y.norm()) ** 2, 0.0))
+        return y, "hard case: completed along the lowest eigenvector"
+    for _ in range(_MAX_ITERATIONS):
+        norm = float(y.norm())
+        wanted, change = inverse_length(lift + t)
+        slope = float((y.square() / (gaps + t)).nansum()) / norm**3 - change  # 0 / 0 in the hard case
+        update = (wanted - 1 / norm) / slope
+        if not update > 1e-15 * t:
+            break
+        t += update
+        y = _coordinates(gaps, slopes, t)
+    return y / (float(y.norm()) * inverse_length(lift + t)[0]), "on the boundary"
+
+
+def _coordinates(gaps: Tensor, slopes: Tensor, t: float) -> Tensor:
+    """`-c / (gaps + t)`, zero where the gradient is."""
+    return torch.where(slopes == 0, torch.zeros_like(slopes), -slopes / (gaps + t))

@@ -1,0 +1,129 @@
+"""What is NewtonCG's own: superlinear convergence, negative curvature followed, both line searches."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import build as build_case
+from torch import Tensor
+
+from newtonopt import NewtonCG
+
+SEARCHES = pytest.mark.parametrize("line_search", ["armijo", "strong_wolfe"])
+
+
+def test_the_step_is_newtons_where_it_is_solved_to_the_end() -> None:
+    case = build_case("linear", "mse")
+    start = case.flat()
+    g = torch.autograd.functional.jacobian(case.loss_at, start)
+    optimizer = NewtonCG(case.params, weight_decay=1.0)
+    for _ in range(12):
+        optimizer.step(case.closure)
+    A = case.dense_hessian() + torch.eye(len(g), dtype=g.dtype)
+    torch.testing.assert_close(case.flat(), start - torch.linalg.solve(A, g + start), rtol=1e-8, atol=1e-8)
+
+
+@SEARCHES
+def test_convergence_is_superlinear(line_search: str) -> None:
+    torch.manual_seed(0)
+    X, y = torch.randn(60, 8).double(), (torch.rand(60) > 0.5).double()
+    theta = torch.zeros(8, dtype=torch.float64, requires_grad=True)
+    optimizer = NewtonCG([theta], weight_decay=0.1, line_search=line_search)  # type: ignore[arg-type]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(X @ theta, y)
+        loss.backward()
+        return loss
+
+    norms = []
+    for _ in range(12):
+        optimizer.step(closure)
+        assert optimizer.last_step is not None
+        norms.append(optimizer.last_step.gradient_norm)
+    factors = [b / a for a, b in pairwise(norms) if b > 1e-13]
+    assert factors[-1] < 0.02 * factors[0]
+    assert norms[-1] < 1e-12
+
+
+def saddle(theta: Tensor) -> Tensor:
+    return theta[0] ** 2 - theta[1] ** 2 + theta[1] ** 4
+
+
+@SEARCHES
+@pytest.mark.parametrize("start", [[1.0, 1e-3], [1.0, 0.0], [0.0, 0.0], [0.0, 1e-30]])
+def test_negative_curvature_is_followed_downhill(line_search: str, start: list[float]) -> None:
+    theta = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+    optimizer = NewtonCG([theta], line_search=line_search)  # type: ignore[arg-type]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = saddle(theta)
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure)) for _ in range(15)]
+    assert losses == sorted(losses, reverse=True)
+    torch.testing.assert_close(theta.detach().abs(), torch.tensor([0.0, 0.5**0.5]).double(), atol=1e-7, rtol=0)
+
+
+def test_a_step_along_negative_curvature_is_doubled_while_that_helps() -> None:
+    theta = torch.tensor([1e-3], dtype=torch.float64, requires_grad=True)
+    optimizer = NewtonCG([theta])
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = theta.cos().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    report = optimizer.last_step
+    assert report is not None and report.reason == "negative curvature"
+    # Newton's step on the absolute curvature is 1e-3: eleven doublings lead to the minimum's neighbourhood.
+    assert report.trials > 10
+    assert abs(theta.item() - math.pi) < 1.5
+    assert report.predicted_decrease == pytest.approx(
+        math.sin(1e-3) * report.step_norm + math.cos(1e-3) * report.step_norm**2 / 2, rel=1e-9
+    )
+
+
+def test_trials_are_bounded() -> None:
+    theta = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    for line_search in ("armijo", "strong_wolfe"):
+        optimizer = NewtonCG([theta], max_trials=4, line_search=line_search)  # type: ignore[arg-type]
+
+        def closure() -> Tensor:
+            theta.grad = None
+            loss = (theta.square() + (0.0 if theta.item() == 1.0 else 100.0)).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        assert optimizer.last_step is not None
+        assert (optimizer.last_step.trials, optimizer.last_step.accepted) == (4, False)
+        assert theta.item() == 1.0
+
+
+def test_strong_wolfe_meets_both_conditions() -> None:
+    """On `sqrt(1 + x^2)` Newton's step `-x (1 + x^2)` overshoots: halving it need not level the slope off."""
+    theta = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+    optimizer = NewtonCG([theta], line_search="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (1 + theta.square()).sqrt().sum()
+        loss.backward()
+        return loss
+
+    first = float(optimizer.step(closure))
+    slope = 3 / math.sqrt(10)
+    report = optimizer.last_step
+    assert report is not None and report.accepted and report.trials > 1
+    assert report.trial_loss <= first - 1e-4 * slope * report.step_norm
+    x = theta.item()
+    assert abs(x / math.sqrt(1 + x * x)) <= 0.9 * slope

@@ -1,0 +1,163 @@
+"""Ball and cubic minima satisfy the conditions that characterise them, in the hard case too."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize._trustregion_exact import IterativeSubproblem
+from torch import Tensor
+
+from newtonopt.solvers.dense import solve_ball, solve_cubic
+from newtonopt.solvers.krylov import krylov_space, minimise_in
+from newtonopt.solvers.secular import ball, cubic
+
+models = settings(max_examples=150, deadline=None, derandomize=True)
+seeds = st.integers(0, 10_000)
+sizes = st.integers(1, 12)
+magnitudes = st.floats(-4, 4).map(lambda exponent: 10.0**exponent)
+kinds = st.sampled_from(["definite", "indefinite", "singular", "hard", "nearly hard", "flat"])
+
+
+def vector(n: int, seed: int) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def model(n: int, seed: int, kind: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ascending, and the gradient's coordinates."""
+    values, slopes = vector(n, seed).sort().values, vector(n, seed + 1)
+    if kind == "definite":
+        values = values.abs().sort().values + 0.01
+    if kind == "singular":
+        values = (values - values[0]).clamp(min=0)
+    if kind == "flat":
+        values = torch.zeros(n, dtype=torch.float64)
+    if "hard" in kind:
+        values = values - values[0] - 1.0
+        slopes[0] = 0.0 if kind == "hard" else 1e-14
+    return values, slopes
+
+
+def check_multiplier(values: Tensor, slopes: Tensor, y: Tensor, multiplier: float) -> None:
+    """`(L + m I) y = -c` and `L + m I` positive semi-definite."""
+    scale = float(slopes.norm()) + float(values.abs().max() + multiplier) * float(y.norm())
+    assert float(((values + multiplier) * y + slopes).norm()) <= 1e-9 * scale
+    assert float(values[0]) + multiplier >= -1e-9 * (float(values.abs().max()) + multiplier)
+
+
+def multiplier_of(values: Tensor, slopes: Tensor, y: Tensor) -> float:
+    return -float(y @ (values * y + slopes)) / float(y @ y) if bool(y.any()) else 0.0
+
+
+@models
+@given(sizes, seeds, kinds, magnitudes)
+def test_ball_minimum_is_characterised(n: int, seed: int, kind: str, radius: float) -> None:
+    values, slopes = model(n, seed, kind)
+    y, case = ball(values, slopes, radius)
+    length = float(y.norm())
+    assert length <= radius * (1 + 1e-12)
+    if case == "inside the ball":
+        check_multiplier(values, slopes, y, 0.0)
+    else:
+        multiplier = multiplier_of(values, slopes, y)
+        assert multiplier >= -1e-9 * float(values.abs().max())
+        assert length == pytest.approx(radius, rel=1e-12)
+        check_multiplier(values, slopes, y, max(multiplier, 0.0))
+
+
+@models
+@given(sizes, seeds, kinds, magnitudes)
+def test_cubic_minimum_is_characterised(n: int, seed: int, kind: str, sigma: float) -> None:
+    values, slopes = model(n, seed, kind)
+    y, _ = cubic(values, slopes, sigma)
+    check_multiplier(values, slopes, y, sigma * float(y.norm()))
+
+
+@models
+@given(sizes, seeds, kinds, magnitudes)
+def test_no_point_of_the_ball_is_lower(n: int, seed: int, kind: str, radius: float) -> None:
+    values, slopes = model(n, seed, kind)
+    y, _ = ball(values, slopes, radius)
+    others = vector(200 * n, seed + 3).view(200, n)
+    others *= radius * torch.rand(200, 1, dtype=torch.float64) / others.norm(dim=1, keepdim=True)
+
+    def heights(points: Tensor) -> Tensor:
+        return points @ slopes + points.square() @ values / 2
+
+    low = float(heights(y[None]))
+    assert float(heights(others).min()) >= low - 1e-9 * abs(low)
+
+
+@pytest.mark.parametrize("case", ["hard", "on the boundary", "inside"])
+def test_cases_are_told_apart(case: str) -> None:
+    values = torch.tensor([1.0, 2.0] if case == "inside" else [-1.0, 2.0]).double()
+    slopes = torch.tensor([0.0 if case == "hard" else 0.5, 1.0]).double()
+    assert ball(values, slopes, 4.0)[1].startswith(case)
+
+
+def test_hard_case_by_hand() -> None:
+    """`m = 1` lifts the eigenvalue -1 to zero; `y_2 = -3 / (2 + 1)`, and `y_1` completes the length."""
+    values, slopes = torch.tensor([-1.0, 2.0]).double(), torch.tensor([0.0, 3.0]).double()
+    y, _ = ball(values, slopes, 2.0)
+    torch.testing.assert_close(y, torch.tensor([math.sqrt(3.0), -1.0]).double())
+    y, _ = cubic(values, slopes, 0.5)  # |y| = m / sigma = 2
+    torch.testing.assert_close(y, torch.tensor([math.sqrt(3.0), -1.0]).double())
+
+
+def dense(values: Tensor, slopes: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix with these eigenvalues, its eigenvectors, and the gradient."""
+    n = len(values)
+    Q, _ = torch.linalg.qr(vector(n * n, seed + 5).view(n, n))
+    A = (Q * values) @ Q.T
+    return (A + A.T) / 2, Q, Q @ slopes
+
+
+def decrease(A: Tensor, g: Tensor, s: Tensor) -> float:
+    return float(-(g @ s + s @ A @ s / 2))
+
+
+@models
+@given(sizes, seeds, kinds, magnitudes)
+def test_dense_ball_solution_is_as_good_as_scipys(n: int, seed: int, kind: str, radius: float) -> None:
+    values, slopes = model(n, seed, kind)
+    A, Q, g = dense(values, slopes, seed)
+    solution = solve_ball(values, Q, g, radius)
+    assert solution.decrease == pytest.approx(decrease(A, g, solution.step), rel=1e-8, abs=1e-12)
+    if n == 1:
+        return  # SciPy's needs two dimensions
+    oracle = IterativeSubproblem(
+        np.zeros(n), lambda x: 0.0, lambda x: g.numpy(), lambda x: A.numpy(), k_easy=1e-8, k_hard=1e-8
+    )
+    with np.errstate(all="ignore"):
+        step, _ = oracle.solve(radius)
+    assert solution.decrease >= decrease(A, g, torch.tensor(step)) * (1 - 1e-6) - 1e-9
+
+
+@models
+@given(sizes, seeds, st.sampled_from(["definite", "indefinite"]), magnitudes)
+def test_krylov_space_holds_the_minimiser_of_the_whole_space(n: int, seed: int, kind: str, control: float) -> None:
+    values, slopes = model(n, seed, kind)
+    A, Q, g = dense(values, slopes, seed)
+    for minimise, exact in ((ball, solve_ball), (cubic, solve_cubic)):
+        space = krylov_space(A, g, lambda v, c: minimise(v, c, control), residual_tolerance=1e-12, max_products=n)  # noqa: B023
+        for tighter in (1.0, 0.25 if minimise is ball else 2.0):
+            solution = minimise_in(space, g, lambda v, c: minimise(v, c, tighter * control))  # noqa: B023
+            best = exact(values, Q, g, tighter * control)
+            assert solution.decrease == pytest.approx(best.decrease, rel=1e-7)
+            assert solution.decrease == pytest.approx(decrease(A, g, solution.step), rel=1e-7, abs=1e-10)
+            assert solution.iterations <= n
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 1e-2, 1e-6])
+def test_krylov_space_ends_at_its_tolerance(tolerance: float) -> None:
+    values, slopes = model(80, 3, "definite")
+    A, _, g = dense(values, slopes, 3)
+    space = krylov_space(A, g, lambda v, c: cubic(v, c, 0.1), residual_tolerance=tolerance, max_products=80)
+    solution = minimise_in(space, g, lambda v, c: cubic(v, c, 0.1))
+    residual = A @ solution.step + 0.1 * float(solution.step.norm()) * solution.step + g
+    assert float(residual.norm()) <= 1.001 * tolerance * float(g.norm())
+    assert solution.iterations < 80 or tolerance < 1e-3
