@@ -19,7 +19,7 @@ from newtonopt.evaluation import Evaluation, Products
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective
 from newtonopt.operators import gauss_newton, hessian
-from newtonopt.optimizers.checkpoints import joined, spread
+from newtonopt.optimizers.checkpoints import completed, joined, spread
 from newtonopt.optimizers.escape import leave
 from newtonopt.optimizers.rates import is_everywhere, per_entry
 from newtonopt.optimizers.report import StepReport
@@ -135,7 +135,14 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         if evaluation.clipped and not self._warned_of_clipping:
             self._warned_of_clipping = True
             warn(_CLIPPING)
-        self._take_step(objective, evaluation, rates)
+        before = dict(self._memory)
+        try:
+            self._take_step(objective, evaluation, rates)
+        except BaseException:
+            # An error leaves the state as it was; its vectors are never changed in place.
+            self._memory.clear()
+            self._memory.update(before)
+            raise
         _put_gradients(params, evaluation.data_gradient)
         return evaluation.loss if evaluation.returned is None else evaluation.returned
 
@@ -157,18 +164,14 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         known = place and (loss, norm) == (memory.get("settled_loss"), memory.get("settled_norm"))
         if known or is_everywhere(rates, 0.0):
             evaluation.free()
-            reason = (
-                f"{place}, and no negative curvature was found here before" if known else "the learning rate is zero"
-            )
-            self._report(loss, norm, reason=reason)
-            return
+            settled = f"{place}, and no negative curvature was found here before"
+            return self._report(loss, norm, reason=settled if known else "the learning rate is zero")
         try:
             # A step taken inside autocast would have it round the solver's vectors.
             with torch.autocast(evaluation.gradient.device.type, enabled=False):
                 proposal = self._leave(evaluation, rates, place) if place else self._propose(evaluation, rates)
         except FloatingPointError:
-            self._fail(loss, norm, "curvature")
-            return
+            return self._fail(loss, norm, "curvature")
         finally:
             # The graph goes before any trial, so that no two are alive at once.
             evaluation.free()
@@ -178,12 +181,10 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         spent = {"iterations": proposal.iterations, "products": proposal.products, "form": evaluation.form}
         if not proposal.steps:
             memory.update(settled_loss=loss, settled_norm=norm)
-            self._report(loss, norm, reason=proposal.reason, **spent)
-            return
+            return self._report(loss, norm, reason=proposal.reason, **spent)
         if float(proposal.steps[0].abs().max()) <= self.param_groups[0]["tolerance_step"]:
             reason = f"no entry of the step is above tolerance_step; {proposal.reason}"
-            self._report(loss, norm, predicted_decrease=proposal.decreases[0], reason=reason, **spent)
-            return
+            return self._report(loss, norm, predicted_decrease=proposal.decreases[0], reason=reason, **spent)
         if memory["steps"] == 1:
             objective.check_replay(evaluation)
         self._try(objective, evaluation, proposal, loss, norm, spent)
@@ -286,6 +287,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         if memory.get("layout", layout) != layout:
             for name in [name for name, value in memory.items() if isinstance(value, Tensor)]:
                 del memory[name]
+            memory.update(settled_loss=math.inf, settled_norm=math.inf)
         memory["layout"] = layout
 
     def _blank(self, like: Tensor) -> dict[str, Any]:
@@ -316,13 +318,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             ValueError: The state is that of another kind of optimizer.
         """
-        missing = [name for name in self.defaults if any(name not in group for group in state_dict["param_groups"])]
-        if missing:
-            raise ValueError(
-                f"This state has no {', '.join(missing)}: it was saved by another kind of optimizer than "
-                f"{type(self).__name__}."
-            )
-        super().load_state_dict(joined(state_dict, self._params))
+        super().load_state_dict(joined(completed(state_dict, self.defaults, type(self).__name__), self._params))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

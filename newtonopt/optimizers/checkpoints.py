@@ -1,4 +1,6 @@
-"""The state of an optimizer of sharded parameters, in the form that `torch.distributed.checkpoint` can reshard."""
+"""States as they are saved and loaded: of earlier versions, and in the form that `torch.distributed.checkpoint` can
+reshard.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,27 @@ from newtonopt._shards import as_parameters, is_sharded, layout_of, local_part, 
 
 # Under this name the state of the first parameter lists which of its entries are pieces of vectors.
 _VECTORS = "vectors"
+
+
+# Settings that optimizers have had only since the first states were saved: these load with the defaults.
+_ADDED = ("tolerance_gradient", "tolerance_step")
+
+
+def completed(state_dict: dict[str, Any], defaults: dict[str, Any], kind: str) -> dict[str, Any]:
+    """A state_dict with the settings that an earlier version did not have.
+
+    Raises:
+        ValueError: Another setting is missing.
+    """
+    added = {name: defaults[name] for name in _ADDED if name in defaults}
+    groups = [{**added, **group} for group in state_dict["param_groups"]]
+    missing = [name for name in defaults if any(name not in group for group in groups)]
+    if missing:
+        raise ValueError(
+            f"This state has no {', '.join(missing)}: it was saved by another kind of optimizer than {kind}. Load it "
+            "into one of that kind."
+        )
+    return {**state_dict, "param_groups": groups}
 
 
 def spread(memory: dict[str, Any], params: Sequence[Tensor], trained: Sequence[int]) -> dict[int, dict[str, Any]]:

@@ -463,6 +463,43 @@ def test_parameters_of_another_model_are_an_error(build: Build) -> None:
         optimizer.step(training.closure)
 
 
+def test_a_state_from_before_the_tolerances_loads(build: Build) -> None:
+    training = Training()
+    optimizer = build(training.model.parameters())
+    optimizer.step(training.closure)
+    state = copy.deepcopy(optimizer.state_dict())
+    for name in ("tolerance_gradient", "tolerance_step"):
+        for group in state["param_groups"]:
+            del group[name]
+    for name in ("settled_loss", "settled_norm"):
+        del state["state"][0][name]
+    other = build(training.model.parameters())
+    other.load_state_dict(state)
+    assert other.param_groups[0]["tolerance_gradient"] == 0.0
+    other.step(training.closure)
+    assert other.last_step is not None
+
+
+def test_an_error_in_a_step_leaves_the_state_as_it_was(build: Build) -> None:
+    training = Training()
+    optimizer = build(training.model.parameters())
+    calls = 0
+
+    def other_batches() -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss = training.closure()
+        if calls == 2:
+            (loss.detach().requires_grad_() * 10.0).backward()
+        return loss
+
+    before = copy.deepcopy(optimizer._memory)
+    with pytest.raises(RuntimeError, match="begin its loader anew"):
+        optimizer.step(other_batches)
+    after = {name: value for name, value in optimizer._memory.items() if name != "layout"}
+    assert after == before
+
+
 def test_another_optimizers_state_is_refused(build: Build) -> None:
     theta = torch.zeros(2, requires_grad=True)
     with pytest.raises(ValueError, match=r"no .*products.*another kind of optimizer"):
