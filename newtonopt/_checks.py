@@ -1,4 +1,4 @@
-"""Checks of arguments that users give."""
+"""Checks of arguments that users give, and warnings that name the user's line."""
 
 from __future__ import annotations
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 class Ranks:
@@ -46,13 +49,13 @@ class Ranks:
         _pass_on(error, bool(table[:, 2].any()))
         return table[:, :2]
 
-    def each(self, compute: Callable[[], Tensor]) -> Tensor:
+    def each(self, compute: Callable[[], Result]) -> Result:
         """What this process computes.
 
         Raises:
             RuntimeError: `compute` raised on another process.
         """
-        results: list[Tensor] = []
+        results: list[Result] = []
 
         def run() -> tuple[float, float]:
             results.append(compute())

@@ -42,7 +42,7 @@ def check_sharding(params: Sequence[Tensor]) -> None:
             `fully_shard`.
     """
     for p in params:
-        if hasattr(p, "ds_id"):
+        if getattr(p, "ds_id", None) is not None:
             raise ValueError(
                 "A parameter is partitioned by DeepSpeed, whose engine runs backward and steps itself: shard the model "
                 "with torch.distributed.fsdp.fully_shard instead."

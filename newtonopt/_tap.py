@@ -128,11 +128,10 @@ class Tap(TorchFunctionMode):
         if self._total is None:
             what = "" if isinstance(returned, Tensor) else f" (it returned a {type(returned).__name__})"
             raise RuntimeError(
-                "The closure neither called loss.backward() nor returned a loss that requires a gradient"
-                f"{what}, so there is "
-                "nothing to minimise. End it with `loss.backward(); return loss` (torch.autograd.backward is not seen: "
-                "call the method), and check that the loss depends on the parameters and that no torch.no_grad() "
-                "surrounds the forward pass."
+                f"The closure neither called loss.backward() nor returned a loss that requires a gradient{what}, so "
+                "there is nothing to minimise. End it with `loss.backward(); return loss` (torch.autograd.backward is "
+                "not seen: call the method), and check that the loss depends on the parameters and that no "
+                "torch.no_grad() surrounds the forward pass."
             )
         return self._total
 

@@ -95,7 +95,7 @@ class Evaluation:
         self._versions = [p._version for p in self.params]
         self.data_gradient = local_gradient(loss, self.params) if gradient is None else gradient
         self.gradient, self.loss = self.data_gradient, loss.detach()
-        if self.decays:
+        if decays(decay):
             point = flatten(self.params, self.params).detach()
             self.gradient = self.data_gradient + decay * point
             self.loss = self.loss + decay_term(decay, point)
@@ -105,11 +105,6 @@ class Evaluation:
 
     def __repr__(self) -> str:
         return f"Evaluation(loss={float(self.loss):.6g}, n={self.gradient.numel()}, form={self.form!r})"
-
-    @property
-    def decays(self) -> bool:
-        """Whether there is a term of `decay`."""
-        return isinstance(self.decay, Tensor) or self.decay != 0.0
 
     @property
     def graph(self) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -209,6 +204,11 @@ def leaves_outside(loss: Tensor, outputs: Sequence[Tensor], params: Sequence[Ten
     barrier = {z.grad_fn for z in outputs if z.grad_fn is not None}
     # `variable` is what an AccumulateGrad node, the end of a path, accumulates into.
     return reaches(loss.grad_fn, lambda node: id(getattr(node, "variable", None)) in leaves, barrier)
+
+
+def decays(decay: float | Tensor) -> bool:
+    """Whether there is such a term."""
+    return isinstance(decay, Tensor) or decay != 0.0
 
 
 def decay_term(decay: float | Tensor, point: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from newtonopt._ranks import Ranks
 from newtonopt._recording import Recording, is_clipped
 from newtonopt._shards import check_sharding, is_sharded, resharded, supported
 from newtonopt._tap import OnTerm, Tap, Term, mark_outputs, tapped
-from newtonopt.evaluation import Evaluation, Products, decay_term
+from newtonopt.evaluation import Evaluation, Products, decay_term, decays
 from newtonopt.isolation import Isolation
 
 __all__ = ["Closure", "Evaluation", "Objective", "Products", "evaluate", "mark_outputs"]
@@ -101,18 +101,14 @@ class Objective:
         Raises:
             RuntimeError: It does not.
         """
-
-        def compare() -> tuple[float, float]:
-            evaluation.check_same_function(float(self.visit(None)), evaluation.eps**0.25)
-            return 0.0, 0.0
-
-        self._ranks.gather(compare)
+        self._ranks.each(lambda: evaluation.check_same_function(float(self.visit(None)), evaluation.eps**0.25))
 
     def gradient_at(self, step: Tensor) -> tuple[float, Tensor]:
         """The objective and its gradient at `point + step`: one forward and one backward pass, without a trace."""
         gradient = torch.zeros_like(self.point)
         loss = self._value(lambda: self.add_gradient(gradient, step), step)
-        return loss, self.mean(lambda: gradient) + self._decay * (self.point + step)
+        gradient = self.mean(lambda: gradient)
+        return loss, gradient + self._decay * (self.point + step) if decays(self._decay) else gradient
 
     def visit(self, on_term: OnTerm | None, step: Tensor | None = None) -> Tensor:
         """Run the closure at `point + step` without a trace, and hand its losses over one by one.
@@ -280,8 +276,7 @@ class Objective:
 
     def _mean_loss(self, losses: Tensor, dtype: torch.dtype, point: Tensor) -> Tensor:
         mean = (self._shares @ losses).to(dtype)
-        decays = isinstance(self._decay, Tensor) or self._decay != 0.0
-        return mean + decay_term(self._decay, point) if decays else mean
+        return mean + decay_term(self._decay, point) if decays(self._decay) else mean
 
     def _averages(self, evaluation: Evaluation, gradient: Tensor) -> list[Tensor]:
         """What `.grad` may hold: the mean, or one of those that others make, this process's or the unweighted mean."""

@@ -10,7 +10,7 @@ from newtonopt._autograd import grad
 from newtonopt._checks import warn
 from newtonopt._flat import flatten, unflatten
 from newtonopt._shards import is_sharded
-from newtonopt.evaluation import Evaluation
+from newtonopt.evaluation import Evaluation, decays
 from newtonopt.linear_operator import LinearOperator, Product
 
 __all__ = ["LinearOperator", "gauss_newton", "hessian", "jacobian"]
@@ -147,4 +147,4 @@ def _check_outputs(evaluation: Evaluation) -> None:
 def _symmetric(product: Product, evaluation: Evaluation, *, psd: bool) -> LinearOperator:
     n = evaluation.gradient.numel()
     operator = LinearOperator(product, (n, n), evaluation.gradient, psd=psd)
-    return operator.shift(evaluation.decay) if evaluation.decays else operator
+    return operator.shift(evaluation.decay) if decays(evaluation.decay) else operator
