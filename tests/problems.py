@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from torch.optim import Optimizer
 
 from newtonopt import mark_outputs
 
@@ -173,3 +175,25 @@ def build(model: str, loss: str, seed: int = 0, device: str = "cpu") -> Case:
     finally:
         torch.set_default_dtype(before)
     return Case(network, inputs, of_output, in_closure)
+
+
+def logistic_gradient_norms(
+    kind: Callable[..., Optimizer], steps: int, *, rows: int = 40, columns: int = 4, **settings: Any
+) -> list[float]:
+    """The gradient's norm before each step on a small logistic regression: smooth and, with decay, strongly convex."""
+    torch.manual_seed(0)
+    X, y = torch.randn(rows, columns).double(), (torch.rand(rows) > 0.5).double()
+    theta = torch.zeros(columns, dtype=torch.float64, requires_grad=True)
+    optimizer = kind([theta], weight_decay=0.1, **settings)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(X @ theta, y)
+        loss.backward()
+        return loss
+
+    norms = []
+    for _ in range(steps):
+        optimizer.step(closure)
+        norms.append(optimizer.last_step.gradient_norm)  # type: ignore[attr-defined]
+    return norms

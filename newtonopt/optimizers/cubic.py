@@ -11,13 +11,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from newtonopt import globalization
-from newtonopt._shards import is_sharded
 from newtonopt.evaluation import Evaluation, Products
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective
 from newtonopt.optimizers.base import NewtonOptimizer
-from newtonopt.optimizers.regions import bounded, judge, spectrum
-from newtonopt.optimizers.settings import check_choices, check_count
+from newtonopt.optimizers.regions import bounded, check_subproblem, judge, refuse_exact, spectrum
 from newtonopt.optimizers.trials import Outcome, Proposal
 from newtonopt.solvers import secular
 from newtonopt.solvers.cg import forcing_sequence
@@ -83,15 +81,9 @@ class CubicNewton(NewtonOptimizer):
         tolerance_step: float = 0.0,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
-        check_choices(settings, curvature=("gauss_newton", "hessian"), subproblem=("lanczos", "exact"))
-        for name in ("max_trials", "max_iterations"):
-            check_count(name, settings[name])
+        check_subproblem(settings, "lanczos", "exact")
         super().__init__(params, settings)
-        if subproblem == "exact" and is_sharded(self._params):
-            raise ValueError(
-                'The parameters are sharded, and subproblem="exact" needs the whole curvature matrix in one place: '
-                'take "lanczos".'
-            )
+        refuse_exact(self._params, subproblem, instead="lanczos")
 
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
         A, gradient = self._curvature(evaluation), evaluation.gradient

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from newtonopt import globalization
+from newtonopt._shards import is_sharded
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective
 from newtonopt.optimizers.rates import ray, scaled
+from newtonopt.optimizers.settings import check_choices, check_count
 from newtonopt.optimizers.trials import Outcome, Proposal
 from newtonopt.solvers.solution import Iterate, Solution
 
@@ -71,6 +74,22 @@ def judge(objective: Objective, proposal: Proposal, loss: float, eps: float, lea
     trial = objective.loss_at(step)
     ratio = globalization.reduction_ratio(loss, trial, predicted, eps)
     return Outcome(step, predicted, trial, ratio, ratio >= least, 1)
+
+
+def check_subproblem(settings: dict[str, Any], *choices: str) -> None:
+    """Refuse settings that these optimizers share and that are out of their range with a ValueError."""
+    check_choices(settings, curvature=("gauss_newton", "hessian"), subproblem=choices)
+    for name in ("max_trials", "max_iterations"):
+        check_count(name, settings[name])
+
+
+def refuse_exact(params: Sequence[Tensor], subproblem: str, instead: str) -> None:
+    """Refuse an exact solve for sharded parameters with a ValueError."""
+    if subproblem == "exact" and is_sharded(params):
+        raise ValueError(
+            'The parameters are sharded, and subproblem="exact" needs the whole curvature matrix in one place: '
+            f'take "{instead}".'
+        )
 
 
 def spectrum(A: LinearOperator) -> tuple[Tensor, Tensor]:

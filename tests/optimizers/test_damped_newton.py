@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from problems import build as build_case
+from problems import logistic_gradient_norms
 from torch import Tensor
 
 from newtonopt import DampedNewton
@@ -29,22 +29,7 @@ def test_the_step_is_the_dense_solution(curvature: str, eigenvalues: str) -> Non
 
 
 def test_convergence_is_quadratic_once_the_damping_is_small() -> None:
-    torch.manual_seed(0)
-    X, y = torch.randn(40, 4).double(), (torch.rand(40) > 0.5).double()
-    theta = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    optimizer = DampedNewton([theta], weight_decay=0.1, damping=1e-14, min_damping=1e-15)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(X @ theta, y)
-        loss.backward()
-        return loss
-
-    norms = []
-    for _ in range(5):
-        optimizer.step(closure)
-        assert optimizer.last_step is not None
-        norms.append(optimizer.last_step.gradient_norm)
+    norms = logistic_gradient_norms(DampedNewton, 5, damping=1e-14, min_damping=1e-15)
     order = math.log(norms[3] / norms[2]) / math.log(norms[2] / norms[1])
     assert order > 1.8
     assert norms[4] < 1e-12

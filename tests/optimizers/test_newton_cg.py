@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.nn.functional as F
 from problems import build as build_case
+from problems import logistic_gradient_norms
 from torch import Tensor
 
 from newtonopt import NewtonCG
@@ -29,22 +29,7 @@ def test_the_step_is_newtons_where_it_is_solved_to_the_end() -> None:
 
 @SEARCHES
 def test_convergence_is_superlinear(line_search: str) -> None:
-    torch.manual_seed(0)
-    X, y = torch.randn(60, 8).double(), (torch.rand(60) > 0.5).double()
-    theta = torch.zeros(8, dtype=torch.float64, requires_grad=True)
-    optimizer = NewtonCG([theta], weight_decay=0.1, line_search=line_search)  # type: ignore[arg-type]
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(X @ theta, y)
-        loss.backward()
-        return loss
-
-    norms = []
-    for _ in range(12):
-        optimizer.step(closure)
-        assert optimizer.last_step is not None
-        norms.append(optimizer.last_step.gradient_norm)
+    norms = logistic_gradient_norms(NewtonCG, 12, rows=60, columns=8, line_search=line_search)
     factors = [b / a for a, b in pairwise(norms) if b > 1e-13]
     assert factors[-1] < 0.02 * factors[0]
     assert norms[-1] < 1e-12

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.nn.functional as F
 from problems import build as build_case
+from problems import logistic_gradient_norms
 from torch import Tensor
 
 from newtonopt import TrustRegionNewton
@@ -34,22 +34,7 @@ def test_the_exact_step_is_the_dense_solution(radius: float) -> None:
 
 @SUBPROBLEMS
 def test_convergence_is_fast(subproblem: str) -> None:
-    torch.manual_seed(0)
-    X, y = torch.randn(40, 4).double(), (torch.rand(40) > 0.5).double()
-    theta = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    optimizer = TrustRegionNewton([theta], weight_decay=0.1, radius=10.0, subproblem=subproblem)  # type: ignore[arg-type]
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(X @ theta, y)
-        loss.backward()
-        return loss
-
-    norms = []
-    for _ in range(9):
-        optimizer.step(closure)
-        assert optimizer.last_step is not None
-        norms.append(optimizer.last_step.gradient_norm)
+    norms = logistic_gradient_norms(TrustRegionNewton, 9, radius=10.0, subproblem=subproblem)
     assert norms[-1] < 1e-12
     if subproblem == "exact":
         assert math.log(norms[3] / norms[2]) / math.log(norms[2] / norms[1]) > 1.8
