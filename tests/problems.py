@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
 
 from newtonopt import mark_outputs
 
@@ -197,3 +200,72 @@ def logistic_gradient_norms(
         optimizer.step(closure)
         norms.append(optimizer.last_step.gradient_norm)  # type: ignore[attr-defined]
     return norms
+
+
+def error(found: Tensor, true: Tensor) -> float:
+    return float((found - true).norm() / true.norm().clamp_min(1e-300))
+
+
+class Batches:
+    """A network with BatchNorm and Dropout, trained by a closure that loops over a loader."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, **loader: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)).to(
+            dtype
+        )
+        self.data = TensorDataset(torch.randn(22, 4, dtype=dtype), torch.randint(0, 3, (22,)))
+        self.loader = DataLoader(self.data, batch_size=8, **loader)
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    def closure(self) -> Tensor:
+        self.model.zero_grad()
+        total = torch.zeros(())
+        for x, y in self.loader:
+            loss = F.cross_entropy(self.model(x), y) * len(x) / len(self.data)
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+
+class Held(torch.autograd.Function):
+    """Squares its input, and saves a tensor whose memory can be watched."""
+
+    alive: ClassVar[list[weakref.ref[np.ndarray]]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        memory = np.full(x.shape, 2.0)
+        Held.alive.append(weakref.ref(memory))
+        ctx.save_for_backward(x, torch.from_numpy(memory))
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        x, two = ctx.saved_tensors
+        return g * x * two
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor) -> Tensor:
+        return t  # wrong on purpose where it is used: nothing here looks at values
+
+
+class Doubled(torch.autograd.Function):
+    """Has no second derivative, and says so."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return 2 * z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+def distances(x: Tensor) -> Tensor:
+    """Whose double backward only says when it runs that there is none."""
+    return torch.cdist(x, torch.ones_like(x) * 0.5)

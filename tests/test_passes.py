@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_products import ALL, Batches, Doubled, Held, attention, error
+from problems import Batches, Doubled, Held, distances, error
 from torch import Tensor, nn
 
 from newtonopt import HessianFree, evaluate, gauss_newton, hessian, jacobian, mark_outputs
 from newtonopt._losses import mean_over
 
+ALL = pytest.mark.parametrize("operator", [hessian, gauss_newton, jacobian], ids=lambda f: f.__name__)
 PRODUCTS = pytest.mark.parametrize("products", ["cached", "streamed", "finite_difference"])
 
 
@@ -165,7 +166,7 @@ def test_outputs_are_let_go(loss: str) -> None:
 def test_two_operators_warn_once() -> None:
     torch.manual_seed(0)
     model, x, y = nn.Linear(4, 5).double(), torch.randn(5, 4).double(), torch.randn(5, 5).double()
-    evaluation = evaluate(lambda: F.mse_loss(attention(model(x)), y), model.parameters())
+    evaluation = evaluate(lambda: F.mse_loss(distances(model(x)), y), model.parameters())
     operators = [operator(evaluation) for operator in (hessian, gauss_newton)]
     with pytest.warns(UserWarning, match="finite differences") as caught:
         for A in operators:

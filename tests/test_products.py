@@ -5,52 +5,20 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import build, models
+from problems import Batches, Doubled, Held, build, distances, error, models
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from newtonopt import Evaluation, HessianFree, LinearOperator, Objective, evaluate, gauss_newton, hessian, jacobian
 
 Operator = Callable[[Evaluation], LinearOperator]
 SYMMETRIC = pytest.mark.parametrize("operator", [hessian, gauss_newton], ids=lambda f: f.__name__)
 ALL = pytest.mark.parametrize("operator", [hessian, gauss_newton, jacobian], ids=lambda f: f.__name__)
-
-
-def error(found: Tensor, true: Tensor) -> float:
-    return float((found - true).norm() / true.norm().clamp_min(1e-300))
-
-
-class Batches:
-    """A network with BatchNorm and Dropout, trained by a closure that loops over a loader."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64, **loader: Any) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)).to(
-            dtype
-        )
-        self.data = TensorDataset(torch.randn(22, 4, dtype=dtype), torch.randint(0, 3, (22,)))
-        self.loader = DataLoader(self.data, batch_size=8, **loader)
-
-    @property
-    def params(self) -> list[nn.Parameter]:
-        return list(self.model.parameters())
-
-    def closure(self) -> Tensor:
-        self.model.zero_grad()
-        total = torch.zeros(())
-        for x, y in self.loader:
-            loss = F.cross_entropy(self.model(x), y) * len(x) / len(self.data)
-            loss.backward()
-            total = total + loss.detach()
-        return total
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "by_hand"])
@@ -99,28 +67,6 @@ def test_passes_over_a_loader_leave_no_trace(products: Any) -> None:
     assert all(torch.equal(p, v) for p, v in zip(problem.params, values, strict=True))
     assert torch.equal(problem.loader.generator.get_state(), generators[0])
     assert torch.equal(torch.get_rng_state(), generators[1])
-
-
-class Held(torch.autograd.Function):
-    """Squares its input, and saves a tensor whose memory can be watched."""
-
-    alive: ClassVar[list[weakref.ref[np.ndarray]]] = []
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        memory = np.full(x.shape, 2.0)
-        Held.alive.append(weakref.ref(memory))
-        ctx.save_for_backward(x, torch.from_numpy(memory))
-        return x * x
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        x, two = ctx.saved_tensors
-        return g * x * two
-
-    @staticmethod
-    def jvp(ctx: Any, t: Tensor) -> Tensor:
-        return t  # wrong on purpose where it is used: nothing here looks at values
 
 
 @pytest.mark.parametrize("action", ["trial", "gradient", "hessian", "gauss_newton"])
@@ -258,23 +204,7 @@ def test_a_closure_that_raises_leaves_all_as_it_was(products: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        return 2 * z
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return 2 * g
-
-
-def attention(x: Tensor) -> Tensor:
-    """Whose double backward only says when it runs that there is none."""
-    return torch.cdist(x, torch.ones_like(x) * 0.5)
-
-
-@pytest.mark.parametrize("last", [Doubled.apply, attention], ids=["once_differentiable", "not_implemented"])
+@pytest.mark.parametrize("last", [Doubled.apply, distances], ids=["once_differentiable", "not_implemented"])
 @ALL
 def test_without_second_derivative_auto_warns_once_and_differences(operator: Operator, last: Any) -> None:
     torch.manual_seed(0)

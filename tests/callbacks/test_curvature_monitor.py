@@ -29,6 +29,7 @@ from lightning_problems import (
     loader,
     quiet_trainer,
 )
+from problems import Doubled
 from torch import Tensor
 from torch.autograd.functional import hessian as dense_hessian
 from torch.func import functional_call
@@ -259,20 +260,9 @@ def test_no_threshold_is_logged_where_none_is_known(optimizer: Callable[..., Any
     assert not [title for title in layout(tmp_path)["Curvature"] if "stability" in title]
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        return 2 * z
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return 2 * g
-
-
 class WithoutSecondDerivative(Plain):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(_Once.apply(self.layers(batch[0])), batch[1])
+        return F.cross_entropy(Doubled.apply(self.layers(batch[0])), batch[1])
 
 
 def test_a_measurement_that_fails_warns_once_a_fit_and_training_goes_on() -> None:
