@@ -62,13 +62,24 @@ def check_parameters(params: Sequence[Tensor]) -> None:
     """Refuse parameters that no flat vector can hold.
 
     Raises:
-        ValueError: No parameters, or more than one device among them, or a dtype that curvature cannot be computed in,
-            or parameters shared out among processes other than by `fully_shard`.
+        ValueError: No parameters, one given twice or made under `torch.inference_mode`, several devices,
+            a dtype that curvature cannot be computed in, or parameters shared out among processes other than by
+            `fully_shard`.
     """
     if not params:
         raise ValueError(
             "params is empty, or nothing in it requires a gradient: give at least one tensor with requires_grad=True, "
             "such as those of model.parameters()."
+        )
+    if len({id(p) for p in params}) < len(params):
+        raise ValueError(
+            "A parameter is given twice, and the step would count it as two: give each one once, as model.parameters() "
+            "gives tied ones."
+        )
+    if any(p.is_inference() for p in params):
+        raise ValueError(
+            "A parameter was made under torch.inference_mode, and has no derivatives: make the model outside of it, or "
+            "copy it outside with copy.deepcopy(model)."
         )
     devices = {str(p.device) for p in params}
     if len(devices) > 1:

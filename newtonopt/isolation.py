@@ -57,41 +57,45 @@ class Isolation:
         self._generators = [host for host in found if isinstance(host, GENERATORS)]
         self._callables = list(bound_callables(closure))
         self._devices = {p.device for p in self._params if p.device.type == "cuda"}
-        self._start: list[Any] | None = None
+        self._start: list[Any] = []
         # By identity here and below: a torchmetrics.Metric hashes by its state, which a run changes.
         self._buffers: dict[int, tuple[nn.Module, dict[str, Tensor]]] = {}
         self._visiting: dict[int, tuple[Tensor, Tensor]] = {}
+        self._before: list[tuple[nn.Module, dict[str, Tensor]]] = []
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """The run whose traces stay, as in any training step; they are taken back only if it raises."""
+        """The run whose traces stay, as in any training step; they are taken back if it raises, or by `rewind`."""
         self._start = self._random_state()
-        modules = list(self._submodules())
-        before = [{name: b for name, b in module._buffers.items() if b is not None} for module in modules]
         visits = _Visits(self._visiting, lend=False)
-        for module in modules:
+        for module in self._submodules():
             visits.own(module)
+            own = {name: b for name, b in module._buffers.items() if b is not None}
+            self._before.append((module, own))
+            self._starting_buffers(module)
         try:
-            for module in modules:
-                self._starting_buffers(module)
             with _around_each_module(visits.enter, visits.leave):
                 yield
         except BaseException:
-            self._set_random_state(self._start)
-            with torch.no_grad():
-                for buffer, start in self._visiting.values():
-                    buffer.copy_(start)
-                for module, buffers in zip(modules, before, strict=True):
-                    for name, buffer in buffers.items():
-                        buffer.copy_(self._starting_buffers(module)[name])
-                        module._buffers[name] = buffer
+            self.rewind()
             raise
+
+    def rewind(self) -> None:
+        """Take back what the recorded run did to random state and buffers."""
+        self._set_random_state(self._start)
+        with torch.no_grad():
+            for buffer, start in self._visiting.values():
+                buffer.copy_(start)
+            for module, buffers in self._before:
+                for name, buffer in buffers.items():
+                    buffer.copy_(self._starting_buffers(module)[name])
+                    module._buffers[name] = buffer
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
         """A run from where the first one started; random state, modules, gradients, results and logs are put back."""
         after = self._random_state()
-        if self._start is None:
+        if not self._start:
             self._start = after
         gradients = [p.grad for p in self._params]
         swapped: dict[int, _Swapped] = {}
@@ -130,11 +134,8 @@ class Isolation:
 
     def _starting_buffers(self, module: nn.Module) -> dict[str, Tensor]:
         if id(module) not in self._buffers:
-            with torch.no_grad():
-                self._buffers[id(module)] = (
-                    module,
-                    {name: b.clone() for name, b in module._buffers.items() if b is not None},
-                )
+            copies = {name: b.detach().clone() for name, b in module._buffers.items() if b is not None}
+            self._buffers[id(module)] = module, copies
         return self._buffers[id(module)][1]
 
     def _random_state(self) -> list[Any]:
@@ -161,9 +162,7 @@ class _Swapped:
         self._attributes = {name: value for name, value in vars(module).items() if name not in MODULE_INTERNALS}
         vars(module).update({name: _copied(value) for name, value in self._attributes.items()})
         self._buffers = {name: module._buffers[name] for name in starting_buffers if name in module._buffers}
-        with torch.no_grad():
-            copies = {name: starting_buffers[name].clone() for name in self._buffers}
-        module._buffers.update(copies)
+        module._buffers.update({name: starting_buffers[name].clone() for name in self._buffers})
         if isinstance(module, DistributedDataParallel):
             # Nothing that waits for other processes; the flags are for a call that has begun already.
             vars(module).update(

@@ -82,6 +82,10 @@ class Objective:
             evaluation.clipped = is_clipped(self.params, self._averages(evaluation, recording.gradient))
         return evaluation
 
+    def rewind(self) -> None:
+        """Take back what `record` did to random state and buffers."""
+        self._isolation.rewind()
+
     def evaluate(self) -> Evaluation:
         """The same without a trace: `backward` is left out, and all but the parameters is put back."""
 

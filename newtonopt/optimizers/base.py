@@ -96,6 +96,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             self.param_groups.pop()
             raise
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -122,24 +123,24 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         check_closure(closure)
         if _skips_backward(closure):
             return self._run_without_backward(closure)
-        trained = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        trained = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad and p.numel()]
         if not trained:
-            raise RuntimeError("No parameter requires a gradient: every parameter of this optimizer is frozen.")
-        params = [p for _, p in trained]
+            raise RuntimeError("Every parameter of this optimizer is frozen or empty: none requires a gradient.")
+        params, before = [p for _, p in trained], dict(self._memory)
         self._forget_if_changed(params)
         decay = per_entry([float(group["weight_decay"]) for group, _ in trained], params)
         rates = per_entry([float(group["lr"]) for group, _ in trained], params)
         products: Products = "finite_difference" if self._fell_back else self.param_groups[0]["products"]
         objective = Objective(closure, params, decay, products)
-        evaluation = objective.record()
-        if evaluation.clipped and not self._warned_of_clipping:
-            self._warned_of_clipping = True
-            warn(_CLIPPING)
-        before = dict(self._memory)
         try:
+            evaluation = objective.record()
+            if evaluation.clipped and not self._warned_of_clipping:
+                self._warned_of_clipping = True
+                warn(_CLIPPING)
             self._take_step(objective, evaluation, rates)
         except BaseException:
-            # An error leaves the state as it was; its vectors are never changed in place.
+            # An error leaves all as it was; the state's vectors are never changed in place.
+            objective.rewind()
             self._memory.clear()
             self._memory.update(before)
             raise

@@ -510,7 +510,7 @@ def test_all_frozen_is_an_error(build: Build) -> None:
     theta = torch.zeros(2, requires_grad=True)
     optimizer = build([theta])
     theta.requires_grad_(False)
-    with pytest.raises(RuntimeError, match="every parameter of this optimizer is frozen"):
+    with pytest.raises(RuntimeError, match="Every parameter of this optimizer is frozen"):
         optimizer.step(lambda: torch.zeros(()))
 
 
