@@ -37,6 +37,9 @@ class CubicNewton(NewtonOptimizer):
     Use it for smooth problems without noise, of any size, with saddles. Do not use it with small noisy batches: `sigma`
     grows with the noise.
 
+    The loss times `c` gives the same steps with `c` times the `sigma` and `weight_decay`; but for `subproblem="exact"`,
+    gradients shorter than 1/4 are solved more tightly: to `min(1/2, sqrt(|g|)) |g|`.
+
     Args:
         params: Parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
         lr: Scales the step, zero or more. Default 1: the model's minimiser.

@@ -23,6 +23,8 @@ class DampedNewton(NewtonOptimizer):
     `n^2` numbers of memory, 0.2 s at n = 500 and 15 s at n = 5000 on a processor core. Do not use it for larger ones,
     or with small noisy batches: `HessianFree` needs a fraction of the products.
 
+    The loss times `c` gives the same steps with `c` times the `damping` and `weight_decay`.
+
     Args:
         params: Parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
         lr: Scales the step, zero or more. Default 1: the Newton step.

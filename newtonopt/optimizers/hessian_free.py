@@ -33,6 +33,9 @@ class HessianFree(NewtonOptimizer):
     regression, autoencoders. Do not use it with small batches or a loss dominated by noise: a step costs tens of
     gradients, and first-order methods need only one.
 
+    The loss times `c` gives the same steps with `c` times the `damping` and `weight_decay`, except with
+    `preconditioner="empirical_fisher"`, which grows by another power of `c`.
+
     Args:
         params: Parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
         lr: Scales the step, zero or more. Default 1: the whole step.
@@ -162,7 +165,9 @@ _FISHER_DECAY = 0.99
 def _candidates(solution: Solution, damped: LinearOperator, gradient: Tensor, damping: float) -> list[Iterate]:
     """The solution, then the iterates before it; in front of them a step along negative curvature if it was met."""
     last = Iterate(solution.step, solution.decrease)
-    earlier = [i for i in reversed(solution.path) if i.step is not solution.step and i.decrease > 0]
+    # What differs from the solution by rounding alone would end the search for a better one.
+    rounding = 10 * torch.finfo(gradient.dtype).eps * abs(last.decrease)
+    earlier = [i for i in reversed(solution.path) if i.decrease > 0 and abs(i.decrease - last.decrease) > rounding]
     candidates = [last, *earlier] if solution.decrease > 0 else earlier
     d = solution.negative_curvature
     if d is not None or not candidates:

@@ -27,6 +27,9 @@ class NewtonCG(NewtonOptimizer):
     Do not use it with small batches, whose curvature a line search cannot tell from noise, or where the loss is badly
     scaled far from its minima: `TrustRegionNewton` is more robust there.
 
+    The loss times `c` gives the same steps, with `c` times the `weight_decay`, while both gradients are longer than
+    1/4; shorter ones set a tighter tolerance, as the formula above says.
+
     Args:
         params: Parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
         lr: Scales the step, zero or more. Default 1: the line search begins with the Newton step.

@@ -32,6 +32,9 @@ class TrustRegionNewton(NewtonOptimizer):
     Use it for smooth problems without noise, of any size, where the loss is far from quadratic: saddles, long curved
     valleys, badly scaled starts. Do not use it with small noisy batches: the radius shrinks with the noise.
 
+    The loss times `c` gives the same steps, with `c` times the `weight_decay` and the same `radius`; but for
+    `subproblem="exact"`, gradients shorter than 1/4 are solved more tightly: to `min(1/2, sqrt(|g|)) |g|`.
+
     Args:
         params: Parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
         lr: Scales the step, zero or more. Default 1: the model's minimiser.

@@ -109,6 +109,21 @@ def test_decrease_is_the_models_and_grows_along_the_path(started: bool, precondi
         assert solution.path[0].step.equal(start)
 
 
+@quadratics
+@given(sizes, seeds, st.booleans())
+def test_decrease_grows_with_every_iteration_until_negative_curvature(n: int, seed: int, convex: bool) -> None:
+    A, g = definite(n, seed) if convex else indefinite(n, seed), vector(n, seed)
+    last = 0.0
+    for k in range(1, n + 1):
+        solution = conjugate_gradients(A, g, max_iterations=k)
+        assert solution.decrease == pytest.approx(decrease(A, g, solution.step), rel=1e-7, abs=1e-12)
+        if solution.iterations < k or solution.negative_curvature is not None:
+            break
+        assert solution.decrease > last
+        last = solution.decrease
+    assert solution.decrease >= last
+
+
 def test_path_is_kept_on_a_grid_that_grows() -> None:
     A, g = definite(150, condition=1e6), vector(150, 1)
     path = conjugate_gradients(A, g, max_iterations=120, keep_path=True).path
