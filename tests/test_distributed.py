@@ -123,10 +123,11 @@ def test_steps_are_those_of_the_whole_batch(name: str) -> None:
 
 
 @WAYS
-def test_steps_with_other_products_are_those_of_the_whole_batch(products: Any) -> None:
+@pytest.mark.parametrize("name", ["hessian_free_plain", "newton_cg", "trust_region", "cubic_newton"])
+def test_steps_with_other_products_are_those_of_the_whole_batch(name: str, products: Any) -> None:
     settings = {"products": products, "max_iterations": 5}
-    parameters, _ = train(0, None, "hessian_free_plain", settings)
-    (first, _), (second, _) = run(train, 4, "hessian_free_plain", settings)
+    parameters, _ = train(0, None, name, settings)
+    (first, _), (second, _) = run(train, 4, name, settings)
     torch.testing.assert_close(first, parameters, rtol=1e-4, atol=1e-6)
     assert torch.equal(first, second)
 

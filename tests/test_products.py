@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from optimizer_db import OPTIMIZERS
 from problems import Batches, Doubled, Held, build, distances, error, models
 from torch import Tensor, nn
 
@@ -255,10 +256,12 @@ def test_an_optimizer_falls_back_once_and_reports_it() -> None:
 
 
 @pytest.mark.parametrize("products", ["streamed", "finite_difference"])
-def test_steps_with_other_products_follow_the_cached_ones(products: Any) -> None:
+@pytest.mark.parametrize("name", ["hessian_free", "newton_cg", "trust_region", "trust_region_lanczos", "cubic_newton"])
+def test_steps_with_other_products_follow_the_cached_ones(name: str, products: Any) -> None:
     def train(way: Any) -> tuple[list[float], str]:
         problem = Batches()
-        optimizer = HessianFree(problem.params, rank=4, products=way, max_iterations=5)
+        more = {"rank": 4} if name == "hessian_free" else {}
+        optimizer = OPTIMIZERS[name](problem.params, products=way, max_iterations=5, **more)
         found = []
         for _ in range(3):
             found.append(float(optimizer.step(problem.closure)))

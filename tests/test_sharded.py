@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from newtonopt import HessianFree, evaluate, gauss_newton, hessian
+from newtonopt import CubicNewton, HessianFree, NewtonCG, TrustRegionNewton, evaluate, gauss_newton, hessian
 from newtonopt._sharded import _DRAWN, Layout, Sharded
 from newtonopt._shards import local_part
 from newtonopt.curvature import extreme_eigenvalues, sharpness
@@ -197,12 +197,12 @@ def test_measurements_equal_those_of_one_process() -> None:
             torch.testing.assert_close(value, expected[name], rtol=rtol, atol=rtol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def steps(rank: int, settings: dict[str, Any], count: int = 4) -> tuple[list[Any], Tensor]:
+def steps(rank: int, settings: dict[str, Any], kind: Any = HessianFree, count: int = 4) -> tuple[list[Any], Tensor]:
     sharded = dist.is_initialized()
     model = sharded_network() if sharded else network()
     settings = {"products": "auto" if sharded else "finite_difference", **settings}
     # Iterations beyond what finite differences can tell would amplify their rounding.
-    optimizer = HessianFree(model.parameters(), max_iterations=5, **settings)
+    optimizer = kind(model.parameters(), max_iterations=5, **settings)
     closure = closure_of(model, rank, dist.get_world_size() if sharded else 1)
     reports = []
     for _ in range(count):
@@ -224,5 +224,26 @@ def test_steps_equal_those_of_one_process(curvature: str, preconditioner: str | 
     for reports, params in run(steps, settings):
         assert [r.form for r in reports] == ["finite_difference"] * 4
         assert [r.iterations for r in reports] == [r.iterations for r in expected]
+        assert [r.loss for r in reports] == pytest.approx([r.loss for r in expected], rel=1e-6)
+        torch.testing.assert_close(params, end, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (NewtonCG, {}),
+        (NewtonCG, {"line_search": "strong_wolfe", "curvature": "gauss_newton"}),
+        (TrustRegionNewton, {"max_trials": 3}),
+        (TrustRegionNewton, {"subproblem": "lanczos"}),
+        (CubicNewton, {"max_trials": 3}),
+    ],
+    ids=["newton_cg", "strong_wolfe", "trust_region", "lanczos", "cubic"],
+)
+def test_steps_of_other_members_equal_those_of_one_process(kind: Any, settings: dict[str, Any]) -> None:
+    expected, end = steps(0, settings, kind)
+    assert any(report.accepted for report in expected)
+    for reports, params in run(steps, settings, kind):
+        for field in ("form", "iterations", "products", "trials", "accepted", "reason"):
+            assert [getattr(r, field) for r in reports] == [getattr(r, field) for r in expected]
         assert [r.loss for r in reports] == pytest.approx([r.loss for r in expected], rel=1e-6)
         torch.testing.assert_close(params, end, rtol=1e-5, atol=1e-5)
