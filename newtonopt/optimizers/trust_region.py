@@ -30,7 +30,8 @@ class TrustRegionNewton(NewtonOptimizer):
     """Steps that minimise `g's + s'As / 2` in a ball, whose radius follows how well that predicts the loss.
 
     Use it for smooth problems without noise, of any size, where the loss is far from quadratic: saddles, long curved
-    valleys, badly scaled starts. Do not use it with small noisy batches: the radius shrinks with the noise.
+    valleys, badly scaled starts. Do not use it with small noisy batches: it holds there, and a
+    first-order method gets further.
 
     The loss times `c` gives the same steps, with `c` times the `weight_decay` and the same `radius`; but for
     `subproblem="exact"`, gradients shorter than 1/4 are solved more tightly: to `min(1/2, sqrt(|g|)) |g|`.

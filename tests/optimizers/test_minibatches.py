@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from newtonopt import CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton
 
 # How many steps a run has time for here, and what part of the images is right at the end. By hand the first four took
-# 2000 steps; HessianFree's and CubicNewton's loss was no other after 200 than after 2000.
+# 2000 steps; HessianFree's and CubicNewton's loss was about the same after 400 as after 2000.
 RUNS: list[tuple[Any, int, float]] = [
     (NewtonCG, 2000, 0.95),
     (TrustRegionNewton, 2000, 0.97),
