@@ -24,11 +24,11 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def check_closure(closure: object) -> None:
+def check_closure(closure: object, name: str = "closure") -> None:
     """Refuse what cannot be called with a TypeError."""
     if not callable(closure):
         raise TypeError(
-            f"closure is a {type(closure).__name__}: give a function of no argument that computes the loss, calls "
+            f"{name} is a {type(closure).__name__}: give a function of no argument that computes the loss, calls "
             "backward and returns the loss."
         )
 

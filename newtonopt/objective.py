@@ -41,6 +41,11 @@ class Objective:
         decay: Weight decay, one number or one for each parameter entry `(n,)`: adds `sum(decay * theta^2) / 2`.
         products: How products are formed, as for `evaluate`.
         weight: Of this process in the mean, above zero; None (default): found from the losses.
+
+    Attributes:
+        params: The parameters.
+        point: Their values, `(n,)`.
+        products: How those of the next evaluation are formed.
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class Objective:
         check_sharding(self.params)
         # The hooks of sharded modules have no derivative, and average gradients over the processes themselves.
         self._sharded = is_sharded(self.params)
-        self._products: Products = supported(products) if self._sharded else products
+        self.products: Products = supported(products) if self._sharded else products
         self._weight = weight
         self._isolation = Isolation(closure, self.params)
         with torch.no_grad():
@@ -170,7 +175,11 @@ class Objective:
 
     def move(self, step: Tensor) -> None:
         """Make `point + step` the new point, on all processes the same to the bit."""
-        self.point = self.point + step if self._sharded else self._ranks.first(self.point + step)
+        self.return_to(self.point + step if self._sharded else self._ranks.first(self.point + step))
+
+    def return_to(self, point: Tensor) -> None:
+        """Make an earlier point, `(n,)`, the new one, to the bit."""
+        self.point = point
         with torch.no_grad():
             for p, piece in zip(self.params, unflatten(self.point, self.params), strict=True):
                 p.copy_(piece)
@@ -216,7 +225,7 @@ class Objective:
 
     def _run(self, *, backward: bool, release: bool) -> tuple[Recording, Tap]:
         """The closure once, with what an evaluation needs of it."""
-        cached = self._products in ("auto", "cached")
+        cached = self.products in ("auto", "cached")
         recording = Recording(self.params, cached=cached, accumulates=backward and self._sharded)
         tap = Tap(
             self.params,
@@ -256,12 +265,12 @@ class Objective:
             self._decay,
             gradient=self.mean(lambda: recording.gradient),
             source=self,
-            form="cached" if self._products == "auto" else self._products,
+            form="cached" if self.products == "auto" else self.products,
         )
         if self._ranks.count > 1:
             evaluation.loss = self._mean_loss(losses, recording.loss.dtype, self.point).to(self.point.device)
         evaluation.returned = recording.returned
-        evaluation.may_fall_back = self._products == "auto"
+        evaluation.may_fall_back = self.products == "auto"
         evaluation.marked = tap.has_marks
         evaluation.unrecognised_advice = _advice(tap)
         evaluation.output_sizes, evaluation.outside = recording.output_sizes, recording.outside

@@ -132,6 +132,48 @@ def test_steps_with_other_products_are_those_of_the_whole_batch(name: str, produ
     assert torch.equal(first, second)
 
 
+def in_one_call(rank: int, cut: int | None) -> tuple[Tensor, str]:
+    """Three steps, whose curvature is that of every other row."""
+    problem = Problem(slice(None) if cut is None else part_of(rank, cut))
+    optimizer = OPTIMIZERS["hessian_free"](problem.model.parameters(), steps_per_call=3)
+
+    def part() -> Tensor:
+        problem.model.zero_grad()
+        loss = F.cross_entropy(problem.model(problem.x[::2]), problem.y[::2])
+        loss.backward()
+        return loss
+
+    optimizer.step(problem.closure, curvature_closure=part)
+    gradient = torch.cat([p.grad.reshape(-1) for p in problem.model.parameters()])
+    return torch.cat([problem.flat(), gradient]), str(optimizer.last_step)
+
+
+def test_steps_of_one_call_with_other_curvature_are_those_of_the_whole_batch() -> None:
+    expected, _ = in_one_call(0, None)
+    (first, report), (second, other) = run(in_one_call, 4)
+    torch.testing.assert_close(first, expected, rtol=1e-8, atol=1e-10)
+    assert torch.equal(first, second) and report == other and "steps=3" in report
+
+
+def fail_late(rank: int) -> bool:
+    problem = Problem(part_of(rank, 6))
+    optimizer = OPTIMIZERS["newton_cg"](problem.model.parameters(), steps_per_call=5)
+    start = problem.flat()
+
+    def closure() -> Tensor:
+        if optimizer._memory["steps"] == 3 and rank == 1:
+            raise ValueError("the disk is full")
+        return problem.closure()
+
+    with pytest.raises((RuntimeError, ValueError), match=r"the disk is full|failed on another process"):
+        optimizer.step(closure)
+    return torch.equal(problem.flat(), start) and optimizer._memory["steps"] == 0
+
+
+def test_an_error_in_a_later_step_undoes_the_call_on_all_processes() -> None:
+    assert run(fail_late) == [True, True]
+
+
 def count_collectives(rank: int, products: Any) -> dict[str, list[int]]:
     problem = Problem(part_of(rank, 6))
     sizes: list[int] = []

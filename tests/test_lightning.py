@@ -211,6 +211,55 @@ def test_manual_optimization(optimizer: str, tmp_path: Path) -> None:
     assert [value for _, value in from_events(tmp_path)["loss_step"]] == recorded
 
 
+def test_several_steps_a_batch_log_and_hand_over_the_first_points(tmp_path: Path) -> None:
+    model, recorder = Classifier(lambda params: HessianFree(params, rank=10, steps_per_call=3)), Recorder()
+    trainer = quiet_trainer(callbacks=[recorder], logger=both_loggers(tmp_path))
+    trainer.fit(model, loader())
+    calls, first = model.calls, model.calls.recorded()
+    assert len(calls.losses) > 3 * len(first) and trainer.global_step == 2 * BATCHES
+    losses = [calls.losses[i].item() for i in first]
+    assert [value for _, value in from_events(tmp_path)["loss_step"]] == losses
+    assert [o["loss"].item() for o in recorder.outputs] == losses
+    for left, i in zip(recorder.gradients, first, strict=True):
+        torch.testing.assert_close(left, calls.gradients[i])
+    assert model.layers[1].num_batches_tracked == 2 * BATCHES, "the statistics moved once a batch"
+    assert trainer.optimizers[0].last_step.steps == 3
+
+
+class OfPart(Classifier):
+    """Curvature from the first rows of the batch, by manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__("HessianFree", dropout=0.0)
+        self.automatic_optimization = False
+        self.of_part = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+
+        def closure(rows: int = 22) -> Tensor:
+            optimizer.zero_grad()
+            loss = super(OfPart, self).training_step([t[:rows] for t in batch], batch_idx)["loss"]
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure, curvature_closure=lambda: closure(11))
+
+
+def test_curvature_of_a_part_under_manual_optimization(tmp_path: Path) -> None:
+    model = OfPart()
+    before = loss_on_all_points(model)
+    quiet_trainer(max_epochs=8, logger=both_loggers(tmp_path)).fit(model, loader(22))
+    assert loss_on_all_points(model) < 0.5 * before
+    sizes = [len(y) for y in model.calls.labels]
+    whole = [i for i, size in enumerate(sizes) if size == 22]
+    assert sizes.count(11) == 8, "one run of the part a step"
+    epochs = [model.calls.batches[i][0] for i in whole]
+    recorded = [model.calls.losses[whole[epochs.index(epoch)]].item() for epoch in range(8)]
+    assert [value for _, value in from_events(tmp_path)["loss_step"]] == recorded
+    assert model.layers[1].num_batches_tracked == 8
+
+
 class Seeded(Classifier):
     """Draws numbers that depend on the step only: Lightning does not save the random state."""
 

@@ -217,7 +217,7 @@ def whole(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
-@pytest.mark.parametrize("preconditioner", [None, "empirical_fisher", "nystrom"])
+@pytest.mark.parametrize("preconditioner", [None, "empirical_fisher", "hutchinson", "nystrom"])
 def test_steps_equal_those_of_one_process(curvature: str, preconditioner: str | None) -> None:
     settings = {"curvature": curvature, "preconditioner": preconditioner, "rank": 6, "weight_decay": 1e-3}
     expected, end = steps(0, settings)

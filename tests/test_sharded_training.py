@@ -141,7 +141,11 @@ def test_no_process_holds_a_whole_vector() -> None:
         assert length <= held
 
 
-SETTINGS = [{"preconditioner": "nystrom", "rank": 4}, {"preconditioner": "empirical_fisher"}]
+SETTINGS = [
+    {"preconditioner": "nystrom", "rank": 4},
+    {"preconditioner": "hutchinson", "probes": 3},
+    {"preconditioner": "empirical_fisher"},
+]
 
 
 def trained(rank: int, settings: dict[str, Any], steps: int) -> tuple[nn.Module, HessianFree, Callable[[], Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,17 +12,18 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from newtonopt._checks import check_closure, check_products, warn
-from newtonopt._flat import check_parameters, flatten, unflatten
+from newtonopt._flat import check_parameters
 from newtonopt._shards import is_sharded
-from newtonopt.evaluation import Evaluation, Products
+from newtonopt.evaluation import Evaluation
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective
 from newtonopt.operators import gauss_newton, hessian
+from newtonopt.optimizers.call import Call, skips_backward
 from newtonopt.optimizers.checkpoints import completed, joined, spread
-from newtonopt.optimizers.escape import leave
-from newtonopt.optimizers.rates import is_everywhere, per_entry
-from newtonopt.optimizers.report import StepReport
-from newtonopt.optimizers.settings import PER_GROUP, check_settings
+from newtonopt.optimizers.escape import critical, leave
+from newtonopt.optimizers.rates import is_everywhere
+from newtonopt.optimizers.report import StepReport, following
+from newtonopt.optimizers.settings import PER_GROUP, check_group, check_settings
 from newtonopt.optimizers.trials import Outcome, Proposal, search
 
 _MAX_FAILURES = 5
@@ -60,6 +60,9 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         """The rule: the next control, from a trial's ratio and the length of its step before learning rates."""
         return control
 
+    def _check_room(self, params: Sequence[Tensor]) -> None:
+        """Refuse what would not fit in memory, with a MemoryError, before the closure runs."""
+
     def _judge(self, objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> Outcome:
         """Try a proposal's steps."""
         return search(objective, gradient, proposal, loss, eps)
@@ -77,19 +80,12 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             ValueError: Another setting differs, or the parameters cannot share one flat vector with the others.
         """
-        shared = self.param_groups[0] if self.param_groups else self.defaults
-        for name in self.defaults:
-            if name not in PER_GROUP and param_group.get(name, shared[name]) != shared[name]:
-                raise ValueError(
-                    f"{name}={param_group[name]!r} in a parameter group: the step couples all groups, so {name} is one "
-                    f"setting for the whole optimizer (here {shared[name]!r}). Only lr and weight_decay may differ "
-                    "between groups."
-                )
+        settings = self.param_groups[0] if self.param_groups else self.defaults
+        shared = {name: settings[name] for name in self.defaults if name not in PER_GROUP}
+        check_group(param_group, shared)
         own = {name: param_group[name] for name in PER_GROUP if name in param_group}
         check_settings({**self.defaults, **own}, self.control)
-        super().add_param_group(
-            {**{name: shared[name] for name in self.defaults if name not in PER_GROUP}, **param_group}
-        )
+        super().add_param_group({**shared, **param_group})
         try:
             check_parameters(self._params)
         except ValueError:
@@ -98,21 +94,28 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step.
+    def step(self, closure: Callable[[], Any] | None = None, curvature_closure: Callable[[], Any] | None = None) -> Any:
+        """Take `steps_per_call` Newton steps, fewer where one ends at a tolerance, a minimum, or is not finite.
+
+        All of them are steps on one function, with the same random numbers. What the closure leaves behind, such as
+        `.grad`, BatchNorm's statistics, the random state and logs, is as after one run of it at the starting point.
 
         Args:
             closure: Clears the gradients, computes the loss, calls `backward` and returns the loss, as for
                 `torch.optim.LBFGS`.
+            curvature_closure: The same for other data, as a rule fewer: curvature products are those of its loss, while
+                loss, gradient and trials are the closure's (Martens 2010, sec. 4; Byrd, Chin, Neveitt & Nocedal 2011).
+                It leaves no trace. None (default): the closure.
 
         Returns:
             What the closure returned at the starting point, detached; the loss if it returned nothing.
 
         Raises:
-            TypeError: `closure` cannot be called.
+            TypeError: `closure` or `curvature_closure` cannot be called.
+            MemoryError: What must be held of the curvature would not fit; nothing was evaluated.
             RuntimeError: No closure, a closure without a loss or with one of other parameters, gradients accumulated
-                across closures, every parameter frozen, or a loss, gradient or curvature that
-                was not finite in five steps running.
+                across closures, every parameter frozen, or a loss, gradient or curvature that was not finite in five
+                calls running. An error of any kind puts parameters and state back to where the call began.
         """
         if closure is None:
             raise RuntimeError(
@@ -121,31 +124,22 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
                 'scaler calls step() without it: use precision="bf16-mixed" or "32-true".'
             )
         check_closure(closure)
-        if _skips_backward(closure):
+        check_closure(closure if curvature_closure is None else curvature_closure, "curvature_closure")
+        if skips_backward(closure):
             return self._run_without_backward(closure)
-        trained = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad and p.numel()]
-        if not trained:
-            raise RuntimeError("Every parameter of this optimizer is frozen or empty: none requires a gradient.")
-        params, before = [p for _, p in trained], dict(self._memory)
-        self._forget_if_changed(params)
-        decay = per_entry([float(group["weight_decay"]) for group, _ in trained], params)
-        rates = per_entry([float(group["lr"]) for group, _ in trained], params)
-        products: Products = "finite_difference" if self._fell_back else self.param_groups[0]["products"]
-        objective = Objective(closure, params, decay, products)
+        call = Call(closure, curvature_closure, self.param_groups, falls_back=self._fell_back)
+        before = dict(self._memory)
         try:
-            evaluation = objective.record()
-            if evaluation.clipped and not self._warned_of_clipping:
-                self._warned_of_clipping = True
-                warn(_CLIPPING)
-            self._take_step(objective, evaluation, rates)
+            self._forget_if_changed(call.params)
+            self._check_room(call.params)
+            self._take_steps(call)
         except BaseException:
             # An error leaves all as it was; the state's vectors are never changed in place.
-            objective.rewind()
             self._memory.clear()
             self._memory.update(before)
+            call.undo()
             raise
-        _put_gradients(params, evaluation.data_gradient)
-        return evaluation.loss if evaluation.returned is None else evaluation.returned
+        return call.finish()
 
     def _run_without_backward(self, closure: Callable[[], Any]) -> Any:
         """Lightning runs batches so, after averaging weights, for the statistics of BatchNorm."""
@@ -154,52 +148,77 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         self._report(loss, math.nan, reason="the closure left backward out, to move statistics only")
         return returned
 
-    def _take_step(self, objective: Objective, evaluation: Evaluation, rates: float | Tensor) -> None:
+    def _take_steps(self, call: Call) -> None:
+        earlier: StepReport | None = None
+        for _ in range(self.param_groups[0]["steps_per_call"]):
+            goes_on = self._take_step(call)
+            if earlier is not None and self.last_step is not None:
+                self.last_step = following(earlier, self.last_step)
+            earlier = self.last_step
+            if not goes_on:
+                break
+
+    def _take_step(self, call: Call) -> bool:
+        """One Newton step; returns whether another one may follow."""
         memory = self._memory
         memory["steps"] += 1
+        evaluation, basis = call.evaluate()
+        if evaluation.clipped and not self._warned_of_clipping:
+            self._warned_of_clipping = True
+            warn(_CLIPPING)
         loss, norm = float(evaluation.loss), float(evaluation.gradient.norm())
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            evaluation.free()
-            return self._fail(loss, norm, "gradient" if math.isfinite(loss) else "loss")
-        place = self._critical(evaluation.gradient, norm)
-        known = place and (loss, norm) == (memory.get("settled_loss"), memory.get("settled_norm"))
-        if known or is_everywhere(rates, 0.0):
-            evaluation.free()
-            settled = f"{place}, and no negative curvature was found here before"
-            return self._report(loss, norm, reason=settled if known else "the learning rate is zero")
+        broken = _not_finite(loss, norm, evaluation, basis)
         try:
-            # A step taken inside autocast would have it round the solver's vectors.
-            with torch.autocast(evaluation.gradient.device.type, enabled=False):
-                proposal = self._leave(evaluation, rates, place) if place else self._propose(evaluation, rates)
+            if not broken:
+                # The model's slope is the loss's.
+                basis.gradient = basis.data_gradient = evaluation.gradient
+                with _unrounded(basis.gradient):
+                    proposal = self._proposed(basis, call.rates, loss, norm)
         except FloatingPointError:
-            return self._fail(loss, norm, "curvature")
+            broken = "curvature"
         finally:
-            # The graph goes before any trial, so that no two are alive at once.
+            # The graphs go before any trial, so that no two are alive at once.
             evaluation.free()
+            basis.free()
+        if broken:
+            self._fail(loss, norm, broken)
+            return False
         memory["failures"] = 0
         # What has no second derivative now has none in the next step.
-        self._fell_back = self._fell_back or (evaluation.may_fall_back and evaluation.form == "finite_difference")
-        spent = {"iterations": proposal.iterations, "products": proposal.products, "form": evaluation.form}
+        if basis.may_fall_back and basis.form == "finite_difference":
+            self._fell_back = True
+            call.fall_back()
+        spent = {"iterations": proposal.iterations, "products": proposal.products, "form": basis.form}
         if not proposal.steps:
-            memory.update(settled_loss=loss, settled_norm=norm)
-            return self._report(loss, norm, reason=proposal.reason, **spent)
+            self._report(loss, norm, reason=proposal.reason, **spent)
+            return False
         if float(proposal.steps[0].abs().max()) <= self.param_groups[0]["tolerance_step"]:
             reason = f"no entry of the step is above tolerance_step; {proposal.reason}"
-            return self._report(loss, norm, predicted_decrease=proposal.decreases[0], reason=reason, **spent)
+            self._report(loss, norm, predicted_decrease=proposal.decreases[0], reason=reason, **spent)
+            return False
         if memory["steps"] == 1:
-            objective.check_replay(evaluation)
-        self._try(objective, evaluation, proposal, loss, norm, spent)
+            call.objective.check_replay(evaluation)
+        return self._try(call.objective, evaluation, proposal, loss, norm, basis.form)
+
+    def _proposed(self, basis: Evaluation, rates: float | Tensor, loss: float, norm: float) -> Proposal:
+        """A proposal, without a step where none is to be taken."""
+        memory = self._memory
+        place = critical(basis.gradient, norm, self.param_groups[0]["tolerance_gradient"])
+        if is_everywhere(rates, 0.0):
+            return Proposal([], [], 0, 0, "the learning rate is zero")
+        if not place:
+            return self._propose(basis, rates)
+        if (loss, norm) == (memory.get("settled_loss"), memory.get("settled_norm")):
+            return Proposal([], [], 0, 0, f"{place}, and no negative curvature was found here before")
+        proposal = leave(self._curvature(basis), basis.gradient, rates, place, self._length_along)
+        if not proposal.steps:
+            memory.update(settled_loss=loss, settled_norm=norm)
+        return proposal
 
     def _try(
-        self,
-        objective: Objective,
-        evaluation: Evaluation,
-        proposal: Proposal,
-        loss: float,
-        norm: float,
-        spent: dict[str, Any],
-    ) -> None:
-        """Try a proposal, and shorter ones while that is rejected and there are any; move, report, adapt."""
+        self, objective: Objective, evaluation: Evaluation, proposal: Proposal, loss: float, norm: float, form: str
+    ) -> bool:
+        """Try a proposal, and shorter ones while that is rejected; move, report, adapt. Returns as `_take_step`."""
         trials, turns = 0, self.param_groups[0].get("max_trials", 1)
         while True:
             outcome = self._judge(objective, evaluation.gradient, proposal, loss, evaluation.eps)
@@ -209,7 +228,11 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             turns -= 1
             if outcome.accepted or turns == 0 or proposal.shrink is None or self.control is None:
                 break
-            proposal = proposal.shrink(self._memory[self.control])
+            try:
+                with _unrounded(evaluation.gradient):
+                    proposal = proposal.shrink(self._memory[self.control])
+            except FloatingPointError:
+                break
         if outcome.accepted:
             objective.move(outcome.step)
         self._report(
@@ -218,25 +241,16 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             trial_loss=outcome.loss,
             predicted_decrease=outcome.predicted,
             ratio=outcome.ratio,
+            iterations=proposal.iterations,
+            products=proposal.products,
+            form=form,
             trials=trials,
             step_norm=float(outcome.step.norm()) if outcome.accepted else 0.0,
             accepted=outcome.accepted,
             reason=proposal.reason if outcome.accepted else f"rejected, no trial decreased the loss; {proposal.reason}",
-            **spent,
             **used,
         )
-
-    def _critical(self, gradient: Tensor, norm: float) -> str:
-        """In words, why the gradient counts as zero; empty if it does not."""
-        # Where the square underflows, no solver can tell the gradient from zero.
-        if norm <= torch.finfo(gradient.dtype).tiny ** 0.5:
-            return "the gradient is zero"
-        if float(gradient.abs().max()) <= self.param_groups[0]["tolerance_gradient"]:
-            return "no entry of the gradient is above tolerance_gradient"
-        return ""
-
-    def _leave(self, evaluation: Evaluation, rates: float | Tensor, place: str) -> Proposal:
-        return leave(self._curvature(evaluation), evaluation.gradient, rates, place, self._length_along)
+        return outcome.accepted or self.control is not None
 
     def _curvature(self, evaluation: Evaluation) -> LinearOperator:
         return (gauss_newton if self.param_groups[0]["curvature"] == "gauss_newton" else hessian)(evaluation)
@@ -283,8 +297,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
     def _forget_if_changed(self, params: Sequence[Tensor]) -> None:
         """Drop vectors from earlier steps when other parameters are frozen now than then."""
         trained = {id(p) for p in params}
-        layout = [p.numel() if id(p) in trained else 0 for p in self._params]
-        memory = self._memory
+        memory, layout = self._memory, [p.numel() if id(p) in trained else 0 for p in self._params]
         if memory.get("layout", layout) != layout:
             for name in [name for name, value in memory.items() if isinstance(value, Tensor)]:
                 del memory[name]
@@ -303,14 +316,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         hold is there then, zeros for what is not known yet, and a new optimizer's can be loaded into.
         """
         state_dict: dict[str, Any] = super().state_dict()
-        params = self._params
-        if is_sharded(params):
-            layout = self._memory.get("layout", [p.numel() if p.requires_grad else 0 for p in params])
-            trained = [number for number, size in enumerate(layout) if size]
-            with torch.no_grad():
-                like = [params[number] for number in trained]
-                memory = {"layout": layout, **self._blank(flatten([None] * len(like), like)), **self._memory}
-                state_dict["state"] = spread(memory, params, trained)
+        if is_sharded(self._params):
+            state_dict["state"] = spread(self._memory, self._blank, self._params)
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -328,20 +335,15 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         self.__dict__.setdefault("_fell_back", False)
 
 
-def _skips_backward(closure: Callable[[], Any]) -> bool:
-    """Whether this is Lightning's closure without a `backward`."""
-    hosts = (closure.func, *closure.args) if isinstance(closure, functools.partial) else (closure,)
-    return any(
-        type(host).__module__.partition(".")[0] in ("lightning", "pytorch_lightning")
-        and getattr(host, "_backward_fn", host) is None
-        for host in hosts
-    )
+def _unrounded(vector: Tensor) -> torch.autocast:
+    """A step taken inside autocast would have it round the solver's vectors."""
+    return torch.autocast(vector.device.type, enabled=False)
 
 
-def _put_gradients(params: Sequence[Tensor], gradient: Tensor) -> None:
-    """Leave the recorded gradient in `.grad`, unclipped; a parameter that the loss does not use keeps None."""
-    for p, piece in zip(params, unflatten(gradient, params), strict=True):
-        if p.grad is not None:
-            p.grad.copy_(piece)
-        elif bool(piece.any()):
-            p.grad = piece.clone()
+def _not_finite(loss: float, norm: float, evaluation: Evaluation, basis: Evaluation) -> str:
+    """In words, what is not finite; empty if all is."""
+    if not math.isfinite(loss):
+        return "loss"
+    if not math.isfinite(norm):
+        return "gradient"
+    return "" if basis is evaluation or math.isfinite(float(basis.loss)) else "curvature_closure's loss"

@@ -4,13 +4,13 @@ reshard.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from newtonopt._flat import local_pieces
+from newtonopt._flat import flatten, local_pieces
 from newtonopt._sharded import Sharded
 from newtonopt._shards import as_parameters, is_sharded, layout_of, local_part, taken_back
 
@@ -19,7 +19,17 @@ _VECTORS = "vectors"
 
 
 # Settings that optimizers have had only since the first states were saved: these load with the defaults.
-_ADDED = ("tolerance_gradient", "tolerance_step")
+_ADDED = (
+    "tolerance_gradient",
+    "tolerance_step",
+    "steps_per_call",
+    "max_trials",
+    "preconditioner",
+    "rank",
+    "refresh_every",
+    "probes",
+    "seed",
+)
 
 
 def completed(state_dict: dict[str, Any], defaults: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -39,22 +49,32 @@ def completed(state_dict: dict[str, Any], defaults: dict[str, Any], kind: str) -
     return {**state_dict, "param_groups": groups}
 
 
-def spread(memory: dict[str, Any], params: Sequence[Tensor], trained: Sequence[int]) -> dict[int, dict[str, Any]]:
+def spread(
+    memory: dict[str, Any], blank: Callable[[Tensor], dict[str, Any]], params: Sequence[Tensor]
+) -> dict[int, dict[str, Any]]:
     """Each vector as one DTensor for each trained parameter, shaped and sharded as it is.
 
     Args:
         memory: The optimizer's state.
+        blank: What it may hold besides, made from a flat vector of zeros.
         params: All parameters.
-        trained: The numbers of those that the vectors are made of.
 
     Returns:
         States by the parameters' numbers; all that is no sharded vector is in the first one's, numbers as tensors:
         under a key that is no string, others are not loaded.
     """
+    layout = memory.get("layout", [p.numel() if p.requires_grad else 0 for p in params])
+    trained = [number for number, size in enumerate(layout) if size]
+    like = [params[number] for number in trained]
+    with torch.no_grad():
+        whole = {"layout": layout, **blank(flatten([None] * len(like), like)), **memory}
+        return _in_pieces(whole, like, trained)
+
+
+def _in_pieces(memory: dict[str, Any], like: Sequence[Tensor], trained: Sequence[int]) -> dict[int, dict[str, Any]]:
     vectors = {name: value for name, value in memory.items() if isinstance(value, Sharded)}
     rest = {name: _as_tensor(value) for name, value in memory.items() if name not in vectors}
     state: dict[int, dict[str, Any]] = {0: {**rest, _VECTORS: sorted(vectors)}}
-    like = [params[number] for number in trained]
     for name, vector in vectors.items():
         parts = [
             piece.reshape(*local_part(p).shape, *piece.shape[1:])

@@ -40,6 +40,8 @@ class CubicNewton(NewtonOptimizer):
     The loss times `c` gives the same steps with `c` times the `sigma` and `weight_decay`; but for `subproblem="exact"`,
     gradients shorter than 1/4 are solved more tightly: to `min(1/2, sqrt(|g|)) |g|`.
 
+    There is no preconditioner, because the cubic term would be one of its norm, another one after each renewal.
+
     Args:
         params: Parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
         lr: Scales the step, zero or more. Default 1: the model's minimiser.
@@ -60,6 +62,8 @@ class CubicNewton(NewtonOptimizer):
         tolerance_gradient: No step is taken where no entry of the gradient is larger, unless along negative curvature.
             Default 0: only a gradient of zero ends it (`torch.optim.LBFGS` has 1e-7).
         tolerance_step: A step without a larger entry is not taken. Default 0 (`torch.optim.LBFGS` has 1e-9).
+        steps_per_call: Newton steps that one `step(closure)` takes at most, on one function (the same data and random
+            numbers), one or more. Default 1 (`torch.optim.LBFGS` has 20, as `max_iter`).
 
     Raises:
         ValueError: A setting out of its range, or sharded parameters with `subproblem="exact"`.
@@ -82,6 +86,7 @@ class CubicNewton(NewtonOptimizer):
         max_sigma: float = 1e16,
         tolerance_gradient: float = 0.0,
         tolerance_step: float = 0.0,
+        steps_per_call: int = 1,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         check_subproblem(settings, "lanczos", "exact")

@@ -43,6 +43,8 @@ class DampedNewton(NewtonOptimizer):
         tolerance_gradient: No step is taken where no entry of the gradient is larger, unless along negative curvature.
             Default 0: only a gradient of zero ends it (`torch.optim.LBFGS` has 1e-7).
         tolerance_step: A step without a larger entry is not taken. Default 0 (`torch.optim.LBFGS` has 1e-9).
+        steps_per_call: Newton steps that one `step(closure)` takes at most, on one function (the same data and random
+            numbers), one or more. Default 1 (`torch.optim.LBFGS` has 20, as `max_iter`).
 
     Raises:
         ValueError: A setting out of its range, or sharded parameters.
@@ -64,6 +66,7 @@ class DampedNewton(NewtonOptimizer):
         max_damping: float = 1e10,
         tolerance_gradient: float = 0.0,
         tolerance_step: float = 0.0,
+        steps_per_call: int = 1,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         check_choices(settings, curvature=("gauss_newton", "hessian"), eigenvalues=("absolute", "shifted"))

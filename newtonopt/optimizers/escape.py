@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from newtonopt.linear_operator import LinearOperator
@@ -11,6 +12,16 @@ from newtonopt.optimizers.rates import ray, scaled
 from newtonopt.optimizers.trials import Proposal
 from newtonopt.solvers.negative_curvature import negative_curvature
 from newtonopt.solvers.solution import Iterate
+
+
+def critical(gradient: Tensor, norm: float, tolerance: float) -> str:
+    """In words, why a gradient of this norm counts as zero; empty if it does not."""
+    # Where the square underflows, no solver can tell the gradient from zero.
+    if norm <= torch.finfo(gradient.dtype).tiny ** 0.5:
+        return "the gradient is zero"
+    if float(gradient.abs().max()) <= tolerance:
+        return "no entry of the gradient is above tolerance_gradient"
+    return ""
 
 
 def leave(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,10 +14,16 @@ from newtonopt.evaluation import Evaluation, Products
 from newtonopt.globalization import undamped_decrease
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.optimizers.preconditioning import (
+    blank,
+    check_preconditioner,
+    check_sketch,
+    prepared,
+    worked,
+)
 from newtonopt.optimizers.rates import scaled
 from newtonopt.optimizers.settings import check_choices, check_count, check_number, damping_rule
 from newtonopt.optimizers.trials import Proposal
-from newtonopt.solvers import preconditioners
 from newtonopt.solvers.cg import conjugate_gradients
 from newtonopt.solvers.preconditioners import Preconditioner
 from newtonopt.solvers.solution import Iterate, Solution
@@ -47,10 +54,19 @@ class HessianFree(NewtonOptimizer):
         products: How products are formed, "auto" (default), "cached", "streamed" or
             "finite_difference": see `evaluate`.
         preconditioner: "nystrom" (default): a low-rank sketch of the curvature (Frangella, Tropp & Udell 2023);
-            "empirical_fisher": the running mean of squared gradients (Martens 2010, sec. 4.7); None.
-        rank: Of the sketch, one or more; it takes `rank * n` numbers of memory. Default 50, see benchmarks/NOTES.md.
-        refresh_every: Iterations of conjugate gradients after which the next step renews the sketch, one or more.
-            Default 200, four times the rank: sketching costs a quarter more products at most (benchmarks/NOTES.md).
+            "hutchinson": estimated sizes of the curvature's diagonal (Bekas, Kokiopoulou & Saad 2007; Yao et al. 2021),
+            for parameters or inputs of very different scales, and of no use for most networks, see
+            benchmarks/NOTES.md; "empirical_fisher": the running mean of squared gradients (Martens 2010, sec. 4.7);
+            None.
+        rank: Of the sketch, one or more; it takes `rank * n` numbers of memory, and twice as many more while it
+            is renewed. Default 50, see benchmarks/NOTES.md.
+        probes: Products for Hutchinson's estimate, one or more. Default 10, see benchmarks/NOTES.md.
+        refresh_every: Iterations of conjugate gradients after which the next step renews the sketch or the estimate,
+            one or more. Default 200, four times the rank: sketching costs a quarter more products at most
+            (benchmarks/NOTES.md).
+        max_trials: How often a step is tried: after each rejection conjugate gradients go on, with the raised damping,
+            from the best of their iterates. One or more. Default 1: a rejection ends the step. With more the graph
+            stays in memory during the trials, which take that of another forward pass.
         max_iterations: Of conjugate gradients in a step, one or more. Default 1000, see benchmarks/NOTES.md.
         progress_tolerance: Martens' stop (2010, sec. 4.4): relative progress per iteration, from 0 to below 1. Default
             1e-2, see benchmarks/NOTES.md; Martens used 5e-4 without a sketch.
@@ -62,7 +78,9 @@ class HessianFree(NewtonOptimizer):
         tolerance_gradient: No step is taken where no entry of the gradient is larger, unless along negative curvature.
             Default 0: only a gradient of zero ends it (`torch.optim.LBFGS` has 1e-7).
         tolerance_step: A step without a larger entry is not taken. Default 0 (`torch.optim.LBFGS` has 1e-9).
-        seed: Of the sketch's random vectors, which leave the global random state alone. Default 0.
+        steps_per_call: Newton steps that one `step(closure)` takes at most, on one function (the same data and random
+            numbers), one or more. Default 1 (`torch.optim.LBFGS` has 20, as `max_iter`).
+        seed: Of the random vectors for the preconditioner, which leave the global random state alone. Default 0.
 
     Raises:
         ValueError: A setting out of its range.
@@ -78,9 +96,11 @@ class HessianFree(NewtonOptimizer):
         damping: float = 1.0,
         weight_decay: float = 0.0,
         products: Products = "auto",
-        preconditioner: Literal["nystrom", "empirical_fisher"] | None = "nystrom",
+        preconditioner: Literal["nystrom", "hutchinson", "empirical_fisher"] | None = "nystrom",
         rank: int = 50,
+        probes: int = 10,
         refresh_every: int = 200,
+        max_trials: int = 1,
         max_iterations: int = 1000,
         progress_tolerance: float = 1e-2,
         warm_start: float = 0.95,
@@ -89,26 +109,39 @@ class HessianFree(NewtonOptimizer):
         max_damping: float = 1e10,
         tolerance_gradient: float = 0.0,
         tolerance_step: float = 0.0,
+        steps_per_call: int = 1,
         seed: int = 0,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
-        check_choices(
-            settings, curvature=("gauss_newton", "hessian"), preconditioner=("nystrom", "empirical_fisher", None)
-        )
+        check_choices(settings, curvature=("gauss_newton", "hessian"))
+        check_preconditioner(settings, "nystrom", "hutchinson", "empirical_fisher", None)
         _check_numbers(settings)
         super().__init__(params, settings)
 
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
         settings, memory = self.param_groups[0], self._memory
-        A = self._curvature(evaluation)
-        gradient, damping = evaluation.gradient, memory["damping"]
-        damped = A.shift(damping)
+        A, gradient = self._curvature(evaluation), evaluation.gradient
+        precondition = prepared(A, gradient, settings, memory)
         start = settings["warm_start"] * memory["direction"] if "direction" in memory else None
+        return self._solve(A, gradient, rates, precondition, start, 0, memory["damping"])
+
+    def _solve(
+        self,
+        A: LinearOperator,
+        gradient: Tensor,
+        rates: float | Tensor,
+        precondition: Callable[[float], Preconditioner | None],
+        start: Tensor | None,
+        iterations: int,
+        damping: float,
+    ) -> Proposal:
+        settings, memory = self.param_groups[0], self._memory
+        damped = A.shift(damping)
         solution = conjugate_gradients(
             damped,
             gradient,
             start=start,
-            preconditioner=self._preconditioner(A, evaluation),
+            preconditioner=precondition(damping),
             max_iterations=settings["max_iterations"],
             progress_tolerance=settings["progress_tolerance"],
             keep_path=True,
@@ -116,50 +149,48 @@ class HessianFree(NewtonOptimizer):
         if solution.reason == "non-finite product":
             raise FloatingPointError("A curvature product is not finite.")
         memory["direction"] = solution.step
-        memory["sketch_age"] = memory.get("sketch_age", 0) + solution.iterations
+        worked(memory, solution.iterations)
         candidates = _candidates(solution, damped, gradient, damping)
         tries = [
             scaled(Iterate(c.step, undamped_decrease(c.decrease, damping, float(c.step.norm()))), gradient, rates, A)
             for c in candidates
         ]
-        steps, decreases = [i.step for i in tries], [i.decrease for i in tries]
-        return Proposal(steps, decreases, solution.iterations, A.products, solution.reason)
+        iterations += solution.iterations
+
+        def shrink(higher: float) -> Proposal:
+            nearest = _best_start(solution, damping, higher)
+            return self._solve(A, gradient, rates, precondition, nearest, iterations, higher)
+
+        return Proposal(
+            [i.step for i in tries],
+            [i.decrease for i in tries],
+            iterations,
+            A.products,
+            solution.reason,
+            # It keeps the graph.
+            shrink=shrink if settings["max_trials"] > 1 else None,
+        )
 
     def _next_control(self, control: float, ratio: float, length: float) -> float:
         return damping_rule(self.param_groups[0], control, ratio)
 
+    def _check_room(self, params: Sequence[Tensor]) -> None:
+        check_sketch(params, self.param_groups[0], self._memory)
+
     def _blank(self, like: Tensor) -> dict[str, Any]:
-        settings = self.param_groups[0]
-        blank = {"direction": like, "sketch_age": 0}
-        if settings["preconditioner"] == "empirical_fisher":
-            blank["squared_gradients"] = torch.zeros_like(like)
-        if settings["preconditioner"] == "nystrom":
-            rank = min(settings["rank"], like.numel())
-            columns = torch.zeros_like(like.unsqueeze(1).expand(-1, rank), memory_format=torch.contiguous_format)
-            values = torch.zeros(rank, dtype=like.dtype, device=like.device)
-            blank.update(sketch_vectors=columns, sketch_values=values)
-        return blank
-
-    def _preconditioner(self, A: LinearOperator, evaluation: Evaluation) -> Preconditioner | None:
-        settings, memory = self.param_groups[0], self._memory
-        if settings["preconditioner"] is None:
-            return None
-        if settings["preconditioner"] == "empirical_fisher":
-            squares = evaluation.gradient.square()
-            mean = memory.get("squared_gradients")
-            memory["squared_gradients"] = squares if mean is None else mean.lerp(squares, 1 - _FISHER_DECAY)
-            return preconditioners.diagonal(memory["squared_gradients"], memory["damping"])
-        if "sketch_vectors" not in memory or memory["sketch_age"] >= settings["refresh_every"]:
-            # A generator of its own: the user's random state stays as it is, and a resumed run draws the same numbers.
-            generator = torch.Generator().manual_seed(settings["seed"] + memory["steps"])
-            sketch = preconditioners.sketch(A, settings["rank"], generator, evaluation.gradient)
-            memory.update(sketch_vectors=sketch.vectors, sketch_values=sketch.values, sketch_age=0)
-        sketch = preconditioners.Sketch(memory["sketch_vectors"], memory["sketch_values"])
-        return sketch.preconditioner(memory["damping"])
+        return {"direction": like, **blank(like, self.param_groups[0])}
 
 
-# Of the running mean of squared gradients.
-_FISHER_DECAY = 0.99
+def _best_start(solution: Solution, damping: float, higher: float) -> Tensor | None:
+    """Of the iterates that conjugate gradients passed, the one where the model of a higher damping is lowest; None for
+    zero.
+    """
+    best, most = None, 0.0
+    for iterate in (*solution.path, Iterate(solution.step, solution.decrease)):
+        decrease = iterate.decrease - (higher - damping) / 2 * float(iterate.step @ iterate.step)
+        if decrease > most:
+            best, most = iterate.step, decrease
+    return best
 
 
 def _candidates(solution: Solution, damped: LinearOperator, gradient: Tensor, damping: float) -> list[Iterate]:
@@ -186,11 +217,8 @@ def _along(d: Tensor, start: Iterate, damped: LinearOperator, gradient: Tensor, 
 
 def _check_numbers(settings: dict[str, object]) -> None:
     check_number("damping_factor", settings["damping_factor"], 1, above=True)
-    for name in ("rank", "refresh_every", "max_iterations"):
+    for name in ("max_trials", "max_iterations"):
         check_count(name, settings[name])
-    seed = settings["seed"]
-    if not isinstance(seed, int) or not 0 <= seed < 2**62:
-        raise ValueError(f"seed is {seed!r}: give a whole number from zero to 2**62.")
     for name in ("progress_tolerance", "warm_start"):
         value = settings[name]
         if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -10,6 +11,13 @@ from torch.optim.optimizer import ParamsT
 from newtonopt.evaluation import Evaluation, Products
 from newtonopt.objective import Objective
 from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.optimizers.preconditioning import (
+    blank,
+    check_preconditioner,
+    check_sketch,
+    prepared,
+    worked,
+)
 from newtonopt.optimizers.rates import scaled
 from newtonopt.optimizers.settings import check_choices, check_count
 from newtonopt.optimizers.trials import Outcome, Proposal, search, wolfe_search
@@ -38,6 +46,14 @@ class NewtonCG(NewtonOptimizer):
         weight_decay: Coefficient of `|theta|^2 / 2` in the objective, zero or more. Default 0.
         products: How products are formed, "auto" (default), "cached", "streamed" or
             "finite_difference": see `evaluate`.
+        preconditioner: None (default); "nystrom": a low-rank sketch of the curvature, by absolute value where that is
+            negative (Frangella, Tropp & Udell 2023; Rathore et al. 2024, who use it with a damping that there is none
+            of here), for larger ill-conditioned problems: a sketch takes `rank` products, twice as many with the
+            Hessian.
+        rank: Of the sketch, one or more; it takes `rank * n` numbers of memory, and twice as many more while it
+            is renewed. Default 50, as for `HessianFree`.
+        refresh_every: Iterations of conjugate gradients after which the next step renews the sketch, one or more.
+            Default 200, as for `HessianFree`.
         line_search: "armijo" (default): the step is halved until it decreases the loss enough (Nocedal & Wright 2006,
             alg. 3.1), one forward pass a trial; "strong_wolfe": the slope must have levelled off too (alg. 3.5), one
             backward pass a trial more.
@@ -46,6 +62,9 @@ class NewtonCG(NewtonOptimizer):
         tolerance_gradient: No step is taken where no entry of the gradient is larger, unless along negative curvature.
             Default 0: only a gradient of zero ends it (`torch.optim.LBFGS` has 1e-7).
         tolerance_step: A step without a larger entry is not taken. Default 0 (`torch.optim.LBFGS` has 1e-9).
+        steps_per_call: Newton steps that one `step(closure)` takes at most, on one function (the same data and random
+            numbers), one or more. Default 1 (`torch.optim.LBFGS` has 20, as `max_iter`).
+        seed: Of the sketch's random vectors, which leave the global random state alone. Default 0.
 
     Raises:
         ValueError: A setting out of its range.
@@ -60,28 +79,39 @@ class NewtonCG(NewtonOptimizer):
         curvature: Literal["gauss_newton", "hessian"] = "hessian",
         weight_decay: float = 0.0,
         products: Products = "auto",
+        preconditioner: Literal["nystrom"] | None = None,
+        rank: int = 50,
+        refresh_every: int = 200,
         line_search: Literal["armijo", "strong_wolfe"] = "armijo",
         max_trials: int = 25,
         max_iterations: int = 1000,
         tolerance_gradient: float = 0.0,
         tolerance_step: float = 0.0,
+        steps_per_call: int = 1,
+        seed: int = 0,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         check_choices(settings, curvature=("gauss_newton", "hessian"), line_search=("armijo", "strong_wolfe"))
+        check_preconditioner(settings, "nystrom", None)
         for name in ("max_trials", "max_iterations"):
             check_count(name, settings[name])
         super().__init__(params, settings)
 
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
+        settings, memory = self.param_groups[0], self._memory
         A, gradient = self._curvature(evaluation), evaluation.gradient
+        # Without damping the sketch lowers the eigenvalues it knows to the smallest of them, and leaves the others.
+        precondition = prepared(A, gradient, settings, memory)(0.0)
         solution = conjugate_gradients(
             A,
             gradient,
-            max_iterations=self.param_groups[0]["max_iterations"],
+            preconditioner=precondition,
+            max_iterations=settings["max_iterations"],
             residual_tolerance=forcing_sequence(float(gradient.norm())),
         )
         if solution.reason == "non-finite product":
             raise FloatingPointError("A curvature product is not finite.")
+        worked(memory, solution.iterations)
         best = Iterate(solution.step, solution.decrease)
         d = solution.negative_curvature
         if d is not None:
@@ -99,6 +129,12 @@ class NewtonCG(NewtonOptimizer):
             solution.reason,
             follows_negative_curvature=d is not None,
         )
+
+    def _check_room(self, params: Sequence[Tensor]) -> None:
+        check_sketch(params, self.param_groups[0], self._memory)
+
+    def _blank(self, like: Tensor) -> dict[str, Any]:
+        return blank(like, self.param_groups[0])
 
     def _judge(self, objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> Outcome:
         settings = self.param_groups[0]

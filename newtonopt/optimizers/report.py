@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """The record of one `step(closure)`.
+    """The record of one Newton step: the last one of a `step(closure)`.
 
     Attributes:
-        loss: The objective at the start, weight decay included.
+        loss: The objective at the step's start, weight decay included.
         gradient_norm: Euclidean, of the objective's gradient.
         reason: Why the inner solver stopped, or why there was no step, in words.
         trial_loss: The objective at the best trial; equal to `loss` if none was made.
@@ -20,12 +20,13 @@ class StepReport:
         sigma: The cubic term's weight used in this step; None (default) for an optimizer without.
         predicted_decrease: What the undamped quadratic model promised for that trial.
         ratio: Actual over predicted decrease, before any shortening of the step; near one where the model is right.
-        iterations: Of the inner solver.
-        products: Curvature products, those for the preconditioner included.
+        iterations: Of the inner solver, over all steps of the call.
+        products: Curvature products of the call, those for the preconditioner included.
         form: How they were formed: "cached", "streamed" or "finite_difference".
-        trials: Evaluations of the loss at trial points, one forward pass each.
+        trials: Evaluations of the loss at trial points in the call, one forward pass each.
         step_norm: Euclidean length of the step taken; zero if it was rejected.
-        accepted: Whether the parameters moved.
+        accepted: Whether the parameters moved in this step.
+        steps: Newton steps of the call: one (default), or more with `steps_per_call`.
     """
 
     loss: float
@@ -43,3 +44,15 @@ class StepReport:
     trials: int = 0
     step_norm: float = 0.0
     accepted: bool = False
+    steps: int = 1
+
+
+def following(earlier: StepReport, last: StepReport) -> StepReport:
+    """The report of a call's last step, with the counts of the steps before it added."""
+    return replace(
+        last,
+        iterations=earlier.iterations + last.iterations,
+        products=earlier.products + last.products,
+        trials=earlier.trials + last.trials,
+        steps=earlier.steps + last.steps,
+    )

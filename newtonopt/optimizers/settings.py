@@ -39,6 +39,7 @@ def check_settings(settings: dict[str, Any], control: str | None) -> None:
     """Refuse values of the settings that all optimizers share, and of the control's, with a ValueError."""
     for name in (*PER_GROUP, "tolerance_gradient", "tolerance_step"):
         check_number(name, settings[name], 0)
+    check_count("steps_per_call", settings["steps_per_call"])
     if control is None:
         return
     least, most = f"min_{control}", f"max_{control}"
@@ -49,6 +50,16 @@ def check_settings(settings: dict[str, Any], control: str | None) -> None:
         raise ValueError(f"{least} is {low!r} and {most} {high!r}: give a minimum below the maximum.")
     if not low <= value <= high:
         raise ValueError(f"{control} is {value!r}, outside {least} {low!r} and {most} {high!r}.")
+
+
+def check_group(group: dict[str, Any], shared: dict[str, Any]) -> None:
+    """Refuse a parameter group with a setting of its own that all groups share with a ValueError."""
+    for name, value in shared.items():
+        if group.get(name, value) != value:
+            raise ValueError(
+                f"{name}={group[name]!r} in a parameter group: the step couples all groups, so {name} is one setting "
+                f"for the whole optimizer (here {value!r}). Only lr and weight_decay may differ between groups."
+            )
 
 
 def damping_rule(settings: dict[str, Any], damping: float, ratio: float) -> float:

@@ -52,6 +52,8 @@ class Sketch:
 def sketch(A: Curvature, rank: int, generator: torch.Generator, like: Tensor) -> Sketch:
     """Sketch a matrix with random vectors: `rank` products if it is positive semi-definite, twice as many if not.
 
+    Two matrices `(n, rank)` are alive at a time at most.
+
     Args:
         A: The matrix, `(n, n)`.
         rank: Of the sketch; at most `n`.
@@ -64,12 +66,22 @@ def sketch(A: Curvature, rank: int, generator: torch.Generator, like: Tensor) ->
     Raises:
         FloatingPointError: A product was not finite.
     """
-    n = like.numel()
-    columns = like.unsqueeze(1).expand(-1, min(rank, n))
-    noise = torch.empty_like(columns, dtype=torch.float64, device="cpu", memory_format=torch.contiguous_format)
-    noise = noise.normal_(generator=generator).to(like)
-    test, _ = torch.linalg.qr(noise)
-    return _nystrom(A, test) if A.psd else _range_finder(A, test)
+    return (_nystrom if A.psd else _range_finder)(A, _orthonormal(like, rank, generator))
+
+
+def _orthonormal(like: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    """Random columns `(n, rank)`, at most `n` of them."""
+    columns = like.unsqueeze(1).expand(-1, min(rank, like.numel()))
+    random = torch.empty_like(columns, memory_format=torch.contiguous_format)
+    for column in random.unbind(1):
+        column.copy_(_normal(like, generator))
+    basis: Tensor = torch.linalg.qr(random)[0]
+    return basis
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """The same numbers for every dtype and device."""
+    return torch.empty_like(like, dtype=torch.float64, device="cpu").normal_(generator=generator).to(like)
 
 
 def _nystrom(A: Matrix, test: Tensor) -> Sketch:
@@ -80,30 +92,74 @@ def _nystrom(A: Matrix, test: Tensor) -> Sketch:
     Y = _products(A, test)
     norm = float(Y.norm())
     shift = max(math.sqrt(n) * torch.finfo(Y.dtype).eps * norm, torch.finfo(Y.dtype).tiny)
+    core = test.T @ Y
+    core = (core + core.T) / 2
     while True:
-        core = test.T @ Y
-        factor, failed = torch.linalg.cholesky_ex(
-            (core + core.T) / 2 + shift * torch.eye(rank, dtype=Y.dtype, device=Y.device)
-        )
+        factor, failed = torch.linalg.cholesky_ex(core + shift * torch.eye(rank, dtype=Y.dtype, device=Y.device))
         if not failed:
             break
         shift *= 10
-    B = torch.linalg.solve_triangular(factor, (Y + shift * test).T, upper=False).T
-    vectors, singular, _ = torch.linalg.svd(B, full_matrices=False)
-    return Sketch(vectors, (singular.square() - shift).clamp(min=0))
+    used = _used(Y)
+    # In this order only two matrices of this size are alive at a time.
+    Y.add_(test, alpha=shift)
+    del test
+    B = torch.linalg.solve_triangular(factor, Y.T, upper=False).T
+    del Y
+    basis, triangle = torch.linalg.qr(B)
+    del B
+    vectors, singular, _ = torch.linalg.svd(triangle)
+    return Sketch((basis @ vectors).mul_(used), (singular.square() - shift).clamp(min=0))
 
 
 def _range_finder(A: Matrix, test: Tensor) -> Sketch:
     """For an indefinite matrix: eigenvalues on the range of `A test` (Halko, Martinsson & Tropp 2011, sec. 5.3)."""
-    basis, _ = torch.linalg.qr(_products(A, test))
+    image = _products(A, test)
+    del test
+    used = _used(image)
+    basis, _ = torch.linalg.qr(image)
+    del image
     core = basis.T @ _products(A, basis)
     values, vectors = torch.linalg.eigh((core + core.T) / 2)
     order = values.abs().argsort(descending=True)
-    return Sketch(basis @ vectors[:, order], values.abs()[order])
+    return Sketch((basis @ vectors[:, order]).mul_(used), values.abs()[order])
+
+
+def _used(image: Tensor) -> Tensor:
+    """Which rows of the matrix are not zero, `(n, 1)`: a parameter that the loss does not use stays to the bit."""
+    return (image.unbind(1)[0] != 0).unsqueeze(1)
 
 
 def _products(A: Matrix, columns: Tensor) -> Tensor:
-    products = torch.stack([A @ column for column in columns.unbind(1)], dim=1)
+    products = torch.empty_like(columns)
+    for column, product in zip(columns.unbind(1), products.unbind(1), strict=True):
+        product.copy_(A @ column)
+    return _finite(products)
+
+
+def estimated_diagonal(A: Matrix, probes: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Sizes of a matrix's diagonal entries, `(n,)`, each zero or above, by `probes` products.
+
+    With random signs `z`, `z * (A z)` has the diagonal as its mean (Bekas, Kokiopoulou & Saad 2007). Of these estimates
+    the root of the mean square is taken, as in AdaHessian (Yao et al. 2021): it tends to the norms of the rows, which
+    no cancellation makes small, and preconditions better than the mean (benchmarks/NOTES.md).
+
+    Args:
+        A: The matrix, `(n, n)`; it may be indefinite.
+        probes: One or more.
+        generator: On the CPU, as for `sketch`.
+        like: A vector `(n,)` of the dtype and device wanted.
+
+    Raises:
+        FloatingPointError: A product was not finite.
+    """
+    squares = torch.zeros_like(like)
+    for _ in range(probes):
+        product = A @ _normal(like, generator).sign()
+        squares.addcmul_(product, product)
+    return _finite(squares.div_(probes).sqrt_())
+
+
+def _finite(products: Tensor) -> Tensor:
     # The norm overflows before the entries do, and the factorisations need it.
     if not bool(torch.isfinite(products.norm())):
         raise FloatingPointError(
@@ -112,7 +168,7 @@ def _products(A: Matrix, columns: Tensor) -> Tensor:
     return products
 
 
-def diagonal(weights: Tensor, damping: float, exponent: float = 0.75) -> Preconditioner:
-    """Division by `(weights + damping)^exponent`, for an empirical Fisher diagonal `(n,)` (Martens 2010, sec. 4.7)."""
+def diagonal(weights: Tensor, damping: float, exponent: float) -> Preconditioner:
+    """Division by `(weights + damping)^exponent`, for the size `(n,)` of the matrix's diagonal."""
     inverse = (weights + damping).pow(-exponent)
     return lambda v: inverse * v

@@ -343,7 +343,9 @@ def test_no_graph_is_left_and_none_is_alive_in_a_trial(build: Build) -> None:
     finally:
         gc.enable()
     assert len(graphs) > 3
-    assert max(alive) == 0
+    # A rejected proposal of HessianFree's is solved again, on the graph.
+    kept = isinstance(optimizer, HessianFree) and optimizer.param_groups[0]["max_trials"] > 1
+    assert max(alive) == kept
     assert all(graph() is None for graph in graphs)
 
 
@@ -542,6 +544,8 @@ BAD = [
     ("weight_decay", -0.1, "0 or more"),
     ("tolerance_gradient", -1e-9, "0 or more"),
     ("tolerance_step", math.inf, "0 or more"),
+    ("steps_per_call", 0, "one or more"),
+    ("steps_per_call", 2.0, "whole number"),
     ("products", "exact", "'auto', 'cached', 'streamed', 'finite_difference'"),
     ("curvature", "fisher", "'gauss_newton' or 'hessian'"),
 ]
@@ -554,7 +558,9 @@ BAD_DAMPING = [
     ("min_damping", 1e11, "a minimum below the maximum"),
 ]
 BAD_HESSIAN_FREE = [
-    ("preconditioner", "jacobi", "'nystrom' or 'empirical_fisher' or None"),
+    ("preconditioner", "jacobi", "'nystrom' or 'hutchinson' or 'empirical_fisher' or None"),
+    ("probes", 0, "one or more"),
+    ("max_trials", 0, "one or more"),
     ("rank", 0, "one or more"),
     ("refresh_every", 1.5, "whole number"),
     ("max_iterations", -3, "one or more"),
@@ -565,6 +571,9 @@ BAD_HESSIAN_FREE = [
 BAD_DAMPED_NEWTON = [("eigenvalues", "clamped", "'absolute' or 'shifted'")]
 BAD_NEWTON_CG = [
     ("line_search", "wolfe", "'armijo' or 'strong_wolfe'"),
+    ("preconditioner", "empirical_fisher", "'nystrom' or None"),
+    ("rank", 0, "one or more"),
+    ("seed", -1, "whole number"),
     ("max_trials", 0, "one or more"),
     ("max_iterations", 1.5, "whole number"),
 ]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from problems import build as build_case
 from torch import Tensor, nn
 
-from newtonopt import HessianFree, evaluate, gauss_newton
+from newtonopt import HessianFree, _memory, evaluate, gauss_newton
+from newtonopt.optimizers.hessian_free import _best_start
+from newtonopt.solvers.cg import conjugate_gradients
 
 
-@pytest.mark.parametrize("preconditioner", ["nystrom", "empirical_fisher", None])
+@pytest.mark.parametrize("preconditioner", ["nystrom", "hutchinson", "empirical_fisher", None])
 def test_the_step_solves_the_damped_system(preconditioner: str | None) -> None:
     case = build_case("mlp", "mse")
     evaluation = evaluate(case.closure, case.params)
@@ -47,7 +51,7 @@ def test_linear_least_squares_is_solved_as_the_damping_vanishes() -> None:
     torch.testing.assert_close(torch.cat([layer.weight[0], layer.bias]).detach(), solution, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("preconditioner", ["nystrom", None])
+@pytest.mark.parametrize("preconditioner", ["nystrom", "hutchinson", None])
 def test_negative_curvature_is_followed_off_a_saddle(preconditioner: str | None) -> None:
     """x^2 - y^2 + y^4 near its saddle: the gradient points along x, and only curvature along y leads to a minimum (y^2
     = 1/2).
@@ -123,6 +127,94 @@ def test_the_sketch_makes_conjugate_gradients_short() -> None:
         assert optimizer.last_step is not None
         iterations[preconditioner] = optimizer.last_step.iterations
     assert iterations["nystrom"] < 0.7 * iterations[None]
+
+
+def test_hutchinsons_diagonal_makes_conjugate_gradients_short_where_scales_differ() -> None:
+    torch.manual_seed(0)
+    X = torch.randn(200, 60).double() * torch.logspace(0, -3, 60).double()
+    y = torch.randn(200, 1).double()
+    iterations = {}
+    for preconditioner in ("hutchinson", None):
+        layer = nn.Linear(60, 1, bias=False).double()
+        nn.init.zeros_(layer.weight)
+        optimizer = HessianFree(
+            layer.parameters(), damping=1e-6, preconditioner=preconditioner, progress_tolerance=1e-6
+        )
+        optimizer.step(lambda layer=layer: F.mse_loss(layer(X), y))
+        assert optimizer.last_step is not None
+        iterations[preconditioner] = optimizer.last_step.iterations
+        spent = optimizer.last_step.products - optimizer.last_step.iterations
+        assert spent == (10 if preconditioner else 0), "probes"
+    assert iterations["hutchinson"] < 0.25 * iterations[None]
+
+
+def test_a_rejected_proposal_is_solved_again_with_the_raised_damping() -> None:
+    """Within a radius the loss is a quadratic, and beyond it infinite: only a strongly damped step stays inside, which
+    shortening the first one does not reach.
+    """
+    torch.manual_seed(0)
+    scale = torch.logspace(0, -2, 20).double()
+    start = torch.ones(20, dtype=torch.float64)
+    reports = {}
+    for most in (1, 3, 10):
+        theta = start.clone().requires_grad_()
+
+        def closure(theta: Tensor = theta) -> Tensor:
+            theta.grad = None
+            far = float((theta.detach() - start).norm()) > 0.01
+            loss = F.mse_loss(scale * theta, torch.zeros(20).double(), reduction="sum") / (0.0 if far else 1.0)
+            loss.backward()
+            return loss
+
+        optimizer = HessianFree(
+            [theta], damping=1e-3, damping_factor=10.0, preconditioner=None, progress_tolerance=0.0, max_trials=most
+        )
+        optimizer.step(closure)
+        reports[most], step = optimizer.last_step, theta.detach() - start
+        assert optimizer.state[theta]["damping"] > optimizer.last_step.damping or optimizer.last_step.accepted
+    assert [reports[most].damping for most in (1, 3)] == [1e-3, pytest.approx(1e-1)]
+    assert not reports[1].accepted and not reports[3].accepted
+    found = reports[10]
+    assert found.accepted and found.damping > 0.1
+    exact = -2 * scale**2 / (2 * scale**2 + found.damping)
+    t = float(step.norm() / exact.norm())
+    assert t == pytest.approx(2.0 ** round(math.log2(t)), rel=1e-6), "halved at most"
+    torch.testing.assert_close(step, t * exact, rtol=1e-5, atol=1e-9)
+    assert found.products >= found.iterations > reports[3].iterations > reports[1].iterations
+    assert found.trials > reports[3].trials > reports[1].trials
+
+
+def test_a_solution_is_continued_from_its_best_iterate_for_a_higher_damping() -> None:
+    torch.manual_seed(0)
+    A = torch.randn(30, 30).double()
+    A = A @ A.T / 30
+    g = torch.randn(30).double()
+    low = conjugate_gradients(A + 1e-3 * torch.eye(30).double(), g, max_iterations=30, keep_path=True)
+    steps = [i.step for i in low.path] + [low.step]
+    for higher in (1e-2, 1.0, 100.0):
+        damped = A + higher * torch.eye(30).double()
+        values = [float(s @ (g + 0.5 * (damped @ s))) for s in steps]
+        found = _best_start(low, 1e-3, higher)
+        if min(values) >= 0:
+            assert found is None
+        else:
+            assert found is not None and torch.equal(found, steps[values.index(min(values))])
+
+
+def test_a_sketch_that_does_not_fit_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = build_case("mlp", "mse")
+    optimizer = HessianFree(case.params, rank=20)
+    start, state = case.flat(), dict(optimizer._memory)
+    # Two matrices of 43 x 20 numbers.
+    needed = 2 * 43 * 20 * 8
+    monkeypatch.setattr(_memory, "available_memory", lambda device: needed - 1)
+    with pytest.raises(MemoryError, match=r"rank=20, for 43 parameters, would take 13,760 bytes.*hutchinson"):
+        optimizer.step(case.closure)
+    assert torch.equal(case.flat(), start)
+    assert {name: optimizer._memory[name] for name in state} == state and "sketch_vectors" not in optimizer._memory
+    monkeypatch.setattr(_memory, "available_memory", lambda device: needed)
+    optimizer.step(case.closure)
+    assert optimizer.last_step is not None and optimizer.last_step.accepted
 
 
 def test_an_unrecognised_loss_leaves_everything_as_it_was() -> None:

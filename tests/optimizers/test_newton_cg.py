@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from problems import build as build_case
 from problems import logistic_gradient_norms
-from torch import Tensor
+from torch import Tensor, nn
 
 from newtonopt import NewtonCG
 
@@ -112,3 +114,44 @@ def test_strong_wolfe_meets_both_conditions() -> None:
     assert report.trial_loss <= first - 1e-4 * slope * report.step_norm
     x = theta.item()
     assert abs(x / math.sqrt(1 + x * x)) <= 0.9 * slope
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+def test_a_sketch_saves_iterations_and_changes_no_solution(curvature: Any) -> None:
+    """A quadratic with a few large eigenvalues, to its minimum with and without the sketch."""
+    torch.manual_seed(0)
+    X = torch.randn(120, 60).double() * torch.cat([torch.logspace(2, 1, 15), torch.ones(45)]).double()
+    y = torch.randn(120, 1).double()
+    exact = torch.linalg.lstsq(X, y).solution[:, 0]
+    iterations, products = {}, {}
+    for preconditioner in ("nystrom", None):
+        layer = nn.Linear(60, 1, bias=False).double()
+        nn.init.zeros_(layer.weight)
+        optimizer = NewtonCG(layer.parameters(), curvature=curvature, preconditioner=preconditioner, rank=20)
+        iterations[preconditioner] = products[preconditioner] = 0
+        norm = 1.0
+        while norm > 1e-8:
+            optimizer.step(lambda layer=layer: F.mse_loss(layer(X), y))
+            assert optimizer.last_step is not None and optimizer.last_step.accepted
+            norm = optimizer.last_step.gradient_norm
+            iterations[preconditioner] += optimizer.last_step.iterations
+            products[preconditioner] += optimizer.last_step.products
+        torch.testing.assert_close(layer.weight[0].detach(), exact, rtol=1e-5, atol=1e-7)
+    assert products["nystrom"] - iterations["nystrom"] == (20 if curvature == "gauss_newton" else 40)
+    assert products[None] == iterations[None]
+    assert iterations["nystrom"] < 0.5 * iterations[None]
+
+
+def test_negative_curvature_is_followed_with_a_sketch() -> None:
+    torch.manual_seed(0)
+    weights = torch.linspace(-1, 3, 12).double()
+    theta = (0.1 * torch.randn(12).double()).requires_grad_()
+    optimizer = NewtonCG([theta], preconditioner="nystrom", rank=4)
+    reasons = set()
+    for _ in range(40):
+        optimizer.step(lambda: (weights * theta**2 + 0.25 * theta**4).sum())
+        assert optimizer.last_step is not None
+        reasons.add(optimizer.last_step.reason)
+    assert "negative curvature" in reasons
+    lowest = (-2 * weights.clamp(max=0)).sqrt()
+    torch.testing.assert_close(theta.detach().abs(), lowest, rtol=0, atol=1e-5)

@@ -1,0 +1,123 @@
+"""What one call of `step` evaluates: the loss by the user's closure, and the curvature by the same or by another."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from newtonopt._flat import unflatten
+from newtonopt.evaluation import Evaluation, Products
+from newtonopt.objective import Objective
+from newtonopt.optimizers.rates import per_entry
+
+
+class Call:
+    """The points that one call passes: at the first one the closure runs for real, later without a trace.
+
+    All evaluations begin with the same random state, so that the same function is minimised throughout.
+
+    Args:
+        closure: Of the loss.
+        curvature_closure: Of the curvature; None: the same.
+        groups: The parameter groups.
+        falls_back: Whether products are known to need finite differences.
+
+    Attributes:
+        params: The parameters that are neither frozen nor empty.
+        rates: Their learning rate, one number or one for each entry `(n,)`.
+        objective: The loss.
+
+    Raises:
+        RuntimeError: Every parameter is frozen or empty.
+    """
+
+    def __init__(
+        self,
+        closure: Callable[[], Any],
+        curvature_closure: Callable[[], Any] | None,
+        groups: Sequence[dict[str, Any]],
+        *,
+        falls_back: bool,
+    ) -> None:
+        trained = [(group, p) for group in groups for p in group["params"] if p.requires_grad and p.numel()]
+        if not trained:
+            raise RuntimeError("Every parameter of this optimizer is frozen or empty: none requires a gradient.")
+        self.params = [p for _, p in trained]
+        self.rates = per_entry([float(group["lr"]) for group, _ in trained], self.params)
+        decay = per_entry([float(group["weight_decay"]) for group, _ in trained], self.params)
+        products: Products = "finite_difference" if falls_back else groups[0]["products"]
+        self._curved = Objective(
+            closure if curvature_closure is None else curvature_closure, self.params, decay, products
+        )
+        # By differences, which the loss alone never needs, no graph of it is kept.
+        alone: Products = "finite_difference"
+        self.objective = self._curved if curvature_closure is None else Objective(closure, self.params, decay, alone)
+        self._start = self.objective.point
+        self._began = False
+        self._gradient: Tensor | None = None
+        self._returned: Any = None
+
+    def evaluate(self) -> tuple[Evaluation, Evaluation]:
+        """At the present point: the loss's, and the one whose products are the curvature's."""
+        if self._curved is self.objective:
+            evaluation = basis = self._evaluated()
+        else:
+            self._curved.point = self.objective.point
+            # First, so that an error finds everything as it was.
+            basis = self._curvature()
+            evaluation = self._evaluated()
+        return evaluation, basis
+
+    def _evaluated(self) -> Evaluation:
+        if self._gradient is not None:
+            return self.objective.evaluate()
+        self._began = True
+        evaluation = self.objective.record()
+        self._gradient = evaluation.data_gradient
+        self._returned = evaluation.loss if evaluation.returned is None else evaluation.returned
+        return evaluation
+
+    def _curvature(self) -> Evaluation:
+        try:
+            return self._curved.evaluate()
+        except RuntimeError as error:
+            raise RuntimeError(f"The curvature_closure failed. {error}") from error
+
+    def fall_back(self) -> None:
+        """Form products by finite differences from the next point on."""
+        self._curved.products = "finite_difference"
+
+    def undo(self) -> None:
+        """Put all back to where the call began."""
+        if self.objective.point is not self._start:
+            self.objective.return_to(self._start)
+        if self._began:
+            self.objective.rewind()
+
+    def finish(self) -> Any:
+        """Leave the first point's gradient in `.grad`; returns what the closure returned there, or the loss."""
+        if self._gradient is not None:
+            _put_gradients(self.params, self._gradient)
+        return self._returned
+
+
+def skips_backward(closure: Callable[[], Any]) -> bool:
+    """Whether this is Lightning's closure without a `backward`."""
+    hosts = (closure.func, *closure.args) if isinstance(closure, functools.partial) else (closure,)
+    return any(
+        type(host).__module__.partition(".")[0] in ("lightning", "pytorch_lightning")
+        and getattr(host, "_backward_fn", host) is None
+        for host in hosts
+    )
+
+
+def _put_gradients(params: Sequence[Tensor], gradient: Tensor) -> None:
+    """Leave the recorded gradient in `.grad`, unclipped; a parameter that the loss does not use keeps None."""
+    for p, piece in zip(params, unflatten(gradient, params), strict=True):
+        if p.grad is not None:
+            p.grad.copy_(piece)
+        elif bool(piece.any()):
+            p.grad = piece.clone()
