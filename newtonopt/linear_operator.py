@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -86,6 +86,25 @@ class LinearOperator:
         """`A + c I`, or `A + diag(c)` for `c` of shape `(n,)`, sharing this operator's count of products."""
         psd = self.psd and bool(torch.as_tensor(c).min() >= 0)
         return self._derived(LinearOperator(lambda v: _plus(self._product(v), c, v), self.shape, self.like, psd=psd))
+
+    def scale(self, d: Tensor) -> LinearOperator:
+        """`D A D` with `D = diag(d)`, `d` of shape `(n,)`, sharing this operator's count of products."""
+        scaled = LinearOperator(lambda v: d * self._product(d * v), self.shape, self.like, psd=self.psd)
+        return self._derived(scaled)
+
+    def block(self, spans: Sequence[tuple[int, int]]) -> LinearOperator:
+        """The diagonal block over the entries in ascending ranges `[start, stop)`, sharing the count of products."""
+        pieces = [slice(*span) for span in spans]
+        size = sum(stop - start for start, stop in spans)
+
+        def product(v: Tensor) -> Tensor:
+            whole = v.new_zeros(self.shape[1])
+            for piece, part in zip(pieces, v.split([piece.stop - piece.start for piece in pieces]), strict=True):
+                whole[piece] = part
+            image = self._product(whole)
+            return torch.cat([image[piece] for piece in pieces])
+
+        return self._derived(LinearOperator(product, (size, size), self.like, psd=self.psd))
 
     def dense(self) -> Tensor:
         """The whole matrix, for one product a column (a row if there are fewer); symmetric matrices are symmetrised."""

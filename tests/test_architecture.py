@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_sharded",
         "_shards",
     },
-    "curvature": {"_checks", "evaluation", "objective", "operators", "linear_operator", "solvers", "_flat"},
+    "curvature": {"_checks", "evaluation", "objective", "operators", "linear_operator", "solvers", "_flat", "_shards"},
     "callbacks": {"newtonopt", "_checks", "evaluation", "objective", "operators", "optimizers", "curvature"},
     "newtonopt": {"evaluation", "linear_operator", "objective", "operators", "optimizers"},
 }

@@ -70,6 +70,27 @@ def test_closed_forms(arguments: dict[str, Any], threshold: float) -> None:
     assert stability_threshold(torch.optim.SGD([torch.zeros(1)], **arguments)) == pytest.approx(threshold)
 
 
+@pytest.mark.parametrize(
+    ("kind", "arguments", "threshold"),
+    [
+        (torch.optim.Adam, {"lr": 0.1}, 380.0),
+        (torch.optim.Adam, {"lr": 0.1, "betas": (0.5, 0.9), "weight_decay": 3.0}, 60.0),
+        (torch.optim.AdamW, {"lr": 0.1, "weight_decay": 1.0}, 361.0),
+        (torch.optim.NAdam, {"lr": 0.1}, 380.0 / 2.8),
+        (torch.optim.NAdam, {"lr": 0.1, "weight_decay": 1.0, "decoupled_weight_decay": True}, 361.0 / 2.8),
+        (torch.optim.RAdam, {"lr": 0.1}, 380.0),
+        (torch.optim.Adamax, {"lr": 0.1}, 380.0),
+        (torch.optim.RMSprop, {"lr": 0.1}, 20.0),
+        (torch.optim.RMSprop, {"lr": 0.1, "momentum": 0.9}, 38.0),
+        (torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.5}, 20.0),
+    ],
+)
+def test_closed_forms_of_adaptive_optimizers(
+    kind: type[torch.optim.Optimizer], arguments: dict[str, Any], threshold: float
+) -> None:
+    assert stability_threshold(kind([torch.zeros(1)], **arguments)) == pytest.approx(threshold)
+
+
 def test_smallest_of_several_groups_is_sufficient() -> None:
     groups = [
         {"lr": 0.1, "momentum": 0.9},
@@ -111,8 +132,8 @@ class _Renamed(torch.optim.SGD):
 
 
 def test_other_optimizers_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"optimizer is Adam: give a torch.optim.SGD"):
-        stability_threshold(torch.optim.Adam([torch.zeros(1)]))
+    with pytest.raises(TypeError, match=r"optimizer is Adadelta, .* among SGD, RMSprop, Adagrad, AdamW, Adam, NAdam"):
+        stability_threshold(torch.optim.Adadelta([torch.zeros(1)]))
     with pytest.raises(TypeError, match="optimizer is _Sharpened"):
         stability_threshold(_Sharpened([torch.zeros(1)], lr=0.1))
     assert stability_threshold(_Renamed([torch.zeros(1)], lr=0.1)) == pytest.approx(20.0)

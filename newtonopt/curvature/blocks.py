@@ -1,0 +1,82 @@
+"""Diagonal blocks of a curvature matrix, one for each group of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor
+
+from newtonopt._shards import is_sharded
+from newtonopt.linear_operator import LinearOperator
+
+
+def blocks(
+    operator: LinearOperator,
+    named_parameters: Iterable[tuple[str, Tensor]],
+    patterns: Sequence[str] | None = None,
+) -> dict[str, LinearOperator]:
+    """The diagonal block of each group of parameters, as an operator: curvature layer by layer.
+
+    A product with a block costs one with the whole. A block's eigenvalues lie between the extreme ones of the whole
+    (Cauchy).
+
+    Args:
+        operator: Symmetric, `(n, n)`, over those parameters.
+        named_parameters: `model.named_parameters()`, in the order that was given to `evaluate`; what requires no
+            gradient is passed over.
+        patterns: Of names, each a group, as file names are matched: `"encoder.*"`, `"*.bias"`. A parameter may be in
+            several groups or in none. None (default): the model's parts, which is what stands before a name's first
+            dot.
+
+    Returns:
+        The blocks by pattern, or by the name of the part, in order. A block's vectors run over its parameters in the
+        whole's order.
+
+    Raises:
+        TypeError: `operator` is no `LinearOperator`, `named_parameters` no pairs, or `patterns` one string.
+        ValueError: The parameters are not the operator's, or a pattern fits none of them.
+        NotImplementedError: The parameters are sharded.
+    """
+    if not isinstance(operator, LinearOperator):
+        raise TypeError(f"operator is a {type(operator).__name__}: give a LinearOperator, such as hessian(evaluation).")
+    if isinstance(patterns, str):
+        raise TypeError(f"patterns is the string {patterns!r}: give a list of patterns, [{patterns!r}].")
+    named = _trained(named_parameters)
+    if is_sharded([p for _, p in named]):
+        raise NotImplementedError("blocks of sharded parameters are spread over the processes: measure the whole.")
+    spans: dict[str, tuple[int, int]] = {}
+    size = 0
+    for name, p in named:
+        spans[name] = (size, size + p.numel())
+        size += p.numel()
+    if operator.shape != (size, size):
+        raise ValueError(
+            f"named_parameters has {size} entries and the operator is {operator.shape[0]} x {operator.shape[1]}: give "
+            "the names of the parameters that were given to evaluate, such as model.named_parameters()."
+        )
+    groups: dict[str, list[tuple[int, int]]] = {pattern: [] for pattern in patterns or ()}
+    for name, span in spans.items():
+        fitting = [name.split(".")[0]] if patterns is None else [p for p in groups if fnmatchcase(name, p)]
+        for key in fitting:
+            groups.setdefault(key, []).append(span)
+    for pattern, found in groups.items():
+        if not found:
+            raise ValueError(f"patterns: {pattern!r} fits none of the names {', '.join(spans)}.")
+    return {key: operator.block(found) for key, found in groups.items()}
+
+
+def _trained(named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Those that require a gradient, each once."""
+    first: dict[int, tuple[str, Tensor]] = {}
+    for pair in named_parameters:
+        if not (
+            isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
+        ):
+            raise TypeError(
+                f"named_parameters holds a {type(pair).__name__}: give pairs of a name and a tensor, such as "
+                "model.named_parameters()."
+            )
+        if pair[1].requires_grad:
+            first.setdefault(id(pair[1]), pair)
+    return list(first.values())

@@ -1,0 +1,64 @@
+"""Diagonal blocks against the dense matrix's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import build
+from torch import Tensor
+
+from newtonopt import LinearOperator, evaluate, gauss_newton, hessian
+from newtonopt.curvature import blocks, extreme_eigenvalues
+
+
+def test_parts_of_a_model_by_default() -> None:
+    case = build("conv", "cross_entropy")
+    H = hessian(evaluate(case.closure, case.params))
+    found = blocks(H, case.model.named_parameters())
+    whole = H.dense()
+    sizes = {"0": 20, "4": 27}
+    assert {name: block.shape[0] for name, block in found.items()} == sizes
+    torch.testing.assert_close(found["0"].dense(), whole[:20, :20])
+    torch.testing.assert_close(found["4"].dense(), whole[20:, 20:])
+    spectrum = extreme_eigenvalues(found["4"], top=2, bottom=1)
+    truth = torch.linalg.eigvalsh(whole[20:, 20:])
+    assert spectrum.top[0].value == pytest.approx(float(truth[-1]), rel=1e-3)
+    assert spectrum.top[0].vector.shape == (27,)
+
+
+def test_patterns_may_overlap_and_need_not_be_contiguous() -> None:
+    case = build("odd", "mse")
+    A = gauss_newton(evaluate(case.closure, case.params))
+    before = A.products
+    found = blocks(A, case.model.named_parameters(), ["*u*", "scale", "[sw]*"])
+    whole = A.dense()
+    names = [name for name, p in case.model.named_parameters() if p.requires_grad for _ in range(p.numel())]
+    for pattern, kept in (("*u*", "unused"), ("scale", "scale"), ("[sw]*", "scale weight")):
+        indices = torch.tensor([i for i, name in enumerate(names) if name in kept.split()])
+        torch.testing.assert_close(found[pattern].dense(), whole[indices][:, indices])
+        assert found[pattern].psd
+    assert list(found) == ["*u*", "scale", "[sw]*"]
+    assert A.products == found["scale"].products == before + A.shape[0] + 2 + 1 + 16
+
+
+def test_a_parameter_under_two_names_is_one() -> None:
+    case = build("words", "cross_entropy")
+    H = hessian(evaluate(case.closure, case.params))
+    pairs = case.model.named_parameters(remove_duplicate=False)
+    assert {name: block.shape[0] for name, block in blocks(H, pairs).items()} == {"embedding": 20, "mix": 20}
+
+
+def test_errors_name_the_remedy() -> None:
+    A = torch.eye(3)
+    H = LinearOperator(lambda v: A @ v, (3, 3), A)
+    theta: list[tuple[str, Tensor]] = [("a", torch.zeros(3, requires_grad=True))]
+    with pytest.raises(TypeError, match="operator is a Tensor"):
+        blocks(A, theta)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"give a list of patterns, \['a'\]"):
+        blocks(H, theta, "a")
+    with pytest.raises(TypeError, match=r"named_parameters holds a Tensor.*model.named_parameters\(\)"):
+        blocks(H, [theta[0][1]])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="patterns: 'b' fits none of the names a"):
+        blocks(H, theta, ["a", "b"])
+    with pytest.raises(ValueError, match="named_parameters has 0 entries and the operator is 3 x 3"):
+        blocks(H, [("a", torch.zeros(3))])
