@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
+from newtonopt.curvature.ritz import RitzBlock, RitzPairs
 from newtonopt.solvers.lanczos import Tridiagonal
 
 # Rounding, in units of eps times the norm, by which Ritz values may leave the exact spectrum. Measured on dense
 # matrices: in float64 at most 2.5 up to n = 400 against Rayleigh quotients in extended precision
 # (LAPACK's own eigenvalues are off by tens), at most 5 up to n = 1500 with several runs merged; in float32 at most 0.4.
 _GUARD = 16.0
+# Vectors of length n in use besides those that are kept: the start, those of one Lanczos step, a product's.
+_WORKSPACE = 8
 
 
 def component_floor(size: int, failure: float) -> float:
@@ -44,6 +47,11 @@ def spectrum_ceiling(tridiagonal: Tridiagonal, delta: float, largest: float) -> 
     The last k is used: a bound from an earlier one may lie below a Ritz value found since, which proves that the start
     was such an exception, and a bound that is known to be wrong must not be reported.
 
+    Restarts leave that as it is, for they change the basis and not the polynomial. In the basis Q of any cycle, x'Q is
+    beta x'q e' (lambda - T)^{-1}, last row of the inverse, q the vector after the cycle. The entry of the vector with
+    which the cycle began ties x'q to the x'q of the cycle before: p is the product of the cycles' own ratios. The
+    rounding F of a cycle enters x'v_1 as x'F (lambda - T)^{-1}, weighed down by the ratios of the cycles before.
+
     Args:
         tridiagonal: Coefficients of a run from a random start.
         delta: In (0, 1], from `component_floor`.
@@ -55,125 +63,50 @@ def spectrum_ceiling(tridiagonal: Tridiagonal, delta: float, largest: float) -> 
     """
     if tridiagonal.invariant:
         return largest
-    alphas, betas = tridiagonal.alphas.tolist(), tridiagonal.betas.tolist()
+    cycles = list(_cycles(tridiagonal))
     target = -math.log(delta)
-    width = max(betas)
-    while not _exceeds(alphas, betas, largest + width, target):
+    width = max(cycles[-1][3])
+    while _growth(cycles, largest + width) < target:
         width *= 4.0
     low, high = 0.0, width
     # On a logarithmic scale: the distance sought may be any power of ten below the spectrum's width.
     while high - low > 0.01 * low and high > 1e-16 * width:
         middle = 0.5 * (low + high) if low > 0.0 else 0.1 * high
-        if _exceeds(alphas, betas, largest + middle, target):
+        if _growth(cycles, largest + middle) >= target:
             high = middle
         else:
             low = middle
     return float(largest + high)
 
 
-def _exceeds(alphas: list[float], betas: list[float], point: float, target: float) -> bool:
-    """Whether log p_k(point) >= target for the last k, by the pivots of point - T."""
-    total, correction = 0.0, 0.0
-    for alpha, beta in zip(alphas, betas, strict=True):
-        pivot = point - alpha - correction
-        # Not above the largest Ritz value, within rounding.
-        if pivot <= 0.0:
-            return False
-        total += math.log(pivot) - math.log(beta)
-        correction = beta * beta / pivot
-    return total >= target
+# Kept Ritz values and squared couplings, diagonal and off-diagonal.
+_Cycle = tuple[list[float], list[float], list[float], list[float]]
 
 
-@dataclass(frozen=True, eq=False)
-class RitzPairs:
-    """Orthonormal approximate eigenvectors U of A, as far as bounds depend on them.
-
-    Attributes:
-        values: Ritz values Theta `(m,)`, float64 on the CPU.
-        gram: R'R `(m, m)`, float64 on the CPU, with R = A U - U Theta orthogonal to U.
-    """
-
-    values: Tensor
-    gram: Tensor
-
-    def __len__(self) -> int:
-        return int(self.values.shape[0])
-
-    def joined(self, values: Tensor, couplings: Tensor) -> RitzPairs:
-        """With the Ritz pairs of one Lanczos run added, whose residuals are `couplings` times one unit vector."""
-        old, new = self.gram.shape[0], couplings.shape[0]
-        gram = torch.zeros(old + new, old + new, dtype=torch.float64)
-        gram[:old, :old] = self.gram
-        gram[old:, old:] = couplings[:, None] * couplings
-        return RitzPairs(torch.cat([self.values, values]), gram)
-
-    def ceilings(self, rest: float, size: int, count: int) -> list[float]:
-        """Upper bounds on the largest eigenvalues of A, from a bound on the part B that U leaves over.
-
-        In the basis (U, its complement) A is [[Theta, R'], [R, B]]. With B <= M I, A is at most
-        [[Theta, R'], [R, M I]] in the order of quadratic forms, so each of its eigenvalues is at most that matrix's
-        (Weyl's monotonicity, Horn & Johnson 2013, cor. 4.3.12), and those follow from R'R alone. The bounds
-        by |R| and by |R|^2 / gap (Li & Li 2005) are its two regimes.
-
-        Args:
-            rest: M, at least the largest eigenvalue of B.
-            size: Dimension n of A.
-            count: How many bounds are wanted, 0 to n.
-
-        Returns:
-            Bounds, descending, on the `count` largest eigenvalues.
-        """
-        block = len(self)
-        if block in (0, size):
-            return sorted([*self.values.tolist(), *[rest] * (count - block)], reverse=True)[:count]
-        weights, axes = torch.linalg.eigh(self.gram)
-        root = axes * weights.clamp_min(0.0).sqrt()
-        corner = rest * torch.eye(block, dtype=torch.float64)
-        bordered = torch.cat([torch.cat([self.values.diag(), root], 1), torch.cat([root.T, corner], 1)])
-        bounds = [*torch.linalg.eigvalsh(bordered).tolist(), *[rest] * (size - 2 * block)]
-        return sorted(bounds, reverse=True)[:count]
-
-    def mirrored(self) -> RitzPairs:
-        """The same pairs of -A."""
-        return RitzPairs(-self.values, self.gram)
+def _cycles(tridiagonal: Tridiagonal | None) -> Iterator[_Cycle]:
+    """The coefficients between restarts, the last first."""
+    while tridiagonal is not None:
+        squares = tridiagonal.couplings.square().tolist()
+        yield tridiagonal.values.tolist(), squares, tridiagonal.alphas.tolist(), tridiagonal.betas.tolist()
+        tridiagonal = tridiagonal.before
 
 
-@dataclass(frozen=True, eq=False)
-class RitzBlock:
-    """Ritz pairs with their vectors.
-
-    Attributes:
-        values: Ritz values `(m,)`, float64 on the CPU, ascending.
-        vectors: U as orthonormal rows `(m, n)`, in the operator's dtype.
-        residuals: R = A U - U Theta as rows `(m, n)`, orthogonal to U.
-    """
-
-    values: Tensor
-    vectors: Tensor
-    residuals: Tensor
-
-    def pairs(self) -> RitzPairs:
-        """What bounds need of the block."""
-        return RitzPairs(self.values, (self.residuals @ self.residuals.T).to("cpu", torch.float64))
-
-    def merge(self, values: Tensor, vectors: Tensor, residuals: Tensor) -> RitzBlock:
-        """Rayleigh-Ritz on this block and on Ritz pairs W of P A P, P = I - U'U; needs no product.
-
-        A W = Theta_W W + R_W + U (R'W), so all blocks of the projected matrix are known.
-
-        Args:
-            values: `(j,)`, float64.
-            vectors: W as rows `(j, n)`, orthonormal and orthogonal to U.
-            residuals: R_W as rows `(j, n)`, of P A P: orthogonal to U and W.
-        """
-        coupling = self.residuals @ vectors.T
-        rows = torch.cat([self.residuals - coupling @ vectors, residuals])
-        corner = coupling.to("cpu", torch.float64)
-        upper = torch.cat([self.values.diag(), corner], 1)
-        lower = torch.cat([corner.T, values.diag()], 1)
-        merged, rotation = torch.linalg.eigh(torch.cat([upper, lower]))
-        turn = rotation.T.to(vectors.dtype).to(vectors.device)
-        return RitzBlock(merged, turn @ torch.cat([self.vectors, vectors]), turn @ rows)
+def _growth(cycles: list[_Cycle], point: float) -> float:
+    """Logarithm of p(point) by the pivots of point - T, minus infinity where that is not above all Ritz values."""
+    total = 0.0
+    for values, squares, alphas, betas in cycles:
+        correction = 0.0
+        for value, square in zip(values, squares, strict=True):
+            if point <= value:
+                return -math.inf
+            correction += square / (point - value)
+        for alpha, beta in zip(alphas, betas, strict=True):
+            pivot = point - alpha - correction
+            if pivot <= 0.0:
+                return -math.inf
+            total += math.log(pivot) - math.log(beta)
+            correction = beta * beta / pivot
+    return total
 
 
 @dataclass(frozen=True)
@@ -185,11 +118,26 @@ class Request:
     tolerance: float
     failure: float
     eps: float
+    max_products: int
+    max_vectors: int
 
     @property
     def single(self) -> bool:
         """Whether one run says everything, since the multiplicity of lambda_1 does not matter to lambda_1."""
         return all(count <= 1 for _, count in self.ends)
+
+    @property
+    def kept(self) -> int:
+        """How many Ritz vectors are kept between runs at most."""
+        return max(sum(count for _, count in self.ends), self.max_vectors // 6)
+
+    def run_length(self, block: int) -> int:
+        """How many Lanczos vectors there is room for: beside the block, the next one, and the residuals of both."""
+        return self.max_vectors - _WORKSPACE - 2 * block - 2 * self.kept
+
+    def restart_kept(self, room: int) -> int:
+        """How many Ritz vectors a run keeps at a restart at most: there is room for those that outlast it."""
+        return min(2 * self.kept, room // 2)
 
 
 @dataclass(frozen=True)
@@ -246,6 +194,19 @@ def certifiable(request: Request, known: Knowledge) -> bool:
     return certified(request, replace(known, rest=rest))
 
 
+def settled(request: Request, known: Knowledge) -> bool:
+    """Whether all wanted values are there and an eigenvalue lies within the tolerance of each."""
+    norms = known.pairs.gram.diagonal().clamp_min(0.0).sqrt()
+    # Fewer would be counted at both ends.
+    if len(known.pairs) < min(sum(count for _, count in request.ends), request.size):
+        return False
+    for sign, count in request.ends:
+        for index in torch.argsort(sign * known.pairs.values, descending=True).tolist()[:count]:
+            if float(norms[index]) > slack(request, known, float(known.pairs.values[index])):
+                return False
+    return True
+
+
 def certified(request: Request, known: Knowledge) -> bool:
     """Whether all wanted values are there with narrow intervals."""
     for sign, count in request.ends:
@@ -280,4 +241,5 @@ def _guard(request: Request, known: Knowledge) -> float:
 
 def slack(request: Request, known: Knowledge, value: float) -> float:
     """Width allowed to the interval of a value."""
-    return max(request.tolerance * abs(value), 4.0 * _guard(request, known))
+    size = max(abs(value), request.tolerance * known.norm)
+    return max(request.tolerance * size, 4.0 * _guard(request, known))

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from newtonopt.curvature.bounds import (
-    Knowledge,
-    Range,
-    Request,
-    RitzBlock,
-    certifiable,
-    certified,
-    component_floor,
-    intervals,
-    slack,
-    spectrum_ceiling,
-)
+from newtonopt.curvature.bounds import Knowledge, Range, Request, certified, intervals, settled, slack
+from newtonopt.curvature.ritz import RitzBlock
+from newtonopt.curvature.runs import search, track
 from newtonopt.linear_operator import LinearOperator
-from newtonopt.solvers.lanczos import LanczosResult, Tridiagonal, lanczos
 
-# Share of the budget for the first run, where a second one has to certify what it finds.
-_FIRST_SHARE = 2.0 / 3.0
-# Ritz vectors beyond the wanted ones that are deflated at each end: they widen the gap that the certifying run needs.
-_EXTRA = 8
+# Vectors of length n that a measurement may hold, unless more eigenvalues are asked for.
+_VECTORS = 120
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +25,10 @@ class Eigenvalue:
         value: Ritz value.
         lower: With `upper`, an interval that holds the eigenvalue of this rank in the ordered spectrum.
         upper: See `lower`. The inner end (lower at the top, upper at the bottom) is certain up to rounding;
-            the outer end holds with at least the confidence asked for, over the random start.
-        residual: `|A x - value x|`.
+            the outer end holds with at least the confidence asked for, over the random start, and is infinite where
+            the measurement is not certified.
+        residual: `|A x - value x|`: some eigenvalue lies within it of the value.
+        multiplicity: How many entries at this end, itself included, equal it within the tolerance.
         vector: Unit vector x `(n,)`, in the operator's dtype and on its device.
     """
 
@@ -47,6 +36,7 @@ class Eigenvalue:
     lower: float
     upper: float
     residual: float
+    multiplicity: int
     vector: Tensor
 
 
@@ -58,8 +48,11 @@ class Spectrum:
         top: Largest eigenvalues, descending.
         bottom: Smallest eigenvalues, ascending.
         products: Products with the operator that were used.
-        converged: Whether as many as were asked for are there and every interval is narrow enough.
+        converged: Whether as many as were asked for are there and every interval is narrow enough; where the
+            measurement is not certified, every residual small enough.
         confidence: Probability with which each interval holds, at least.
+        certified: Whether the start was random, so that nothing larger or smaller can have been missed. From a `start`
+            given it was not: the values are eigenvalues within their residuals, but perhaps not the extreme ones.
     """
 
     top: tuple[Eigenvalue, ...]
@@ -67,6 +60,7 @@ class Spectrum:
     products: int
     converged: bool
     confidence: float
+    certified: bool
 
 
 def extreme_eigenvalues(
@@ -76,7 +70,9 @@ def extreme_eigenvalues(
     tolerance: float = 1e-3,
     confidence: float = 0.99,
     max_products: int = 300,
+    max_vectors: int | None = None,
     seed: int = 0,
+    start: Spectrum | None = None,
 ) -> Spectrum:
     """lambda_1 >= lambda_2 >= ... and lambda_n <= lambda_{n-1} <= ..., each with an interval.
 
@@ -85,22 +81,32 @@ def extreme_eigenvalues(
     at one end on, another run from a fresh start on the complement of what was found looks for missed
     copies and bounds what is left, until every interval is narrow.
 
-    Memory is that of the Lanczos vectors of one run, up to `max_products` of length n, and of twice the Ritz vectors
-    kept, `top + bottom` and up to 16 more.
+    Memory is `max_vectors` vectors of length n at most, whatever the budget, besides that of a product. A run that
+    outgrows it goes on from its outer Ritz vectors (thick restarts, Wu & Simon 2000). That changes the basis and not
+    the polynomials that the bounds are made of, so the bounds stay what they are.
 
-    Not for eigenvalues inside the spectrum, and expensive where the wanted end is dense or tiny
-    against the norm (the smallest eigenvalues of a Gauss-Newton matrix): there the budget ends first, and the
-    intervals are wide but hold.
+    *Tracking*: with the last measurement as `start`, one run from the sum of its vectors and a little random part takes
+    a fraction of the products while the operator moves slowly. It certifies nothing: `certified` is false, the outer
+    bounds are infinite, and an eigenvalue whose vector the last one knew nothing of may be missed. A run sees equal
+    eigenvalues once: where the last measurement has any, it is passed over and the start random.
+
+    Not for eigenvalues inside the spectrum, and expensive where the wanted end is dense or tiny against the norm: there
+    the budget ends first, and the intervals are wide but hold.
 
     Args:
         operator: Symmetric `(n, n)`. With `operator.psd` zero is used as a lower bound.
         top: How many of the largest, >= 0; at most n are returned.
         bottom: How many of the smallest, >= 0; at most n are returned.
-        tolerance: Width of an interval relative to its value, in (0, 1). Widths at the level of rounding, 64 eps times
-            the norm, always suffice. 1e-3 tells a learning rate from its stability limit.
+        tolerance: Width of an interval relative to its value, in (0, 1), or to `tolerance` times the largest magnitude
+            where the value is smaller than that: a value that is zero within `tolerance**2` of the norm, such as the
+            smallest one of a Gauss-Newton matrix, does not use up the budget. Widths at the level of rounding, 64 eps
+            times the norm, always suffice. 1e-3 tells a learning rate from its stability limit.
         confidence: Probability, in (0, 1), with which each interval holds, over the random starts.
         max_products: Budget, >= 1.
+        max_vectors: Bound on the vectors of length n in use, at least four for each eigenvalue asked for and 24 more.
+            None (default): 120, or eight for each eigenvalue where that is more.
         seed: Seed of the random starts; the global random state is neither read nor written.
+        start: The last measurement of an operator nearby, to track; None (default): a certified measurement.
 
     Returns:
         The spectrum's ends. Where the budget ended first, `converged` is false, and fewer entries than asked for
@@ -108,24 +114,49 @@ def extreme_eigenvalues(
 
     Raises:
         TypeError: `operator` is no `LinearOperator`.
-        ValueError: An argument is out of range, or the operator is not square.
+        ValueError: An argument is out of range, the operator is not square, or `start` has no vectors of its length.
         FloatingPointError: A product is not finite.
     """
-    request = _request(operator, top, bottom, tolerance, confidence, max_products)
-    generator = torch.Generator().manual_seed(seed)
-    knowledge = _nothing(operator)
-    run = 0
-    while knowledge.products < max_products and not certified(request, knowledge):
-        run += 1
-        start = operator.like.new_empty(request.size, dtype=torch.float64, device="cpu").normal_(generator=generator)
-        start = start.to(operator.dtype).to(operator.device)
-        knowledge = _advance(operator, request, knowledge, start, run, max_products)
-    largest, smallest = (_report(request, knowledge, sign, count) for sign, count in request.ends)
-    return Spectrum(largest, smallest, knowledge.products, certified(request, knowledge), confidence)
+    request = _request(operator, top, bottom, tolerance, confidence, max_products, max_vectors)
+    old = _start_vectors(operator, start, tolerance)
+    if old is None:
+        known = search(operator, request, _nothing(operator), seed)
+        converged = certified(request, known)
+    else:
+        known = track(operator, request, _nothing(operator), old, seed)
+        converged = settled(request, known)
+    largest, smallest = (_report(request, known, sign, count) for sign, count in request.ends)
+    return Spectrum(largest, smallest, known.products, converged, confidence, old is None)
+
+
+def _start_vectors(operator: LinearOperator, start: Spectrum | None, tolerance: float) -> list[Tensor] | None:
+    """The vectors to track; None for a random start."""
+    if start is None:
+        return None
+    if not isinstance(start, Spectrum):
+        raise TypeError(f"start is a {type(start).__name__}: give the Spectrum of the last measurement, or None.")
+    entries = (*start.top, *start.bottom)
+    sizes = {entry.vector.shape[0] for entry in entries}
+    if sizes != {operator.shape[0]}:
+        raise ValueError(
+            f"start has {len(entries)} vectors of lengths {sorted(sizes)} and the operator is {operator.shape[0]} x "
+            f"{operator.shape[1]}: give the last measurement of this operator, or None."
+        )
+    # One run sees equal eigenvalues once. Those that are next to zero may be taken for one.
+    next_to_zero = tolerance * max(abs(entry.value) for entry in entries)
+    if any(entry.multiplicity > 1 and abs(entry.value) > next_to_zero for entry in entries):
+        return None
+    return [entry.vector.to(operator.dtype).to(operator.device) for entry in entries]
 
 
 def _request(
-    operator: LinearOperator, top: int, bottom: int, tolerance: float, confidence: float, max_products: int
+    operator: LinearOperator,
+    top: int,
+    bottom: int,
+    tolerance: float,
+    confidence: float,
+    max_products: int,
+    max_vectors: int | None,
 ) -> Request:
     if not isinstance(operator, LinearOperator):
         raise TypeError(
@@ -142,7 +173,19 @@ def _request(
         if not isinstance(share, (int, float)) or not 0.0 < share < 1.0:
             raise ValueError(f"{name} must be in (0, 1), got {share!r}")
     ends = ((1.0, min(top, rows)), (-1.0, min(bottom, rows)))
-    return Request(rows, ends, tolerance, 1.0 - confidence, torch.finfo(operator.dtype).eps)
+    eps, room = torch.finfo(operator.dtype).eps, _room(min(top, rows) + min(bottom, rows), max_vectors)
+    return Request(rows, ends, tolerance, 1.0 - confidence, eps, max_products, room)
+
+
+def _room(wanted: int, max_vectors: int | None) -> int:
+    if max_vectors is None:
+        return max(_VECTORS, 8 * wanted)
+    least = 4 * wanted + 24
+    if not isinstance(max_vectors, int) or max_vectors < least:
+        raise ValueError(
+            f"max_vectors must be a whole number and at least {least} for {wanted} eigenvalues, got {max_vectors!r}"
+        )
+    return max_vectors
 
 
 def _nothing(operator: LinearOperator) -> Knowledge:
@@ -152,130 +195,12 @@ def _nothing(operator: LinearOperator) -> Knowledge:
     return Knowledge(block, block.pairs(), whole, whole)
 
 
-def _advance(
-    operator: LinearOperator, request: Request, known: Knowledge, start: Tensor, run: int, max_products: int
-) -> Knowledge:
-    """One Lanczos run on the complement of the block, and what it finds merged into the block."""
-    # Later intervals rely on several runs, how many depends on the data: the shares 1/(r (r + 1)) sum to one.
-    failure = request.failure if request.single else request.failure / (run * (run + 1))
-    delta = component_floor(request.size - len(known.pairs), failure)
-    budget = max_products - known.products
-    if run == 1 and not request.single:
-        budget = math.ceil(_FIRST_SHARE * max_products)
-    # A third run means repeated eigenvalues, of which each run finds one copy: then it is cheaper to deflate a copy as
-    # soon as it has converged than to wait for the eigenvalues behind it.
-    greedy = run > 2
-    stop = _stop_rule(request, known, delta, greedy)
-    result = lanczos(operator, start, budget, deflate=known.block.vectors, scale=known.norm, stop=stop)
-    return _absorb(request, known, result, delta, greedy)
-
-
-def _stop_rule(request: Request, known: Knowledge, delta: float, greedy: bool) -> Callable[[Tridiagonal], bool]:
-    """Stop when all is certified, or when what is new has converged and must be deflated in turn."""
-    # A first run of several cannot certify: the bounds of its start say nothing of multiplicity.
-    bounded = request.single or len(known.pairs) > 0
-    due = 1
-
-    def stop(tridiagonal: Tridiagonal) -> bool:
-        nonlocal due
-        if tridiagonal.size < due:
-            return False
-        # The small eigenproblem costs k^3: judged at every 16th part, it stays below the products' cost.
-        due = tridiagonal.size + 1 + tridiagonal.size // 16
-        values, coordinates = tridiagonal.ritz()
-        couplings = tridiagonal.betas[-1] * coordinates[-1]
-        seen = _observe(known, tridiagonal, values, delta if bounded else None)
-        new = _new(request, seen, values)
-        if bounded and certified(request, _joined(seen, values, couplings, new)):
-            return True
-        ripe = _outermost(request, new) if greedy else new
-        return bool(new) and not request.single and certifiable(request, _joined(seen, values, couplings, ripe))
-
-    return stop
-
-
-def _joined(known: Knowledge, values: Tensor, couplings: Tensor, indices: list[int]) -> Knowledge:
-    """With these Ritz pairs of a run taken as if they were merged."""
-    return replace(known, pairs=known.pairs.joined(values[indices], couplings[indices]))
-
-
-def _outermost(request: Request, new: list[int]) -> list[int]:
-    """Of indices in ascending order of their values, the last and the first at the ends that were asked for."""
-    picked = {new[-1] if sign > 0.0 else new[0] for sign, count in request.ends if count and new}
-    return sorted(picked)
-
-
-def _observe(known: Knowledge, tridiagonal: Tridiagonal, values: Tensor, delta: float | None) -> Knowledge:
-    """Adds what a run on the block's complement tells of the spectrum; without bounds where delta is None."""
-    rest = known.rest
-    if delta is not None:
-        high = spectrum_ceiling(tridiagonal, delta, float(values[-1]))
-        low = -spectrum_ceiling(tridiagonal.mirrored(), delta, -float(values[0]))
-        rest = rest.tighten(Range(low, high))
-    return replace(
-        known,
-        rest=rest,
-        whole=rest if len(known.pairs) == 0 else known.whole,
-        norm=max(known.norm, abs(float(values[0])), abs(float(values[-1]))),
-        noise=max(known.noise, tridiagonal.noise),
-    )
-
-
-def _new(request: Request, known: Knowledge, values: Tensor) -> list[int]:
-    """Indices of the complement's Ritz values that belong among the wanted ones."""
-    chosen: set[int] = set()
-    for sign, count in request.ends:
-        held = [(value, -1) for value in (sign * known.pairs.values).tolist()]
-        fresh = [(value, index) for index, value in enumerate((sign * values).tolist())]
-        if len(held) >= count > 0:
-            # A value that beats the last wanted one by less than the slack changes nothing in the answer.
-            last = sorted(held, reverse=True)[count - 1][0]
-            fresh = [pair for pair in fresh if pair[0] > last + 0.25 * slack(request, known, last)]
-        chosen.update(index for _, index in sorted(held + fresh, reverse=True)[:count] if index >= 0)
-    return sorted(chosen)
-
-
-def _absorb(request: Request, known: Knowledge, result: LanczosResult, delta: float, greedy: bool) -> Knowledge:
-    """Bounds and Ritz vectors of a finished run."""
-    tridiagonal = result.tridiagonal
-    values, coordinates = tridiagonal.ritz()
-    seen = _observe(known, tridiagonal, values, delta)
-    seen = replace(seen, products=known.products + tridiagonal.size)
-    new = _new(request, seen, values)
-    if not new:
-        return seen
-    couplings = tridiagonal.betas[-1] * coordinates[-1]
-    if tridiagonal.size == request.size - len(known.pairs):
-        # The run spans the whole complement: keeping all of it leaves nothing to certify.
-        new = list(range(tridiagonal.size))
-    elif not request.single:
-        ripe = _outermost(request, new)
-        if greedy and certifiable(request, _joined(seen, values, couplings, ripe)):
-            new = ripe
-        new = _with_extras(request, seen, values, couplings, new)
-    vectors = result.vectors(coordinates[:, new])
-    tails = couplings[new].to(vectors.dtype).to(vectors.device)
-    block = seen.block.merge(values[new], vectors, tails[:, None] * result.next_vector)
-    return replace(seen, block=block, pairs=block.pairs())
-
-
-def _with_extras(request: Request, known: Knowledge, values: Tensor, couplings: Tensor, new: list[int]) -> list[int]:
-    """The indices and further ones from the wanted ends inwards, while the wanted intervals can still be narrow."""
-    for sign, count in request.ends:
-        order = torch.argsort(sign * values, descending=True).tolist() if count else []
-        for index in [i for i in order if i not in new][:_EXTRA]:
-            trial = sorted([*new, index])
-            if not certifiable(request, _joined(known, values, couplings, trial)):
-                break
-            new = trial
-    return new
-
-
 def _report(request: Request, known: Knowledge, sign: float, count: int) -> tuple[Eigenvalue, ...]:
-    order = torch.argsort(sign * known.block.values, descending=True).tolist()
+    order = torch.argsort(sign * known.block.values, descending=True).tolist()[:count]
     norms = known.pairs.gram.diagonal().clamp_min(0.0).sqrt().tolist()
     found = []
     for index, (value, lower, upper) in zip(order, intervals(request, known, sign, count), strict=False):
         low, high = sorted((sign * lower, sign * upper))
-        found.append(Eigenvalue(sign * value, low, high, norms[index], known.block.vectors[index]))
+        near = (known.block.values[order] - sign * value).abs() <= slack(request, known, value)
+        found.append(Eigenvalue(sign * value, low, high, norms[index], int(near.sum()), known.block.vectors[index]))
     return tuple(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,22 +23,31 @@ _BREAKDOWN = 8.0
 class Tridiagonal:
     """T with A Q' = Q' T + beta_k q_{k+1} e_k', where the rows of Q are the Lanczos vectors.
 
+    After a thick restart (Wu & Simon 2000) Q begins with the Ritz vectors that were kept, and T is
+    [[diag(values), couplings e_1'], [e_1 couplings', tridiagonal]].
+
     Attributes:
         alphas: Diagonal `(k,)`, float64 on the CPU.
         betas: `(k,)`, float64; `betas[:-1]` is the off-diagonal, `betas[-1]` the coupling to the next
             vector, zero where the process broke down.
         noise: Largest norm, over the products made, of what symmetry says must vanish: the part of
             `A q_k` along `q_1 ... q_{k-2}`. Rounding, or an operator that is not quite symmetric.
+        values: Ritz values that were kept at the last restart, float64.
+        couplings: Those of their vectors to the first Lanczos vector since.
+        before: The coefficients up to the last restart.
     """
 
     alphas: Tensor
     betas: Tensor
     noise: float
+    values: Tensor = field(default_factory=lambda: _float64([]))
+    couplings: Tensor = field(default_factory=lambda: _float64([]))
+    before: Tridiagonal | None = None
 
     @property
     def size(self) -> int:
-        """Number of Lanczos vectors, which is the number of products made."""
-        return int(self.alphas.shape[0])
+        """Number of products made; without restarts that of Lanczos vectors."""
+        return int(self.alphas.shape[0]) + (0 if self.before is None else self.before.size)
 
     @property
     def invariant(self) -> bool:
@@ -47,15 +56,19 @@ class Tridiagonal:
 
     def mirrored(self) -> Tridiagonal:
         """Coefficients of the same run on -A."""
-        return Tridiagonal(-self.alphas, self.betas, self.noise)
+        before = None if self.before is None else self.before.mirrored()
+        return Tridiagonal(-self.alphas, self.betas, self.noise, -self.values, self.couplings, before)
 
     def dense(self) -> Tensor:
-        """T as a `(k, k)` matrix."""
-        coupling = self.betas[:-1]
-        return self.alphas.diag() + coupling.diag(1) + coupling.diag(-1)
+        """T as a matrix."""
+        coupling, kept = self.betas[:-1], self.values.shape[0]
+        matrix = torch.cat([self.values, self.alphas]).diag()
+        matrix[kept:, kept:] += coupling.diag(1) + coupling.diag(-1)
+        matrix[kept, :kept] = matrix[:kept, kept] = self.couplings
+        return matrix
 
     def ritz(self) -> tuple[Tensor, Tensor]:
-        """Ritz values `(k,)` ascending, and their coordinates as columns `(k, k)` in the Lanczos basis."""
+        """Ritz values `(m,)` ascending, and their coordinates as columns `(m, m)` in the basis."""
         values, coordinates = torch.linalg.eigh(self.dense())
         return values, coordinates
 
@@ -96,13 +109,34 @@ class LanczosResult:
         Returns:
             The vectors as rows `(m, n)`, in the operator's dtype.
         """
-        weights = coordinates.to(self.next_vector.dtype).to(self.next_vector.device)
-        rows = self.next_vector.new_zeros(weights.shape[1], self.next_vector.shape[0])
+        rows = self.next_vector.new_zeros(coordinates.shape[1], self.next_vector.shape[0])
+        self.add_to(rows, coordinates.T)
+        return rows
+
+    def add_to(self, rows: Tensor, weights: Tensor) -> None:
+        """Adds `weights` `(m, k)` times the Lanczos vectors to `rows` `(m, n)`, in place and without a copy."""
+        weights = weights.to(rows.dtype).to(rows.device)
         offset = 0
         for chunk in self.chunks:
-            rows.addmm_(weights[offset : offset + chunk.shape[0]].T, chunk)
+            rows.addmm_(weights[:, offset : offset + chunk.shape[0]], chunk)
             offset += chunk.shape[0]
-        return rows
+
+    def coordinates(self, rows: Tensor) -> Tensor:
+        """Inner products of `rows` `(m, n)` with the Lanczos vectors: `(m, k)`, float64 on the CPU."""
+        return torch.cat([(rows @ chunk.T).to("cpu", torch.float64) for chunk in self.chunks], 1)
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """How a run keeps within a number of basis vectors, by thick restarts (Wu & Simon 2000).
+
+    Attributes:
+        room: Largest number of basis vectors, at least 2.
+        keep: From Ritz values `(room,)`, ascending, to the indices of those whose vectors are kept: fewer than `room`.
+    """
+
+    room: int
+    keep: Callable[[Tensor], list[int]]
 
 
 def lanczos(
@@ -113,6 +147,7 @@ def lanczos(
     deflate: Tensor | None = None,
     scale: float = 0.0,
     stop: Callable[[Tridiagonal], bool] | None = None,
+    restarts: Restarts | None = None,
 ) -> LanczosResult:
     """Lanczos process on A, or on P A P with P = I - U'U, from a given start.
 
@@ -128,9 +163,10 @@ def lanczos(
         scale: What is known of the norm of A, >= 0; matters with `deflate`, where products carry the rounding of
             A though P A P may be much smaller.
         stop: Called with the coefficients after each product; the run ends when it returns true.
+        restarts: Bound on the basis vectors; None (default) keeps them all.
 
     Returns:
-        The coefficients and the basis. Fewer than `max_products` vectors where `stop` said so or where
+        The coefficients and the basis. Fewer than `max_products` products where `stop` said so or where
         the Krylov space became invariant.
 
     Raises:
@@ -140,31 +176,92 @@ def lanczos(
     if max_products < 1:
         raise ValueError(f"max_products must be at least 1, got {max_products}")
     size = start.shape[0] - (0 if deflate is None else deflate.shape[0])
+    room = max_products if restarts is None else min(restarts.room, max_products)
     fixed = [] if deflate is None or deflate.shape[0] == 0 else [deflate]
-    chunks: list[Tensor] = []
-    alphas: list[float] = []
-    betas: list[float] = []
-    vector = _first(start, fixed)
-    previous = torch.zeros_like(vector)
+    basis = _Basis(_first(start, fixed), room)
     noise = 0.0
     while True:
-        _append(chunks, len(alphas), vector, max_products)
+        if restarts is not None and basis.length == room:
+            basis.restart(restarts.keep)
+        vector = basis.append()
         rest = operator @ vector
-        alphas.append(_dot(vector, rest))
-        _check_finite(alphas[-1], len(alphas))
-        rest = torch.sub(rest, vector, alpha=alphas[-1])
-        if betas:
-            rest.sub_(previous, alpha=betas[-1])
-        noise = max(noise, _project(rest, [*fixed, *_filled(chunks, len(alphas))], len(fixed)))
-        betas.append(math.sqrt(_dot(rest, rest)))
-        scale = max(scale, abs(alphas[-1]) + betas[-1])
-        small = betas[-1] <= _BREAKDOWN * torch.finfo(start.dtype).eps * scale
-        if small or len(alphas) == size:
-            betas[-1] = 0.0
-        previous, vector = vector, rest / betas[-1] if betas[-1] > 0.0 else torch.zeros_like(rest)
-        tridiagonal = Tridiagonal(_float64(alphas), _float64(betas), noise)
-        if betas[-1] == 0.0 or len(alphas) == max_products or (stop is not None and stop(tridiagonal)):
-            return LanczosResult(tridiagonal, tuple(_filled(chunks, len(alphas))), vector)
+        alpha = _dot(vector, rest)
+        _check_finite(alpha, basis.products)
+        rest = torch.sub(rest, vector, alpha=alpha)
+        basis.subtract_known(rest)
+        noise = max(noise, _project(rest, [*fixed, *basis.blocks()], len(fixed)))
+        beta = math.sqrt(_dot(rest, rest))
+        scale = max(scale, abs(alpha) + beta)
+        small = beta <= _BREAKDOWN * torch.finfo(start.dtype).eps * scale
+        if small or basis.length == size:
+            beta = 0.0
+        basis.close(alpha, beta, rest)
+        tridiagonal = basis.tridiagonal(noise)
+        if beta == 0.0 or basis.products == max_products or (stop is not None and stop(tridiagonal)):
+            return basis.result(tridiagonal)
+
+
+class _Basis:
+    """The Lanczos vectors and the coefficients while they are made."""
+
+    def __init__(self, first: Tensor, room: int) -> None:
+        self._next, self._previous, self._room = first, torch.zeros_like(first), room
+        self._kept: list[Tensor] = []
+        self._chunks: list[Tensor] = []
+        self._alphas: list[float] = []
+        self._betas: list[float] = []
+        self._values, self._couplings = _float64([]), _float64([])
+        self._before: Tridiagonal | None = None
+        self.products = 0
+
+    @property
+    def length(self) -> int:
+        return len(self._values) + len(self._alphas)
+
+    def blocks(self) -> list[Tensor]:
+        """The vectors as rows, without the rows that are not written yet."""
+        written = self.products - (0 if self._before is None else self._before.size)
+        return [*self._kept, *self._chunks[:-1], self._chunks[-1][: written - _CHUNK * (len(self._chunks) - 1)]]
+
+    def append(self) -> Tensor:
+        """Writes the next vector, with a further chunk where the last one is full."""
+        count, most = len(self._alphas), self._room - len(self._values)
+        if count % _CHUNK == 0:
+            self._chunks.append(self._next.new_empty(min(_CHUNK, most - count), self._next.shape[0]))
+        self._chunks[-1][count % _CHUNK] = self._next
+        self.products += 1
+        return self._next
+
+    def subtract_known(self, rest: Tensor) -> None:
+        """Removes from `A q` what the recurrence says of it, in place."""
+        if self._betas:
+            rest.sub_(self._previous, alpha=self._betas[-1])
+        elif self._kept:
+            weights = self._couplings.to(rest.dtype).to(rest.device)
+            rest.addmv_(self._kept[0].T, weights, alpha=-1.0)
+
+    def close(self, alpha: float, beta: float, rest: Tensor) -> None:
+        """Takes the coefficients of the vector last appended, and the next one."""
+        self._alphas.append(alpha)
+        self._betas.append(beta)
+        self._previous = self._next
+        self._next = rest / beta if beta > 0.0 else torch.zeros_like(rest)
+
+    def tridiagonal(self, noise: float) -> Tridiagonal:
+        alphas, betas = _float64(self._alphas), _float64(self._betas)
+        return Tridiagonal(alphas, betas, noise, self._values, self._couplings, self._before)
+
+    def result(self, tridiagonal: Tridiagonal) -> LanczosResult:
+        return LanczosResult(tridiagonal, tuple(self.blocks()), self._next)
+
+    def restart(self, keep: Callable[[Tensor], list[int]]) -> None:
+        """Goes on with some Ritz vectors for a basis: A u = theta u + c q with the vector q that comes next."""
+        done = self.tridiagonal(0.0)
+        values, coordinates = done.ritz()
+        kept = keep(values)
+        self._kept = [self.result(done).vectors(coordinates[:, kept])]
+        self._values, self._couplings = values[kept], done.betas[-1] * coordinates[-1, kept]
+        self._chunks, self._alphas, self._betas, self._before = [], [], [], done
 
 
 def _first(start: Tensor, fixed: list[Tensor]) -> Tensor:
@@ -191,18 +288,6 @@ def _project(vector: Tensor, blocks: list[Tensor], skip: int) -> float:
             if sweep == 0 and index >= skip:
                 removed += _dot(coefficients, coefficients)
     return math.sqrt(removed)
-
-
-def _append(chunks: list[Tensor], count: int, vector: Tensor, most: int) -> None:
-    """Writes row number `count` of at most `most`, with a further chunk where the last one is full."""
-    if count % _CHUNK == 0:
-        chunks.append(vector.new_empty(min(_CHUNK, most - count), vector.shape[0]))
-    chunks[-1][count % _CHUNK] = vector
-
-
-def _filled(chunks: list[Tensor], count: int) -> list[Tensor]:
-    """The chunks without the rows that are not written yet."""
-    return [*chunks[:-1], chunks[-1][: count - _CHUNK * (len(chunks) - 1)]]
 
 
 def _dot(left: Tensor, right: Tensor) -> float:
