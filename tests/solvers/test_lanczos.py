@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from newtonopt.solvers.lanczos import Tridiagonal, lanczos
+from newtonopt.solvers.lanczos import Restarts, Tridiagonal, lanczos
 
 
 def _symmetric(n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -123,3 +123,49 @@ def test_errors_name_the_remedy() -> None:
         lanczos(A * float("nan"), _vector(4), 3)
     with pytest.raises(FloatingPointError, match="not finite"):
         lanczos(torch.diag(torch.tensor([1.0, float("inf")])), torch.ones(2), 3)
+
+
+def _both_ends(values: torch.Tensor) -> list[int]:
+    return [0, 1, *range(len(values) - 3, len(values))]
+
+
+def test_restarts_keep_the_identity_within_few_vectors() -> None:
+    A = _symmetric(80)
+    seen: list[int] = []
+    restarts = Restarts(12, _both_ends)
+    result = lanczos(A, _vector(80), 47, stop=lambda t: seen.append(t.size) or False, restarts=restarts)  # type: ignore
+    Q, T = result.basis, result.tridiagonal.dense()
+    coupling = torch.zeros(len(Q), 80, dtype=torch.float64)
+    coupling[-1] = float(result.tridiagonal.betas[-1]) * result.next_vector
+    assert len(Q) <= 12
+    assert result.tridiagonal.size == 47
+    assert seen == list(range(1, 47))
+    torch.testing.assert_close(Q @ A, T @ Q + coupling, rtol=0.0, atol=1e-11)
+    torch.testing.assert_close(Q @ Q.T, torch.eye(len(Q), dtype=torch.float64), rtol=0.0, atol=1e-12)
+    values, coordinates = result.tridiagonal.ritz()
+    residuals = (result.vectors(coordinates) @ A - values[:, None] * result.vectors(coordinates)).norm(dim=1)
+    torch.testing.assert_close(residuals, result.residuals(), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(result.coordinates(result.basis), torch.eye(len(Q)).double(), rtol=0.0, atol=1e-12)
+
+
+def test_restarts_converge_to_the_ends_nearly_as_fast() -> None:
+    A = torch.diag(torch.cat([torch.linspace(0.0, 1.0, 300), torch.tensor([1.2, -0.3])]).double())
+
+    def products(restarts: Restarts | None) -> int:
+        def stop(tridiagonal: Tridiagonal) -> bool:
+            coordinates = tridiagonal.ritz()[1]
+            tails = tridiagonal.betas[-1] * coordinates[-1].abs()
+            return float(tails[0]) < 1e-6 and float(tails[-1]) < 1e-6
+
+        result = lanczos(A, _vector(302), 300, stop=stop, restarts=restarts)
+        np.testing.assert_allclose(result.ritz_values()[[0, -1]], [-0.3, 1.2], atol=1e-9)
+        return result.tridiagonal.size
+
+    assert products(Restarts(16, _both_ends)) <= 1.5 * products(None)
+
+
+def test_restarts_are_as_nothing_where_there_is_room() -> None:
+    A = _symmetric(30)
+    plain, roomy = (lanczos(A, _vector(30), 20, restarts=r) for r in (None, Restarts(20, _both_ends)))
+    assert torch.equal(plain.tridiagonal.alphas, roomy.tridiagonal.alphas)
+    assert torch.equal(plain.basis, roomy.basis)
