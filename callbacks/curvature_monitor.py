@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from newtonopt import evaluate, hessian
 from newtonopt._checks import check_products
@@ -257,10 +257,12 @@ def _is_known(eigenvalue: Eigenvalue) -> bool:
 
 
 def _stability_tags(optimizers: Sequence[Optimizer], largest: float) -> dict[str, float]:
+    if not all(isinstance(optimizer, SGD) for optimizer in optimizers):
+        return {}  # an optimizer without a threshold on the Hessian's own eigenvalues
     try:
         threshold = min(stability_threshold(optimizer) for optimizer in optimizers)
     except (TypeError, ValueError):
-        return {}  # an optimizer without a threshold on the Hessian's own eigenvalues, or one that is never stable
+        return {}  # a step that is not SGD's, or one that is never stable
     if not math.isfinite(threshold):
         return {}  # the learning rate is zero, as at the start of a warm-up
     return {"curvature/stability_threshold": threshold, "curvature/stability_ratio": largest / threshold}

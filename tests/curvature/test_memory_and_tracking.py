@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from newtonopt import LinearOperator, evaluate, gauss_newton, hessian
@@ -90,14 +90,14 @@ def test_few_vectors_cost_few_products_more(name: str) -> None:
     assert small.products <= 1.5 * large.products
 
 
-class _Live(TorchDispatchMode):
+class _Live(TorchFunctionMode):
     """Counts the vectors of length n that are alive."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
         self.n, self.now, self.most, self.known = n, 0, 0, set[int]()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
