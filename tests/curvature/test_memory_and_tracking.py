@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from newtonopt import LinearOperator, evaluate, gauss_newton, hessian
 from newtonopt.curvature import Spectrum, extreme_eigenvalues
-from newtonopt.curvature.bounds import _cycles, _growth
+from newtonopt.curvature.bounds import Knowledge, Range, Request, _cycles, _growth
+from newtonopt.curvature.ritz import RitzBlock
+from newtonopt.curvature.runs import _kept
 from newtonopt.solvers.lanczos import Restarts, lanczos
 
 
@@ -74,6 +76,25 @@ def test_the_polynomial_of_the_bound_is_that_of_the_run(keep: int) -> None:
         result = lanczos(torch.diag(-SLOW), start, products, restarts=restarts)
         ratio = float((result.next_vector[-1] / (start[-1] / start.norm())).abs())
         assert math.exp(_growth(list(_cycles(result.tridiagonal)), float(-SLOW[-1]))) == pytest.approx(ratio, rel=1e-6)
+
+
+def test_vectors_that_are_dropped_count_for_what_is_left() -> None:
+    root = torch.randn(40, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    A = root + root.T
+    result = lanczos(A, root[0], 12)
+    left = torch.linalg.svd(result.basis).Vh[12:]
+    inner = torch.linalg.eigvalsh(left @ A @ left.T)
+    block = RitzBlock(torch.zeros(0).double(), A[:0], A[:0])
+    rest, whole = Range(float(inner[0]), float(inner[-1])), Range(-math.inf, math.inf)
+    request = Request(40, ((1.0, 1), (-1.0, 1)), 1e-3, 0.01, 2e-16, 100, 120)
+    extension = block.extended(result, torch.eye(12, dtype=torch.float64))
+    known = _kept(request, Knowledge(block, block.pairs(), whole, rest), extension, [0, 11])
+    complement = torch.linalg.svd(known.block.vectors).Vh[2:]
+    truth = torch.linalg.eigvalsh(complement @ A @ complement.T)
+    assert float(truth[-1]) > rest.high + 1.0
+    assert float(truth[-1]) <= known.rest.high + 1e-9
+    assert float(truth[0]) >= known.rest.low - 1e-9
+    assert known.rest.high < float(truth[-1]) + 5.0
 
 
 @pytest.mark.parametrize("name", ["slow", "clustered", "ninefold"])

@@ -145,9 +145,10 @@ def _check_threshold(optimizer: Optimizer, params: list[Tensor]) -> None:
     assert _log_growth(optimizer, params, 1.03 * low * H) > 0.0
 
 
-def test_adam_against_its_formula() -> None:
+@pytest.mark.parametrize("decay", [0.0, 2.0])
+def test_adam_against_its_formula(decay: float) -> None:
     params = _params()
-    optimizer = Adam(params, lr=1e-3, betas=(0.8, 0.9), eps=1e-2)
+    optimizer = Adam(params, lr=1e-3, betas=(0.8, 0.9), eps=1e-2, weight_decay=decay)
     _warm(optimizer, params)
     H = _matrix()
     state = [optimizer.state[p] for p in params]
@@ -155,7 +156,7 @@ def test_adam_against_its_formula() -> None:
     P = (1 - 0.8**WARM) * ((v / (1 - 0.9**WARM)).sqrt() + 1e-2)
     operator = _operator(H)
     view = preconditioned(operator, optimizer, params)
-    torch.testing.assert_close(view.dense(), P.rsqrt()[:, None] * H * P.rsqrt(), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(view.dense(), P.rsqrt()[:, None] * (H + decay * torch.eye(7)) * P.rsqrt())
     assert operator.products == view.products == 7
 
 
