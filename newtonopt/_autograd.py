@@ -26,9 +26,16 @@ class NoSecondDerivativeError(RuntimeError):
 
 
 def grad(
-    of: Tensor | Sequence[Tensor], by: Sequence[Tensor], along: Sequence[Tensor] | None = None, *, keep: bool
+    of: Tensor | Sequence[Tensor],
+    by: Sequence[Tensor],
+    along: Sequence[Tensor] | None = None,
+    *,
+    keep: bool,
+    batched: bool = False,
 ) -> Gradients:
     """`along' d of / d by`, for sharded parameters its mean over the processes; without `keep` it empties the graph.
+
+    With `batched` each of `along` holds several tensors, stacked in a dimension before its own, and so do the results.
 
     Raises:
         NoSecondDerivativeError: The graph of a first derivative ends in an operation without a second one.
@@ -37,7 +44,7 @@ def grad(
     with _differentiating():
         if is_sharded(by):
             return pulled(of, by, along, keep=keep)
-        return torch.autograd.grad(of, by, along, retain_graph=keep, allow_unused=True)
+        return torch.autograd.grad(of, by, along, retain_graph=keep, allow_unused=True, is_grads_batched=batched)
 
 
 def grad_with_graph(

@@ -35,6 +35,22 @@ def local_pieces(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return list(torch.split(whole, [local_part(p).numel() for p in like]))
 
 
+def flatten_rows(tensors: Sequence[Tensor | None], like: Sequence[Tensor], count: int) -> Tensor:
+    """Rows `(count, n)` from tensors shaped as `like` after a first dimension of `count`; None counts as zeros."""
+    dtype = flat_dtype(like)
+    pieces = [
+        (p.new_zeros(count, p.numel()) if t is None else t.reshape(count, -1)).to(dtype)
+        for t, p in zip(tensors, like, strict=True)
+    ]
+    return torch.cat(pieces, dim=1)
+
+
+def unflatten_rows(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """For each of `like` a tensor of its shape after a first dimension, that of the rows `(k, n)`."""
+    pieces = rows.split([p.numel() for p in like], dim=1)
+    return [piece.reshape(len(rows), *p.shape).to(p.dtype) for piece, p in zip(pieces, like, strict=True)]
+
+
 def add_flat(vector: Tensor, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> None:
     """Add tensors shaped as `like` to the flat `vector` in place; None counts as zeros."""
     for piece, t in zip(local_pieces(vector, like), tensors, strict=True):

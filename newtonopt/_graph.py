@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 
@@ -27,6 +28,19 @@ def reaches(
         seen.add(node)
         waiting.extend(following for following, _ in node.next_functions)
     return False
+
+
+def bytes_handed_on(start: Iterable[Node | None]) -> int:
+    """What the gradients take that the nodes met going back from `start` are handed, all taken together."""
+    total = 0
+
+    def add(node: Node) -> bool:
+        nonlocal total
+        total += sum(math.prod(of.shape) * of.dtype.itemsize for of in node._input_metadata)
+        return False
+
+    reaches(start, add)
+    return total
 
 
 def reached(start: Node | None, nodes: set[Node | None]) -> set[Node]:

@@ -1,4 +1,4 @@
-"""A progress bar for long passes over a data set."""
+"""A progress bar for long passes over a data set, and for large matrices."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ _DELAY = 3.0
 
 
 @contextmanager
-def progress(total: int | None) -> Iterator[Callable[[], None]]:
-    """A function to call after each of `total` parts: a bar by tqdm, which Lightning brings, if it is installed.
+def progress(total: int | None, what: str = "pass over the data") -> Iterator[Callable[..., Any]]:
+    """A function to call after each of `total` parts, or with the number of those done: a bar by tqdm, which Lightning
+    brings, if it is installed.
 
     None is drawn for a single part, nor where the output is no terminal.
     """
@@ -21,7 +22,7 @@ def progress(total: int | None) -> Iterator[Callable[[], None]]:
     if bars is None:
         yield _nothing
         return
-    with bars(total=total, desc="newtonopt: pass over the data", delay=_DELAY, leave=False, disable=None) as bar:
+    with bars(total=total, desc=f"newtonopt: {what}", delay=_DELAY, leave=False, disable=None) as bar:
         yield bar.update
 
 
@@ -32,5 +33,5 @@ def _tqdm() -> Any:
         return None
 
 
-def _nothing() -> None:
+def _nothing(done: int = 1) -> None:
     pass

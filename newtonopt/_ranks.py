@@ -64,24 +64,25 @@ class Ranks:
         self.gather(run)
         return results[0]
 
-    def sum(self, compute: Callable[[], Tensor]) -> Tensor:
-        """The sum of the vectors `(n,)` that the processes compute: one all-reduce.
+    def sum(self, compute: Callable[[], Tensor], like: Tensor | None = None) -> Tensor:
+        """The sum of the tensors shaped as `like`, vectors `(n,)` if None, that the processes compute: one all-reduce.
 
         Raises:
             RuntimeError: `compute` raised on another process.
         """
         if self.count == 1:
             return compute()
-        n = self._like.numel()
+        like = self._like if like is None else like
+        n = like.numel()
         buffer = self._like.new_zeros(n + 1)
         error: Exception | None = None
         try:
-            buffer[:n] = compute()
+            buffer[:n] = compute().reshape(-1)
         except Exception as raised:
             error, buffer[n] = raised, 1.0
         dist.all_reduce(buffer)
         _pass_on(error, float(buffer[n]) != 0.0)
-        return buffer[:n]
+        return buffer[:n].view(like.shape)
 
     def first(self, vector: Tensor) -> Tensor:
         """The vector `(n,)` of the first process, written over the others'."""

@@ -36,8 +36,8 @@ class Source(Protocol):
         """Add this process's gradient at a step from the point to `gradient` in place; returns its loss there."""
         ...
 
-    def mean(self, compute: Callable[[], Tensor]) -> Tensor:
-        """The mean over the processes of the vectors `(n,)` that they compute."""
+    def mean(self, compute: Callable[[], Tensor], like: Tensor | None = None) -> Tensor:
+        """The mean over the processes of what they compute, shaped as `like`, `(n,)` if None."""
         ...
 
 

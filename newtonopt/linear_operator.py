@@ -7,9 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from newtonopt._memory import check_room
+from newtonopt._progress import progress
 from newtonopt._sharded import Sharded
 
 Product = Callable[[Tensor], Tensor]
+
+# Products that `dense` asks for at a time.
+_ROWS = 128
 
 
 class LinearOperator:
@@ -21,6 +26,7 @@ class LinearOperator:
         like: A tensor of the operator's dtype and device.
         psd: Whether the matrix is positive semi-definite by construction.
         transpose: Computes `A' u`; None for a symmetric matrix.
+        rows: Computes `A v` for each row `v` of `(k, columns)`; None: one by one.
 
     Attributes:
         like: No rows `(0, columns)`, from which vectors of the operator's kind can be made.
@@ -34,8 +40,10 @@ class LinearOperator:
         *,
         psd: bool = False,
         transpose: Product | None = None,
+        rows: Product | None = None,
     ) -> None:
         self._product = product
+        self._rows = rows
         self._transpose = transpose
         self.shape = shape
         self.dtype = like.dtype
@@ -71,12 +79,7 @@ class LinearOperator:
                 f"v has shape {tuple(v.shape)}: a vector for this {self.shape[0]} x {self.shape[1]} operator has shape "
                 f"({self.shape[1]},)."
             )
-        if isinstance(v, Sharded) != isinstance(self.like, Sharded):
-            own = "" if isinstance(self.like, Sharded) else "not "
-            raise ValueError(
-                f"v is a {type(v).__name__}, and the operator's parameters are {own}sharded: multiply by vectors made "
-                "from those of the evaluation, such as evaluation.gradient."
-            )
+        self._check_kind(v)
         if v.dim() == 2:
             return torch.stack([self @ column for column in v.unbind(1)], dim=1)
         self._count[0] += 1
@@ -85,7 +88,11 @@ class LinearOperator:
     def shift(self, c: float | Tensor) -> LinearOperator:
         """`A + c I`, or `A + diag(c)` for `c` of shape `(n,)`, sharing this operator's count of products."""
         psd = self.psd and bool(torch.as_tensor(c).min() >= 0)
-        return self._derived(LinearOperator(lambda v: _plus(self._product(v), c, v), self.shape, self.like, psd=psd))
+        rows = self._rows
+        shifted = None if rows is None else lambda V: _plus(rows(V), c, V)
+        return self._derived(
+            LinearOperator(lambda v: _plus(self._product(v), c, v), self.shape, self.like, psd=psd, rows=shifted)
+        )
 
     def scale(self, d: Tensor) -> LinearOperator:
         """`D A D` with `D = diag(d)`, `d` of shape `(n,)`, sharing this operator's count of products."""
@@ -107,12 +114,41 @@ class LinearOperator:
         return self._derived(LinearOperator(product, (size, size), self.like, psd=self.psd))
 
     def dense(self) -> Tensor:
-        """The whole matrix, for one product a column (a row if there are fewer); symmetric matrices are symmetrised."""
+        """The whole matrix, for one product a column (a row if there are fewer); symmetric matrices are symmetrised.
+
+        Several products are formed at once where operations allow that, and a bar shows how far a long run of them is.
+
+        Raises:
+            MemoryError: The matrix would not fit in the memory that is available: nothing was allocated.
+            ValueError: The operator is sharded.
+        """
         rows, columns = self.shape
         if self._transpose is not None and rows < columns:
             return self.T.dense().T
-        matrix = self @ torch.eye(columns, dtype=self.dtype, device=self.device)
-        return matrix if self._transpose is not None else (matrix + matrix.T) / 2
+        self._check_kind(torch.empty(0))
+        remedy = "Products A @ v need no more than vectors."
+        check_room(rows * columns, self.dtype, self.device, f"A {rows} x {columns} matrix", remedy)
+        transposed = torch.empty(columns, rows, dtype=self.dtype, device=self.device)
+        with progress(columns, "curvature matrix") as tick:
+            for first, piece in zip(range(0, columns, _ROWS), transposed.split(_ROWS), strict=True):
+                units = torch.zeros(len(piece), columns, dtype=self.dtype, device=self.device)
+                units.diagonal(first).fill_(1)
+                if self._rows is None:
+                    for row, unit in zip(piece, units, strict=True):
+                        row.copy_(self._product(unit))
+                else:
+                    piece.copy_(self._rows(units))
+                self._count[0] += len(piece)
+                tick(len(piece))
+        return transposed.T if self._transpose is not None else _symmetrised(transposed)
+
+    def _check_kind(self, v: Tensor) -> None:
+        if isinstance(v, Sharded) != isinstance(self.like, Sharded):
+            own = "" if isinstance(self.like, Sharded) else "not "
+            raise ValueError(
+                f"v is a {type(v).__name__}, and the operator's parameters are {own}sharded: multiply by vectors made "
+                "from those of the evaluation, such as evaluation.gradient."
+            )
 
     def _derived(self, other: LinearOperator) -> LinearOperator:
         other._count = self._count
@@ -121,6 +157,16 @@ class LinearOperator:
     def __repr__(self) -> str:
         rows, columns = self.shape
         return f"LinearOperator({rows} x {columns}, {self.dtype}, {self.device}, products={self.products})"
+
+
+def _symmetrised(matrix: Tensor) -> Tensor:
+    """`(A + A') / 2`, in place, a strip at a time."""
+    for first in range(0, len(matrix), _ROWS):
+        last = first + _ROWS
+        row, column = matrix[first:last, first:], matrix[first:, first:last]
+        row.copy_((row + column.T) / 2)
+        column.copy_(row.T.clone())
+    return matrix
 
 
 def _plus(product: Tensor, c: float | Tensor, v: Tensor) -> Tensor:

@@ -164,14 +164,14 @@ class Objective:
 
         return self.visit(add, step)
 
-    def mean(self, compute: Callable[[], Tensor]) -> Tensor:
-        """The mean over the processes of the vectors `(n,)` that they compute: one all-reduce."""
+    def mean(self, compute: Callable[[], Tensor], like: Tensor | None = None) -> Tensor:
+        """The mean over the processes of what they compute, shaped as `like`, `(n,)` if None: one all-reduce."""
         if self._sharded:
             return self._ranks.each(compute)
         if self._ranks.count == 1:
             return compute()
         share = float(self._shares[self._ranks.rank])
-        return self._ranks.sum(lambda: share * compute())
+        return self._ranks.sum(lambda: share * compute(), like)
 
     def move(self, step: Tensor) -> None:
         """Make `point + step` the new point, on all processes the same to the bit."""

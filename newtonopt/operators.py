@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from newtonopt import products
 from newtonopt._autograd import grad
 from newtonopt._checks import warn
-from newtonopt._flat import flatten, unflatten
+from newtonopt._flat import flatten, local_pieces, unflatten
 from newtonopt._shards import is_sharded
-from newtonopt.evaluation import Evaluation, decays
+from newtonopt.evaluation import Evaluation, Form, decays
 from newtonopt.linear_operator import LinearOperator, Product
 
 __all__ = ["LinearOperator", "gauss_newton", "hessian", "jacobian"]
@@ -31,15 +34,7 @@ def hessian(evaluation: Evaluation) -> LinearOperator:
         RuntimeError: The evaluation was freed, or an operation has no second derivative.
     """
     _check(evaluation)
-    product = products.formed(
-        evaluation,
-        {
-            "cached": lambda: products.cached(evaluation, products.hessian_of),
-            "streamed": lambda: products.streamed_hessian(evaluation),
-            "finite_difference": lambda: products.differenced_hessian(evaluation),
-        },
-    )
-    return _symmetric(product, evaluation, psd=False)
+    return _hessian(evaluation, None)
 
 
 def gauss_newton(evaluation: Evaluation) -> LinearOperator:
@@ -59,23 +54,72 @@ def gauss_newton(evaluation: Evaluation) -> LinearOperator:
         TypeError: `evaluation` is no `Evaluation`.
         RuntimeError: No output was recorded, the evaluation was freed, or an operation has no second derivative.
     """
-    _check_outputs(evaluation)
-    if evaluation.part_outside_outputs():
-        warn(
-            "Part of the loss does not go through the recorded outputs (an explicit penalty on the parameters, or a "
-            "term written by hand): the Gauss-Newton matrix leaves that part out. Write an L2 penalty as "
-            "weight_decay=..., and mark the outputs of other terms with newtonopt.mark_outputs."
-        )
-    product = products.formed(
-        evaluation,
-        {
-            "cached": lambda: products.cached(evaluation, products.gauss_newton_of),
-            "streamed": lambda: products.gauss_newton_from(products.streamed_push(evaluation), evaluation),
-            "finite_difference": lambda: products.gauss_newton_from(products.differenced_push(evaluation), evaluation),
-        },
-    )
+    _check_gauss_newton(evaluation)
+    return _gauss_newton(evaluation, None)
+
+
+def diagonal_blocks(evaluation: Evaluation, curvature: Literal["gauss_newton", "hessian"]) -> Iterator[LinearOperator]:
+    """The diagonal block of each parameter, `(m, m)` for one of `m` entries, in the order of the parameters.
+
+    Cached products with a block are differentiated towards its parameter alone; others are products with the whole
+    matrix, by vectors that are zero outside the block. Each block holds a graph of its own: drop it before the next.
+
+    Args:
+        evaluation: From `evaluate(closure, params)`, which says how products are formed.
+        curvature: Of which matrix.
+
+    Raises:
+        TypeError: `evaluation` is no `Evaluation`.
+        RuntimeError: As `hessian` and `gauss_newton` do.
+    """
+    (_check_gauss_newton if curvature == "gauss_newton" else _check)(evaluation)
+    block = _gauss_newton if curvature == "gauss_newton" else _hessian
+    return (block(evaluation, number) for number in range(len(evaluation.params)))
+
+
+def _hessian(evaluation: Evaluation, number: int | None) -> LinearOperator:
+    """The whole matrix, or the block of the parameter of this number."""
+    ways: dict[Form, Callable[[], Product]] = {
+        "streamed": lambda: products.streamed_hessian(evaluation),
+        "finite_difference": lambda: products.differenced_hessian(evaluation),
+    }
+    return _symmetric(evaluation, products.hessian_of, ways, number, psd=False)
+
+
+def _gauss_newton(evaluation: Evaluation, number: int | None) -> LinearOperator:
+    ways: dict[Form, Callable[[], Product]] = {
+        "streamed": lambda: products.gauss_newton_from(products.streamed_push(evaluation), evaluation),
+        "finite_difference": lambda: products.gauss_newton_from(products.differenced_push(evaluation), evaluation),
+    }
     # Of marked outputs nobody but the user knows that the loss is convex in them.
-    return _symmetric(product, evaluation, psd=not evaluation.marked)
+    return _symmetric(evaluation, products.gauss_newton_of, ways, number, psd=not evaluation.marked)
+
+
+def _symmetric(
+    evaluation: Evaluation,
+    build: products.Build,
+    ways: Mapping[Form, Callable[[], Product]],
+    number: int | None,
+    *,
+    psd: bool,
+) -> LinearOperator:
+    """From how cached products are built, and how others with the whole matrix are formed."""
+    params, like, decay = evaluation.params, evaluation.gradient, evaluation.decay
+    if number is not None:
+        n, sizes = like.numel(), [piece.numel() for piece in local_pieces(like, params)]
+        start = sum(sizes[:number])
+        part = slice(start, start + sizes[number])
+        params, like = params[number : number + 1], like[part]
+        decay = decay[part] if isinstance(decay, Tensor) else decay
+        ways = {form: _inside(way, part, n) for form, way in ways.items()}
+    product = products.formed(evaluation, {"cached": lambda: products.cached(evaluation, build, params), **ways})
+    rows = None if is_sharded(params) else product
+    operator = LinearOperator(product, (like.numel(), like.numel()), like, psd=psd, rows=rows)
+    return operator.shift(decay) if decays(decay) else operator
+
+
+def _inside(way: Callable[[], Product], part: slice, n: int) -> Callable[[], Product]:
+    return lambda: products.restricted(way(), part, n)
 
 
 def jacobian(evaluation: Evaluation) -> LinearOperator:
@@ -144,7 +188,11 @@ def _check_outputs(evaluation: Evaluation) -> None:
         raise RuntimeError(evaluation.unrecognised_advice)
 
 
-def _symmetric(product: Product, evaluation: Evaluation, *, psd: bool) -> LinearOperator:
-    n = evaluation.gradient.numel()
-    operator = LinearOperator(product, (n, n), evaluation.gradient, psd=psd)
-    return operator.shift(evaluation.decay) if decays(evaluation.decay) else operator
+def _check_gauss_newton(evaluation: Evaluation) -> None:
+    _check_outputs(evaluation)
+    if evaluation.part_outside_outputs():
+        warn(
+            "Part of the loss does not go through the recorded outputs (an explicit penalty on the parameters, or a "
+            "term written by hand): the Gauss-Newton matrix leaves that part out. Write an L2 penalty as "
+            "weight_decay=..., and mark the outputs of other terms with newtonopt.mark_outputs."
+        )

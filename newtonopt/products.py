@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 
 from newtonopt._autograd import Gradients, NoSecondDerivativeError, grad, grad_with_graph
+from newtonopt._batches import batches, one_by_one
 from newtonopt._checks import warn
-from newtonopt._flat import add_flat, flatten, unflatten
+from newtonopt._flat import add_flat, flatten, unflatten, unflatten_rows
+from newtonopt._graph import bytes_handed_on
 from newtonopt._tap import OnTerm, Term
 from newtonopt.evaluation import SAME_FUNCTION, Evaluation, Form, Source
 
+# `v -> A v`, or row by row for rows `(k, n)`.
 Product = Callable[[Tensor], Tensor]
 # `v -> J v`, by the outputs' numbers.
 Push = Callable[[Tensor], dict[int, Tensor]]
 # From a loss, its outputs, the parameters, and whether the graph must outlive the products, to `v -> A v` in pieces.
+# Rows `(k, n)` give pieces with a first dimension of `k`.
 Build = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], bool], Callable[[Tensor], Gradients]]
 
 
@@ -32,8 +36,9 @@ def hessian_of(
     def product(v: Tensor) -> Gradients:
         if not live:
             return (None,) * len(params)
-        pieces = unflatten(v, params)
-        return grad([g for _, g in live], params, [pieces[i] for i, _ in live], keep=keep)
+        pieces = _pieces(v, params)
+        along = [pieces[i] for i, _ in live]
+        return grad([g for _, g in live], params, along, keep=keep, batched=v.dim() == 2)
 
     return product
 
@@ -43,7 +48,7 @@ def gauss_newton_of(
 ) -> Callable[[Tensor], Gradients]:
     """`v -> J' H_L J v`: `J` the outputs' Jacobian, `H_L` the loss's Hessian in the outputs."""
     push, curve = push_of(outputs, params), curve_of(loss, outputs)
-    return lambda v: grad(outputs, params, curve(push(v)), keep=keep)
+    return lambda v: grad(outputs, params, curve(push(v)), keep=keep, batched=v.dim() == 2)
 
 
 def push_of(outputs: Sequence[Tensor], params: Sequence[Tensor]) -> Callable[[Tensor], list[Tensor]]:
@@ -53,10 +58,12 @@ def push_of(outputs: Sequence[Tensor], params: Sequence[Tensor]) -> Callable[[Te
     live = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
 
     def push(v: Tensor) -> list[Tensor]:
-        pieces = unflatten(v, params)
-        along = [pieces[i] for i, _ in live]
-        pushed = grad([g for _, g in live], dummies, along, keep=True) if live else (None,) * len(dummies)
-        return _filled(pushed, outputs)
+        pieces = _pieces(v, params)
+        along, batched = [pieces[i] for i, _ in live], v.dim() == 2
+        pushed = (
+            grad([g for _, g in live], dummies, along, keep=True, batched=batched) if live else (None,) * len(dummies)
+        )
+        return _filled(pushed, outputs, v.shape[:-1])
 
     return push
 
@@ -68,21 +75,49 @@ def curve_of(loss: Tensor, outputs: Sequence[Tensor]) -> Callable[[Sequence[Tens
 
     def curve(pushed: Sequence[Tensor]) -> list[Tensor]:
         along = [pushed[i] for i, _ in live]
+        before = pushed[0].shape[: pushed[0].dim() - outputs[0].dim()]
         # Without any, the loss is linear in the outputs.
-        curved = grad([g for _, g in live], outputs, along, keep=True) if live else (None,) * len(outputs)
-        return _filled(curved, outputs)
+        curved = (
+            grad([g for _, g in live], outputs, along, keep=True, batched=len(before) == 1)
+            if live
+            else (None,) * len(outputs)
+        )
+        return _filled(curved, outputs, before)
 
     return curve
 
 
-def _filled(tensors: Gradients, like: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(z) if t is None else t for t, z in zip(tensors, like, strict=True)]
+def _pieces(v: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    return unflatten_rows(v, params) if v.dim() == 2 else unflatten(v, params)
 
 
-def cached(evaluation: Evaluation, build: Build) -> Product:
-    """Products on the graph that the evaluation keeps."""
-    product = build(*evaluation.graph, evaluation.params, True)
-    return _averaged(evaluation.source, lambda v: flatten(product(v), evaluation.params))
+def _filled(tensors: Gradients, like: Sequence[Tensor], before: torch.Size) -> list[Tensor]:
+    return [z.new_zeros(*before, *z.shape) if t is None else t for t, z in zip(tensors, like, strict=True)]
+
+
+def cached(evaluation: Evaluation, build: Build, params: Sequence[Tensor] | None = None) -> Product:
+    """Products on the graph that the evaluation keeps, with the whole matrix or the diagonal block of `params`.
+
+    Those with a block are differentiated towards its parameters only.
+    """
+    loss, outputs = evaluation.graph
+    params = evaluation.params if params is None else params
+    product = build(loss, outputs, params, True)
+    # Twice, for the second differentiation goes back through both passes.
+    rows = batches(product, params, 2 * bytes_handed_on([loss.grad_fn]))
+    one = lambda v: rows(v) if v.dim() == 2 else flatten(product(v), params)  # noqa: E731
+    return _averaged(evaluation.source, one)
+
+
+def restricted(product: Product, part: slice, n: int) -> Product:
+    """Products with a diagonal block, by those with the whole matrix, `(n, n)`."""
+
+    def inside(v: Tensor) -> Tensor:
+        whole = v.new_zeros(n)
+        whole[part] = v
+        return product(whole)[part]
+
+    return one_by_one(inside)
 
 
 def streamed_hessian(evaluation: Evaluation) -> Product:
@@ -98,7 +133,7 @@ def streamed_hessian(evaluation: Evaluation) -> Product:
         _visit(evaluation, add)
         return result
 
-    return _averaged(source, product)
+    return one_by_one(_averaged(source, product))
 
 
 def gauss_newton_from(push: Push, evaluation: Evaluation) -> Product:
@@ -117,7 +152,7 @@ def gauss_newton_from(push: Push, evaluation: Evaluation) -> Product:
         _visit(evaluation, add)
         return result
 
-    return _averaged(source, product)
+    return one_by_one(_averaged(source, product))
 
 
 def pull_from(evaluation: Evaluation) -> Product:
@@ -194,7 +229,7 @@ def differenced_hessian(evaluation: Evaluation) -> Product:
         evaluation.check_same_function(0.5 * (float(below) + float(above)), evaluation.eps**0.25, bend)
         return result.div_(2 * h)
 
-    return _averaged(source, product)
+    return one_by_one(_averaged(source, product))
 
 
 def differenced_push(evaluation: Evaluation) -> Push:
@@ -283,7 +318,7 @@ def _fall_back(evaluation: Evaluation, form: Form, error: NoSecondDerivativeErro
 
 
 def _averaged(source: Source | None, product: Product) -> Product:
-    return product if source is None else lambda v: source.mean(lambda: product(v))
+    return product if source is None else lambda v: source.mean(lambda: product(v), v)
 
 
 def _source(evaluation: Evaluation) -> Source:
