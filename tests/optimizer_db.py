@@ -30,6 +30,8 @@ OPTIMIZERS: dict[str, Build] = {
     "damped_newton": _with(DampedNewton),
     "damped_newton_gauss_newton": _with(DampedNewton, curvature="gauss_newton"),
     "damped_newton_shifted": _with(DampedNewton, eigenvalues="shifted"),
+    "damped_newton_clamped": _with(DampedNewton, eigenvalues="clamped", max_trials=3),
+    "damped_newton_blocks": _with(DampedNewton, blocks="parameter", max_trials=3),
     "newton_cg": _with(NewtonCG),
     "newton_cg_strong_wolfe": _with(NewtonCG, line_search="strong_wolfe"),
     "newton_cg_nystrom": _with(NewtonCG, preconditioner="nystrom", curvature="gauss_newton", rank=5, refresh_every=20),

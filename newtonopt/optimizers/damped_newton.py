@@ -1,7 +1,10 @@
-"""Newton's method with the dense matrix, damped: for small models."""
+"""Newton's method with the dense matrix or its diagonal blocks, damped: for small models."""
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,10 +13,15 @@ from torch.optim.optimizer import ParamsT
 
 from newtonopt._shards import is_sharded
 from newtonopt.evaluation import Evaluation, Products
+from newtonopt.linear_operator import LinearOperator
+from newtonopt.operators import diagonal_blocks
 from newtonopt.optimizers.base import NewtonOptimizer
-from newtonopt.optimizers.settings import check_choices, check_number, damping_rule
+from newtonopt.optimizers.matrices import check_decomposition, finite_dense
+from newtonopt.optimizers.settings import check_choices, check_count, check_number, damping_rule
 from newtonopt.optimizers.trials import Proposal
-from newtonopt.solvers.dense import solve_absolute, solve_shifted
+from newtonopt.solvers.dense import solve_absolute, solve_clamped, solve_shifted
+
+_SOLVERS = {"absolute": solve_absolute, "shifted": solve_shifted, "clamped": solve_clamped}
 
 
 class DampedNewton(NewtonOptimizer):
@@ -35,8 +43,15 @@ class DampedNewton(NewtonOptimizer):
         products: How products are formed, "auto" (default), "cached", "streamed" or
             "finite_difference": see `evaluate`.
         eigenvalues: What becomes of negative eigenvalues: "absolute" (default) takes absolute values, which escapes
-            saddles (Dauphin et al. 2014); "shifted" adds a multiple of the identity that lifts them all, and needs no
-            eigenvectors while there are none.
+            saddles (Dauphin et al. 2014); "shifted" adds a multiple of the identity that lifts them all; "clamped"
+            takes `max(lambda, damping)` in place of `lambda + damping`, the least change that leaves no lower one
+            (Nocedal & Wright 2006, sec. 3.4). None needs eigenvectors where there is nothing to change.
+        blocks: "whole" (default): the whole matrix; "parameter": the diagonal block of each parameter tensor, for
+            larger models: as many products, but cheaper ones, `m^2` numbers of memory for a tensor of `m` entries, and
+            linear convergence, for it leaves out how tensors act together.
+        max_trials: How often a step is tried, with the damping raised after each rejection, one or more. Default 1: a
+            rejection ends the step. Further trials take a few forward passes each and no product, but for one each
+            with blocks="parameter".
         damping_factor: Of the Levenberg-Marquardt rule, above one. Default 3/2 (Martens 2010, sec. 4.1).
         min_damping: Lower bound, above zero. Default 1e-16: below the rounding of float64.
         max_damping: Upper bound. Default 1e10.
@@ -48,6 +63,7 @@ class DampedNewton(NewtonOptimizer):
 
     Raises:
         ValueError: A setting out of its range, or sharded parameters.
+        MemoryError: In `step`, before anything is evaluated: the matrix would not fit in the memory available.
     """
 
     control = "damping"
@@ -60,7 +76,9 @@ class DampedNewton(NewtonOptimizer):
         damping: float = 1.0,
         weight_decay: float = 0.0,
         products: Products = "auto",
-        eigenvalues: Literal["absolute", "shifted"] = "absolute",
+        eigenvalues: Literal["absolute", "shifted", "clamped"] = "absolute",
+        blocks: Literal["whole", "parameter"] = "whole",
+        max_trials: int = 1,
         damping_factor: float = 1.5,
         min_damping: float = 1e-16,
         max_damping: float = 1e10,
@@ -69,7 +87,9 @@ class DampedNewton(NewtonOptimizer):
         steps_per_call: int = 1,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
-        check_choices(settings, curvature=("gauss_newton", "hessian"), eigenvalues=("absolute", "shifted"))
+        check_choices(settings, curvature=("gauss_newton", "hessian"), eigenvalues=tuple(_SOLVERS))
+        check_choices(settings, blocks=("whole", "parameter"))
+        check_count("max_trials", max_trials)
         check_number("damping_factor", damping_factor, 1, above=True)
         super().__init__(params, settings)
         if is_sharded(self._params):
@@ -78,17 +98,47 @@ class DampedNewton(NewtonOptimizer):
                 "HessianFree, which needs its products with vectors only."
             )
 
+    def _check_room(self, params: Sequence[Tensor]) -> None:
+        blocks = self.param_groups[0]["blocks"] == "parameter"
+        less = "Take" if blocks else 'Take blocks="parameter", or'
+        check_decomposition(params, f"{less} HessianFree, which needs products with vectors only.", blocks=blocks)
+
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
-        settings, damping = self.param_groups[0], self._memory["damping"]
+        settings, gradient = self.param_groups[0], evaluation.gradient
         A = self._curvature(evaluation)
-        matrix = A.dense()
-        if not bool(torch.isfinite(matrix).all()):
-            raise FloatingPointError("The curvature matrix has entries that are not finite.")
-        solve = solve_absolute if settings["eigenvalues"] == "absolute" else solve_shifted
-        solution = solve(matrix, evaluation.gradient, damping)
-        step = rates * solution.step
-        decrease = -float(step @ (evaluation.gradient + 0.5 * (matrix @ step)))
-        return Proposal([step], [decrease], solution.iterations, A.products, solution.reason)
+        whole = settings["blocks"] == "whole"
+        matrices = [finite_dense(A)] if whole else []
+        spent = 0
+        for block in () if whole else diagonal_blocks(evaluation, settings["curvature"]):
+            matrices.append(finite_dense(block))
+            spent += block.products
+        pieces = gradient.split([len(matrix) for matrix in matrices])
+        solve = functools.partial(_SOLVERS[settings["eigenvalues"]], eigh=functools.cache(torch.linalg.eigh))
+
+        def at(damping: float, curvature: Tensor | LinearOperator) -> tuple[Tensor, float, str]:
+            """The step, the decrease of the undamped model, and how it was solved."""
+            solutions = [solve(matrix, g, damping) for matrix, g in zip(matrices, pieces, strict=True)]
+            step = rates * torch.cat([solution.step for solution in solutions])
+            reason = ", ".join(dict.fromkeys(solution.reason for solution in solutions))
+            return step, -float(step @ (gradient + 0.5 * (curvature @ step))), reason
+
+        # Of blocks the whole matrix is not held, and its graph is gone when a rejected step is solved again.
+        ahead = {} if whole else {damping: at(damping, A) for damping in self._dampings()}
+        products = A.products + spent
+
+        def propose(damping: float) -> Proposal:
+            there = ahead[min(ahead, key=lambda other: abs(other - damping))] if ahead else at(damping, matrices[0])
+            step, decrease, reason = there
+            return Proposal([step], [decrease], 1, products, reason, shrink=propose)
+
+        return propose(self._memory["damping"])
+
+    def _dampings(self) -> list[float]:
+        """The present one, and those that follow on rejections within this step."""
+        dampings = [float(self._memory["damping"])]
+        for _ in range(self.param_groups[0]["max_trials"] - 1):
+            dampings.append(self._next_control(dampings[-1], -math.inf, 0.0))
+        return dampings
 
     def _next_control(self, control: float, ratio: float, length: float) -> float:
         return damping_rule(self.param_groups[0], control, ratio)

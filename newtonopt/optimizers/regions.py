@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from newtonopt import globalization
@@ -90,12 +89,3 @@ def refuse_exact(params: Sequence[Tensor], subproblem: str, instead: str) -> Non
             'The parameters are sharded, and subproblem="exact" needs the whole curvature matrix in one place: '
             f'take "{instead}".'
         )
-
-
-def spectrum(A: LinearOperator) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of the whole matrix; a FloatingPointError if it has entries that are not finite."""
-    matrix = A.dense()
-    if not bool(torch.isfinite(matrix).all()):
-        raise FloatingPointError("The curvature matrix has entries that are not finite.")
-    values, vectors = torch.linalg.eigh(matrix)
-    return values, vectors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -14,7 +14,8 @@ from newtonopt.evaluation import Evaluation, Products
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective
 from newtonopt.optimizers.base import NewtonOptimizer
-from newtonopt.optimizers.regions import bounded, check_subproblem, judge, refuse_exact, spectrum
+from newtonopt.optimizers.matrices import check_decomposition, spectrum
+from newtonopt.optimizers.regions import bounded, check_subproblem, judge, refuse_exact
 from newtonopt.optimizers.trials import Outcome, Proposal
 from newtonopt.solvers import secular
 from newtonopt.solvers.cg import conjugate_gradients, forcing_sequence, shortened
@@ -88,6 +89,10 @@ class TrustRegionNewton(NewtonOptimizer):
         check_subproblem(settings, "steihaug", "lanczos", "exact")
         super().__init__(params, settings)
         refuse_exact(self._params, subproblem, instead="steihaug")
+
+    def _check_room(self, params: Sequence[Tensor]) -> None:
+        if self.param_groups[0]["subproblem"] == "exact":
+            check_decomposition(params, 'Take subproblem="steihaug", which needs products with vectors only.')
 
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
         A, gradient = self._curvature(evaluation), evaluation.gradient

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +13,10 @@ from newtonopt.solvers import secular
 from newtonopt.solvers.secular import Minimise
 from newtonopt.solvers.solution import Solution
 
+Eigh = Callable[[Tensor], Any]
 
-def solve_shifted(A: Tensor, gradient: Tensor, damping: float) -> Solution:
+
+def solve_shifted(A: Tensor, gradient: Tensor, damping: float, eigh: Eigh = torch.linalg.eigh) -> Solution:
     """Minimise `g's + s'(A + c I)s / 2` with `c = damping`, or as much more as makes the matrix positive definite.
 
     By Cholesky factorisation if `damping` is enough; otherwise by eigenvectors, with `c` such that the lowest
@@ -22,16 +26,19 @@ def solve_shifted(A: Tensor, gradient: Tensor, damping: float) -> Solution:
         A: Symmetric, `(n, n)`.
         gradient: `g`, `(n,)`.
         damping: Positive.
+        eigh: Gives eigenvalues and eigenvectors, ascending. Default `torch.linalg.eigh`; a cached one for several
+            dampings.
 
     Returns:
         The solution; `decrease` is that of the model with `A + c I`.
     """
-    identity = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
-    factor, failed = torch.linalg.cholesky_ex(A + damping * identity)
+    damped = A.clone()
+    damped.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(damped)
     reason = "Cholesky"
     if bool(failed):
         # A damping below the rounding of the eigenvalues could fail again, and would scale up noise.
-        values, vectors = torch.linalg.eigh(A)
+        values, vectors = eigh(A)
         rounding = A.shape[0] * torch.finfo(A.dtype).eps * values.abs().max()
         lifted = values - values[0].clamp(max=0) + rounding.clamp(min=damping)
         step = -vectors @ ((vectors.T @ gradient) / lifted)
@@ -41,20 +48,54 @@ def solve_shifted(A: Tensor, gradient: Tensor, damping: float) -> Solution:
     return Solution(step, float(-(gradient @ step) / 2), 1, reason)
 
 
-def solve_absolute(A: Tensor, gradient: Tensor, damping: float) -> Solution:
+def solve_absolute(A: Tensor, gradient: Tensor, damping: float, eigh: Eigh = torch.linalg.eigh) -> Solution:
     """Minimise `g's + s'(|A| + damping I)s / 2`: saddle-free Newton (Dauphin et al. 2014).
+
+    By Cholesky factorisation if `A` is positive definite, some ten times as fast as by eigenvectors.
 
     Args:
         A: Symmetric, `(n, n)`.
         gradient: `g`, `(n,)`.
         damping: Positive.
+        eigh: As for `solve_shifted`.
 
     Returns:
         The solution; `decrease` is that of the model with `|A| + damping I`.
     """
-    values, vectors = torch.linalg.eigh(A)
+    if not bool(torch.linalg.cholesky_ex(A).info):
+        solution = solve_shifted(A, gradient, damping)
+        return Solution(solution.step, solution.decrease, 1, "positive definite")
+    values, vectors = eigh(A)
     step = -vectors @ ((vectors.T @ gradient) / (values.abs() + damping))
-    reason = "eigenvalues replaced by their absolute value" if bool(values[0] < 0) else "positive definite"
+    return Solution(step, float(-(gradient @ step) / 2), 1, "eigenvalues replaced by their absolute value")
+
+
+def solve_clamped(A: Tensor, gradient: Tensor, damping: float, eigh: Eigh = torch.linalg.eigh) -> Solution:
+    """Minimise `g's + s'Bs / 2`: `B` is `A` with its eigenvalues below `damping` raised to it, `max(lambda, damping)`.
+
+    Of all matrices without a lower eigenvalue it is the nearest to `A` in the Frobenius norm (Nocedal & Wright 2006,
+    sec. 3.4). A damping below the rounding of the eigenvalues counts as that much. By Cholesky factorisation if `A` is
+    such a matrix itself.
+
+    Args:
+        A: Symmetric, `(n, n)`.
+        gradient: `g`, `(n,)`.
+        damping: Positive.
+        eigh: As for `solve_shifted`.
+
+    Returns:
+        The solution; `decrease` is that of the model with `B`.
+    """
+    floor = max(damping, A.shape[0] * torch.finfo(A.dtype).eps * float(A.norm()))
+    lowered = A.clone()
+    lowered.diagonal().sub_(floor)
+    if bool(torch.linalg.cholesky_ex(lowered).info):
+        values, vectors = eigh(A)
+        step = -vectors @ ((vectors.T @ gradient) / values.clamp(min=floor))
+        reason = "low eigenvalues raised to the damping"
+    else:
+        step = -torch.cholesky_solve(gradient.unsqueeze(1), torch.linalg.cholesky(A)).squeeze(1)
+        reason = "no eigenvalue below the damping"
     return Solution(step, float(-(gradient @ step) / 2), 1, reason)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from newtonopt.solvers.dense import solve_absolute, solve_shifted
+from newtonopt.solvers.dense import solve_absolute, solve_clamped, solve_shifted
 from newtonopt.solvers.solution import Solution
 
 Solve = Callable[[Tensor, Tensor, float], Solution]
@@ -63,7 +65,7 @@ def test_damping_that_lifts_the_lowest_eigenvalue_is_not_raised() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("solve", [solve_shifted, solve_absolute])
+@pytest.mark.parametrize("solve", [solve_shifted, solve_absolute, solve_clamped])
 def test_damping_below_rounding_survives_a_singular_matrix(solve: Solve, dtype: torch.dtype) -> None:
     """Where the damping is lost against the eigenvalues' rounding, no factorisation may fail."""
     for seed in range(40):
@@ -96,7 +98,38 @@ def test_absolute_solve_says_what_it_met(spectrum: str, reason: str) -> None:
     np.testing.assert_allclose(solve_absolute(A, g, 0.1).step, solve_shifted(A, g, 0.1).step, rtol=1e-10)
 
 
-@pytest.mark.parametrize("solve", [solve_shifted, solve_absolute])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("damping", [0.01, 0.7, 20.0])
+def test_clamped_solve_raises_low_eigenvalues_to_the_damping(spectrum: str, damping: float) -> None:
+    A, g = problem(spectrum)
+    values, vectors = np.linalg.eigh(A.numpy())
+    clamped = torch.tensor((vectors * np.maximum(values, damping)) @ vectors.T)
+    solution = solve_clamped(A, g, damping)
+    np.testing.assert_allclose(solution.step, np.linalg.solve(clamped, -g), rtol=1e-8)
+    assert solution.decrease == pytest.approx(model_decrease(clamped, g, solution.step), rel=1e-8)
+    none_is_lower = min(SPECTRA[spectrum]) > damping
+    assert solution.reason.startswith("no eigenvalue" if none_is_lower else "low eigenvalues")
+
+
+@pytest.mark.parametrize("solve", [solve_shifted, solve_absolute, solve_clamped])
+def test_no_eigenvectors_where_there_is_nothing_to_change_and_one_set_for_all_dampings(solve: Any) -> None:
+    calls = []
+
+    def eigh(A: Tensor) -> Any:
+        calls.append(A)
+        return torch.linalg.eigh(A)
+
+    A, g = problem("definite")
+    solve(A, g, 0.1, eigh=eigh)
+    assert calls == []
+    A, g = problem("indefinite")
+    cached = functools.cache(eigh)
+    for damping in (0.1, 0.15, 0.2):
+        solve(A, g, damping, eigh=cached)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("solve", [solve_shifted, solve_absolute, solve_clamped])
 def test_saddle_is_left_along_its_negative_direction(solve: Solve) -> None:
     A, g = torch.diag(torch.tensor([2.0, -1.0]).double()), torch.tensor([1.0, 0.01]).double()
     step = solve(A, g, 0.5).step

@@ -1,0 +1,50 @@
+"""Curvature matrices that are held whole, and decomposed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from newtonopt._flat import flat_dtype
+from newtonopt._memory import check_room
+from newtonopt.linear_operator import LinearOperator
+
+# A matrix, its eigenvectors, and twice as much for LAPACK's divide and conquer to work in (syevd).
+_COPIES = 4
+
+
+def check_decomposition(params: Sequence[Tensor], remedy: str, *, blocks: bool = False) -> None:
+    """Refuse to decompose a curvature matrix that would not fit in the memory that is available.
+
+    Args:
+        params: The parameters.
+        remedy: What to do instead, for the message.
+        blocks: Whether only the diagonal block of each parameter is held, all of them at once.
+
+    Raises:
+        MemoryError: It would not fit; nothing was allocated.
+    """
+    sizes = [p.numel() for p in params] if blocks else [sum(p.numel() for p in params)]
+    entries = sum(size**2 for size in sizes) + (_COPIES - 1) * max(sizes) ** 2
+    if blocks:
+        largest = max(params, key=Tensor.numel)
+        what = f"The curvature's blocks, the largest of a parameter of shape {tuple(largest.shape)},"
+    else:
+        what = f"The curvature matrix of {sizes[0]:,} parameters, with its eigenvectors,"
+    check_room(entries, flat_dtype(params), params[0].device, what, remedy)
+
+
+def finite_dense(A: LinearOperator) -> Tensor:
+    """The whole matrix; a FloatingPointError if it has entries that are not finite."""
+    matrix = A.dense()
+    if not bool(torch.isfinite(matrix).all()):
+        raise FloatingPointError("The curvature matrix has entries that are not finite.")
+    return matrix
+
+
+def spectrum(A: LinearOperator) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of the whole matrix; a FloatingPointError if it has entries that are not finite."""
+    values, vectors = torch.linalg.eigh(finite_dense(A))
+    return values, vectors
