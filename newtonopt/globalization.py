@@ -61,9 +61,15 @@ def trust_radius(radius: float, ratio: float, length: float, *, minimum: float, 
 
 
 def cubic_weight(sigma: float, ratio: float, *, minimum: float, maximum: float) -> float:
-    """The next weight of the cubic term: doubled below a ratio of 0.1, halved above 0.9 (Cartis et al. 2011)."""
+    """The next weight of the cubic term: raised below a ratio of 0.1, halved above 0.9 (Cartis et al. 2011).
+
+    It is raised to what the trial asks for, in the manner of Gould, Porcelli & Toint 2012. The loss lay
+    `(1 - ratio) predicted` above the quadratic model, and a cubic model's minimiser has `predicted >= sigma |s|^3 / 2`:
+    a term `|s|^3 / 3` that makes up the difference has a weight of `1.5 (1 - ratio) sigma` or more. At least twice,
+    at most a hundred times the weight; ten times where the loss was not finite.
+    """
     if ratio < 0.1:
-        sigma *= 2
+        sigma *= min(max(2.0, 1.5 * (1 - ratio)), 100.0) if math.isfinite(ratio) else 10.0
     elif ratio > 0.9:
         sigma /= 2
     return min(max(sigma, minimum), maximum)

@@ -128,7 +128,7 @@ def test_trust_radius_rule(ratio: float, length: float, expected: float) -> None
 
 @pytest.mark.parametrize(
     ("ratio", "expected"),
-    [(-math.inf, 4.0), (0.09, 4.0), (0.1, 2.0), (0.9, 2.0), (0.91, 1.0), (math.nan, 2.0)],
+    [(-math.inf, 20.0), (-1e9, 200.0), (-9.0, 30.0), (0.09, 4.0), (0.1, 2.0), (0.9, 2.0), (0.91, 1.0), (math.nan, 2.0)],
 )
 def test_cubic_weight_rule(ratio: float, expected: float) -> None:
     assert cubic_weight(2.0, ratio, minimum=1e-16, maximum=1e10) == expected

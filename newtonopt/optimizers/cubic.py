@@ -55,11 +55,11 @@ class CubicNewton(NewtonOptimizer):
         subproblem: "lanczos" (default): the minimiser in the Krylov space (Cartis, Gould & Toint 2011, sec. 6.2),
             whose vectors are kept in memory; "exact": the minimiser, from `n` products and the eigenvectors of the
             whole matrix.
-        max_trials: How often a step is tried, with `sigma` doubled after each rejection, one or more. Default 1: a
+        max_trials: How often a step is tried, with `sigma` raised after each rejection, one or more. Default 1: a
             rejection ends the step. Further trials take one forward pass each and no product.
         max_iterations: Of the Lanczos process in a step, one or more. Default 1000, as for `HessianFree`.
         min_sigma: Lower bound, above zero. Default 1e-16: below the rounding of float64.
-        max_sigma: Upper bound. Default 1e16: none in practice.
+        max_sigma: Upper bound. Default 1e100: none in practice.
         tolerance_gradient: No step is taken where no entry of the gradient is larger, unless along negative curvature.
             Default 0: only a gradient of zero ends it (`torch.optim.LBFGS` has 1e-7).
         tolerance_step: A step without a larger entry is not taken. Default 0 (`torch.optim.LBFGS` has 1e-9).
@@ -84,7 +84,7 @@ class CubicNewton(NewtonOptimizer):
         max_trials: int = 1,
         max_iterations: int = 1000,
         min_sigma: float = 1e-16,
-        max_sigma: float = 1e16,
+        max_sigma: float = 1e100,
         tolerance_gradient: float = 0.0,
         tolerance_step: float = 0.0,
         steps_per_call: int = 1,

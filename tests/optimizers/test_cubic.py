@@ -68,7 +68,8 @@ def test_the_weight_follows_the_ratio(subproblem: str) -> None:
     assert reports[-1].gradient_norm < 1e-10
     for now, later in pairwise(reports):
         assert now.accepted is (now.ratio >= 0.1)
-        factor = 2.0 if now.ratio < 0.1 else 0.5 if now.ratio > 0.9 else 1.0
+        raised = min(max(2.0, 1.5 * (1 - now.ratio)), 100.0)
+        factor = raised if now.ratio < 0.1 else 0.5 if now.ratio > 0.9 else 1.0
         assert later.sigma == pytest.approx(factor * now.sigma)
 
 

@@ -75,6 +75,9 @@ def test_cubic_minimum_is_characterised(n: int, seed: int, kind: str, sigma: flo
     values, slopes = model(n, seed, kind)
     y, _ = cubic(values, slopes, sigma)
     check_multiplier(values, slopes, y, sigma * float(y.norm()))
+    # By which the weight is raised after a rejection.
+    promised = -float(y @ slopes + y.square() @ values / 2)
+    assert promised >= sigma * float(y.norm()) ** 3 / 2 * (1 - 1e-6) - 1e-12
 
 
 @models
