@@ -68,6 +68,7 @@ class CubicNewton(NewtonOptimizer):
 
     Raises:
         ValueError: A setting out of its range, or sharded parameters with `subproblem="exact"`.
+        MemoryError: In `step`, before anything is evaluated: the matrix of `subproblem="exact"` would not fit.
     """
 
     control = "sigma"
