@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 def test_the_readme_programs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(programs) == 4
+    assert len(programs) == 6
     names: dict[str, object] = {}
     for program in programs:
         exec(program, names)
