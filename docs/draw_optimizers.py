@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/optimizers: `python docs/draw_optimizers.py [NAME ...]`, under a minute of processor time.
+"""Draw the pictures of docs/optimizers: `python docs/draw_optimizers.py [NAME ...]`, about a minute of processor time.
 
 On the left paths on a function of two variables, on the right a small model in training, beside peers. The cost is the
 number of gradients and curvature products; forward passes at trial points are not counted.
@@ -239,8 +239,8 @@ def _descent(lr: float) -> Method:
 # One iteration a step, so that each can be seen.
 _one_iteration = {"max_iter": 1, "max_eval": 25, "tolerance_grad": 0.0, "tolerance_change": 0.0}
 L_BFGS = Method("L-BFGS", partial(LBFGS, history_size=30, line_search_fn="strong_wolfe", **_one_iteration), ORANGE)
-ADAM = Method("Adam, 0.01", partial(Adam, lr=0.01), GREEN)
-ADAM_FASTER = Method("Adam, 0.1", partial(Adam, lr=0.1), GREEN)
+ADAM = Method("Adam, 0.03", partial(Adam, lr=0.03), GREEN)
+ADAM_FASTER = Method("Adam, 1", partial(Adam, lr=1.0), GREEN)
 PLAIN = Method("Newton without safeguards", PlainNewton, RED)
 HESSIAN_FREE = Method("HessianFree", HessianFree, BLUE)
 DAMPED = Method("DampedNewton", DampedNewton, BLUE)
@@ -257,11 +257,11 @@ _CONVECTION, _FIT = "Convection equation, 501 parameters", "Regression, 193 para
 _TUMOURS, _DIGITS = "Logistic regression, 31 parameters", "Softmax regression, 650 parameters"
 PAGES = {
     "hessian_free": (
-        Paths("Beale's function", beale, (1, 1), (0.5, 3.5, -0.9, 1.5), (_descent(0.01), L_BFGS, HESSIAN_FREE)),
+        Paths("Beale's function", beale, (1, 1), (0.5, 3.5, -0.9, 1.5), (_descent(0.03), L_BFGS, HESSIAN_FREE)),
         Training(_CONVECTION, convection, "losses", 1600, (ADAM, L_BFGS, HESSIAN_FREE)),
     ),
     "damped_newton": (
-        Paths(_WELLS, double_well, (0.15, 1.4), (-1.8, 1.8, -1.2, 1.7), (_descent(0.1), PLAIN, DAMPED)),
+        Paths(_WELLS, double_well, (0.15, 1.4), (-1.8, 1.8, -1.2, 1.7), (_descent(0.5), PLAIN, DAMPED)),
         Training(_TUMOURS, logistic_regression, "norms", 800, (ADAM_FASTER, L_BFGS, DAMPED_LESS, DAMPED)),
     ),
     "newton_cg": (
@@ -269,11 +269,11 @@ PAGES = {
         Training(_DIGITS, softmax_regression, "norms", 200, (ADAM_FASTER, L_BFGS, NEWTON_CG)),
     ),
     "trust_region_newton": (
-        Paths(_VALLEY, rosenbrock, (-1.2, 1), (-1.8, 1.7, -1, 1.8), (_descent(0.001), L_BFGS, TRUST_REGION)),
+        Paths(_VALLEY, rosenbrock, (-1.2, 1), (-1.8, 1.7, -1, 1.8), (_descent(0.002), L_BFGS, TRUST_REGION)),
         Training(_FIT, regression, "losses", 1000, (ADAM, L_BFGS, KRYLOV, TRUST_REGION)),
     ),
     "cubic_newton": (
-        Paths(_PASS, pass_between, (0, 1.5), (-1.6, 1.6, -0.75, 1.8), (_descent(0.1), L_BFGS, ESCAPING)),
+        Paths(_PASS, pass_between, (0, 1.5), (-1.6, 1.6, -0.75, 1.8), (_descent(0.5), L_BFGS, ESCAPING)),
         Training(_FIT, regression, "losses", 1000, (ADAM, L_BFGS, CUBIC_AGAIN, CUBIC)),
     ),
 }
