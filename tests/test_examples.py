@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -67,3 +69,41 @@ def test_gradient_descent_sits_at_the_edge_of_stability(tmp_path: Path) -> None:
     assert len(second_half) >= 20
     assert 1.00 <= sum(second_half) / len(second_half) <= 1.06
     assert ratios[0] < 0.9  # it rose to the edge
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gd-0.2", "gd-0.4", "heavy-ball", "adam"])
+def test_every_optimizer_settles_at_its_threshold(name: str, edge: ModuleType) -> None:
+    """Cohen et al. 2021, 2022: within 6 %, after a rise from well below (progressive sharpening)."""
+    run = edge.train(edge.RUNS[name](), steps=1500, every=50)
+    assert float(run.ratios[0]) < 0.8
+    assert 0.94 <= run.settled <= 1.06
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cross-entropy", "sharpness-aware"])
+def test_the_controls_stay_below_the_threshold(name: str, edge: ModuleType) -> None:
+    run = edge.train(edge.RUNS[name](), steps=600, every=50)
+    assert run.settled < 0.5
+
+
+def test_the_edge_of_stability_is_drawn(
+    edge: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "new" / "edge.png"
+    monkeypatch.setattr(
+        sys, "argv", ["edge", "--steps", "4", "--every", "2", "--runs", "gd-0.4", "adam", "--output", str(picture)]
+    )
+    edge.main()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "Adam, lr 1e-3" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def edge() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("edge_of_stability", ROOT / "examples/edge_of_stability.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["edge_of_stability"] = module
+    specification.loader.exec_module(module)
+    return module
