@@ -1,18 +1,41 @@
 """Curvature measurements with error bounds."""
 
 from newtonopt.curvature.blocks import blocks
+from newtonopt.curvature.critical_point import CriticalPoint, critical_point
+from newtonopt.curvature.density import SpectralDensity, spectral_density
+from newtonopt.curvature.diagonal import Diagonal, diagonal
+from newtonopt.curvature.effective_dimension import EffectiveDimension, effective_dimension
 from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, extreme_eigenvalues
+from newtonopt.curvature.gradient import GradientCurvature, gradient_curvature
 from newtonopt.curvature.preconditioned import preconditioned
 from newtonopt.curvature.sharpness import Sharpness, sharpness
+from newtonopt.curvature.slices import LossSlice, loss_slice
 from newtonopt.curvature.stability import stability_threshold
+from newtonopt.curvature.trace import FrobeniusNorm, Trace, frobenius_norm, trace
 
 __all__ = [
+    "CriticalPoint",
+    "Diagonal",
+    "EffectiveDimension",
     "Eigenvalue",
+    "FrobeniusNorm",
+    "GradientCurvature",
+    "LossSlice",
     "Sharpness",
+    "SpectralDensity",
     "Spectrum",
+    "Trace",
     "blocks",
+    "critical_point",
+    "diagonal",
+    "effective_dimension",
     "extreme_eigenvalues",
+    "frobenius_norm",
+    "gradient_curvature",
+    "loss_slice",
     "preconditioned",
     "sharpness",
+    "spectral_density",
     "stability_threshold",
+    "trace",
 ]

@@ -1,0 +1,187 @@
+"""What kind of critical point a point is, as far as bounds on the curvature allow to say."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, extreme_eigenvalues
+from newtonopt.curvature.probes import check_positive
+from newtonopt.evaluation import Evaluation
+from newtonopt.operators import hessian
+
+CriticalKind = Literal["minimum", "maximum", "saddle", "degenerate", "not critical"]
+
+# An interval half as wide as its value is far from zero: the sign is all that is asked for.
+_SIGN_TOLERANCE = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class CriticalPoint:
+    """The verdict of the second-order test, with its evidence. `str()` says it in words.
+
+    Attributes:
+        kind: "minimum" or "maximum" (strict and local), "saddle", "degenerate" (the test does not decide), or
+            "not critical" (the gradient is not zero).
+        gradient_norm: At the point.
+        tolerance: Up to which gradient norm it counts as critical.
+        loss: At the point.
+        largest: The Hessian's largest eigenvalue, with its interval.
+        smallest: Its smallest eigenvalue, with its interval.
+        distance: Bound on how far the quadratic model's critical point is; zero where the gradient is. The verdict on a
+            minimum or a maximum supposes that the curvature changes little over it. Infinite for other kinds, unless
+            zero.
+        direction: Unit vector `(n,)` along which the curvature is certainly negative and the loss does not rise at
+            first: the way to leave a saddle or a maximum. None where no negative curvature was found.
+        products: Hessian products that were used.
+        converged: Whether the signs of both ends are known.
+        confidence: Probability with which both intervals hold, at least.
+    """
+
+    kind: CriticalKind
+    gradient_norm: float
+    tolerance: float
+    loss: float
+    largest: Eigenvalue
+    smallest: Eigenvalue
+    distance: float
+    direction: Tensor | None
+    products: int
+    converged: bool
+    confidence: float
+
+    def __str__(self) -> str:
+        """The verdict and what it rests on, in words."""
+        gradient = f"the gradient's norm is {self.gradient_norm:.3g}"
+        ends = f"the Hessian's eigenvalues lie between {_said(self.smallest)} and {_said(self.largest)}"
+        return f"{_TITLES[self.kind]}: {gradient}, {ends}. {_remark(self)}"
+
+
+_TITLES: dict[str, str] = {
+    "minimum": "Strict local minimum",
+    "maximum": "Strict local maximum",
+    "saddle": "Saddle",
+    "degenerate": "Degenerate critical point",
+    "not critical": "Not a critical point",
+}
+
+
+def critical_point(
+    evaluation: Evaluation,
+    tolerance: float = 1e-6,
+    confidence: float = 0.99,
+    max_products: int = 300,
+    seed: int = 0,
+    spectrum: Spectrum | None = None,
+) -> CriticalPoint:
+    """The second-order test with intervals in the place of eigenvalues.
+
+    Both ends above zero make a minimum, both below a maximum, one on each side a saddle. An interval that holds zero
+    leaves the test undecided, which a positive semi-definite Hessian always does: x^3, x^4 and -x^4 share theirs at
+    zero. A gradient above the tolerance ends it: there the eigenvalues decide nothing.
+
+    A minimum is local: nothing is said of other points. With a gradient that is small and not zero the critical point
+    itself is elsewhere, `distance` away if the curvature changes little on the way, which second derivatives cannot
+    tell. A saddle is certain up to rounding; minima and maxima hold with the confidence.
+
+    Args:
+        evaluation: From `evaluate(closure, params)`.
+        tolerance: Gradient norm up to which the point is critical, positive. Default 1e-6; in float32 the gradient of a
+            large loss does not get there.
+        confidence: Probability with which both intervals hold, in (0, 1). Default 0.99.
+        max_products: Budget of Hessian products, >= 1. Default 300.
+        seed: Seed of the random starts; the global random state is neither read nor written.
+        spectrum: The Hessian's ends where they were measured before, one at least of each; None (default): measured
+            here until their signs are known.
+
+    Returns:
+        The verdict and the evidence.
+
+    Raises:
+        TypeError: `evaluation` is no `Evaluation`.
+        ValueError: An argument is out of range, or `spectrum` lacks an end.
+        RuntimeError: The evaluation was freed.
+        FloatingPointError: The gradient or a product is not finite.
+    """
+    curvature = hessian(evaluation)
+    check_positive("tolerance", tolerance)
+    norm = float(evaluation.gradient.norm())
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm}, so the point is of no kind; check data and model")
+    products = 0
+    if spectrum is None:
+        # Each end may fail with half the probability that both may.
+        sure = 1.0 - 0.5 * (1.0 - confidence)
+        spectrum = extreme_eigenvalues(curvature, 1, 1, _SIGN_TOLERANCE, sure, max_products, seed)
+        products = spectrum.products
+    if not (spectrum.top and spectrum.bottom):
+        raise ValueError("spectrum must hold one eigenvalue at least of each end, top and bottom")
+    largest, smallest = spectrum.top[0], spectrum.bottom[0]
+    kind = _kind(norm <= tolerance, smallest, largest)
+    return CriticalPoint(
+        kind,
+        norm,
+        tolerance,
+        float(evaluation.loss),
+        largest,
+        smallest,
+        _distance(kind, norm, smallest, largest),
+        _downhill(smallest.vector, evaluation.gradient) if smallest.upper < 0.0 else None,
+        products,
+        not (_is_open(smallest) or _is_open(largest)),
+        1.0 - 2.0 * (1.0 - spectrum.confidence),
+    )
+
+
+def _kind(critical: bool, smallest: Eigenvalue, largest: Eigenvalue) -> CriticalKind:
+    if not critical:
+        return "not critical"
+    if smallest.lower > 0.0:
+        return "minimum"
+    if largest.upper < 0.0:
+        return "maximum"
+    return "saddle" if smallest.upper < 0.0 < largest.lower else "degenerate"
+
+
+def _distance(kind: CriticalKind, norm: float, smallest: Eigenvalue, largest: Eigenvalue) -> float:
+    if norm == 0.0:
+        return 0.0
+    least = {"minimum": smallest.lower, "maximum": -largest.upper}.get(kind, 0.0)
+    return norm / least if least > 0.0 else math.inf
+
+
+def _is_open(eigenvalue: Eigenvalue) -> bool:
+    return eigenvalue.lower <= 0.0 <= eigenvalue.upper
+
+
+def _downhill(vector: Tensor, gradient: Tensor) -> Tensor:
+    return -vector if float(gradient @ vector) > 0.0 else vector
+
+
+def _said(eigenvalue: Eigenvalue) -> str:
+    width = max(eigenvalue.upper - eigenvalue.value, eigenvalue.value - eigenvalue.lower)
+    return f"{eigenvalue.value:.4g} (within {width:.1g})"
+
+
+def _remark(point: CriticalPoint) -> str:
+    if point.kind == "not critical":
+        return f"The gradient is above the tolerance of {point.tolerance:.3g}: the signs decide nothing here."
+    if point.kind in ("minimum", "maximum"):
+        sign, others = ("positive", "; other minima may lie lower") if point.kind == "minimum" else ("negative", "")
+        near = f"; the {point.kind} itself is about {point.distance:.2g} away" if point.distance > 0.0 else ""
+        return f"All curvature is {sign}, with {point.confidence:.3g} confidence{near}{others}."
+    if point.kind == "saddle":
+        return "The loss falls along the direction of the smallest eigenvalue and rises along that of the largest."
+    if point.smallest.upper < 0.0:
+        return "It is no minimum; whether a saddle or a maximum, the second-order test leaves undecided."
+    if point.largest.lower > 0.0:
+        return (
+            "It is no maximum; whether a minimum or a saddle, the second-order test leaves undecided: that no "
+            "eigenvalue is negative is no proof of a minimum."
+        )
+    return (
+        "The second-order test is undecided: higher derivatives decide, or a larger budget if the intervals are wide."
+    )

@@ -1,0 +1,180 @@
+"""How many directions of a positive semi-definite operator stand out of a damping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from newtonopt.curvature.probes import (
+    LEAST_SAMPLES,
+    Samples,
+    check_operator,
+    check_positive,
+    check_share,
+    check_whole,
+    signs,
+    unit_vectors,
+)
+from newtonopt.linear_operator import LinearOperator
+from newtonopt.solvers.lanczos import Tridiagonal, lanczos
+
+# Rounding of the eigenvalues, in units of eps times the norm, as for the bounds of extreme eigenvalues.
+_GUARD = 16.0
+# Share of the tolerance that a Lanczos run may leave over; random vectors get the rest.
+_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class EffectiveDimension:
+    """An effective dimension.
+
+    Attributes:
+        value: The sum of lambda / (lambda + damping) over the eigenvalues.
+        standard_error: Of `value`, over the random vectors; zero where it is exact.
+        truncation: Bound on what the Lanczos runs, ended after finitely many steps, add to the error of `value`.
+        damping: Which it refers to.
+        products: Products with the operator that were used.
+        converged: Whether standard error and truncation together are at most `tolerance * value`.
+    """
+
+    value: float
+    standard_error: float
+    truncation: float
+    damping: float
+    products: int
+    converged: bool
+
+
+def effective_dimension(
+    operator: LinearOperator, damping: float, tolerance: float = 5e-2, max_products: int = 300, seed: int = 0
+) -> EffectiveDimension:
+    """tr(A (A + damping I)^-1), by stochastic Lanczos quadrature.
+
+    Each random vector of signs v gives v'A (A + damping I)^-1 v between two bounds, by the Gauss and the Gauss-Radau
+    rule with a node at zero of one Lanczos run (Golub & Meurant 2010, ch. 6); their mean estimates the trace (Ubaru,
+    Chen & Saad 2017). A run ends when its bounds are close. Where the budget reaches n products the result is exact, by
+    unit vectors and the dense eigenvalues.
+
+    Not for an indefinite operator: give the Gauss-Newton matrix, or a Hessian that is known to have no negative
+    eigenvalue. Memory is that of the Lanczos vectors of one run.
+
+    Args:
+        operator: Symmetric and positive semi-definite `(n, n)`.
+        damping: Positive, and above the rounding of the eigenvalues, 16 eps times the norm.
+        tolerance: Error, relative to the value, at which to stop, in (0, 1). Default 5e-2.
+        max_products: Budget, >= 1.
+        seed: Seed of the random vectors; the global random state is neither read nor written.
+
+    Returns:
+        The effective dimension and its error.
+
+    Raises:
+        TypeError: `operator` is no `LinearOperator`.
+        ValueError: An argument is out of range, the operator is not square, or an eigenvalue is negative.
+        FloatingPointError: A product is not finite.
+    """
+    size = check_operator(operator)
+    check_positive("damping", damping)
+    check_share("tolerance", tolerance)
+    check_whole("max_products", max_products, 1)
+    eps = torch.finfo(operator.dtype).eps
+    if max_products >= size:
+        values = eigenvalues(operator)
+        _check_semidefinite(float(values[0]), float(values.abs().max()), damping, eps)
+        values = values.clamp_min(0.0)
+        return EffectiveDimension(float((values / (values + damping)).sum()), 0.0, 0.0, damping, size, True)
+    generator = torch.Generator().manual_seed(seed)
+    drawn, used, width = Samples(), 0, 0.0
+    while used < max_products:
+        start = signs(operator.like, generator)
+        stop = _stop_rule(damping, eps, _SHARE * tolerance)
+        tridiagonal = lanczos(operator, start, max_products - used, stop=stop).tridiagonal
+        used += tridiagonal.size
+        low, high = _bounds(tridiagonal, damping, eps)
+        if drawn.count and used == max_products and not _is_narrow(low, high, _SHARE * tolerance):
+            break  # a run that the budget cut short would only widen what the others say
+        drawn.add(0.5 * size * (low + high))
+        width += 0.5 * size * (high - low)
+        allowed = tolerance * drawn.mean - width / drawn.count
+        if drawn.count >= LEAST_SAMPLES and drawn.standard_error <= allowed:
+            break
+    truncation = width / drawn.count
+    converged = drawn.standard_error + truncation <= tolerance * drawn.mean
+    return EffectiveDimension(drawn.mean, drawn.standard_error, truncation, damping, used, converged)
+
+
+def eigenvalues(operator: LinearOperator) -> Tensor:
+    """All eigenvalues of an operator, ascending, float64 on the CPU: n products, and n vectors of memory."""
+    units = list(unit_vectors(operator.like))
+    columns = torch.stack([operator @ unit for unit in units])
+    matrix = torch.stack([columns @ unit for unit in units]).to("cpu", torch.float64)
+    if not bool(matrix.isfinite().all()):
+        raise FloatingPointError("a product with the operator is not finite, so nothing can be said of its eigenvalues")
+    values: Tensor = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
+    return values
+
+
+def _stop_rule(damping: float, eps: float, tolerance: float) -> Callable[[Tridiagonal], bool]:
+    due = 1
+
+    def stop(tridiagonal: Tridiagonal) -> bool:
+        nonlocal due
+        if tridiagonal.size < due:
+            return False
+        # The small eigenproblem costs k^3: judged at every 16th part, it stays below the products' cost.
+        due = tridiagonal.size + 1 + tridiagonal.size // 16
+        return _is_narrow(*_bounds(tridiagonal, damping, eps), tolerance)
+
+    return stop
+
+
+def _is_narrow(low: float, high: float, tolerance: float) -> bool:
+    return high - low <= tolerance * low
+
+
+def _bounds(tridiagonal: Tridiagonal, damping: float, eps: float) -> tuple[float, float]:
+    """Bounds on v'A (A + damping I)^-1 v for the unit start vector v.
+
+    With f = damping / (x + damping), whose even derivatives are positive and odd ones negative, Gauss's rule is below
+    v'f(A)v and the Gauss-Radau rule with a node at or below the spectrum above it.
+    """
+    values, coordinates = tridiagonal.ritz()
+    norm = float(values.abs().max())
+    _check_semidefinite(float(values[0]), norm, damping, eps)
+    high = _share(values, coordinates[0], damping)
+    if tridiagonal.invariant:
+        return high, high
+    # The rule's last coefficient puts a node a little below zero, where rounding leaves the others above it.
+    node = -_GUARD * eps * norm
+    coupling = 0.0
+    for alpha, beta in zip(tridiagonal.alphas.tolist(), tridiagonal.betas.tolist(), strict=True):
+        pivot = alpha - node - coupling
+        coupling = beta**2 / pivot if pivot > 0.0 else math.inf
+    if not math.isfinite(coupling):
+        return 0.0, high
+    last = torch.tensor([node + coupling], dtype=torch.float64)
+    radau = Tridiagonal(torch.cat([tridiagonal.alphas, last]), torch.cat([tridiagonal.betas, last * 0.0]), 0.0)
+    values, coordinates = radau.ritz()
+    return max(0.0, _share(values, coordinates[0], damping)), high
+
+
+def _share(values: Tensor, first: Tensor, damping: float) -> float:
+    return float((first.square() * values / (values + damping)).sum())
+
+
+def _check_semidefinite(smallest: float, norm: float, damping: float, eps: float) -> None:
+    guard = _GUARD * eps * norm
+    if smallest < -guard:
+        raise ValueError(
+            f"operator has an eigenvalue at or below {smallest:.3g}, and an effective dimension exists for positive "
+            "semi-definite matrices only: give gauss_newton(evaluation)"
+        )
+    if damping <= guard:
+        raise ValueError(
+            f"damping must be above the rounding of the eigenvalues, {guard:.3g} here, got {damping!r}: raise it, or "
+            "compute in float64"
+        )

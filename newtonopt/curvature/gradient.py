@@ -1,0 +1,113 @@
+"""The curvature that the gradient sees."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum
+from newtonopt.curvature.probes import dot
+from newtonopt.evaluation import Evaluation
+from newtonopt.operators import hessian
+
+
+@dataclass(frozen=True)
+class GradientCurvature:
+    """Slope and curvature along the gradient g, with the Hessian H.
+
+    Attributes:
+        curvature: The Rayleigh quotient g'Hg / g'g, exact up to rounding.
+        residual: `|H g - curvature g| / |g|`: an eigenvalue of H lies within it of `curvature`.
+        gradient_norm: `|g|`.
+        cauchy_step: Learning rate 1 / curvature, which minimises the quadratic model along -g (the Cauchy point);
+            infinite where the curvature is not positive.
+        longest_step: Learning rate 2 / curvature, up to which the quadratic model does not rise; infinite where the
+            curvature is not positive.
+        stable_step: Learning rate 2 / lambda_max below which gradient descent is stable in all directions, with the
+            upper bound of lambda_max; infinite where that is not positive, None without a spectrum.
+        alignments: Squared cosines of g with each of the spectrum's top eigenvectors.
+        alignment_errors: By how much each of them may be off for the error of its eigenvector, at most one: the
+            residual over the distance to the other eigenvalues (Davis & Kahan 1970). One, nothing certain, where
+            intervals overlap, and for the last, whose distance to the next is not known.
+        products: Hessian products that were used.
+    """
+
+    curvature: float
+    residual: float
+    gradient_norm: float
+    cauchy_step: float
+    longest_step: float
+    stable_step: float | None
+    alignments: tuple[float, ...]
+    alignment_errors: tuple[float, ...]
+    products: int
+
+    @property
+    def alignment(self) -> float:
+        """The share of the squared gradient in the span of the top eigenvectors (Gur-Ari, Roberts & Dyer 2018)."""
+        return math.fsum(self.alignments)
+
+
+def gradient_curvature(evaluation: Evaluation, spectrum: Spectrum | None = None) -> GradientCurvature:
+    """Curvature along the gradient, the steps it allows, and how the gradient lies to the top eigenvectors.
+
+    Args:
+        evaluation: From `evaluate(closure, params)`.
+        spectrum: From `extreme_eigenvalues(hessian(evaluation))`; None (default): no alignments.
+
+    Returns:
+        The measures, for one Hessian product. All are zero, and the steps infinite, where the gradient is zero.
+
+    Raises:
+        TypeError: `evaluation` is no `Evaluation`.
+        ValueError: The spectrum's vectors are of another length than the gradient.
+        RuntimeError: The evaluation was freed.
+        FloatingPointError: The gradient or its product is not finite.
+    """
+    H, g = hessian(evaluation), evaluation.gradient
+    top = spectrum.top if spectrum is not None else ()
+    if any(entry.vector.shape != g.shape for entry in top):
+        raise ValueError(
+            f"spectrum has vectors of shape {tuple(top[0].vector.shape)} and the gradient {tuple(g.shape)}: measure it "
+            "with the same parameters"
+        )
+    stable = None if not top else _step(2.0, top[0].upper)
+    square = dot(g, g)
+    if square == 0.0:
+        nothing = (0.0,) * len(top)
+        return GradientCurvature(0.0, 0.0, 0.0, math.inf, math.inf, stable, nothing, nothing, 0)
+    Hg = H @ g
+    curvature = dot(g, Hg) / square
+    rest = Hg - curvature * g
+    residual = math.sqrt(dot(rest, rest) / square)
+    if not math.isfinite(residual):
+        raise FloatingPointError(
+            f"g'Hg/g'g is {curvature}, with |g| = {math.sqrt(square)}: loss and gradient must be finite at this point"
+        )
+    return GradientCurvature(
+        curvature,
+        residual,
+        math.sqrt(square),
+        _step(1.0, curvature),
+        _step(2.0, curvature),
+        stable,
+        tuple(dot(entry.vector, g) ** 2 / square for entry in top),
+        tuple(_alignment_error(top, index) for index in range(len(top))),
+        1,
+    )
+
+
+def _step(numerator: float, curvature: float) -> float:
+    return numerator / curvature if curvature > 0.0 else math.inf
+
+
+def _alignment_error(top: tuple[Eigenvalue, ...], index: int) -> float:
+    """Sine of the largest angle between Ritz vector and eigenvector, which bounds the change of a squared cosine."""
+    entry, gap = top[index], math.inf
+    if index + 1 < len(top):
+        gap = entry.value - top[index + 1].upper
+    elif len(top) < entry.vector.shape[0]:
+        return 1.0
+    if index > 0:
+        gap = min(gap, top[index - 1].lower - entry.value)
+    return min(1.0, entry.residual / gap) if gap > 0.0 else 1.0

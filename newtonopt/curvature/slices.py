@@ -1,0 +1,138 @@
+"""The loss along one or two directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from newtonopt._checks import check_closure, check_products, check_weight
+from newtonopt._flat import trained_parameters
+from newtonopt.curvature.probes import check_positive, check_whole, dot
+from newtonopt.evaluation import Products
+from newtonopt.objective import Objective
+from newtonopt.operators import hessian
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class LossSlice:
+    """The loss at `theta + a d`, or at `theta + a d + b e`, and its quadratic model there.
+
+    Attributes:
+        coordinates: The values of a, and of b, `(points,)`, float64 on the CPU.
+        losses: `(points,)`, or `(points, points)` with a along the rows' index, float64 on the CPU; what is not finite
+            stays so.
+        model: The second-order Taylor polynomial there, of the same shape.
+        loss: At theta.
+        slopes: Of the loss along the directions, `(1,)` or `(2,)`.
+        curvatures: Second derivatives along them, `(1, 1)` or `(2, 2)`.
+        products: Hessian products that were used, one a direction.
+    """
+
+    coordinates: Tensor
+    losses: Tensor
+    model: Tensor
+    loss: float
+    slopes: Tensor
+    curvatures: Tensor
+    products: int
+
+    def figure(self) -> Figure:
+        """Loss and model as two lines; in two dimensions as contours side by side.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        from newtonopt.curvature.figures import slice_figure
+
+        return slice_figure(self)
+
+
+def loss_slice(
+    closure: Callable[[], Any],
+    params: Iterable[Tensor],
+    directions: Tensor | Sequence[Tensor],
+    radius: float = 1.0,
+    points: int = 41,
+    products: Products = "auto",
+    weight: float | None = None,
+) -> LossSlice:
+    """The loss on a line or a square through the parameters, beside its quadratic model.
+
+    Parameters, random state and buffers are as before afterwards.
+
+    Args:
+        closure: Computes the loss, as for `evaluate`.
+        params: The parameters; those without `requires_grad` are left alone.
+        directions: One or two flat vectors `(n,)`, such as `spectrum.top[0].vector`, of any length: coordinates count
+            them as they are. One alone may be given without a sequence.
+        radius: Coordinates run from -radius to radius; positive. Default 1.
+        points: In each direction, at least 3; an odd number has the parameters themselves among them. Default 41: a
+            square takes the loss 1681 times.
+        products: How Hessian products are formed, as for `evaluate`.
+        weight: Of this process in the mean over several, as for `evaluate`.
+
+    Returns:
+        The slice.
+
+    Raises:
+        TypeError: A direction is no tensor.
+        ValueError: An argument is out of range, or a direction is of another length than the parameters.
+    """
+    check_positive("radius", radius)
+    check_whole("points", points, 3)
+    check_products(products)
+    check_closure(closure)
+    check_weight(weight)
+    objective = Objective(closure, trained_parameters(params), products=products, weight=weight)
+    axes = _axes(directions, objective.point)
+    evaluation = objective.evaluate()
+    H = hessian(evaluation)
+    curved = [H @ axis for axis in axes]
+    slopes = torch.tensor([dot(evaluation.gradient, axis) for axis in axes], dtype=torch.float64)
+    curvatures = torch.tensor([[dot(a, Hb) for Hb in curved] for a in axes], dtype=torch.float64)
+    loss = float(evaluation.loss)
+    del H
+    evaluation.free()
+    steps = torch.linspace(-radius, radius, points, dtype=torch.float64)
+    grid = torch.cartesian_prod(*[steps] * len(axes)).reshape(-1, len(axes))
+    losses = [objective.loss_at(_combined(place, axes)) for place in grid.tolist()]
+    shape = (points,) * len(axes)
+    model = loss + grid @ slopes + 0.5 * ((grid @ curvatures) * grid).sum(1)
+    return LossSlice(
+        steps,
+        torch.tensor(losses, dtype=torch.float64).reshape(shape),
+        model.reshape(shape),
+        loss,
+        slopes,
+        0.5 * (curvatures + curvatures.T),
+        len(axes),
+    )
+
+
+def _combined(place: list[float], axes: list[Tensor]) -> Tensor:
+    step = place[0] * axes[0]
+    return step if len(axes) == 1 else step + place[1] * axes[1]
+
+
+def _axes(directions: Tensor | Sequence[Tensor], point: Tensor) -> list[Tensor]:
+    given = list(directions.reshape(-1, directions.shape[-1])) if isinstance(directions, Tensor) else list(directions)
+    if len(given) not in (1, 2):
+        raise ValueError(f"directions must be one or two flat vectors, got {len(given)}")
+    for direction in given:
+        if not isinstance(direction, Tensor):
+            raise TypeError(
+                f"directions holds a {type(direction).__name__}: give flat tensors of the parameters' length"
+            )
+        if direction.shape != point.shape:
+            raise ValueError(
+                f"directions holds a tensor of shape {tuple(direction.shape)}, and the parameters have "
+                f"{point.shape[0]} entries: give flat vectors of that length"
+            )
+    return [direction.to(point.dtype).to(point.device) for direction in given]

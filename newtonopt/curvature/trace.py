@@ -1,0 +1,290 @@
+"""Trace and Frobenius norm of a symmetric operator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from newtonopt.curvature.probes import (
+    LEAST_SAMPLES,
+    Samples,
+    check_finite,
+    check_operator,
+    check_share,
+    check_whole,
+    dot,
+    normals,
+    signs,
+    unit_vectors,
+)
+from newtonopt.linear_operator import LinearOperator
+
+Method = Literal["hutch++", "hutchinson"]
+
+# The range finder's forecasts are means over so many of its last vectors.
+_WINDOW = 3
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A trace.
+
+    Attributes:
+        value: The sum of the eigenvalues.
+        standard_error: Of `value`, over the random vectors; zero where it is exact.
+        products: Products with the operator that were used.
+        converged: Whether the standard error is at most `tolerance * |value|`.
+    """
+
+    value: float
+    standard_error: float
+    products: int
+    converged: bool
+
+
+@dataclass(frozen=True)
+class FrobeniusNorm:
+    """A Frobenius norm.
+
+    Attributes:
+        value: The root of the sum of squares of the entries, or of the eigenvalues.
+        standard_error: Of `value`, over the random vectors; zero where it is exact.
+        products: Products with the operator that were used.
+        converged: Whether the standard error is at most `tolerance * value`.
+    """
+
+    value: float
+    standard_error: float
+    products: int
+    converged: bool
+
+
+def trace(
+    operator: LinearOperator,
+    method: Method = "hutch++",
+    tolerance: float = 1e-2,
+    max_products: int = 300,
+    seed: int = 0,
+) -> Trace:
+    """tr(A), by random vectors of signs.
+
+    - "hutchinson": the mean of v'Av (Hutchinson 1990), with the variance 2 sum of A_ij^2 over i != j.
+    - "hutch++": the trace on the range Q of a sketch, exactly, and the mean of v'Av on its complement (Meyer, Musco,
+      Musco & Woodruff 2021). Q grows while two products spent on it save more than two samples (Persson, Cortinovis &
+      Kressner 2022), so that outliers cost a product or two each and a flat spectrum is not sketched in vain.
+
+    Where the budget reaches n products the trace is exact, by unit vectors. Else at most `max_products / 2` vectors of
+    length n are held.
+
+    Args:
+        operator: Symmetric `(n, n)`.
+        method: "hutch++" (default) or "hutchinson".
+        tolerance: Standard error, relative to the value, at which to stop, in (0, 1). Default 1e-2. Of an indefinite
+            operator whose eigenvalues cancel, the budget ends first.
+        max_products: Budget, >= 1.
+        seed: Seed of the random vectors; the global random state is neither read nor written.
+
+    Returns:
+        The trace and its standard error, from at least ten samples where the budget allows them.
+
+    Raises:
+        TypeError: `operator` is no `LinearOperator`.
+        ValueError: An argument is out of range, or the operator is not square.
+        FloatingPointError: A product is not finite.
+    """
+    size = _check(operator, tolerance, max_products)
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    if max_products >= size:
+        diagonal = [dot(unit, operator @ unit) for unit in unit_vectors(operator.like)]
+        check_finite(math.fsum(diagonal), size)
+        return Trace(math.fsum(diagonal), 0.0, size, True)
+    generator = torch.Generator().manual_seed(seed)
+
+    def samples(found: _Range, left: int) -> tuple[float, float]:
+        # A sample on the complement has the variance 2 |B|^2, less its diagonal's part.
+        return 2.0, min(left, 2.0 * found.rest / max((tolerance * found.level) ** 2, 1e-300))
+
+    found = _find_range(operator, max_products if method == "hutch++" else 0, generator, samples)
+    value, error, used = _sample(
+        operator, found, found.trace, lambda v, Av: dot(v, Av), max_products, tolerance, generator
+    )
+    error = math.hypot(error, torch.finfo(operator.dtype).eps * math.sqrt(found.square))
+    return Trace(value, error, used, error <= tolerance * abs(value))
+
+
+def frobenius_norm(
+    operator: LinearOperator, tolerance: float = 1e-2, max_products: int = 300, seed: int = 0
+) -> FrobeniusNorm:
+    """|A|_F, by the sketch of `trace` with "hutch++" and the mean of |Av|^2 on what it leaves over.
+
+    Where the budget reaches n products the norm is exact, by unit vectors. Else at most `max_products / 2` vectors of
+    length n are held.
+
+    Args:
+        operator: Symmetric `(n, n)`.
+        tolerance: Standard error, relative to the value, at which to stop, in (0, 1). Default 1e-2.
+        max_products: Budget, >= 1.
+        seed: Seed of the random vectors; the global random state is neither read nor written.
+
+    Returns:
+        The norm and its standard error, from at least ten samples where the budget allows them.
+
+    Raises:
+        TypeError: `operator` is no `LinearOperator`.
+        ValueError: An argument is out of range, or the operator is not square.
+        FloatingPointError: A product is not finite.
+    """
+    size = _check(operator, tolerance, max_products)
+    if max_products >= size:
+        columns = [operator @ unit for unit in unit_vectors(operator.like)]
+        square = math.fsum(dot(column, column) for column in columns)
+        check_finite(square, size)
+        return FrobeniusNorm(math.sqrt(square), 0.0, size, True)
+    generator = torch.Generator().manual_seed(seed)
+
+    def samples(found: _Range, left: int) -> tuple[float, float]:
+        # A sample |Bv|^2 has at most the variance 2 |B|^4, and the norm half the relative error of its square.
+        share = found.rest / (found.square + found.rest) if found.rest > 0.0 else 0.0
+        return 1.0, min(left, share**2 / (2.0 * tolerance**2))
+
+    found = _find_range(operator, max_products, generator, samples)
+
+    def sample(v: Tensor, Av: Tensor) -> float:
+        outside = _outside(Av, found.rows)
+        return dot(outside, outside)
+
+    square, error, used = _sample(operator, found, found.square, sample, max_products, 2.0 * tolerance, generator)
+    value = math.sqrt(square)
+    error = math.hypot(0.5 * error / value if value > 0.0 else 0.0, torch.finfo(operator.dtype).eps * value)
+    return FrobeniusNorm(value, error, used, error <= tolerance * value)
+
+
+def _check(operator: LinearOperator, tolerance: float, max_products: int) -> int:
+    size = check_operator(operator)
+    check_share("tolerance", tolerance)
+    check_whole("max_products", max_products, 1)
+    return size
+
+
+@dataclass(frozen=True, eq=False)
+class _Range:
+    """Orthonormal rows Q and what is known of A there. B = (I - Q'Q) A (I - Q'Q) is what it leaves over.
+
+    Attributes:
+        rows: Q, `(k, n)`.
+        core: Q A Q', `(k, k)`, float64 on the CPU.
+        square: |A|^2 - |B|^2, Frobenius norms.
+        products: Used.
+        level: Estimate of the trace of A.
+        rest: Estimate of |B|^2, from above.
+    """
+
+    rows: Tensor
+    core: Tensor
+    square: float = 0.0
+    products: int = 0
+    level: float = 0.0
+    rest: float = 0.0
+
+    @property
+    def trace(self) -> float:
+        return float(self.core.trace())
+
+
+def _find_range(
+    operator: LinearOperator,
+    max_products: int,
+    generator: torch.Generator,
+    samples: Callable[[_Range, int], tuple[float, float]],
+) -> _Range:
+    """Grow Q by orthonormalised A g while that pays.
+
+    With m samples to come, a vector that takes `drop` off |B|^2 takes m drop / |B|^2 off their number (more, where
+    the variance goes with |B|^4), and costs two products.
+
+    Args:
+        operator: A.
+        max_products: All that may be spent, samples included; zero for no range at all.
+        generator: Of the vectors g.
+        samples: From what is known and the products left to the drop's worth and the number of samples to come.
+    """
+    found = _Range(operator.like, torch.zeros(0, 0, dtype=torch.float64))
+    history: list[tuple[float, float, float]] = []
+    while found.products + 2 + LEAST_SAMPLES <= max_products:
+        grown, seen = _grow(operator, found, generator)
+        if grown is None:
+            return found
+        history = [*history, seen][-_WINDOW:]
+        level, rest, drop = (math.fsum(column) / len(history) for column in zip(*history, strict=True))
+        found = _Range(grown.rows, grown.core, grown.square, grown.products, level, rest)
+        worth, count = samples(found, max_products - found.products)
+        if len(history) == _WINDOW and drop * count <= worth * rest:
+            return found
+    return found
+
+
+def _grow(
+    operator: LinearOperator, found: _Range, generator: torch.Generator
+) -> tuple[_Range | None, tuple[float, float, float]]:
+    """One more row: the new range, None where A g brings nothing new; and its (level, rest, drop).
+
+    As g is independent of Q, it also gives unbiased estimates of tr(A) and of |(I - Q'Q) A|^2, free of charge.
+    """
+    g = normals(operator.like, generator)
+    y = operator @ g
+    check_finite(dot(y, y), found.products + 1)
+    inside, image = _float64(found.rows @ g), _float64(found.rows @ y)
+    level = found.trace + dot(g, y) - float(2.0 * inside @ image - inside @ (found.core @ inside))
+    new = _outside(y, found.rows)
+    rest = dot(new, new)
+    # What projection leaves of a vector inside the range is rounding.
+    if rest <= (100.0 * torch.finfo(y.dtype).eps) ** 2 * dot(y, y):
+        return None, (level, rest, 0.0)
+    q = new / math.sqrt(rest)
+    a = operator @ q
+    check_finite(dot(a, a), found.products + 2)
+    border, corner = _float64(found.rows @ a), dot(q, a)
+    drop = 2.0 * dot(a, a) - 2.0 * float(border @ border) - corner**2
+    column = torch.cat([border, torch.tensor([corner], dtype=torch.float64)])
+    core = torch.cat([torch.cat([found.core, border[None]]), column[:, None]], 1)
+    rows = torch.cat([found.rows, q.unsqueeze(0)])
+    return _Range(rows, core, found.square + drop, found.products + 2), (level, rest, drop)
+
+
+def _sample(
+    operator: LinearOperator,
+    found: _Range,
+    known: float,
+    sample: Callable[[Tensor, Tensor], float],
+    max_products: int,
+    tolerance: float,
+    generator: torch.Generator,
+) -> tuple[float, float, int]:
+    """Mean of samples on the complement added to what is known, its standard error, and all products used."""
+    drawn, used = Samples(), found.products
+    while used < max_products:
+        v = _outside(signs(operator.like, generator), found.rows)
+        drawn.add(sample(v, operator @ v))
+        used += 1
+        check_finite(drawn.mean, used)
+        if drawn.count >= LEAST_SAMPLES and drawn.standard_error <= tolerance * abs(known + drawn.mean):
+            break
+    return known + drawn.mean, drawn.standard_error, used
+
+
+def _outside(vector: Tensor, rows: Tensor) -> Tensor:
+    """The part of a vector that is orthogonal to all rows; projected twice against rounding."""
+    outside = vector.clone()
+    for _ in range(2 if rows.shape[0] else 0):
+        outside.addmv_(rows.T, rows @ outside, alpha=-1.0)
+    return outside
+
+
+def _float64(values: Tensor) -> Tensor:
+    return values.to("cpu", torch.float64)
