@@ -68,9 +68,7 @@ def slice_figure(measured: LossSlice) -> Figure:
     panels: Any = figure.subplots(1, 2, sharex=True, sharey=True)
     finite = measured.losses[measured.losses.isfinite()]
     both = torch.cat([finite, measured.model.reshape(-1)])
-    levels = torch.linspace(float(both.min()), float(both.max()) + 1e-300, 16).tolist()
-    if levels[0] >= levels[-1]:
-        levels = [levels[0], levels[0] + 1.0]
+    levels = _levels(float(both.min()), float(both.max()))
     for panel, values, title in zip(
         panels, (measured.losses, measured.model), ("loss", "quadratic model"), strict=True
     ):
@@ -81,6 +79,13 @@ def slice_figure(measured: LossSlice) -> Figure:
     panels[0].set_ylabel("step along the second direction")
     figure.colorbar(drawn, ax=list(panels), label="loss")
     return figure
+
+
+def _levels(low: float, high: float) -> Any:
+    """Round values that part the range into about sixteen."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(16).tick_values(low, high if high > low else low + 1.0)
 
 
 def _figure(panels: int) -> Figure:

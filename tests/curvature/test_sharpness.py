@@ -110,6 +110,32 @@ def test_ball_with_a_gradient_against_the_secular_equation(name: str, seed: int)
     assert found.value == pytest.approx(exact, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", SPECTRA)
+def test_quadratic_loss_rises_as_its_model_predicts_before_any_ascent(name: str) -> None:
+    H = _matrix(SPECTRA[name])
+    slope, theta = _parameter(H.shape[0], 5).detach(), _parameter(H.shape[0])
+    found = sharpness(_quadratic(H, theta, slope), [theta], radius=1.0, max_gradients=62)
+    assert found.prediction is not None
+    assert found.prediction == pytest.approx(_exact_ball(H, slope, 1.0), rel=1e-5)
+    assert found.prediction * (1 - 1e-9) <= found.value <= found.prediction * (1 + 1e-5)
+    centred = sharpness(_quadratic(H, theta), [theta], radius=0.5)
+    assert centred.prediction == pytest.approx(0.125 * float(SPECTRA[name].max()), rel=1e-6)
+
+
+def test_random_starts_find_what_derivatives_at_the_centre_do_not_see() -> None:
+    theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    peak = torch.tensor([0.6, 0.8], dtype=torch.float64)
+
+    def closure() -> Tensor:
+        # Two peaks, so that the gradient between them is zero.
+        heights = [torch.exp(-((theta - sign * peak).square().sum()) / 0.08) for sign in (1.0, -1.0)]
+        return theta[0].square() + 9.0 * (heights[0] + heights[1])
+
+    alone, several = (sharpness(closure, [theta], radius=1.0, starts=count, max_gradients=400) for count in (0, 8))
+    assert alone.value < 2.0
+    assert several.value == pytest.approx(9.36, rel=1e-2)
+
+
 def test_maximum_inside_the_ball_is_found() -> None:
     H = -torch.eye(3, dtype=torch.float64)
     slope, theta = torch.tensor([0.1, 0.0, 0.0], dtype=torch.float64), _parameter(3)
@@ -233,6 +259,7 @@ def test_frozen_parameters_are_left_out() -> None:
         ({"tolerance": 1.0}, r"tolerance must be in \(0, 1\), got 1.0"),
         ({"max_gradients": 3}, "max_gradients must be a whole number and at least 4, got 3"),
         ({"samples": 5}, "samples must be even and at least 4, got 5"),
+        ({"starts": -1}, "starts must be a whole number and at least 0, got -1"),
     ],
 )
 def test_arguments_are_checked(arguments: dict[str, object], message: str) -> None:
