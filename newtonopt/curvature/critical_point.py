@@ -163,7 +163,7 @@ def _downhill(vector: Tensor, gradient: Tensor) -> Tensor:
 
 def _said(eigenvalue: Eigenvalue) -> str:
     width = max(eigenvalue.upper - eigenvalue.value, eigenvalue.value - eigenvalue.lower)
-    return f"{eigenvalue.value:.4g} (within {width:.1g})"
+    return f"{eigenvalue.value:.4g} (within {abs(width):.1g})"
 
 
 def _remark(point: CriticalPoint) -> str:

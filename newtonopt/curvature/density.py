@@ -67,7 +67,7 @@ class SpectralDensity:
         """Error of `cumulative(grid)`, `(g,)`: the standard error over the starts, and what the finite runs leave open.
 
         The share below a place, of a measure with these moments, is known up to the weights of the nodes next to it
-        (the inequalities of Chebyshev, Markov and Stieltjes: Golub & Meurant 2010, sec. 2.2). Infinite for one start.
+        (the inequalities of Chebyshev, Markov and Stieltjes: Szegő 1975, sec. 3.41). Infinite for one start.
         """
         low, high = self._cumulatives(grid)
         if self.exact:

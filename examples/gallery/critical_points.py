@@ -1,0 +1,74 @@
+"""Critical points told apart: minima, maxima, saddles, and what eigenvalues cannot decide.
+
+python examples/gallery/critical_points.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from newtonopt import Evaluation, evaluate, hessian
+from newtonopt.curvature import critical_point
+
+Function = Callable[[Tensor, Tensor], Tensor]
+
+FUNCTIONS: dict[str, Function] = {
+    "3x³ - 6y² + 3": lambda x, y: 3 * x**3 - 6 * y**2 + 3,
+    "x² + y²": lambda x, y: x**2 + y**2,
+    "-x² - y²": lambda x, y: -(x**2) - y**2,
+    "x² - y²": lambda x, y: x**2 - y**2,
+    "x² + y⁴": lambda x, y: x**2 + y**4,
+    "x² - y⁴": lambda x, y: x**2 - y**4,
+}
+PLACES = [(1.2, 3.4), (-1.0, 1.0), (0.0, 0.0)]
+
+
+def evaluation_at(function: Function, place: tuple[float, float]) -> Evaluation:
+    """Loss and derivatives of a function of two numbers."""
+    point = torch.tensor(place, dtype=torch.float64, requires_grad=True)
+    return evaluate(lambda: function(point[0], point[1]), [point])
+
+
+def shortcut(evaluation: Evaluation) -> str:
+    """What textbooks' shortcut makes of the signs: it takes "not negative" for "positive"."""
+    values = torch.linalg.eigvalsh(hessian(evaluation).dense())
+    if bool((values >= 0).all()):
+        return "minimum"
+    return "maximum" if bool((values <= 0).all()) else "saddle"
+
+
+def main(folder: Path) -> dict[str, str]:
+    """Write the picture and return the verdicts."""
+    figure = Figure(figsize=(9, 6.4), layout="constrained")
+    said = {}
+    for axes, (name, function) in zip(figure.subplots(2, 3).flat, FUNCTIONS.items(), strict=True):
+        places = PLACES if name.startswith("3x") else [(0.0, 0.0)]
+        reach = 5.0 if len(places) > 1 else 1.0
+        line = torch.linspace(-reach, reach, 81, dtype=torch.float64)
+        axes.contourf(line, line, function(line[None, :], line[:, None]), levels=16, cmap="viridis")
+        for place in places:
+            found = critical_point(evaluation_at(function, place))
+            said[f"{name} at {place}"] = found.kind
+            print(f"{name} at {place}: {found}")
+            axes.plot(*place, "wo", markeredgecolor="k")
+            axes.annotate(found.kind, place, (0, 7), textcoords="offset points", color="w", ha="center", weight="bold")
+        naive = shortcut(evaluation_at(function, (0.0, 0.0)))
+        said[f"{name}, shortcut"] = naive
+        remark = "" if naive == said[f"{name} at (0.0, 0.0)"] else f"\nthe signs alone would say {naive}"
+        axes.set(title=name + remark, xlabel="x", ylabel="y", aspect="equal")
+        axes.title.set_fontsize(9)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "critical_points.png", dpi=80)
+    return said
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[2] / "docs/pictures/gallery")
+    numbers = main(parser.parse_args().output)
