@@ -17,7 +17,19 @@ from torch.distributed.tensor import DTensor
 from newtonopt import CubicNewton, HessianFree, NewtonCG, TrustRegionNewton, evaluate, gauss_newton, hessian
 from newtonopt._sharded import _DRAWN, Layout, Sharded
 from newtonopt._shards import local_part
-from newtonopt.curvature import extreme_eigenvalues, sharpness
+from newtonopt.curvature import (
+    critical_point,
+    diagonal,
+    effective_dimension,
+    extreme_eigenvalues,
+    frobenius_norm,
+    gradient_curvature,
+    loss_slice,
+    sharpness,
+    spectral_density,
+    trace,
+)
+from newtonopt.curvature.probes import unit_vectors
 
 SIZE = 45
 
@@ -195,6 +207,38 @@ def test_measurements_equal_those_of_one_process() -> None:
         for name, value in found.items():
             rtol = 1e-12 if name in ("loss", "gradient") else 1e-6
             torch.testing.assert_close(value, expected[name], rtol=rtol, atol=rtol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def statistics(rank: int) -> dict[str, Any]:
+    """What is measured of the whole spectrum, of points and along directions."""
+    sharded = dist.is_initialized()
+    model = sharded_network() if sharded else network()
+    closure = closure_of(model, rank, dist.get_world_size() if sharded else 1)
+    evaluation = evaluate(closure, model.parameters(), "auto" if sharded else "finite_difference")
+    H, G, g = hessian(evaluation), gauss_newton(evaluation), evaluation.gradient
+    sketched, point = trace(H, max_products=16), critical_point(evaluation, max_products=8)
+    estimated, density = diagonal(G, max_products=3), spectral_density(H, steps=4, starts=2)
+    along = gradient_curvature(evaluation, extreme_eigenvalues(H, top=1, bottom=0, max_products=6))
+    found: dict[str, Any] = {
+        "trace": torch.tensor([sketched.value, sketched.standard_error]),
+        "norm": torch.tensor(frobenius_norm(G, max_products=14).value),
+        "dimension": torch.tensor(effective_dimension(G, 0.1, max_products=12).value),
+        "diagonal": estimated.values,
+        "errors": estimated.standard_errors,
+        "unit vectors": torch.stack(list(unit_vectors(G.like))),
+        "density": torch.cat([density.nodes, density.weights]),
+        "ends": torch.tensor([point.smallest.value, point.largest.value]),
+        "along": torch.tensor([along.curvature, along.residual, *along.alignments]),
+        "slice": loss_slice(closure, model.parameters(), g, points=3).losses,
+    }
+    return {name: x.full_tensor() if isinstance(x, Sharded) else x for name, x in found.items()}
+
+
+def test_statistics_equal_those_of_one_process() -> None:
+    expected = statistics(0)
+    for found in run(statistics):
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def steps(rank: int, settings: dict[str, Any], kind: Any = HessianFree, count: int = 4) -> tuple[list[Any], Tensor]:

@@ -78,7 +78,7 @@ def normals(like: Tensor, generator: torch.Generator) -> Tensor:
 def signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """Independent entries of plus or minus one, as `normals`."""
     noise = normals(like, generator)
-    return torch.ones_like(noise).copysign_(noise)
+    return torch.copysign(torch.ones_like(noise), noise)
 
 
 def unit_vectors(like: Tensor) -> Iterator[Tensor]:

@@ -122,7 +122,9 @@ def _combined(place: list[float], axes: list[Tensor]) -> Tensor:
 
 
 def _axes(directions: Tensor | Sequence[Tensor], point: Tensor) -> list[Tensor]:
-    given = list(directions.reshape(-1, directions.shape[-1])) if isinstance(directions, Tensor) else list(directions)
+    if isinstance(directions, Tensor) and directions.dim() == 1:
+        return _axes([directions], point)
+    given = list(directions)
     if len(given) not in (1, 2):
         raise ValueError(f"directions must be one or two flat vectors, got {len(given)}")
     for direction in given:
