@@ -78,8 +78,8 @@ def trace(
       Musco & Woodruff 2021). Q grows while two products spent on it save more than two samples (Persson, Cortinovis &
       Kressner 2022), so that outliers cost a product or two each and a flat spectrum is not sketched in vain.
 
-    Where the budget reaches n products the trace is exact, by unit vectors. Else at most `max_products / 2` vectors of
-    length n are held.
+    Where the budget reaches n products the trace is exact, by unit vectors. Else memory is that of the range: up to
+    `max_products / 2` vectors of length n, twice while one is added; of two for "hutchinson".
 
     Args:
         operator: Symmetric `(n, n)`.
@@ -123,8 +123,7 @@ def frobenius_norm(
 ) -> FrobeniusNorm:
     """|A|_F, by the sketch of `trace` with "hutch++" and the mean of |Av|^2 on what it leaves over.
 
-    Where the budget reaches n products the norm is exact, by unit vectors. Else at most `max_products / 2` vectors of
-    length n are held.
+    Where the budget reaches n products the norm is exact, by unit vectors. Memory is as for `trace`.
 
     Args:
         operator: Symmetric `(n, n)`.
@@ -142,7 +141,7 @@ def frobenius_norm(
     """
     size = _check(operator, tolerance, max_products)
     if max_products >= size:
-        columns = [operator @ unit for unit in unit_vectors(operator.like)]
+        columns = (operator @ unit for unit in unit_vectors(operator.like))
         square = math.fsum(dot(column, column) for column in columns)
         check_finite(square, size)
         return FrobeniusNorm(math.sqrt(square), 0.0, size, True)
