@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum
 from newtonopt.curvature.probes import dot
 from newtonopt.evaluation import Evaluation
 from newtonopt.operators import hessian
+
+# Of a residual, in units of eps times the largest eigenvalue.
+_ROUNDING = 16.0
 
 
 @dataclass(frozen=True)
@@ -110,4 +115,5 @@ def _alignment_error(top: tuple[Eigenvalue, ...], index: int) -> float:
         return 1.0
     if index > 0:
         gap = min(gap, top[index - 1].lower - entry.value)
-    return min(1.0, entry.residual / gap) if gap > 0.0 else 1.0
+    rounding = _ROUNDING * torch.finfo(entry.vector.dtype).eps * abs(top[0].value)
+    return min(1.0, (entry.residual + rounding) / gap) if gap > 0.0 else 1.0
