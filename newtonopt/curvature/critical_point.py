@@ -11,12 +11,14 @@ from torch import Tensor
 from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, extreme_eigenvalues
 from newtonopt.curvature.probes import check_positive
 from newtonopt.evaluation import Evaluation
+from newtonopt.linear_operator import LinearOperator
 from newtonopt.operators import hessian
 
 CriticalKind = Literal["minimum", "maximum", "saddle", "degenerate", "not critical"]
 
-# An interval half as wide as its value is far from zero: the sign is all that is asked for.
-_SIGN_TOLERANCE = 0.5
+# Only signs are asked for. The first tolerance tells that of a value above a tenth of the norm, and so on with its
+# square: most points need no more.
+_TOLERANCES = (0.3, 1e-2, 1e-6)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +97,7 @@ def critical_point(
         max_products: Budget of Hessian products, >= 1. Default 300.
         seed: Seed of the random starts; the global random state is neither read nor written.
         spectrum: The Hessian's ends where they were measured before, one at least of each; None (default): measured
-            here until their signs are known.
+            here until their signs are known. From one that is not certified no minimum or maximum follows.
 
     Returns:
         The verdict and the evidence.
@@ -113,10 +115,7 @@ def critical_point(
         raise FloatingPointError(f"the gradient's norm is {norm}, so the point is of no kind; check data and model")
     products = 0
     if spectrum is None:
-        # Each end may fail with half the probability that both may.
-        sure = 1.0 - 0.5 * (1.0 - confidence)
-        spectrum = extreme_eigenvalues(curvature, 1, 1, _SIGN_TOLERANCE, sure, max_products, seed)
-        products = spectrum.products
+        spectrum, products = _ends(curvature, confidence, max_products, seed)
     if not (spectrum.top and spectrum.bottom):
         raise ValueError("spectrum must hold one eigenvalue at least of each end, top and bottom")
     largest, smallest = spectrum.top[0], spectrum.bottom[0]
@@ -134,6 +133,25 @@ def critical_point(
         not (_is_open(smallest) or _is_open(largest)),
         1.0 - 2.0 * (1.0 - spectrum.confidence),
     )
+
+
+def _ends(curvature: LinearOperator, confidence: float, max_products: int, seed: int) -> tuple[Spectrum, int]:
+    """Both ends, as sharp as their signs need, and the products used.
+
+    Every attempt has the same random start, so that they fail together and the confidence is that of one.
+    """
+    # Each end may fail with half the probability that both may.
+    sure, used = 1.0 - 0.5 * (1.0 - confidence), 0
+    for tolerance in _TOLERANCES:
+        left = max_products - used
+        found = extreme_eigenvalues(curvature, 1, 1, tolerance, sure, max_products=left, seed=seed)
+        used += found.products
+        ends = (found.top[0], found.bottom[0])
+        floor = _TOLERANCES[-1] ** 2 * max(abs(end.value) for end in ends)
+        finest = all(end.upper - end.lower <= floor for end in ends if _is_open(end))
+        if finest or used == max_products or found.products == curvature.shape[0]:
+            break
+    return found, used
 
 
 def _kind(critical: bool, smallest: Eigenvalue, largest: Eigenvalue) -> CriticalKind:

@@ -29,7 +29,8 @@ class GradientCurvature:
         longest_step: Learning rate 2 / curvature, up to which the quadratic model does not rise; infinite where the
             curvature is not positive.
         stable_step: Learning rate 2 / lambda_max below which gradient descent is stable in all directions, with the
-            upper bound of lambda_max; infinite where that is not positive, None without a spectrum.
+            upper bound of lambda_max (its value, where the spectrum is not certified); infinite where that is not
+            positive, None without a spectrum.
         alignments: Squared cosines of g with each of the spectrum's top eigenvectors.
         alignment_errors: By how much each of them may be off for the error of its eigenvector, at most one: the
             residual over the distance to the other eigenvalues (Davis & Kahan 1970). One, nothing certain, where
@@ -76,7 +77,9 @@ def gradient_curvature(evaluation: Evaluation, spectrum: Spectrum | None = None)
             f"spectrum has vectors of shape {tuple(top[0].vector.shape)} and the gradient {tuple(g.shape)}: measure it "
             "with the same parameters"
         )
-    stable = None if not top else _step(2.0, top[0].upper)
+    stable = None
+    if top:
+        stable = _step(2.0, top[0].upper if math.isfinite(top[0].upper) else top[0].value)
     square = dot(g, g)
     if square == 0.0:
         nothing = (0.0,) * len(top)

@@ -103,6 +103,30 @@ def test_a_budget_too_small_for_a_sign_leaves_the_verdict_open() -> None:
     assert long.products < 150
 
 
+@pytest.mark.parametrize("smallest", [1e-2, 1e-5, 1e-8])
+def test_signs_far_below_the_norm_are_told(smallest: float) -> None:
+    values = torch.tensor([smallest, 0.5, 1.0, 3.0]).double()
+    for sign, kind in ((1.0, "minimum"), (-1.0, "saddle")):
+        ends = torch.cat([sign * values[:1], values[1:]])
+        wide = torch.cat([ends, 1.0 + torch.rand(60, generator=torch.Generator().manual_seed(0)).double()])
+        found = critical_point(_at(lambda t, wide=wide: 0.5 * (wide * t * t).sum(), *[0.0] * 64), max_products=200)
+        assert found.kind == kind
+        assert found.products <= 110
+
+
+def test_a_tracked_spectrum_proves_no_minimum() -> None:
+    evaluation = _at(lambda t: 2 * t[0] ** 2 + t[1] ** 2, 0.0, 0.0)
+    H = hessian(evaluation)
+    tracked = extreme_eigenvalues(H, top=1, bottom=1, start=extreme_eigenvalues(H, top=1, bottom=1))
+    found = critical_point(evaluation, spectrum=tracked)
+    assert (found.kind, found.converged) == ("degenerate", False)
+    assert gradient_curvature(evaluation, tracked).stable_step == pytest.approx(0.5)
+    saddle = _at(lambda t: t[0] ** 2 - t[1] ** 2, 0.0, 0.0)
+    H = hessian(saddle)
+    tracked = extreme_eigenvalues(H, top=1, bottom=1, start=extreme_eigenvalues(H, top=1, bottom=1))
+    assert critical_point(saddle, spectrum=tracked).kind == "saddle"
+
+
 def test_a_spectrum_at_hand_is_used() -> None:
     evaluation = _at(lambda t: t[0] ** 2 - t[1] ** 2, 0.0, 0.0)
     spectrum = extreme_eigenvalues(hessian(evaluation), top=1, bottom=1)
