@@ -6,9 +6,9 @@ number of gradients and curvature products; forward passes at trial points are n
 
 from __future__ import annotations
 
+import argparse
 import io
 import math
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -337,5 +337,9 @@ def _train(build: Callable[[], tuple[nn.Module, Loss]], make: Make, limit: int) 
 if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    for name in sys.argv[1:] or PAGES:
+    parser = argparse.ArgumentParser(description="Draw the pictures of the optimizers' pages.")
+    parser.add_argument("pages", nargs="*", metavar="page", help=f"which: {', '.join(PAGES)} (default: all)")
+    for name in parser.parse_args().pages or PAGES:
+        if name not in PAGES:
+            parser.error(f"there is no page {name!r}: give some of {', '.join(PAGES)}")
         draw(*PAGES[name], Path(__file__).parent / "pictures" / f"{name}.png")
