@@ -1,4 +1,4 @@
-"""A deep autoencoder of small digits, full batch: HessianFree beside Adam and L-BFGS.
+"""A deep autoencoder of small digits, full batch: the Newton methods beside Adam and L-BFGS.
 
 The encoder is 64-256-128-64-16 with sigmoid units and a linear code, the decoder its mirror image. Such networks were
 the first case made for Hessian-free optimization (Martens 2010), from the same sparse initialisation.
@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from side_by_side import LBFGS_ALONE, adam, arguments, main
+from side_by_side import arguments, main
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from training import Problem
@@ -49,5 +49,4 @@ def sigmoid_network() -> nn.Sequential:
 
 
 if __name__ == "__main__":
-    peers = (adam(1e-3), adam(3e-3), LBFGS_ALONE)
-    main("autoencoder", digits_autoencoder, "squared error per image", peers, arguments(__doc__).parse_args())
+    main("autoencoder", digits_autoencoder, "squared error per image", arguments(__doc__).parse_args())

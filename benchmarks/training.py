@@ -29,10 +29,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer, or several in turn: each phase lasts until that fraction of the time has passed."""
+    """An optimizer, or several in turn: each phase lasts until that fraction of the time has passed.
+
+    Contenders of one method differ in a setting; the best of them stands for the method.
+    """
 
     name: str
     phases: tuple[tuple[float, Callable[[list[nn.Parameter]], Optimizer]], ...]
+    method: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Run:
     """What one contender reached from one seed, at the times of the grid."""
 
     contender: str
+    method: str
     seed: int
     steps: int
     processor_share: float  # processor time by wall time: well below 1, the run had to share its core
@@ -89,7 +94,7 @@ def train(
                 measured += due * [_measure_at(task, params, held)]
                 report((contender.name, seed, len(measured) - 1, *measured[-1]))
     losses, errors = map(list, zip(*measured, strict=True))
-    return Run(contender.name, seed, steps, processor / wall, grid, losses, errors)
+    return Run(contender.name, contender.method, seed, steps, processor / wall, grid, losses, errors)
 
 
 def _closure(optimizer: Optimizer, loss: Callable[[], Tensor]) -> Callable[[], Any]:
