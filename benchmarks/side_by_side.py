@@ -61,7 +61,7 @@ def main(name: str, problem: Callable[[int], Problem], error_name: str, args: ar
     left_out = {}
     if size > DENSE and "DampedNewton" in args.methods:
         contenders = [contender for contender in contenders if contender.method != "DampedNewton"]
-        left_out["DampedNewton"] = f"not run: a step takes {size} products and a matrix of {size} x {size}"
+        left_out["DampedNewton"] = f"not run: {size} products and their matrix a step"
     runs, failures = _run_all(name, problem, contenders, args)
     if runs:
         settings = {"options": options, "seconds": args.seconds, "clock": args.clock, "jobs": args.jobs}
