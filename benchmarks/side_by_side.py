@@ -111,9 +111,9 @@ def _run_all(
         reached: dict[tuple[str, int], float] = {}
         while wait(futures, timeout=0.2).not_done:
             while not messages.empty():
-                name, seed, index, loss, error = messages.get()
+                name, seed, index, loss, _ = messages.get()
                 reached[name, seed] = index / GRID
-                text = f"{title}: {name}, seed {seed}: loss {loss:.1e}, error {error:.1e}"
+                text = f"{title}: {name}, seed {seed}: {loss:.1e}"
                 progress.update(bar, completed=sum(reached.values()), description=text)
     failures = [f"{label} failed: {future.exception()!r}" for future, label in futures.items() if future.exception()]
     return [future.result() for future in futures if not future.exception()], failures
