@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def test_the_readme_programs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(programs) == 6
+    assert len(programs) == 7
     names: dict[str, object] = {}
     for program in programs:
         exec(program, names)
@@ -36,6 +37,17 @@ def fit(config: str, folder: Path, *more: str) -> str:
     run = subprocess.run([*command, *more], cwd=folder, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
     return run.stdout
+
+
+def test_the_plain_loop_logs_what_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    loop = runpy.run_path(str(ROOT / "examples/plain_loop.py"))
+    loop["main"].__globals__.update(STEPS=20, EVERY=10)
+    last = loop["main"]("logs")
+    events = EventAccumulator("logs").Reload()
+    assert set(events.Tags()["scalars"]) == set(last)
+    assert [event.step for event in events.Scalars("curvature/lambda_max")] == [0, 10, 20]
+    assert [event.value for event in events.Scalars("curvature/certified")] == [1.0, 0.0, 0.0]
 
 
 @pytest.mark.slow

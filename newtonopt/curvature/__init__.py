@@ -7,6 +7,8 @@ from newtonopt.curvature.diagonal import Diagonal, diagonal
 from newtonopt.curvature.effective_dimension import EffectiveDimension, effective_dimension
 from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, extreme_eigenvalues
 from newtonopt.curvature.gradient import GradientCurvature, gradient_curvature
+from newtonopt.curvature.measure import measure
+from newtonopt.curvature.measurement import Measurement
 from newtonopt.curvature.preconditioned import preconditioned
 from newtonopt.curvature.sharpness import Sharpness, sharpness
 from newtonopt.curvature.slices import LossSlice, loss_slice
@@ -21,6 +23,7 @@ __all__ = [
     "FrobeniusNorm",
     "GradientCurvature",
     "LossSlice",
+    "Measurement",
     "Sharpness",
     "SpectralDensity",
     "Spectrum",
@@ -33,6 +36,7 @@ __all__ = [
     "frobenius_norm",
     "gradient_curvature",
     "loss_slice",
+    "measure",
     "preconditioned",
     "sharpness",
     "spectral_density",

@@ -98,6 +98,7 @@ def sharpness(
     products: Products = "auto",
     weight: float | None = None,
     starts: int = 0,
+    start: Tensor | None = None,
 ) -> Sharpness:
     """The largest L(theta + d) - L(theta) over ||d|| <= radius, and two relatives.
 
@@ -129,6 +130,9 @@ def sharpness(
         weight: Of this process in the mean over several, as for `evaluate`.
         starts: How many random points on the sphere to start from beside the others, >= 0; unused for "average".
             Default zero: on networks they found nothing higher, for about five gradients each.
+        start: A displacement `(n,)`, such as the last measurement's `step`, to scale to the radius and search from
+            alone: the maximum is followed for three gradients or so while it moves slowly. A higher one elsewhere may
+            be missed. None (default): the starts above. Unused for "average".
 
     Returns:
         The rise and how it was found.
@@ -142,14 +146,11 @@ def sharpness(
     check_closure(closure)
     check_weight(weight)
     objective = Objective(closure, trained_parameters(params), products=products, weight=weight)
+    if start is not None and kind != "average":
+        return _followed(objective, kind, radius, tolerance, max_gradients, start)
     evaluation = objective.evaluate()
-    base = float(evaluation.loss)
-    if not math.isfinite(base):
-        raise FloatingPointError(
-            f"the loss at the parameters is {base}, so no rise above it is defined; check the data and the model"
-        )
-    scale = objective.point.abs() if kind == "adaptive_ball" else torch.ones_like(objective.point)
-    search = _Search(objective, scale, radius, tolerance, base)
+    search = _search(objective, kind, radius, tolerance, float(evaluation.loss))
+    scale, base = search.scale, search.base
     if kind == "average":
         evaluation.free()
         return _average(search, samples, seed)
@@ -162,6 +163,33 @@ def sharpness(
     best, used, converged = _best(search, places, max_gradients - spent)
     value, step = best.loss - base, scale * best.place
     return Sharpness(value, kind, radius, base, step, spent + used, converged, 0.0, prediction)
+
+
+def _search(objective: Objective, kind: Kind, radius: float, tolerance: float, base: float) -> _Search:
+    if not math.isfinite(base):
+        raise FloatingPointError(
+            f"the loss at the parameters is {base}, so no rise above it is defined; check the data and the model"
+        )
+    scale = objective.point.abs() if kind == "adaptive_ball" else torch.ones_like(objective.point)
+    return _Search(objective, scale, radius, tolerance, base)
+
+
+def _followed(
+    objective: Objective, kind: Kind, radius: float, tolerance: float, budget: int, start: Tensor
+) -> Sharpness:
+    """The maximum that is reached from one start."""
+    if start.shape != objective.point.shape:
+        raise ValueError(
+            f"start has shape {tuple(start.shape)}, and the parameters have {objective.point.shape[0]} entries: give a "
+            "flat vector of that length"
+        )
+    search = _search(objective, kind, radius, tolerance, objective.loss_at(torch.zeros_like(objective.point)))
+    place = torch.where(search.scale > 0.0, start / search.scale, torch.zeros_like(start))
+    norm = float(place.norm())
+    if norm == 0.0:
+        raise ValueError("start is zero: give a displacement that tells a direction")
+    best, used, converged = _best(search, [place * (radius / norm)], budget)
+    return Sharpness(best.loss - search.base, kind, radius, search.base, search.scale * best.place, used, converged)
 
 
 def _check(kind: str, radius: float, tolerance: float, max_gradients: int, samples: int, starts: int) -> None:

@@ -1,0 +1,168 @@
+"""One measurement of a loss's curvature, as numbers under the tags of a log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from newtonopt._flat import trained_parameters
+from newtonopt.curvature.measurement import Layers, Matrix, Measurement, Settings
+from newtonopt.curvature.parts import (
+    Clock,
+    Look,
+    along_gradient,
+    enter_eigenvalues,
+    enter_gradient,
+    enter_layers,
+    enter_sharpness,
+    enter_slice,
+    enter_stability,
+    enter_whole_spectrum,
+)
+from newtonopt.curvature.sharpness import Kind
+from newtonopt.evaluation import Products
+from newtonopt.objective import evaluate
+from newtonopt.operators import gauss_newton, hessian
+
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+
+
+def measure(
+    closure: Callable[[], Any],
+    params: Params,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    *,
+    top: int = 3,
+    bottom: int = 1,
+    curvature: Matrix = "hessian",
+    gradient: bool = True,
+    preconditioned: bool = False,
+    layers: Layers = None,
+    trace: bool = False,
+    density: bool = False,
+    sharpness: Kind | None = "ball",
+    sharpness_radius: float = 0.05,
+    loss_slice: int = 0,
+    slice_radius: float = 1.0,
+    products: Products = "auto",
+    tolerance: float = 1e-2,
+    max_products: int = 100,
+    max_seconds: float | None = None,
+    seed: int = 0,
+    weight: float | None = None,
+    prefix: str = "curvature",
+    last: Measurement | None = None,
+) -> Measurement:
+    """The values that `CurvatureMonitor` logs, for any training loop.
+
+        for tag, value in measure(closure, model.parameters(), optimizer).items():
+            writer.add_scalar(tag, value, step)
+
+    Parameters, `.grad`, buffers, random state and logs are as before afterwards.
+
+    Args:
+        closure: Computes the loss, as for `evaluate`.
+        params: The parameters, or pairs of their names and them; those without `requires_grad` are left alone.
+        optimizer: The one that trains them, or several, for `stability_threshold`; None (default): no threshold.
+        top: How many of the largest eigenvalues, one or more. Default 3.
+        bottom: How many of the smallest eigenvalues, zero or more. Default 1.
+        curvature: Of which matrix: "hessian" (default) or "gauss_newton".
+        gradient: Whether to measure the curvature along the gradient, for one product. Default True.
+        preconditioned: Whether to measure the largest eigenvalue of the `preconditioned` matrix too, which is the one
+            that the threshold of Adam and its kin is for, from the optimizer's first step on. Default False.
+        layers: Patterns of names, as for `blocks`: the largest eigenvalue of each such diagonal block, under
+            `lambda_max_of/`; "parts": of each of the model's parts. `params` are pairs then. None (default): none.
+        trace: Whether to measure the trace, with its standard error. Default False.
+        density: Whether to measure the density of all eigenvalues, for `.density`. Default False.
+        sharpness: "ball" (default), "adaptive_ball" or "average", as for `newtonopt.curvature.sharpness`; None: not
+            measured.
+        sharpness_radius: Above zero. Default 0.05 (Foret et al. 2021).
+        loss_slice: Along how many eigenvectors to take the loss, for `.slice`: none (0), the top one (1), or the top
+            one and the bottom one (2), which takes 441 losses. Default 0.
+        slice_radius: Above zero. Default 1.
+        products: How curvature products are formed, "auto" (default) or as for `evaluate`.
+        tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
+            no more.
+        max_products: Bound on the eigenvalues' products, one or more. Default 100. The extreme eigenvalues' intervals
+            are as wide as they are then; a further eigenvalue, shown without one, is left out unless it is known to a
+            tenth.
+        max_seconds: How long the measurement may take, roughly: from the time of its first product it is told how many
+            more there may be. What does not fit is left out. None (default): no bound.
+        seed: Of the random start vectors. Default 0.
+        weight: Of this process in the mean over several, as for `evaluate`; None (default): found from the losses.
+        prefix: The tags' group. Default "curvature".
+        last: The last measurement of this run, to follow for a fraction of the products: eigenvalues from its vectors,
+            sharpness from its step. What these know nothing of may be missed: `curvature/certified` is 0 then, and
+            `_upper` and `_lower` enclose some eigenvalue, perhaps not the extreme one. None (default): from random
+            starts, with bounds that hold for the extreme ones.
+
+    Returns:
+        The values by tag: `curvature/lambda_max` and so on.
+
+    Raises:
+        ValueError: A setting out of its range.
+        RuntimeError: As `evaluate`.
+        FloatingPointError: The loss or a product is not finite.
+    """
+    settings = Settings(
+        top,
+        bottom,
+        curvature,
+        gradient,
+        preconditioned,
+        layers,
+        trace,
+        density,
+        sharpness,
+        sharpness_radius,
+        loss_slice,
+        slice_radius,
+        products,
+        tolerance,
+        max_products,
+        max_seconds,
+        seed,
+        prefix,
+    )
+    given: list[Any] = list(params)
+    named = [pair for pair in given if isinstance(pair, tuple)]
+    if layers is not None and len(named) < len(given):
+        raise ValueError("layers are told by names: give model.named_parameters() as params.")
+    tensors = trained_parameters(pair[1] if isinstance(pair, tuple) else pair for pair in given)
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    return take(closure, tensors, optimizers, settings, weight, named, last)
+
+
+def take(
+    closure: Callable[[], Any],
+    params: Sequence[Tensor],
+    optimizers: Sequence[Optimizer],
+    settings: Settings,
+    weight: float | None = None,
+    named: Sequence[tuple[str, Tensor]] = (),
+    last: Measurement | None = None,
+) -> Measurement:
+    """`measure` by settings that were checked before."""
+    values = Measurement(settings.prefix)
+    look = Look(values, settings, Clock(settings.max_seconds, params[0].device), last)
+    evaluation = evaluate(closure, params, products=settings.products, weight=weight)
+    gradient = evaluation.gradient
+    A = hessian(evaluation) if settings.curvature == "hessian" else gauss_newton(evaluation)
+    quotient = along_gradient(look, A, gradient)
+    enter_eigenvalues(look, A, quotient)
+    enter_gradient(look, quotient, gradient)
+    enter_stability(look, A, params, optimizers)
+    enter_layers(look, A, named)
+    enter_whole_spectrum(look, A)
+    values.add("products", A.products)
+    del A
+    evaluation.free()
+    # What has no second derivative now has none the next time.
+    values.form = "finite_difference" if evaluation.form == "finite_difference" else settings.products
+    enter_sharpness(look, closure, params, weight)
+    enter_slice(look, closure, params, weight)
+    values.add("seconds", look.clock.elapsed())
+    return values

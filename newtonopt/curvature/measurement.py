@@ -1,0 +1,117 @@
+"""What a measurement of a loss's curvature is told to hold, and what it holds."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from newtonopt._checks import check_products
+from newtonopt.curvature.density import SpectralDensity
+from newtonopt.curvature.eigenvalues import Spectrum
+from newtonopt.curvature.sharpness import Kind
+from newtonopt.curvature.slices import LossSlice
+from newtonopt.curvature.words import describe
+from newtonopt.evaluation import Products
+
+Matrix = Literal["hessian", "gauss_newton"]
+Layers = Literal["parts"] | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a measurement holds and may cost: the arguments of `measure`, checked."""
+
+    top: int = 3
+    bottom: int = 1
+    curvature: Matrix = "hessian"
+    gradient: bool = True
+    preconditioned: bool = False
+    layers: Layers = None
+    trace: bool = False
+    density: bool = False
+    sharpness: Kind | None = "ball"
+    sharpness_radius: float = 0.05
+    loss_slice: int = 0
+    slice_radius: float = 1.0
+    products: Products = "auto"
+    tolerance: float = 1e-2
+    max_products: int = 100
+    max_seconds: float | None = None
+    seed: int = 0
+    prefix: str = "curvature"
+
+    def __post_init__(self) -> None:
+        for name, least in (("top", 1), ("bottom", 0), ("max_products", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}: give a whole number, {least} or more.")
+        choices = {"curvature": get_args(Matrix), "sharpness": (*get_args(Kind), None), "loss_slice": (0, 1, 2)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose {' or '.join(map(repr, allowed))}.")
+        for name in ("sharpness_radius", "slice_radius", "max_seconds"):
+            limit = getattr(self, name)
+            if limit is not None and (not isinstance(limit, (int, float)) or not 0 < limit < math.inf):
+                raise ValueError(f"{name} is {limit!r}: give a finite number above zero.")
+        if not (self.layers in (None, "parts") or _are_patterns(self.layers)):
+            raise ValueError(
+                f"layers is {self.layers!r}: give a list of patterns of parameters' names, such as ['encoder.*'], or "
+                "'parts', or None."
+            )
+        if not isinstance(self.tolerance, (int, float)) or not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance is {self.tolerance!r}: give a number between 0 and 1.")
+        if not isinstance(self.prefix, str) or not re.fullmatch(r"[-\w.]+(/[-\w.]+)*", self.prefix):
+            raise ValueError(f"prefix is {self.prefix!r}: give the name of the tags' group, such as 'curvature'.")
+        check_products(self.products)
+
+
+def _are_patterns(layers: object) -> bool:
+    return isinstance(layers, (list, tuple)) and len(layers) > 0 and all(isinstance(x, str) for x in layers)
+
+
+class Measurement(dict[str, float]):
+    """Values by tag, such as `{"curvature/lambda_max": 12.4, ...}`, and what they were taken from.
+
+    Args:
+        prefix: The tags' group. Default "curvature".
+
+    Attributes:
+        prefix: The tags' group.
+        spectra: The eigenvalues with their vectors, by name: "lambda" those of the matrix itself.
+        sharpest: The displacement that attains the sharpness in a ball.
+        density: Of all eigenvalues, where it was asked for.
+        slice: The loss along eigenvectors, where it was asked for.
+        form: How products were formed.
+    """
+
+    def __init__(self, prefix: str = "curvature") -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.spectra: dict[str, Spectrum] = {}
+        self.sharpest: Tensor | None = None
+        self.density: SpectralDensity | None = None
+        self.slice: LossSlice | None = None
+        self.form: Products = "auto"
+
+    @property
+    def spectrum(self) -> Spectrum | None:
+        """Of the matrix itself; None where the time was too short."""
+        return self.spectra.get("lambda")
+
+    def read(self, name: str) -> float | None:
+        """The value without its tag's prefix; None if it was not measured."""
+        return self.get(f"{self.prefix}/{name}")
+
+    def in_words(self) -> str:
+        """What the values mean, one sentence each."""
+        return "\n".join(describe(self.read))
+
+    def add(self, name: str, value: float) -> None:
+        """Enter a value, unless it is not finite, which no chart can show."""
+        if math.isfinite(value):
+            self[f"{self.prefix}/{name}"] = float(value)

@@ -1,0 +1,251 @@
+"""The parts of a measurement, each of which enters its values."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from newtonopt.curvature.blocks import blocks
+from newtonopt.curvature.density import spectral_density
+from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, extreme_eigenvalues
+from newtonopt.curvature.measurement import Measurement, Settings
+from newtonopt.curvature.preconditioned import preconditioned
+from newtonopt.curvature.sharpness import sharpness
+from newtonopt.curvature.slices import loss_slice
+from newtonopt.curvature.stability import stability_threshold
+from newtonopt.curvature.trace import trace
+from newtonopt.linear_operator import LinearOperator
+
+# Gradients and products for the sharpest point: that many at most, and no search with fewer.
+_GRADIENTS, _LEAST_GRADIENTS = 100, 8
+# For trace and density the same; and a run's steps for the density, of which there are as many runs as fit, at least 2.
+_LEAST_PRODUCTS, _STEPS = 10, 50
+# Products for following: some, and some for each eigenvalue. On a GPT of 0.8 million parameters and tiny negative
+# eigenvalues a tolerance alone took a hundred of them, at three training steps each.
+_FOLLOWED_BASE, _FOLLOWED_EACH = 4, 2
+# What TensorBoard's writer allows in no tag.
+_OUTSIDE_TAGS = re.compile(r"[^-/\w.]")
+# Losses along each direction of a slice.
+_POINTS = 21
+
+
+class Clock:
+    """What is left of the time, in products; the same on all processes.
+
+    Args:
+        limit: Seconds; None: no limit.
+        device: On which processes exchange what they have left.
+    """
+
+    def __init__(self, limit: float | None, device: torch.device) -> None:
+        self._limit, self._device = limit, device
+        self._began = time.perf_counter()
+        self.product = 0.0
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit."""
+        return self._limit is not None
+
+    def elapsed(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._began
+
+    def affordable(self, most: int) -> int:
+        """How many products there may be, `most` at most."""
+        if self._limit is None:
+            return most
+        left = torch.tensor((self._limit - self.elapsed()) / self.product, dtype=torch.float64, device=self._device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(left, dist.ReduceOp.MIN)
+        return max(0, min(most, int(left)))
+
+
+@dataclass(frozen=True)
+class Look:
+    """One measurement being taken.
+
+    Attributes:
+        values: What is entered into.
+        settings: What was asked for.
+        clock: What it may take.
+        last: The measurement to follow, if any.
+    """
+
+    values: Measurement
+    settings: Settings
+    clock: Clock
+    last: Measurement | None
+
+    def spectrum(self, name: str, A: LinearOperator, top: int, bottom: int, start: bool = True) -> Spectrum | None:
+        """The extreme eigenvalues, from where the last measurement found those of this name; None without time."""
+        budget = self.clock.affordable(self.settings.max_products)
+        if budget < 1:
+            return None
+        old = self.last.spectra.get(name) if self.last is not None and start else None
+        if old is not None and any(e.vector.shape[0] != A.shape[0] for e in (*old.top, *old.bottom)):
+            old = None  # other parameters are trained now
+        if old is not None:
+            budget = min(budget, _FOLLOWED_BASE + _FOLLOWED_EACH * (top + bottom))
+        self.values.spectra[name] = extreme_eigenvalues(
+            A,
+            top=top,
+            bottom=bottom,
+            tolerance=self.settings.tolerance,
+            max_products=budget,
+            seed=self.settings.seed,
+            start=old,
+        )
+        return self.values.spectra[name]
+
+    def enter(self, name: str, found: Sequence[Eigenvalue]) -> None:
+        """An extreme eigenvalue with its bounds; those of an eigenvalue, where nothing bounds the extreme one."""
+        for e in found:
+            self.values.add(name, e.value)
+            self.values.add(f"{name}_lower", e.lower if math.isfinite(e.lower) else e.value - e.residual)
+            self.values.add(f"{name}_upper", e.upper if math.isfinite(e.upper) else e.value + e.residual)
+
+
+def along_gradient(look: Look, A: LinearOperator, gradient: Tensor) -> float | None:
+    """The quotient g'Ag / g'g, and how long its product took; None where it is not needed or g is zero."""
+    if not look.settings.gradient and not look.clock.limited:
+        return None
+    began = time.perf_counter()
+    square, along = float(gradient @ gradient), float(gradient @ (A @ gradient))
+    look.clock.product = time.perf_counter() - began
+    return along / square if square > 0.0 else None
+
+
+def enter_eigenvalues(look: Look, A: LinearOperator, quotient: float | None) -> None:
+    """The extreme one of each end with its bounds, the further ones (`lambda_2`, or `lambda_min_2`) without.
+
+    Args:
+        look: The measurement.
+        A: The matrix.
+        quotient: A Rayleigh quotient, which no largest eigenvalue is below: one that was followed and is has been lost.
+    """
+    settings = look.settings
+    spectrum = look.spectrum("lambda", A, settings.top, settings.bottom)
+    followed = spectrum is not None and not spectrum.certified and spectrum.top
+    if followed and quotient is not None and followed[0].value < quotient - settings.tolerance * abs(quotient):
+        spectrum = look.spectrum("lambda", A, settings.top, settings.bottom, start=False)
+    if spectrum is None:
+        return
+    look.values.add("certified", float(spectrum.certified))
+    for first, others, found in (("lambda_max", "lambda", spectrum.top), ("lambda_min", "lambda_min", spectrum.bottom)):
+        look.enter(first, found[:1])
+        for rank, eigenvalue in enumerate(found[1:], start=2):
+            if _is_known(eigenvalue):
+                look.values.add(f"{others}_{rank}", eigenvalue.value)
+
+
+def _is_known(eigenvalue: Eigenvalue) -> bool:
+    """Whether a value that is shown without its bounds can be: they are within a tenth of it."""
+    width = eigenvalue.upper - eigenvalue.lower
+    return (width if math.isfinite(width) else 2.0 * eigenvalue.residual) <= 0.1 * abs(eigenvalue.value)
+
+
+def enter_stability(look: Look, A: LinearOperator, params: Sequence[Tensor], optimizers: Sequence[Optimizer]) -> None:
+    """The threshold, and the eigenvalue that it is for over it: that of the matrix itself for SGD alone."""
+    own = {id(p) for p in params}
+    optimizers = [o for o in optimizers if any(id(p) in own for group in o.param_groups for p in group["params"])]
+    try:
+        threshold = min(stability_threshold(optimizer) for optimizer in optimizers)
+        operator = preconditioned(A, optimizers[0], params) if look.settings.preconditioned else None
+    except (TypeError, ValueError):
+        return  # no optimizer, or none with a threshold, or one that is never stable, or has taken no step yet
+    name = "lambda_max"
+    if operator is not None:
+        name = "preconditioned_lambda_max"
+        spectrum = look.spectrum(name, operator, 1, 0)
+        look.enter(name, spectrum.top if spectrum is not None else ())
+    elif not all(isinstance(optimizer, SGD) for optimizer in optimizers):
+        return
+    largest = look.values.read(name)
+    if largest is not None and math.isfinite(threshold):  # it is not where the learning rate is zero, as in a warm-up
+        look.values.add("stability_threshold", threshold)
+        look.values.add("stability_ratio", largest / threshold)
+
+
+def enter_gradient(look: Look, quotient: float | None, gradient: Tensor) -> None:
+    """The curvature along the gradient, and what share of its square the top eigenvectors hold."""
+    if not look.settings.gradient or quotient is None:
+        return
+    look.values.add("gradient_curvature", quotient)
+    if look.values.spectrum is not None:
+        square = float(gradient @ gradient)
+        cosines = [float(e.vector @ gradient) ** 2 / square for e in look.values.spectrum.top]
+        look.values.add("gradient_alignment", math.fsum(cosines))
+
+
+def enter_layers(look: Look, A: LinearOperator, named: Sequence[tuple[str, Tensor]]) -> None:
+    """The largest eigenvalue of each diagonal block that was asked for."""
+    layers = look.settings.layers
+    if layers is None:
+        return
+    for part, block in blocks(A, named, None if layers == "parts" else layers).items():
+        name = f"lambda_max_of/{_OUTSIDE_TAGS.sub('_', part.removesuffix('.*'))}"
+        spectrum = look.spectrum(name, block, 1, 0)
+        if spectrum is not None and _is_known(spectrum.top[0]):
+            look.values.add(name, spectrum.top[0].value)
+
+
+def enter_whole_spectrum(look: Look, A: LinearOperator) -> None:
+    """Trace, with its standard error, and density."""
+    settings, clock = look.settings, look.clock
+    budget = clock.affordable(settings.max_products)
+    if settings.trace and budget >= _LEAST_PRODUCTS:
+        found = trace(A, tolerance=settings.tolerance, max_products=budget, seed=settings.seed)
+        look.values.add("trace", found.value)
+        look.values.add("trace_error", found.standard_error)
+        budget = clock.affordable(settings.max_products)
+    if settings.density and budget >= _LEAST_PRODUCTS:
+        starts = max(2, budget // _STEPS)
+        look.values.density = spectral_density(A, steps=budget // starts, starts=starts, seed=settings.seed)
+
+
+def enter_sharpness(look: Look, closure: Callable[[], Any], params: Sequence[Tensor], weight: float | None) -> None:
+    """From the last measurement's sharpest point where that is followed."""
+    settings = look.settings
+    budget = look.clock.affordable(_GRADIENTS)
+    if settings.sharpness is None or budget < _LEAST_GRADIENTS:
+        return
+    start = look.last.sharpest if look.last is not None and look.values.read("certified") != 1.0 else None
+    found = sharpness(
+        closure,
+        params,
+        kind=settings.sharpness,
+        radius=settings.sharpness_radius,
+        tolerance=0.1 * settings.tolerance,
+        max_gradients=budget,
+        seed=settings.seed,
+        products=look.values.form,
+        weight=weight,
+        start=start,
+    )
+    look.values.add("sharpness", found.value)
+    if found.kind == "average":
+        look.values.add("sharpness_error", found.standard_error)
+    elif found.step is not None and bool(found.step.any()):
+        look.values.sharpest = found.step
+
+
+def enter_slice(look: Look, closure: Callable[[], Any], params: Sequence[Tensor], weight: float | None) -> None:
+    """The loss along the top eigenvector, and the bottom one."""
+    spectrum, count = look.values.spectrum, look.settings.loss_slice
+    if count == 0 or spectrum is None:
+        return
+    directions = [e.vector for e in (*spectrum.top[:1], *spectrum.bottom[:1], *spectrum.top[1:])][:count]
+    losses = _POINTS**count
+    if len(directions) == count and look.clock.affordable(losses) == losses:
+        radius, form = look.settings.slice_radius, look.values.form
+        look.values.slice = loss_slice(closure, params, directions, radius, _POINTS, products=form, weight=weight)

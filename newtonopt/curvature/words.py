@@ -1,0 +1,86 @@
+"""What measured curvature means, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+# Between these ratios of the largest eigenvalue to the threshold training is called at the edge: full-batch gradient
+# descent and Adam hover within 6 % of it (Cohen et al. 2021, 2022).
+_BELOW, _BEYOND = 0.9, 1.1
+
+
+def describe(read: Callable[[str], float | None]) -> list[str]:
+    """Sentences about the values that were measured.
+
+    Args:
+        read: The value of a name such as "lambda_max"; None if it was not measured.
+    """
+    return [*_largest(read), *_smallest(read), *_gradient(read), *_sharpness(read), *_cost(read)]
+
+
+def _largest(read: Callable[[str], float | None]) -> Iterator[str]:
+    """Of the matrix itself, then of the preconditioned one, each with the threshold where it is the one compared."""
+    preconditioned = read("preconditioned_lambda_max") is not None
+    for name, words, compared in (
+        ("lambda_max", "The largest eigenvalue", not preconditioned),
+        ("preconditioned_lambda_max", "The largest eigenvalue of the preconditioned matrix", True),
+    ):
+        value, ratio, threshold = read(name), read("stability_ratio"), read("stability_threshold")
+        if value is None:
+            continue
+        if not compared or ratio is None or threshold is None:
+            yield f"{words} is {_with_bounds(read, name)}."
+            continue
+        yield f"{words}, {_with_bounds(read, name)}, is at {ratio:.3g} of the stability threshold {threshold:.4g}: " + (
+            "steps are stable."
+            if ratio < _BELOW
+            else "training is at the edge of stability."
+            if ratio <= _BEYOND
+            else "steps along it overshoot and grow, until the curvature falls."
+        )
+
+
+def _with_bounds(read: Callable[[str], float | None], name: str) -> str:
+    value, lower, upper = (read(f"{name}{end}") for end in ("", "_lower", "_upper"))
+    if value is None or lower is None or upper is None:
+        return f"{value:.4g}"
+    if read("certified") == 0.0:
+        return f"{value:.4g} (followed from the last measurement: no bound)"
+    return f"{value:.4g} within {max(upper - value, value - lower):.2g}"
+
+
+def _smallest(read: Callable[[str], float | None]) -> Iterator[str]:
+    value, lower, upper = (read(f"lambda_min{end}") for end in ("", "_lower", "_upper"))
+    if value is None or lower is None or upper is None:
+        return
+    if upper < 0.0:
+        yield f"The smallest, {value:.3g}, says this is no minimum."
+    elif lower > 0.0 and read("certified") != 0.0:
+        yield f"The smallest, {value:.3g}, says the loss is convex here."
+    else:
+        yield f"The smallest, {value:.3g}, may have either sign: it lies between {lower:.2g} and {upper:.2g}."
+
+
+def _gradient(read: Callable[[str], float | None]) -> Iterator[str]:
+    curvature = read("gradient_curvature")
+    if curvature is None:
+        return
+    if curvature > 0.0:
+        yield (
+            f"Along the gradient the curvature is {curvature:.3g}: the loss falls most by a step of "
+            f"{1.0 / curvature:.3g} gradients."
+        )
+    else:
+        yield f"Along the gradient the curvature is {curvature:.3g}: the loss falls faster than the gradient says."
+
+
+def _sharpness(read: Callable[[str], float | None]) -> Iterator[str]:
+    value = read("sharpness")
+    if value is not None:
+        yield f"The sharpness, by which the loss rises nearby, is {value:.3g}."
+
+
+def _cost(read: Callable[[str], float | None]) -> Iterator[str]:
+    products, seconds = read("products"), read("seconds")
+    if products is not None and seconds is not None:
+        yield f"Measured with {products:.0f} products in {seconds:.2g} s."

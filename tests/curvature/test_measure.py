@@ -1,0 +1,240 @@
+"""One measurement as a dictionary: its values are true, following is marked, budgets hold."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.functional import hessian as dense_hessian
+from torch.func import functional_call
+
+from newtonopt.curvature import Measurement, measure
+
+
+class Problem:
+    """A small regression in float64, with its dense Hessian."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+        self.x, self.y = torch.randn(20, 3).double(), torch.randn(20, 2).double()
+        self.seconds = seconds
+
+    def closure(self) -> Tensor:
+        time.sleep(self.seconds)
+        self.model.zero_grad()
+        loss = F.mse_loss(self.model(self.x), self.y)
+        loss.backward()
+        return loss
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        names, values = zip(*self.model.named_parameters(), strict=True)
+        point = torch.cat([v.detach().flatten() for v in values])
+
+        def loss(flat: Tensor) -> Tensor:
+            pieces = flat.split([v.numel() for v in values])
+            given = {n: piece.view(v.shape) for n, piece, v in zip(names, pieces, values, strict=True)}
+            return F.mse_loss(functional_call(self.model, given, (self.x,)), self.y)
+
+        return torch.func.grad(loss)(point), dense_hessian(loss, point)
+
+
+def test_every_value_is_that_of_the_dense_matrix() -> None:
+    problem = Problem()
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.1, momentum=0.5)
+    found = measure(
+        problem.closure,
+        problem.model.named_parameters(),
+        optimizer,
+        bottom=2,
+        layers=["0.*", "*.bias"],
+        trace=True,
+        density=True,
+        loss_slice=1,
+        tolerance=1e-6,
+        sharpness_radius=1e-3,
+        prefix="loss/here",
+    )
+    gradient, hessian = problem.dense()
+    values, vectors = torch.linalg.eigh(hessian)
+    first = slice(0, 24)
+    biases = torch.tensor([*range(18, 24), 36, 37])
+    expected = {
+        "lambda_max": values[-1],
+        "lambda_2": values[-2],
+        "lambda_3": values[-3],
+        "lambda_min": values[0],
+        "lambda_min_2": values[1],
+        "gradient_curvature": gradient @ hessian @ gradient / (gradient @ gradient),
+        "gradient_alignment": ((vectors[:, -3:].T @ gradient) ** 2).sum() / (gradient @ gradient),
+        "lambda_max_of/0": torch.linalg.eigvalsh(hessian[first, first])[-1],
+        "lambda_max_of/_.bias": torch.linalg.eigvalsh(hessian[biases][:, biases])[-1],
+        "trace": hessian.trace(),
+        "stability_threshold": 30.0,
+        "stability_ratio": values[-1] / 30.0,
+    }
+    for name, value in expected.items():
+        assert found[f"loss/here/{name}"] == pytest.approx(float(value), rel=1e-5, abs=1e-9), name
+        assert found.read(name) == found[f"loss/here/{name}"]
+    rise = 1e-3 * gradient.norm() + 0.5e-6 * expected["gradient_curvature"]
+    assert found["loss/here/sharpness"] == pytest.approx(float(rise), rel=1e-3)
+    assert found["loss/here/certified"] == 1.0
+    assert {tag.startswith("loss/here/") for tag in found} == {True}
+    assert isinstance(found, dict) and all(type(value) is float for value in found.values())
+    torch.testing.assert_close(found.density.nodes, values, rtol=1e-8, atol=1e-10)
+    assert found.slice.losses.shape == (21,)
+
+
+def test_the_adaptive_optimizers_threshold_is_for_the_preconditioned_matrix() -> None:
+    problem = Problem()
+    adam = torch.optim.Adam(problem.model.parameters(), lr=1e-3)
+    before = measure(problem.closure, problem.model.parameters(), adam, preconditioned=True, sharpness=None)
+    assert not [tag for tag in before if "stability" in tag or "preconditioned" in tag]  # no step has been taken
+    for _ in range(5):
+        adam.step(problem.closure)
+    found = measure(
+        problem.closure, problem.model.parameters(), adam, preconditioned=True, tolerance=1e-6, sharpness=None
+    )
+    _, hessian = problem.dense()
+    moments = torch.cat([adam.state[p]["exp_avg_sq"].flatten() for p in problem.model.parameters()])
+    scale = ((1 - 0.9**5) * ((moments / (1 - 0.999**5)).sqrt() + 1e-8)).rsqrt()
+    largest = float(torch.linalg.eigvalsh(scale[:, None] * hessian * scale)[-1])
+    assert found["curvature/preconditioned_lambda_max"] == pytest.approx(largest, rel=1e-5)
+    assert found["curvature/stability_threshold"] == pytest.approx(38e3)
+    assert found["curvature/stability_ratio"] == pytest.approx(largest / 38e3, rel=1e-5)
+    plain = measure(problem.closure, problem.model.parameters(), adam, sharpness=None)
+    assert not [tag for tag in plain if "stability" in tag or "preconditioned" in tag]
+
+
+def test_following_takes_fewer_products_and_says_that_it_certifies_nothing() -> None:
+    problem = Problem()
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.05)
+    settings: dict[str, Any] = {"top": 2, "tolerance": 1e-3, "sharpness_radius": 0.3}
+    first = measure(problem.closure, problem.model.parameters(), optimizer, **settings)
+    for _ in range(3):
+        optimizer.step(problem.closure)
+    followed = measure(problem.closure, problem.model.parameters(), optimizer, last=first, **settings)
+    fresh = measure(problem.closure, problem.model.parameters(), optimizer, **settings)
+    assert (first["curvature/certified"], followed["curvature/certified"]) == (1.0, 0.0)
+    assert followed["curvature/products"] < 0.7 * fresh["curvature/products"]
+    assert followed.keys() == fresh.keys()
+    for name in ("lambda_max", "lambda_2", "lambda_min", "sharpness"):
+        assert followed[f"curvature/{name}"] == pytest.approx(fresh[f"curvature/{name}"], rel=2e-3)
+    _, hessian = problem.dense()
+    values = torch.linalg.eigvalsh(hessian)
+    for name in ("lambda_max", "lambda_min"):
+        low, high = followed[f"curvature/{name}_lower"], followed[f"curvature/{name}_upper"]
+        assert bool(((values >= low - 1e-9) & (values <= high + 1e-9)).any()), "some eigenvalue lies between them"
+        assert low <= followed[f"curvature/{name}"] <= high
+
+
+def test_what_was_followed_and_lost_is_looked_for_afresh() -> None:
+    """The curvature grows where the last measurement's vector has no part, and the gradient sees it."""
+    weights = torch.linspace(0.1, 45.0, 300, dtype=torch.float64)
+    point = torch.zeros(301, dtype=torch.float64)
+    point[-2:] = 1.0
+    p, growth = point.requires_grad_(), torch.tensor(0.01, dtype=torch.float64)
+
+    def closure() -> Tensor:
+        return 0.5 * (2.0 * p[0] ** 2 + growth * (weights * p[1:] ** 2).sum())
+
+    first = measure(closure, [p], top=1, bottom=0, sharpness=None)
+    assert first["curvature/lambda_max"] == pytest.approx(2.0)
+    growth.fill_(1.0)
+    blind = measure(closure, [p], top=1, bottom=0, sharpness=None, gradient=False, last=first)
+    assert blind["curvature/certified"] == 0.0 and blind["curvature/lambda_max"] < 44.0
+    found = measure(closure, [p], top=1, bottom=0, sharpness=None, last=first)
+    assert found["curvature/certified"] == 1.0
+    assert found["curvature/lambda_max"] == pytest.approx(45.0, rel=1e-2)
+
+
+def test_other_parameters_than_last_time_start_afresh() -> None:
+    problem = Problem()
+    first = measure(problem.closure, problem.model[0].parameters(), sharpness=None)
+    found = measure(problem.closure, problem.model.parameters(), sharpness=None, last=first)
+    assert found["curvature/certified"] == 1.0
+
+
+def test_the_time_is_kept() -> None:
+    """Each run of the closure takes 20 ms, and streamed products run it."""
+    problem = Problem(seconds=0.02)
+    began = time.perf_counter()
+    found = measure(problem.closure, problem.model.parameters(), products="streamed", max_seconds=0.5)
+    assert time.perf_counter() - began < 2.0
+    assert 2 <= found["curvature/products"] < 25
+    assert "curvature/sharpness" not in found
+    short = measure(problem.closure, problem.model.parameters(), products="streamed", max_seconds=1e-3)
+    assert set(short) == {"curvature/gradient_curvature", "curvature/products", "curvature/seconds"}
+
+
+def test_gauss_newton_is_positive() -> None:
+    problem = Problem()
+    found = measure(problem.closure, problem.model.parameters(), curvature="gauss_newton", bottom=0, sharpness=None)
+    assert found["curvature/lambda_max"] > 0.0
+    hessian = measure(problem.closure, problem.model.parameters(), bottom=0, sharpness=None)
+    assert found["curvature/lambda_max"] != pytest.approx(hessian["curvature/lambda_max"], rel=1e-4)
+
+
+def test_layers_need_names() -> None:
+    problem = Problem()
+    with pytest.raises(ValueError, match=r"give model\.named_parameters\(\) as params"):
+        measure(problem.closure, problem.model.parameters(), layers="parts")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"top": 0}, "top is 0: give a whole number, 1 or more"),
+        ({"loss_slice": 3}, "loss_slice is 3: choose 0 or 1 or 2"),
+        ({"slice_radius": -1.0}, r"slice_radius is -1\.0: give a finite number above zero"),
+        ({"prefix": "my tags"}, "prefix is 'my tags': give the name of the tags' group"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        measure(Problem().closure, Problem().model.parameters(), **settings)
+
+
+def described(**values: float) -> str:
+    measurement = Measurement()
+    for name, value in values.items():
+        measurement.add(name, value)
+    return measurement.in_words()
+
+
+LARGEST = {"lambda_max": 12.4, "lambda_max_lower": 12.35, "lambda_max_upper": 12.5}
+SMALLEST = {"lambda_min": -0.3, "lambda_min_lower": -0.4, "lambda_min_upper": -0.29}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (LARGEST, "The largest eigenvalue is 12.4 within 0.1."),
+        (
+            {**LARGEST, "stability_threshold": 12.157, "stability_ratio": 1.02},
+            "The largest eigenvalue, 12.4 within 0.1, is at 1.02 of the stability threshold 12.16: training is at the "
+            "edge of stability.",
+        ),
+        ({**LARGEST, "stability_threshold": 24.8, "stability_ratio": 0.5}, "24.8: steps are stable."),
+        ({**LARGEST, "stability_threshold": 6.2, "stability_ratio": 2.0}, "overshoot and grow"),
+        ({**LARGEST, "certified": 0.0}, "12.4 (followed from the last measurement: no bound)"),
+        (SMALLEST, "The smallest, -0.3, says this is no minimum."),
+        ({**SMALLEST, "certified": 0.0}, "says this is no minimum."),
+        ({"lambda_min": 0.3, "lambda_min_lower": 0.2, "lambda_min_upper": 0.31}, "says the loss is convex here."),
+        (
+            {"lambda_min": 0.3, "lambda_min_lower": 0.2, "lambda_min_upper": 0.31, "certified": 0.0},
+            "may have either sign",
+        ),
+        ({"lambda_min": 0.0, "lambda_min_lower": -0.1, "lambda_min_upper": 0.1}, "it lies between -0.1 and 0.1."),
+        ({"gradient_curvature": 4.0}, "the loss falls most by a step of 0.25 gradients."),
+        ({"gradient_curvature": -4.0}, "the loss falls faster than the gradient says."),
+        ({"sharpness": 0.25}, "The sharpness, by which the loss rises nearby, is 0.25."),
+        ({"products": 31.0, "seconds": 1.26}, "Measured with 31 products in 1.3 s."),
+    ],
+)
+def test_words_say_what_the_values_mean(values: dict[str, float], words: str) -> None:
+    assert words in described(**values)
