@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
-from torch.optim import SGD, Optimizer
 
-from newtonopt import evaluate, hessian
-from newtonopt._checks import check_products
-from newtonopt.curvature import Eigenvalue, extreme_eigenvalues, stability_threshold
-from newtonopt.curvature import sharpness as measure_sharpness
+from newtonopt.curvature.measure import take
+from newtonopt.curvature.measurement import Layers, Matrix, Measurement, Settings
+from newtonopt.curvature.sharpness import Kind
 from newtonopt.evaluation import Products
 
-from .logs import Charts, add_charts, log_values, passes_multiple
+from .charts import curvature_charts
+from .logs import Charts, add_charts, log_values
+from .measuring import chosen_parameters, loss_over, measuring, words_for_precision
+from .panels import add_figures, add_text
+from .probe import Probe
+from .schedule import Allowance, Schedule
 
 
 class CurvatureMonitor(Callback):
@@ -40,16 +38,44 @@ class CurvatureMonitor(Callback):
     gets a category of charts.
 
     Args:
-        every_n_train_steps: Optimizer steps between measurements, one or more. Default 100.
+        every_n_train_steps: Optimizer steps between measurements, one or more; None (default): 100, unless
+            `every_n_epochs` is given.
+        every_n_epochs: Epochs between measurements, one or more, at the end of an epoch's last batch; None (default):
+            by steps.
+        at_start: Whether to measure before the first step as well, or as soon as there are `num_batches`. Then the
+            values are there for an EarlyStopping that is strict. Default False.
+        at_end: Whether to measure after the last step as well. Default False.
         top: How many of the largest eigenvalues, one or more. Default 3.
         bottom: How many of the smallest eigenvalues, zero or more. Default 1.
+        curvature: Of which matrix: "hessian" (default) or "gauss_newton".
+        gradient: Whether to measure the curvature along the gradient, for one product. Default True.
+        preconditioned: Whether to measure the largest eigenvalue of the matrix as Adam and its kin see it too
+            (`preconditioned`), which is the one that their stability threshold is for. Default False.
+        layers: Patterns of parameters' names, such as ["encoder.*", "*.bias"]: the largest eigenvalue of each such
+            diagonal block, under `curvature/lambda_max_of/`, for as many products each; "parts": of each of the model's
+            parts; None (default): none.
+        trace: Whether to measure the trace, with its standard error. Default False.
+        density: Whether to show the density of all eigenvalues in TensorBoard, as a figure and as a histogram. Default
+            False.
+        loss_slice: Along how many eigenvectors to show the loss and its quadratic model in TensorBoard: none (0), the
+            top one (1), or the top one and the bottom one (2), which takes 441 losses. Default 0.
+        slice_radius: How far the slice reaches, above zero. Default 1.
         sharpness: "ball" (default): the worst loss increase at Euclidean distance up to `sharpness_radius`;
-            "adaptive_ball": the same with each step relative to its parameter's size (Kwon et al. 2021); None: not
-            measured.
-        sharpness_radius: Of the ball, above zero. Default 0.05 (Foret et al. 2021).
+            "adaptive_ball": the same with each step relative to its parameter's size (Kwon et al. 2021); "average": the
+            mean increase at that distance; None: not measured.
+        sharpness_radius: Above zero. Default 0.05 (Foret et al. 2021).
         mode: "train" (default): the function that training minimises, with Dropout's random numbers held fixed; "eval":
             the model in evaluation mode.
-        num_batches: How many batches make the probe, one or more. Default 1.
+        num_batches: How many of the first batches make the probe, one or more; of an epoch with fewer, all. Default 1.
+        dataloader: A loader, or a list of batches, to measure on instead, all of it each time; None (default): the
+            first batches.
+        device: Where the first batches are kept, such as "cpu"; None (default): where training has them.
+        precision: "full" (default): that of the weights, without autocast; "training": as in training.
+        step: The module's method that returns the loss, called as `training_step` is. Default "training_step". With
+            manual optimization name another, for `training_step` would train the model.
+        parameters: A regular expression to be found in the names of those that are looked at, such as "^generator";
+            None (default): all.
+        text: Whether to say in words what a measurement means, on TensorBoard's text page. Default True.
         products: How curvature products are formed, "auto" (default), "cached", "streamed" or
             "finite_difference": see `evaluate`.
         tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
@@ -57,7 +83,16 @@ class CurvatureMonitor(Callback):
         max_products: Bound on the eigenvalues' curvature products in one measurement, one or more. Default 100. The
             extreme eigenvalues' intervals are logged as wide as they are then; a further eigenvalue, shown without an
             interval, is left out unless it is known to a tenth.
+        max_seconds: How long a measurement may take, roughly; what does not fit is left out. None (default): no bound.
+        certify_every: Every how many measurements start at random, one or more; 1: all. The others follow the
+            eigenvectors and the sharpest point of the last one, for a fraction of the products, and certify nothing:
+            `curvature/certified` is 0, and the bounds enclose some eigenvalue, perhaps not the extreme one. Between
+            measurements the vectors are kept, `top + bottom + 1` times the parameters. Default 10.
+        max_overhead: What measuring may add to the time of training, as a share of it, above zero: measurements that
+            would exceed it are left out, but for the first of each kind and those at the start and the end. None
+            (default): no bound.
         seed: Of the random start vectors. Default 0.
+        prefix: The tags' group. Default "curvature". Two monitors in one run need two.
 
     Raises:
         ValueError: A setting out of its range.
@@ -65,10 +100,10 @@ class CurvatureMonitor(Callback):
 
     def __init__(
         self,
-        every_n_train_steps: int = 100,
+        every_n_train_steps: int | None = None,
         top: int = 3,
         bottom: int = 1,
-        sharpness: Literal["ball", "adaptive_ball"] | None = "ball",
+        sharpness: Kind | None = "ball",
         sharpness_radius: float = 0.05,
         mode: Literal["train", "eval"] = "train",
         num_batches: int = 1,
@@ -76,216 +111,214 @@ class CurvatureMonitor(Callback):
         tolerance: float = 1e-2,
         max_products: int = 100,
         seed: int = 0,
+        *,
+        every_n_epochs: int | None = None,
+        at_start: bool = False,
+        at_end: bool = False,
+        curvature: Matrix = "hessian",
+        gradient: bool = True,
+        preconditioned: bool = False,
+        layers: Layers = None,
+        trace: bool = False,
+        density: bool = False,
+        loss_slice: Literal[0, 1, 2] = 0,
+        slice_radius: float = 1.0,
+        dataloader: Iterable[Any] | None = None,
+        device: str | None = None,
+        precision: Literal["full", "training"] = "full",
+        step: str = "training_step",
+        parameters: str | None = None,
+        text: bool = True,
+        max_seconds: float | None = None,
+        certify_every: int = 10,
+        max_overhead: float | None = None,
+        prefix: str = "curvature",
     ) -> None:
-        for name, value, least in (
-            ("every_n_train_steps", every_n_train_steps, 1),
-            ("top", top, 1),
-            ("bottom", bottom, 0),
-            ("num_batches", num_batches, 1),
-            ("max_products", max_products, 1),
-            ("seed", seed, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}: give a whole number, {least} or more.")
+        self._schedule = Schedule(every_n_train_steps, every_n_epochs, at_start, at_end)
+        self._settings = Settings(
+            top=top,
+            bottom=bottom,
+            curvature=curvature,
+            gradient=gradient,
+            preconditioned=preconditioned,
+            layers=layers,
+            trace=trace,
+            density=density,
+            loss_slice=loss_slice,
+            slice_radius=slice_radius,
+            sharpness=sharpness,
+            sharpness_radius=sharpness_radius,
+            products=products,
+            tolerance=tolerance,
+            max_products=max_products,
+            max_seconds=max_seconds,
+            seed=seed,
+            prefix=prefix,
+        )
+        for name, number in (("num_batches", num_batches), ("certify_every", certify_every)):
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} is {number!r}: give a whole number, 1 or more.")
+        if max_overhead is not None and not (isinstance(max_overhead, (int, float)) and 0 < max_overhead < math.inf):
+            raise ValueError(f"max_overhead is {max_overhead!r}: give a finite number above zero, or None.")
         for name, choice, allowed in (
-            ("sharpness", sharpness, ("ball", "adaptive_ball", None)),
             ("mode", mode, ("train", "eval")),
+            ("precision", precision, ("full", "training")),
         ):
             if choice not in allowed:
                 raise ValueError(f"{name} is {choice!r}: choose {' or '.join(map(repr, allowed))}.")
-        if not isinstance(sharpness_radius, (int, float)) or not 0 < sharpness_radius < math.inf:
-            raise ValueError(f"sharpness_radius is {sharpness_radius!r}: give a finite number above zero.")
-        if not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
-            raise ValueError(f"tolerance is {tolerance!r}: give a number between 0 and 1.")
-        check_products(products)
-        self.every_n_train_steps = every_n_train_steps
-        self.top = top
-        self.bottom = bottom
-        self.sharpness = sharpness
-        self.sharpness_radius = sharpness_radius
-        self.mode = mode
-        self.num_batches = num_batches
-        self.products: Products = products
-        self._way: Products = products
-        self.tolerance = tolerance
-        self.max_products = max_products
-        self.seed = seed
-        self._probe: list[tuple[Any, int]] = []
+        if isinstance(dataloader, Iterator):
+            raise ValueError("dataloader is an iterator, which ends after one pass: give the loader itself, or a list.")
+        self._mode = mode
+        self._precision = precision
+        self._step = step
+        self._parameters = parameters
+        self._text = text
+        self._certify_every = certify_every
+        self._allowance = Allowance(max_overhead)
+        # Each argument can be read under its name.
+        given: dict[str, Any] = {"mode": mode, "num_batches": num_batches, "dataloader": dataloader, "device": device}
+        given |= {
+            "precision": precision,
+            "step": step,
+            "parameters": parameters,
+            "text": text,
+            "certify_every": certify_every,
+            "max_overhead": max_overhead,
+        }
+        vars(self).update({**vars(self._schedule), **vars(self._settings), **given})
+        self._probe = Probe(num_batches, dataloader, _device(device))
+        self._last: Measurement | None = None
+        self._followed = 0
+        self._restored = False
+        self._enabled = True
+        self._differences = False
         self._last_step = 0
-        self._charts_written = False
+        self._measured_at: int | None = None
+        self._charts: dict[str, Charts] = {}
         self._warned = False
 
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(prefix=self._settings.prefix)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._probe.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._probe.load_state_dict(state_dict)
+        self._restored = True
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                "CurvatureMonitor gets the loss from training_step, which under manual optimization would train the "
-                "model: use it with automatic optimization, or call newtonopt.evaluate on a closure of your own."
-            )
-        self._probe.clear()
-        self._way = self.products
-        self._charts_written = False
+        if not self._restored:
+            self._probe.clear()
+        self._restored = False
+        self._last = None
+        self._followed = 0
+        self._differences = False
+        self._measured_at = None
+        self._charts = {}
         self._warned = False
+        self._enabled = pl_module.automatic_optimization or self._step != "training_step"
+        if not self._enabled:
+            rank_zero_warn(
+                "CurvatureMonitor measures nothing: it gets the loss from training_step, which under manual "
+                'optimization would train the model. Give it step="...", the name of a method of the module that takes '
+                "a batch and its index and returns the loss, and where there are several networks "
+                'parameters="^generator" or the like.'
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
+        self._allowance.restart()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if len(self._probe) < self.num_batches:
-            self._probe.append((_copied(batch), batch_idx))
+        self._probe.offer(batch, batch_idx)
+        if self._schedule.at_start and self._measured_at is None:
+            self._look(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        due = passes_multiple(self._last_step, trainer.global_step, self.every_n_train_steps)
+        due = self._schedule.after_step(self._last_step, trainer.global_step)
         self._last_step = trainer.global_step
-        if not due or len(self._probe) < self.num_batches:
+        if trainer.is_last_batch:
+            self._probe.close()
+            due = due or self._schedule.after_epoch(trainer.current_epoch)
+        if due and self._fits(trainer):
+            self._look(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # An epoch that was cut short had no last batch.
+        self._probe.close()
+        if self._schedule.after_epoch(trainer.current_epoch) and self._fits(trainer):
+            self._look(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._schedule.at_end:
+            self._look(trainer, pl_module)
+
+    def _fits(self, trainer: Trainer) -> bool:
+        """Whether time allows it, on all processes alike."""
+        if self._measured_at == trainer.global_step:
+            return False
+        return trainer.strategy.reduce_boolean_decision(self._allowance.allows(self._certifies()), all=True)
+
+    def _certifies(self) -> bool:
+        """Whether the next measurement starts at random."""
+        return self._last is None or self._followed + 1 >= self._certify_every
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure and log, once a step."""
+        if not self._enabled or not self._probe.complete or self._measured_at == trainer.global_step:
             return
+        self._measured_at = trainer.global_step
+        certifies, began = self._certifies(), time.perf_counter()
         try:
             values = self._measure(trainer, pl_module)
-        except (RuntimeError, ValueError, ArithmeticError, MisconfigurationException) as error:
-            if not self._warned:
-                rank_zero_warn(
-                    f"CurvatureMonitor could not measure at step {trainer.global_step}, and training goes on: {error}"
-                )
-            self._warned = True
-            return
-        log_values(trainer, values)
-        if not self._charts_written:
-            add_charts(trainer, "Curvature", _charts(values))
-            self._charts_written = True
-
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        began = time.perf_counter()
-        params = [p for p in pl_module.parameters() if p.requires_grad]
-        sizes = _sizes(self._probe) if len(self._probe) > 1 or trainer.world_size > 1 else [1]
-
-        def closure() -> None:
-            for (batch, batch_idx), size in zip(self._probe, sizes, strict=True):
-                (_loss(pl_module, batch, batch_idx) * (size / sum(sizes))).backward()
-
-        with _measuring(trainer, pl_module, self.mode):
-            evaluation = evaluate(closure, params, products=self._way, weight=sum(sizes))
-            H = hessian(evaluation)
-            g = evaluation.gradient
-            spectrum = extreme_eigenvalues(
-                H,
-                top=self.top,
-                bottom=self.bottom,
-                tolerance=self.tolerance,
-                max_products=self.max_products,
-                seed=self.seed,
+        except Exception as error:
+            self._last = None
+            self._warn(
+                f"CurvatureMonitor could not measure at step {trainer.global_step}, and training goes on: {error}"
             )
-            values = {
-                **_eigenvalue_tags("lambda_max", "lambda", spectrum.top),
-                **_eigenvalue_tags("lambda_min", "lambda_min", spectrum.bottom),
-                **_stability_tags(trainer.optimizers, spectrum.top[0].value),
-            }
-            if bool(g.any()):
-                values["curvature/gradient_curvature"] = float(g @ (H @ g) / (g @ g))
-            values["curvature/products"] = float(H.products)
-            del H
-            evaluation.free()
-            if evaluation.form == "finite_difference":
-                self._way = "finite_difference"  # what has no second derivative now has none the next time
-            if self.sharpness is not None:
-                ball = measure_sharpness(
-                    closure,
-                    params,
-                    kind=self.sharpness,
-                    radius=self.sharpness_radius,
-                    seed=self.seed,
-                    products=self._way,
-                    weight=sum(sizes),
-                )
-                values["curvature/sharpness"] = ball.value
-        values["curvature/seconds"] = time.perf_counter() - began
+            return
+        finally:
+            self._allowance.spend(certifies, time.perf_counter() - began)
+        log_values(trainer, values)
+        if self._text:
+            precision = words_for_precision(trainer, pl_module, self._precision)
+            add_text(trainer, values, f"It is the loss of `{self._step}` in {self._mode} mode, {precision}.")
+        try:
+            add_figures(trainer, values)
+        except ImportError as error:
+            self._warn(f"CurvatureMonitor draws no figures: {error}")
+        for category, charts in curvature_charts(values, values.prefix).items():
+            known = self._charts.get(category, {})
+            if not charts.keys() <= known.keys():
+                self._charts[category] = {**known, **charts}
+                add_charts(trainer, category, self._charts[category])
+
+    def _warn(self, message: str) -> None:
+        """Once a fit."""
+        if not self._warned:
+            rank_zero_warn(message)
+        self._warned = True
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> Measurement:
+        settings = replace(self._settings, products="finite_difference") if self._differences else self._settings
+        with measuring(pl_module, self._mode):
+            closure, samples = loss_over(self._probe, trainer, pl_module, self._step, self._precision)
+            named = chosen_parameters(pl_module, self._parameters)
+            last = None if self._certifies() else self._last
+            values = take(closure, [p for _, p in named], trainer.optimizers, settings, samples, named, last)
+        self._last = values
+        self._followed = 0 if values.read("certified") == 1.0 else self._followed + 1
+        # What has no second derivative now has none the next time.
+        self._differences = values.form == "finite_difference"
         return values
 
 
-def _sizes(probe: Sequence[tuple[Any, int]]) -> list[int]:
-    return [extract_batch_size(batch) for batch, _ in probe]
-
-
-def _copied(batch: Any) -> Any:
-    return apply_to_collection(batch, Tensor, lambda t: t.detach().clone())
-
-
-def _loss(pl_module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
-    # As Lightning calls it: `batch_idx` may be left out. A copy, because the step may change its batch in place.
-    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
-    output = pl_module.training_step(_copied(batch), *([batch_idx] if takes_index else []))
-    loss = output if isinstance(output, Tensor) else (output or {}).get("loss")
-    if not isinstance(loss, Tensor):
-        raise RuntimeError("training_step returned no loss for the probe batch.")
-    return loss
-
-
-@contextmanager
-def _measuring(trainer: Trainer, pl_module: LightningModule, mode: str) -> Iterator[None]:
-    """The module in the wanted mode and in its weights' precision: autocast costs a product 4e-3 of relative error."""
-    training = [(module, module.training) for module in pl_module.modules()]
-    precision = trainer.precision_plugin
-    with ExitStack() as stack:
-        if not isinstance(precision, MixedPrecision):
-            stack.enter_context(precision.train_step_context())
-        if mode == "eval":
-            pl_module.eval()
-        try:
-            yield
-        finally:
-            for module, flag in training:
-                module.training = flag
-
-
-def _eigenvalue_tags(first: str, others: str, eigenvalues: Sequence[Eigenvalue]) -> dict[str, float]:
-    """The extreme one with its bounds, the further ones (`lambda_2`, or `lambda_min_2`) without."""
-    if not eigenvalues:
-        return {}
-    extreme = eigenvalues[0]
-    further = {f"curvature/{others}_{i}": e.value for i, e in enumerate(eigenvalues[1:], start=2) if _is_known(e)}
-    return {
-        f"curvature/{first}": extreme.value,
-        f"curvature/{first}_lower": extreme.lower,
-        f"curvature/{first}_upper": extreme.upper,
-        **further,
-    }
-
-
-def _is_known(eigenvalue: Eigenvalue) -> bool:
-    """Whether a value that is shown without its bounds can be: they are within a tenth of it."""
-    return eigenvalue.upper - eigenvalue.lower <= 0.1 * abs(eigenvalue.value)
-
-
-def _stability_tags(optimizers: Sequence[Optimizer], largest: float) -> dict[str, float]:
-    if not all(isinstance(optimizer, SGD) for optimizer in optimizers):
-        return {}  # an optimizer without a threshold on the Hessian's own eigenvalues
+def _device(name: str | None) -> torch.device | None:
     try:
-        threshold = min(stability_threshold(optimizer) for optimizer in optimizers)
-    except (TypeError, ValueError):
-        return {}  # a step that is not SGD's, or one that is never stable
-    if not math.isfinite(threshold):
-        return {}  # the learning rate is zero, as at the start of a warm-up
-    return {"curvature/stability_threshold": threshold, "curvature/stability_ratio": largest / threshold}
-
-
-def _charts(values: dict[str, float]) -> Charts:
-    """The page of what is measured. A multi-line chart's tags are regular expressions, to be ended with $."""
-    several = ["curvature/lambda_max$"] + [
-        f"{tag}$" for tag in values if tag.startswith("curvature/lambda_") and tag[-1].isdigit()
-    ]
-    charts: dict[str, tuple[str, list[str]]] = {}
-    for title, name in (
-        ("Largest eigenvalue, with bounds", "lambda_max"),
-        ("Smallest eigenvalue, with bounds", "lambda_min"),
-    ):
-        if f"curvature/{name}" in values:
-            charts[title] = ("Margin", [f"curvature/{name}{end}" for end in ("", "_lower", "_upper")])
-    charts["Eigenvalues"] = ("Multiline", several)
-    if "curvature/stability_threshold" in values:
-        charts["Largest eigenvalue against the stability threshold"] = (
-            "Multiline",
-            ["curvature/lambda_max$", "curvature/stability_threshold$"],
-        )
-    if "curvature/sharpness" in values:
-        charts["Sharpness"] = ("Multiline", ["curvature/sharpness$"])
-    return charts
+        return None if name is None else torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}: give one that torch knows, such as 'cpu'.") from error

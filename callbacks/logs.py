@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,6 @@ from torch.utils.tensorboard.summary import custom_scalars
 
 # One category of the page: for each chart its kind, "Margin" (value, lower, upper) or "Multiline", and its tags.
 Charts = Mapping[str, tuple[str, list[str]]]
-
-
-def passes_multiple(before: int, now: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in `(before, now]`: several optimizer steps may pass in a batch, or none."""
-    return now // every > before // every
 
 
 def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
@@ -40,13 +35,19 @@ def add_charts(trainer: Trainer, category: str, charts: Charts) -> None:
     A second layout written to a run replaces the first, so the one in the event files (the user's, or that of another
     callback of ours) is read back and written again with ours added.
     """
+    for writer in tensorboard_writers(trainer):
+        _merge_layout(writer, category, charts)
+
+
+def tensorboard_writers(trainer: Trainer) -> Iterator[SummaryWriter]:
+    """Those of TensorBoard's loggers, on the process that writes."""
     for logger in trainer.loggers:
         if (
             trainer.is_global_zero
             and isinstance(logger, TensorBoardLogger)
             and isinstance(logger.experiment, SummaryWriter)
         ):
-            _merge_layout(logger.experiment, category, charts)
+            yield logger.experiment
 
 
 def _merge_layout(writer: SummaryWriter, category: str, charts: Charts) -> None:

@@ -12,7 +12,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from newtonopt.optimizers.base import NewtonOptimizer
 from newtonopt.optimizers.report import StepReport
 
-from .logs import Charts, add_charts, log_values, passes_multiple
+from .logs import Charts, add_charts, log_values
+from .schedule import passes_multiple
 
 
 class StepMonitor(Callback):

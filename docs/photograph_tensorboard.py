@@ -1,5 +1,6 @@
-"""Take the README's picture of TensorBoard: `python docs/photograph_tensorboard.py LOGDIR` after `make demo`.
+"""Take the README's pictures of TensorBoard: `python docs/photograph_tensorboard.py LOGDIR [PAGE [HEIGHT]]`.
 
+LOGDIR is what `make demo` prints. PAGE is "custom_scalars" (default), "scalars", "images", "histograms" or "text".
 Needs chromium, its chromedriver and `pip install selenium`.
 """
 
@@ -8,6 +9,8 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from selenium import webdriver
@@ -15,28 +18,52 @@ from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from tensorboard import program
 
+_FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--hide-scrollbars",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+)
 
-def main(logdir: str, picture: Path, page: str = "custom_scalars") -> None:
-    """Start TensorBoard on loopback, open one of its pages in a headless browser, and save what it shows."""
-    board = program.TensorBoard()
-    board.configure(argv=[None, "--logdir", logdir, "--host", "127.0.0.1", "--port", "0"])
-    address = board.launch()
+
+def board(logdir: str) -> str:
+    """Start TensorBoard on loopback; its address. It ends with this process."""
+    server = program.TensorBoard()
+    server.configure(argv=[None, "--logdir", logdir, "--host", "127.0.0.1", "--port", "0"])
+    return server.launch()
+
+
+@contextmanager
+def browser(width: int = 1500, height: int = 1290) -> Iterator[webdriver.Chrome]:
+    """A headless Chromium."""
     options = Options()
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1500,1290", "--hide-scrollbars"):
-        options.add_argument(flag)
-    for flag in ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"):
+    for flag in (*_FLAGS, f"--window-size={width},{height}"):
         options.add_argument(flag)
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-    browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     try:
-        browser.get(f"{address}#{page}")
-        time.sleep(10)  # the page loads its data after itself
-        # Expand every category: only the first is open at the start.
-        browser.execute_script(_OPEN_ALL)
-        time.sleep(6)
-        browser.save_screenshot(str(picture))
+        yield driver
     finally:
-        browser.quit()
+        driver.quit()
+
+
+def open_page(driver: webdriver.Chrome, address: str, page: str, seconds: float = 10.0) -> None:
+    """Load one of TensorBoard's pages, and expand every category: only the first is open at the start."""
+    driver.get(f"{address}#{page}")
+    time.sleep(seconds)  # the page loads its data after itself
+    driver.execute_script(_OPEN_ALL)
+    time.sleep(0.6 * seconds)
+
+
+def main(logdir: str, picture: Path, page: str, height: int) -> None:
+    """Save what a page shows."""
+    with browser(height=height) as driver:
+        open_page(driver, board(logdir), page)
+        driver.save_screenshot(str(picture))
 
 
 # The page is built of nested shadow roots. Points that chart scaling leaves out as outliers are shown too.
@@ -59,4 +86,7 @@ for (const box of visit(document, 'paper-checkbox', [])) {
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(__file__).parent / "pictures" / "tensorboard.png")
+    shown = sys.argv[2] if len(sys.argv) > 2 else "custom_scalars"
+    name = "tensorboard" if shown == "custom_scalars" else f"tensorboard_{shown}"
+    tall = int(sys.argv[3]) if len(sys.argv) > 3 else 1290
+    main(sys.argv[1], Path(__file__).parent / "pictures" / f"{name}.png", shown, tall)

@@ -71,7 +71,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_sharded",
         "_shards",
     },
-    "callbacks": {"newtonopt", "_checks", "evaluation", "objective", "operators", "optimizers", "curvature"},
+    "callbacks": {
+        "newtonopt",
+        "_checks",
+        "evaluation",
+        "isolation",
+        "objective",
+        "operators",
+        "optimizers",
+        "curvature",
+    },
     "newtonopt": {"evaluation", "linear_operator", "objective", "operators", "optimizers"},
 }
 PURE = {"solvers", "globalization"}

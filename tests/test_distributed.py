@@ -340,7 +340,7 @@ def fit(rank: int, count: int, name: str, folder: str) -> tuple[Tensor, dict[str
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(*(torch.randn(16, k, generator=generator, dtype=torch.float64) for k in (4, 1)))
     model = Regression(name)
-    monitor = CurvatureMonitor(every_n_train_steps=1, top=2, num_batches=1)
+    monitor = CurvatureMonitor(every_n_train_steps=1, top=2, num_batches=1, certify_every=1)
     settings: dict[str, Any] = {"callbacks": [monitor], "max_epochs": 3, "default_root_dir": folder, "logger": False}
     if count > 1:
         settings |= {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": count, "accelerator": "cpu"}

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_problems import (
     BATCHES,
     OPTIMIZERS,
@@ -77,11 +76,12 @@ def fitted(optimizer: str, folder: Path, *callbacks: L.Callback) -> dict[str, An
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "HessianFree"])
 def test_measuring_changes_nothing(optimizer: str, tmp_path: Path) -> None:
     without = fitted(optimizer, tmp_path / "without")
-    for mode in ("train", "eval"):
-        sharpness = "ball" if mode == "train" else None
-        monitor = small_monitor(every_n_train_steps=2, max_products=10, mode=mode, num_batches=2, sharpness=sharpness)
+    everything_else = {"at_start": True, "trace": True, "density": True, "layers": ["layers.0.*"], "loss_slice": 1}
+    everything_else |= {"preconditioned": True, "precision": "training", "dataloader": list(loader()), "device": "cpu"}
+    for mode, every, more in (("train", 2, {}), ("eval", 6, everything_else)):
+        monitor = small_monitor(every_n_train_steps=every, max_products=10, mode=mode, num_batches=2, **more)
         watched = fitted(optimizer, tmp_path / mode, monitor)
-        assert len(from_csv(tmp_path / mode)["curvature/lambda_max"]) == BATCHES
+        assert len(from_csv(tmp_path / mode)["curvature/lambda_max"]) == (3 if mode == "train" else 2)
         for what, expected in without.items():
             torch.testing.assert_close(
                 watched[what], expected, rtol=0, atol=0, msg=lambda m, where=f"{mode}, {what}": f"{where}: {m}"
@@ -190,7 +190,8 @@ def test_tags_reach_every_logger_and_the_trainer(tmp_path: Path) -> None:
     trainer = quiet_trainer(max_epochs=1, callbacks=[small_monitor(bottom=2)], logger=both_loggers(tmp_path))
     trainer.fit(Classifier("SGD"), loader())
     bounds = [f"lambda_{end}{part}" for end in ("max", "min") for part in ("", "_lower", "_upper")]
-    others = ["lambda_2", "lambda_3", "lambda_min_2", "sharpness", "gradient_curvature", "products", "seconds"]
+    others = ["lambda_2", "lambda_3", "lambda_min_2", "sharpness", "products", "seconds", "certified"]
+    others += ["gradient_curvature", "gradient_alignment"]
     tags = {f"curvature/{name}" for name in [*bounds, *others, "stability_threshold", "stability_ratio"]}
     table, events = from_csv(tmp_path), from_events(tmp_path)
     for tag in tags:
@@ -233,9 +234,11 @@ def test_charts_join_those_of_the_user_and_name_tags_that_were_written(tmp_path:
     trainer = quiet_trainer(max_epochs=1, callbacks=[small_monitor(), StepMonitor()], logger=both_loggers(tmp_path))
     trainer.fit(WithPage("HessianFree"), loader())
     page, written = layout(tmp_path), from_events(tmp_path)
-    assert set(page) == {"Mine", "Curvature", "Newton steps"}
+    assert set(page) == {"Mine", "Curvature", "Curvature: more", "Newton steps"}
     assert [*page["Mine"]] == ["Loss"]
-    curvature = {title: chart_tags(chart) for title, chart in page["Curvature"].items()}
+    curvature = {
+        title: chart_tags(chart) for part in ("Curvature", "Curvature: more") for title, chart in page[part].items()
+    }
     for end, title in (("max", "Largest eigenvalue, with bounds"), ("min", "Smallest eigenvalue, with bounds")):
         assert page["Curvature"][title].HasField("margin")
         assert curvature[title] == [f"curvature/lambda_{end}{part}" for part in ("", "_lower", "_upper")]
@@ -291,7 +294,7 @@ def test_without_second_derivatives_it_measures_by_finite_differences(tmp_path: 
     assert len(from_csv(tmp_path)["curvature/lambda_max"]) > 1
     monitor = trainer.callbacks[0]
     monitor.on_fit_start(trainer, Plain("SGD"))
-    assert monitor._way == "auto"  # another model may have them
+    assert not monitor._differences  # another model may have them
 
 
 class HalfPrecision(Plain):
@@ -312,19 +315,6 @@ def test_a_model_that_cannot_be_measured_still_trains() -> None:
     assert trainer.global_step == BATCHES
 
 
-class Manual(Classifier):
-    def __init__(self) -> None:
-        super().__init__("SGD")
-        self.automatic_optimization = False
-
-
-def test_manual_optimization_is_refused() -> None:
-    with pytest.raises(
-        MisconfigurationException, match=r"under manual optimization would train the model: .*newtonopt\.evaluate"
-    ):
-        quiet_trainer(callbacks=[small_monitor()]).fit(Manual(), loader())
-
-
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -334,11 +324,19 @@ def test_manual_optimization_is_refused() -> None:
         ({"bottom": -1}, "bottom is -1: give a whole number, 0 or more"),
         ({"num_batches": 0}, "num_batches is 0: give a whole number, 1 or more"),
         ({"max_products": 0}, "max_products is 0: give a whole number, 1 or more"),
-        ({"sharpness": "cube"}, "sharpness is 'cube': choose 'ball' or 'adaptive_ball' or None"),
+        ({"sharpness": "cube"}, "sharpness is 'cube': choose 'ball' or 'adaptive_ball' or 'average' or None"),
         ({"mode": "test"}, "mode is 'test': choose 'train' or 'eval'"),
         ({"sharpness_radius": 0.0}, "sharpness_radius is 0.0: give a finite number above zero"),
         ({"tolerance": 1.0}, "tolerance is 1.0: give a number between 0 and 1"),
         ({"products": "guess"}, "products is 'guess'"),
+        ({"curvature": "fisher"}, "curvature is 'fisher': choose 'hessian' or 'gauss_newton'"),
+        ({"precision": "half"}, "precision is 'half': choose 'full' or 'training'"),
+        ({"max_seconds": 0}, "max_seconds is 0: give a finite number above zero"),
+        ({"layers": []}, r"layers is \[\]: give a list of patterns"),
+        ({"layers": "encoder"}, "layers is 'encoder': give a list of patterns"),
+        ({"prefix": ""}, "prefix is '': give the name of the tags' group"),
+        ({"device": "gpu"}, "device is 'gpu': give one that torch knows"),
+        ({"dataloader": iter([])}, "dataloader is an iterator, which ends after one pass"),
     ],
 )
 def test_bad_arguments_are_refused(settings: dict[str, Any], words: str) -> None:
@@ -399,7 +397,14 @@ def test_a_layer_held_in_evaluation_mode_stays_in_it(mode: str) -> None:
 def test_the_command_line_builds_both_monitors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["fit"])
     settings = {"every_n_train_steps": 2, "top": 4, "sharpness": None, "sharpness_radius": 0.1, "mode": "eval"}
-    settings |= {"num_batches": 3, "products": "cached"}
+    settings |= {"num_batches": 3, "products": "cached", "layers": ["layer.*"], "trace": True, "loss_slice": 1}
+    settings |= {
+        "at_start": True,
+        "precision": "training",
+        "parameters": "^layer",
+        "device": "cpu",
+        "max_overhead": 0.15,
+    }
     callbacks = [
         {"class_path": "newtonopt.callbacks.CurvatureMonitor", "init_args": settings},
         {"class_path": "newtonopt.callbacks.StepMonitor", "init_args": {"every_n_train_steps": 5}},

@@ -1,0 +1,110 @@
+"""The batches on which curvature is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.data import extract_batch_size as batch_size
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from newtonopt.isolation import Isolation
+
+
+class Probe:
+    """The first batches that training sees, kept; or a loader of the user's, gone through for each run of the closure.
+
+    Args:
+        num_batches: How many of the first batches are kept.
+        dataloader: The user's loader.
+        device: Where batches are kept; None: where training has them.
+    """
+
+    def __init__(self, num_batches: int, dataloader: Iterable[Any] | None, device: torch.device | None) -> None:
+        self._num_batches = num_batches
+        self._dataloader = dataloader
+        self._device = device
+        self._kept: list[tuple[Any, int]] = []
+        self._samples = 0
+        self._closed = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether all batches are there."""
+        return self._dataloader is not None or self._closed or len(self._kept) >= self._num_batches
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._kept, self._samples, self._closed = [], 0, False
+
+    def close(self) -> None:
+        """Take no more batches, if there are any."""
+        self._closed = bool(self._kept)
+
+    def offer(self, batch: Any, batch_idx: int) -> None:
+        """Keep a batch of training's, if it is among the first."""
+        if not self.complete:
+            self._kept.append((_copied(batch, self._device), batch_idx))
+
+    def batches(self, trainer: Trainer, module: LightningModule) -> Iterator[tuple[Any, int]]:
+        """The batches as `training_step` takes them, and their indices: copies, for the step may change its batch."""
+        if self._dataloader is None:
+            for batch, batch_idx in self._kept:
+                yield _copied(batch, module.device), batch_idx
+            return
+        for batch_idx, batch in enumerate(self._dataloader):
+            moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+            yield _copied(moved, module.device), batch_idx
+
+    def samples(self, trainer: Trainer, module: LightningModule) -> int:
+        """How many samples the batches hold together; 1 where that need not be known."""
+        if len(self._kept) == 1 and trainer.world_size == 1:
+            return 1
+        if self._samples == 0:
+
+            def count() -> None:
+                self._samples = sum(batch_size(batch) for batch, _ in self.batches(trainer, module))
+
+            with Isolation(count, ()).isolated():  # a loader draws its order from the random numbers of training
+                count()
+        if self._samples == 0:
+            raise ValueError("dataloader gave no batch: give one that can be gone through again and again.")
+        return self._samples
+
+    def share(self, batch: Any, samples: int) -> float:
+        """Of a batch in the mean over all samples."""
+        return 1.0 if samples == 1 else batch_size(batch) / samples
+
+    def state_dict(self) -> dict[str, Any]:
+        """The batches, if they are made of plain containers, which checkpoints can hold."""
+        return {"batches": self._kept if _is_plain(self._kept) else None, "closed": self._closed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The same batches as before; without them new ones are taken."""
+        if state["batches"] is None:
+            rank_zero_warn(
+                "CurvatureMonitor measures on other batches from here on: the checkpoint holds none, because they are "
+                "not made of tensors, numbers, strings, lists, tuples and dicts alone."
+            )
+        self.clear()
+        self._kept = list(state["batches"] or [])
+        self._closed = state["closed"] and bool(self._kept)
+
+
+def _copied(batch: Any, device: torch.device | None) -> Any:
+    copy = apply_to_collection(batch, Tensor, lambda t: t.detach().clone())
+    return copy if device is None else move_data_to_device(copy, device)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `torch.load` reads it with `weights_only`."""
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+    return value is None or type(value) in (Tensor, bool, int, float, str)

@@ -1,0 +1,164 @@
+"""On what CurvatureMonitor measures: kept batches, a loader of the user's, the same ones after resuming."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning_problems import Classifier, loader, points, quiet_trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from newtonopt.callbacks import CurvatureMonitor
+from newtonopt.curvature import measure
+
+
+def quick(**settings: Any) -> CurvatureMonitor:
+    standard = {"every_n_train_steps": 1, "top": 2, "sharpness": None, "max_products": 40, "certify_every": 1}
+    return CurvatureMonitor(**{**standard, **settings})
+
+
+class Smooth(Classifier):
+    """No random numbers, no BatchNorm: a loss that can be computed again from outside."""
+
+    def __init__(self) -> None:
+        super().__init__("SGD")
+        torch.manual_seed(3)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.layers(batch[0]), batch[1])
+
+    def on_train_epoch_end(self) -> None:
+        pass
+
+
+def curvature(trainer: L.Trainer) -> dict[str, float]:
+    found = {tag: float(v) for tag, v in trainer.callback_metrics.items() if tag.startswith("curvature/")}
+    return {tag: value for tag, value in found.items() if tag != "curvature/seconds"}
+
+
+def test_the_values_are_those_of_measure_on_the_mean_over_all_samples() -> None:
+    x, y = points()
+    data = DataLoader(TensorDataset(x, y), batch_size=9)
+    model = Smooth()
+    trainer = quiet_trainer(max_epochs=1, callbacks=[quick(dataloader=data, sharpness="ball")])
+    trainer.fit(model, loader())
+
+    def closure() -> Tensor:
+        return F.cross_entropy(model.layers(x), y)
+
+    expected = measure(closure, model.parameters(), trainer.optimizers[0], max_products=40, top=2)
+    del expected["curvature/seconds"]
+    assert curvature(trainer) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert "curvature/stability_ratio" in expected and "curvature/sharpness" in expected
+
+
+@pytest.mark.parametrize("products", ["cached", "streamed", "finite_difference"])
+@pytest.mark.parametrize("own", [False, True], ids=["", "with its own generator"])
+def test_a_shuffling_loader_is_the_same_function_each_time(products: Any, own: bool) -> None:
+    """Its order and the steps' Dropout masks are replayed, and training's own are left alone."""
+    weights = []
+    for watched in (False, True):
+        for seed in (torch.manual_seed, random.seed, np.random.seed):
+            seed(0)
+        generator = torch.Generator().manual_seed(5) if own else None
+        data = DataLoader(TensorDataset(*points()), batch_size=8, shuffle=True, generator=generator)
+        model, monitor = Classifier("SGD"), quick(dataloader=data, products=products, max_products=4)
+        trainer = quiet_trainer(max_epochs=1, callbacks=[monitor] if watched else [])
+        trainer.fit(model, data)
+        weights.append([p.detach() for p in model.parameters()])
+    assert "curvature/lambda_max" in trainer.callback_metrics
+    assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
+
+
+def test_batches_are_kept_on_the_device_asked_for() -> None:
+    model, trainer = Smooth(), quiet_trainer(max_epochs=1, callbacks=[quick(device="meta")])
+    with pytest.warns(UserWarning, match="could not measure at step 1"):  # what was moved to meta is lost
+        trainer.fit(model, loader())
+    trainer = quiet_trainer(max_epochs=1, callbacks=[quick(device="cpu")])
+    trainer.fit(model, loader())
+    assert "curvature/lambda_max" in trainer.callback_metrics
+
+
+def resumed(folder: Path, batches: list[Any]) -> dict[str, float]:
+    """The last measurement of a run that stopped after its first epoch and was continued on other batches."""
+    torch.manual_seed(0)
+    first = quiet_trainer(max_epochs=1, callbacks=[quick(num_batches=2)])
+    first.fit(Smooth(), one_by_one(batches))
+    first.save_checkpoint(folder / "first.ckpt")
+    second = quiet_trainer(max_epochs=2, callbacks=[quick(num_batches=2)])
+    other = [tuple(t.flip(0)[:5] for t in batch) for batch in batches]
+    second.fit(Smooth(), one_by_one(other), ckpt_path=folder / "first.ckpt")
+    second.save_checkpoint(folder / "last.ckpt")
+    return curvature(second)
+
+
+def one_by_one(batches: list[Any]) -> DataLoader:
+    return DataLoader(batches, batch_size=None)
+
+
+def test_a_resumed_run_measures_on_the_same_batches(tmp_path: Path) -> None:
+    batches = [tuple(batch) for batch in loader()]
+    checkpointed = resumed(tmp_path, batches)
+    state = torch.load(tmp_path / "first.ckpt", weights_only=True)["callbacks"]
+    [probe] = [value["batches"] for key, value in state.items() if "CurvatureMonitor" in key]
+    for (kept, index), (number, batch) in zip(probe, enumerate(batches), strict=False):
+        assert index == number
+        assert all(torch.equal(a, b) for a, b in zip(kept, batch, strict=True))
+    assert len(probe) == 2
+    model = Smooth()
+    model.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"])
+    inputs, labels = (torch.cat(parts) for parts in zip(*batches[:2], strict=True))
+    truth = measure(lambda: F.cross_entropy(model.layers(inputs), labels), model.parameters(), sharpness=None)
+    assert checkpointed["curvature/lambda_max"] == pytest.approx(truth["curvature/lambda_max"], rel=1e-3)
+
+
+@dataclass
+class Pair:
+    x: Tensor
+    y: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from (self.x, self.y)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.x, self.y)[index]
+
+
+def test_batches_that_no_checkpoint_holds_are_taken_anew_with_a_warning(tmp_path: Path) -> None:
+    batches = [Pair(*batch) for batch in loader()]
+    with pytest.warns(UserWarning, match="measures on other batches from here on"):
+        values = resumed(tmp_path, batches)
+    assert "curvature/lambda_max" in values
+
+
+def first_batch(model: Smooth, casts: bool) -> Callable[[], Tensor]:
+    x, y = next(iter(loader()))
+
+    def closure() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=casts):
+            return F.cross_entropy(model.layers(x), y)
+
+    return closure
+
+
+def test_measuring_as_in_training_uses_its_autocast() -> None:
+    values = {}
+    for precision in ("full", "training"):
+        model = Smooth()
+        trainer = quiet_trainer(max_epochs=1, precision="bf16-mixed", callbacks=[quick(precision=precision)])
+        trainer.fit(model, loader())
+        values[precision] = curvature(trainer)["curvature/lambda_max"]
+        truth = measure(first_batch(model, precision == "training"), model.parameters(), sharpness=None)
+        assert values[precision] == pytest.approx(truth["curvature/lambda_max"], rel=1e-6)
+    assert values["full"] != values["training"]
+    assert values["full"] == pytest.approx(values["training"], rel=0.02)

@@ -1,0 +1,80 @@
+"""A real TensorBoard in a real browser shows the charts with their data."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from lightning_problems import Classifier, both_loggers, loader, quiet_trainer
+
+from newtonopt.callbacks import CurvatureMonitor, StepMonitor
+
+# For each card of the custom-scalars page its title, how many points each of its lines has, and what is wrong with it.
+CARDS = """
+const visit = (root, found) => {
+  for (const element of root.querySelectorAll('*')) {
+    if (/^tf-custom-scalar-(margin|multi-line)-chart-card$/.test(element.tagName.toLowerCase())) found.push(element);
+    if (element.shadowRoot) visit(element.shadowRoot, found);
+  }
+  return found;
+};
+return visit(document, []).map(card => [
+  card._titleDisplayString,
+  Object.values(card._nameToDataSeries || {}).map(line => line.getData().length),
+  Boolean(card._stepsMismatch) || (card._missingTags || []).length > 0,
+]);
+"""
+
+
+def photography() -> ModuleType:
+    """The program that takes the pictures in docs."""
+    path = Path(__file__).parents[2] / "docs" / "photograph_tensorboard.py"
+    spec = importlib.util.spec_from_file_location("photograph_tensorboard", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def shown(driver: Any, program: ModuleType, address: str, wanted: set[str], seconds: float = 120.0) -> dict[str, Any]:
+    """The cards by title, once all that are wanted have data."""
+    program.open_page(driver, address, "custom_scalars", seconds=5.0)
+    deadline = time.monotonic() + seconds
+    while True:
+        cards = {title: (points, wrong) for title, points, wrong in driver.execute_script(CARDS)}
+        if all(cards.get(title, ([],))[0] for title in wanted) or time.monotonic() > deadline:
+            return cards
+        time.sleep(1.0)
+
+
+@pytest.mark.browser
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_shows_every_chart_with_its_data(tmp_path: Path) -> None:
+    pytest.importorskip("selenium")
+    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
+        pytest.skip("chromium and its chromedriver are not installed")
+    monitor = CurvatureMonitor(
+        every_n_train_steps=1, at_start=True, bottom=2, max_products=40, density=True, trace=True
+    )
+    trainer = quiet_trainer(max_epochs=1, callbacks=[monitor, StepMonitor()], logger=both_loggers(tmp_path))
+    trainer.fit(Classifier("HessianFree"), loader())
+    lines = {
+        "Largest eigenvalue, with bounds": [4],
+        "Smallest eigenvalue, with bounds": [4],
+        "Eigenvalues": [4, 4, 4],
+        "Sharpness": [4],
+        "Trace": [4],
+        "Damping": [3],
+        "Actual over predicted decrease": [3],
+        "Conjugate gradient iterations": [3],
+    }
+    program = photography()
+    with program.browser() as driver:
+        cards = shown(driver, program, program.board(str(tmp_path / "tb")), set(lines))
+    for title, points in lines.items():
+        assert cards[title] == (points, False), title
