@@ -40,9 +40,13 @@ def sufficient_decrease(loss: float, trial_loss: float, slope: float, eps: float
     return math.isfinite(trial_loss) and trial_loss <= loss + 1e-4 * slope + 10 * eps * abs(loss)
 
 
+LOW_RATIO = 0.25
+"""Below it a model is trusted less from then on (Martens 2010, sec. 4.1; Nocedal & Wright 2006, alg. 4.1)."""
+
+
 def levenberg_marquardt(damping: float, ratio: float, *, factor: float, minimum: float, maximum: float) -> float:
     """The next damping: times `factor` below a ratio of 1/4, divided by it above 3/4 (Martens 2010, sec. 4.1: 3/2)."""
-    if ratio < 0.25:
+    if ratio < LOW_RATIO:
         damping *= factor
     elif ratio > 0.75:
         damping /= factor
@@ -53,7 +57,7 @@ def trust_radius(radius: float, ratio: float, length: float, *, minimum: float, 
     """The next radius: a quarter of the step's length below a ratio of 1/4; twice the radius above 3/4 if the step went
     to the boundary (Nocedal & Wright 2006, alg. 4.1). A length of zero: no step was tried.
     """
-    if ratio < 0.25:
+    if ratio < LOW_RATIO:
         radius = 0.25 * (min(length, radius) or radius)
     elif ratio > 0.75 and length > 0.999 * radius:
         radius *= 2

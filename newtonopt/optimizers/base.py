@@ -247,7 +247,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             trials=trials,
             step_norm=float(outcome.step.norm()) if outcome.accepted else 0.0,
             accepted=outcome.accepted,
-            reason=proposal.reason if outcome.accepted else f"rejected, no trial decreased the loss; {proposal.reason}",
+            reason=proposal.reason if outcome.accepted else f"rejected, {outcome.refusal}; {proposal.reason}",
             **used,
         )
         return outcome.accepted or self.control is not None

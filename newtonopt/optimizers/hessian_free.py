@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from newtonopt.evaluation import Evaluation, Products
-from newtonopt.globalization import undamped_decrease
+from newtonopt.globalization import LOW_RATIO, undamped_decrease
 from newtonopt.linear_operator import LinearOperator
+from newtonopt.objective import Objective
 from newtonopt.optimizers.base import NewtonOptimizer
 from newtonopt.optimizers.preconditioning import (
     blank,
@@ -23,7 +25,7 @@ from newtonopt.optimizers.preconditioning import (
 )
 from newtonopt.optimizers.rates import scaled
 from newtonopt.optimizers.settings import check_choices, check_count, check_number, damping_rule
-from newtonopt.optimizers.trials import Proposal
+from newtonopt.optimizers.trials import Outcome, Proposal
 from newtonopt.solvers.cg import conjugate_gradients
 from newtonopt.solvers.preconditioners import Preconditioner
 from newtonopt.solvers.solution import Iterate, Solution
@@ -48,8 +50,8 @@ class HessianFree(NewtonOptimizer):
         lr: Scales the step, zero or more. Default 1: the whole step.
         curvature: "gauss_newton" (default; Martens 2010, sec. 4.2): positive semi-definite, needs a recognised loss or
             `mark_outputs`; "hessian": exact, follows negative curvature where conjugate gradients meet it.
-        damping: The first damping, above zero. Default 1 (Martens & Sutskever 2012); the rule finds its own within some
-            tens of steps.
+        damping: The first damping, above zero. Default 1 (Martens & Sutskever 2012). Until a first ratio reaches 1/4
+            steps are refused and it is multiplied by ten: too long a first step ends on plateaus (benchmarks/NOTES.md).
         weight_decay: Coefficient of `|theta|^2 / 2` in the objective, zero or more. Default 0.
         products: How products are formed, "auto" (default), "cached", "streamed" or
             "finite_difference": see `evaluate`.
@@ -120,6 +122,7 @@ class HessianFree(NewtonOptimizer):
 
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
         settings, memory = self.param_groups[0], self._memory
+        memory.setdefault("found_damping", "direction" in memory)  # in states saved before there was a search
         A, gradient = self._curvature(evaluation), evaluation.gradient
         precondition = prepared(A, gradient, settings, memory)
         start = settings["warm_start"] * memory["direction"] if "direction" in memory else None
@@ -171,14 +174,36 @@ class HessianFree(NewtonOptimizer):
             shrink=shrink if settings["max_trials"] > 1 else None,
         )
 
+    def _judge(self, objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> Outcome:
+        outcome = super()._judge(objective, gradient, proposal, loss, eps)
+        if proposal.follows_negative_curvature or not self._seeks_damping:
+            return outcome
+        if outcome.ratio < LOW_RATIO:
+            return replace(outcome, accepted=False, refusal="the first damping was too low")
+        self._memory["found_damping"] = True
+        return outcome
+
     def _next_control(self, control: float, ratio: float, length: float) -> float:
-        return damping_rule(self.param_groups[0], control, ratio)
+        settings = self.param_groups[0]
+        if self._seeks_damping and ratio < LOW_RATIO:
+            return min(_FIRST_FACTOR * control, float(settings["max_damping"]))
+        return damping_rule(settings, control, ratio)
+
+    @property
+    def _seeks_damping(self) -> bool:
+        """Whether no step has confirmed the first damping, which is a guess."""
+        memory = self._memory
+        return not memory.get("found_damping", False) and memory["damping"] < self.param_groups[0]["max_damping"]
 
     def _check_room(self, params: Sequence[Tensor]) -> None:
         check_sketch(params, self.param_groups[0], self._memory)
 
     def _blank(self, like: Tensor) -> dict[str, Any]:
-        return {"direction": like, **blank(like, self.param_groups[0])}
+        return {"direction": like, "found_damping": False, **blank(like, self.param_groups[0])}
+
+
+# Of the damping, until a first ratio is high enough.
+_FIRST_FACTOR = 10.0
 
 
 def _best_start(solution: Solution, damping: float, higher: float) -> Tensor | None:

@@ -39,7 +39,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The step to take or to reject: its model decrease, its loss, and the ratio that adapts the control."""
+    """The step to take or to reject, and why: its model decrease, its loss, and the ratio that adapts the control."""
 
     step: Tensor
     predicted: float
@@ -47,6 +47,7 @@ class Outcome:
     ratio: float
     accepted: bool
     trials: int
+    refusal: str = "no trial decreased the loss"
 
 
 def search(

@@ -201,6 +201,33 @@ def test_a_solution_is_continued_from_its_best_iterate_for_a_higher_damping() ->
             assert found is not None and torch.equal(found, steps[values.index(min(values))])
 
 
+def test_the_first_damping_is_searched_for_once() -> None:
+    theta = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+    optimizer = HessianFree([theta], curvature="hessian", damping=1e-3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (1 + theta**2).sqrt().sum()
+        loss.backward()
+        return loss
+
+    def step() -> tuple[float, bool]:
+        optimizer.step(closure)
+        report = optimizer.last_step
+        assert report is not None
+        return optimizer._memory["damping"], report.accepted
+
+    for damping in (1e-2, 1e-1, 1.0):
+        assert step() == (pytest.approx(damping), False)
+        assert optimizer.last_step is not None and "the first damping was too low" in optimizer.last_step.reason
+        assert theta.item() == 3.0
+    assert step() == (pytest.approx(2 / 3), True)
+    # From here on the ordinary rule: backtracked steps are taken, and the damping rises by little.
+    theta.data.fill_(3.0)
+    optimizer._memory.update(damping=1e-3, direction=torch.zeros(1, dtype=torch.float64))
+    assert step() == (pytest.approx(1.5e-3), True)
+
+
 def test_a_sketch_that_does_not_fit_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     case = build_case("mlp", "mse")
     optimizer = HessianFree(case.params, rank=20)
