@@ -28,6 +28,7 @@ _ADDED = (
     "rank",
     "refresh_every",
     "probes",
+    "blocks",
     "seed",
 )
 

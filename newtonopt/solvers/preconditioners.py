@@ -40,11 +40,12 @@ class Sketch:
         """The inverse of the sketch plus `damping I`, scaled so that it is the identity outside the sketch's range.
 
         It follows the damping without a new sketch: only the `rank` weights change. A weight that drowned in rounding
-        would blind conjugate gradients to the largest eigenvalues, so none is below 10 eps.
+        would blind conjugate gradients to the largest eigenvalues, so none is below 10 eps; without damping none below
+        sqrt(eps), for the sketch's least values are rounding where the matrix has a lower rank.
         """
         U = self.vectors
-        shifted = self.values + damping
-        floor = torch.maximum(shifted[-1], 10 * torch.finfo(U.dtype).eps * shifted[0])
+        shifted, eps = self.values + damping, torch.finfo(U.dtype).eps
+        floor = torch.maximum(shifted[-1], (10 * eps if damping > 0 else math.sqrt(eps)) * shifted[0])
         weights = floor / torch.maximum(shifted, floor) - 1
         return lambda v: v + U @ (weights * (U.T @ v))
 

@@ -568,7 +568,11 @@ BAD_HESSIAN_FREE = [
     ("warm_start", -0.1, "from zero"),
     ("seed", "a", "whole number"),
 ]
-BAD_DAMPED_NEWTON = [("eigenvalues", "clamped", "'absolute' or 'shifted'")]
+BAD_DAMPED_NEWTON = [
+    ("eigenvalues", "squared", "'absolute' or 'shifted' or 'clamped'"),
+    ("blocks", "layer", "'whole' or 'parameter'"),
+    ("max_trials", 0, "one or more"),
+]
 BAD_NEWTON_CG = [
     ("line_search", "wolfe", "'armijo' or 'strong_wolfe'"),
     ("preconditioner", "empirical_fisher", "'nystrom' or None"),
@@ -588,8 +592,8 @@ BAD_TRUST_REGION = [
 BAD_CUBIC = [
     ("subproblem", "steihaug", "'lanczos' or 'exact'"),
     ("sigma", 0.0, "above 0"),
-    ("sigma", 1e17, "outside min_sigma"),
-    ("min_sigma", 1e17, "a minimum below the maximum"),
+    ("sigma", 1e101, "outside min_sigma"),
+    ("min_sigma", 1e101, "a minimum below the maximum"),
     ("max_trials", 0, "one or more"),
     ("max_iterations", 0, "one or more"),
 ]

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from newtonopt.optimizers.base import NewtonOptimizer
 
-ESCAPING = {name: build for name, build in OPTIMIZERS.items() if "gauss_newton" not in name and "free" not in name}
+ESCAPING = {
+    name: build
+    for name, build in OPTIMIZERS.items()
+    if "gauss_newton" not in name and "free" not in name and name != "newton_cg_nystrom"
+}
 
 
 def closure_of(optimizer: NewtonOptimizer, theta: Tensor, sign: float) -> Tensor:

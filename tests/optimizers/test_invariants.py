@@ -104,7 +104,8 @@ def test_the_promise_is_the_undamped_models(name: str, seed: int, lr: list[float
         assert report.step_norm <= report.radius * (1 + 1e-12)
 
 
-@EACH
+# Hutchinson's random numbers go by the entries' places, and conjugate gradients end early.
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "hessian_free_hutchinson"])
 @few
 @given(seeds, decays)
 def test_the_order_of_parameter_groups_does_not_matter(name: str, seed: int, decay: list[float]) -> None:
