@@ -233,14 +233,14 @@ def _penalty(model: nn.Module, coefficient: float) -> Tensor:
 
 
 def _descent(lr: float) -> Method:
-    return Method(f"gradient descent, {lr:g}", partial(SGD, lr=lr), GREY)
+    return Method(f"gradient descent, lr {lr:g}", partial(SGD, lr=lr), GREY)
 
 
 # One iteration a step, so that each can be seen.
 _one_iteration = {"max_iter": 1, "max_eval": 25, "tolerance_grad": 0.0, "tolerance_change": 0.0}
 L_BFGS = Method("L-BFGS", partial(LBFGS, history_size=30, line_search_fn="strong_wolfe", **_one_iteration), ORANGE)
-ADAM = Method("Adam, 0.03", partial(Adam, lr=0.03), GREEN)
-ADAM_FASTER = Method("Adam, 1", partial(Adam, lr=1.0), GREEN)
+ADAM = Method("Adam, lr 0.03", partial(Adam, lr=0.03), GREEN)
+ADAM_FASTER = Method("Adam, lr 1", partial(Adam, lr=1.0), GREEN)
 PLAIN = Method("Newton without safeguards", PlainNewton, RED)
 HESSIAN_FREE = Method("HessianFree", HessianFree, BLUE)
 DAMPED = Method("DampedNewton", DampedNewton, BLUE)

@@ -52,8 +52,8 @@ def browser(width: int = 1500, height: int = 1290) -> Iterator[webdriver.Chrome]
 
 
 def open_page(driver: webdriver.Chrome, address: str, page: str, seconds: float = 10.0) -> None:
-    """Load one of TensorBoard's pages, and expand every category: only the first is open at the start."""
-    driver.get(f"{address}#{page}")
+    """Load one of TensorBoard's pages unsmoothed, and expand every category: only the first is open at the start."""
+    driver.get(f"{address}#{page}&_smoothingWeight=0")
     time.sleep(seconds)  # the page loads its data after itself
     driver.execute_script(_OPEN_ALL)
     time.sleep(0.6 * seconds)

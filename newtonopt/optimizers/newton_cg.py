@@ -31,7 +31,7 @@ class NewtonCG(NewtonOptimizer):
     Conjugate gradients end at a residual of `min(1/2, sqrt(|g|)) |g|`, which makes convergence superlinear. Where they
     meet negative curvature the step follows it, downhill, as far as a line search finds the loss to fall.
 
-    Use it for smooth problems without noise that are far from no minimum, of any size: there is no parameter to tune.
+    Use it for smooth problems without noise, of any size: there is no parameter to tune.
     Do not use it with small batches, whose curvature a line search cannot tell from noise, or where the loss is badly
     scaled far from its minima: `TrustRegionNewton` is more robust there.
 
