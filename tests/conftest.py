@@ -11,6 +11,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The further configurations of optimizers pass the same tests, among the slow ones."""
+    from optimizer_db import FURTHER
+
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, str) and value in FURTHER for value in parameters):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
     torch.set_num_threads(1)

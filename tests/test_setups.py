@@ -842,7 +842,7 @@ def test_a_loss_returned_per_sample_is_not_taken_for_a_scaled_one() -> None:
         loss.backward()
         return loss / 256
 
-    optimizer = HessianFree(model.parameters())
+    optimizer = HessianFree(model.parameters(), damping=100.0)
     optimizer.step(closure)
     assert optimizer.last_step is not None
     assert optimizer.last_step.accepted

@@ -186,7 +186,9 @@ def resumed(rank: int, settings: dict[str, Any], folder: str, of_torch: bool) ->
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s["preconditioner"])
-@pytest.mark.parametrize("of_torch", [False, True], ids=["state_dict", "get_optimizer_state_dict"])
+@pytest.mark.parametrize(
+    "of_torch", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["state_dict", "get_optimizer_state_dict"]
+)
 def test_checkpoint_resumes_on_as_many_processes_and_on_fewer(
     settings: dict[str, Any], of_torch: bool, tmp_path: Path
 ) -> None:

@@ -176,11 +176,12 @@ class HessianFree(NewtonOptimizer):
 
     def _judge(self, objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> Outcome:
         outcome = super()._judge(objective, gradient, proposal, loss, eps)
-        if proposal.follows_negative_curvature or not self._seeks_damping:
+        if not self._seeks_damping or proposal.follows_negative_curvature:
             return outcome
-        if outcome.ratio < LOW_RATIO:
+        if outcome.ratio >= LOW_RATIO:
+            self._memory["found_damping"] = True
+        elif outcome.accepted:
             return replace(outcome, accepted=False, refusal="the first damping was too low")
-        self._memory["found_damping"] = True
         return outcome
 
     def _next_control(self, control: float, ratio: float, length: float) -> float:

@@ -60,7 +60,9 @@ def _least(confidence: float, runs: int) -> float:
 
 
 @pytest.mark.parametrize("confidence", [0.8, pytest.param(0.99, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("budget", [3, 9, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "budget", [3, pytest.param(9, marks=pytest.mark.slow), pytest.param(30, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", SPECTRA)
 def test_coverage_of_both_ends(name: str, budget: int, confidence: float) -> None:
     coverage = _coverage(SPECTRA[name], 200, top=1, bottom=1, confidence=confidence, max_products=budget)

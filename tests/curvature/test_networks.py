@@ -12,7 +12,7 @@ from newtonopt import LinearOperator, evaluate, gauss_newton, hessian
 from newtonopt.curvature import extreme_eigenvalues
 
 
-@pytest.mark.parametrize("budget", [8, 40])
+@pytest.mark.parametrize("budget", [8, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pair", [("mlp", "cross_entropy"), ("conv", "mse"), ("words", "cross_entropy")], ids="-".join)
 def test_intervals_contain_the_truth_as_often_as_they_say(pair: tuple[str, str], budget: int) -> None:
     case = build(*pair)
