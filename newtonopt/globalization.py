@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 def undamped_decrease(decrease: float, damping: float, step_norm: float) -> float:
     """The undamped model's decrease from the damped one's, `decrease + damping |s|^2 / 2`: the one place for it."""
-    return decrease + 0.5 * damping * step_norm**2
+    return decrease + 0.5 * damping * step_norm * step_norm
 
 
 def reduction_ratio(loss: float, trial_loss: float, predicted: float, eps: float) -> float:

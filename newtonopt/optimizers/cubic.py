@@ -125,7 +125,7 @@ class CubicNewton(NewtonOptimizer):
 
     def _length_along(self, slope: float, bend: float) -> float:
         sigma: float = self._memory["sigma"]
-        return (math.sqrt(bend**2 - 4 * sigma * slope) - bend) / (2 * sigma)
+        return (math.hypot(bend, 2 * math.sqrt(sigma) * math.sqrt(-slope)) - bend) / (2 * sigma)
 
     def _judge(self, objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> Outcome:
         return judge(objective, proposal, loss, eps, _LEAST_RATIO)

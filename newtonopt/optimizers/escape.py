@@ -52,7 +52,7 @@ def leave(
     if slope > 0:
         direction, slope = -direction, -slope
     length = length_along(slope, bend)
-    first = scaled(Iterate(length * direction, -(length * slope + 0.5 * length**2 * bend)), gradient, rates, A)
+    first = scaled(Iterate(length * direction, -(length * slope + 0.5 * length * length * bend)), gradient, rates, A)
     products = A.products
 
     def propose(length: float) -> Proposal:

@@ -238,7 +238,7 @@ def _along(d: Tensor, start: Iterate, damped: LinearOperator, gradient: Tensor, 
     bend = float(d @ (damped @ d))
     longest = max(float(start.step.norm()), float(gradient.norm()) / damping) / float(d.norm())
     t = math.copysign(min(abs(slope) / abs(bend) if bend else math.inf, longest), -slope)
-    return Iterate(start.step + t * d, start.decrease - t * slope - 0.5 * t**2 * bend)
+    return Iterate(start.step + t * d, start.decrease - t * slope - 0.5 * t * t * bend)
 
 
 def _check_numbers(settings: dict[str, object]) -> None:

@@ -119,7 +119,7 @@ class NewtonCG(NewtonOptimizer):
             # absolute value, and the line search goes on from there.
             slope, bend = float(gradient @ d), solution.bend
             t = slope / bend if bend < 0.0 else 1.0
-            best = Iterate(best.step + t * d, best.decrease - t * slope - 0.5 * t**2 * bend)
+            best = Iterate(best.step + t * d, best.decrease - t * slope - 0.5 * t * t * bend)
         step = scaled(best, gradient, rates, A)
         return Proposal(
             [step.step],

@@ -37,4 +37,4 @@ def ray(iterate: Iterate, gradient: Tensor, t: float) -> Iterate:
     """`t * step`, with the decrease of the model there."""
     slope = float(gradient @ iterate.step)
     bend = -2 * (iterate.decrease + slope)
-    return Iterate(iterate.step if t == 1.0 else t * iterate.step, -(t * slope + 0.5 * t**2 * bend))
+    return Iterate(iterate.step if t == 1.0 else t * iterate.step, -(t * slope + 0.5 * t * t * bend))

@@ -81,7 +81,7 @@ def shortened(solution: Solution, gradient: Tensor, radius: float) -> Solution:
             slope, size = float(gradient @ d), float(before.step @ before.step)
             bend = 2 * (before.decrease - node.decrease - slope)
             t = _to_boundary(size, float(before.step @ d), float(d @ d), radius)
-            point = Iterate(before.step + t * d, before.decrease - t * slope - t**2 * bend / 2)
+            point = Iterate(before.step + t * d, before.decrease - t * slope - t * t * bend / 2)
             # Negative curvature may have been followed backwards, at first uphill.
             best = max(point, before, key=lambda iterate: iterate.decrease)
             return Solution(best.step, best.decrease, solution.iterations, f"{solution.reason}, shortened")
@@ -135,10 +135,10 @@ def _iterate(
         if bend <= 0.0:
             path += [Iterate(s, decrease)] * keep_path
             return _negative_curvature(g, s, d, decrease, rho_now, bend, radius, (size, along, length), iteration, path)
-        size_new = size + 2 * alpha_now * along + alpha_now**2 * length
-        if size_new >= radius * radius:
+        size_new = size + 2 * alpha_now * along + alpha_now * alpha_now * length
+        if math.isfinite(radius) and math.sqrt(max(size_new, 0.0)) >= radius:
             tau = _to_boundary(size, along, length, radius)
-            gain = tau * rho_now - tau**2 * bend / 2
+            gain = tau * rho_now - tau * tau * bend / 2
             path += [Iterate(s, decrease)] * keep_path
             return Solution(s + tau * d, decrease + gain, iteration, "reached the radius", tuple(path))
         s, r, decrease, size = s_new, r_new, decrease_new, size_new
@@ -150,7 +150,7 @@ def _iterate(
             reason = ended or "rounding: the residual is as small as the products are exact"
             break
         ratio = rho_next / rho_now
-        along, length = ratio * (along + alpha_now * length), rho_next + ratio**2 * length
+        along, length = ratio * (along + alpha_now * length), rho_next + ratio * ratio * length
         d = y + (rho_new / rho) * d
         rho, rho_now = rho_new, rho_next
     return Solution(s, decrease, iteration, reason, tuple(path))
@@ -172,7 +172,7 @@ def _negative_curvature(
         # The model falls without end both ways along d: go to the lower of the two points on the boundary.
         _, along, length = norms
         ahead = _to_boundary(*norms, radius)
-        gain, tau = max((t * rho - t**2 * bend / 2, t) for t in (ahead, -ahead - 2 * along / length))
+        gain, tau = max((t * rho - t * t * bend / 2, t) for t in (ahead, -ahead - 2 * along / length))
         s, decrease = s + tau * d, decrease + gain
     if float(g @ d) > 0.0:  # possible after a start of the caller's
         d = -d
@@ -181,10 +181,12 @@ def _negative_curvature(
 
 def _to_boundary(size: float, along: float, length: float, radius: float) -> float:
     """The positive root t of |s + t d| = radius."""
-    gap = radius * radius - size
-    root = math.sqrt(max(along**2 + length * gap, 0.0))
+    # By square roots: the squares may overflow.
+    inside, norm = math.sqrt(max(size, 0.0)), math.sqrt(length)
+    reach = math.sqrt(max(radius - inside, 0.0)) * math.sqrt(radius + inside)
+    root = math.hypot(along, norm * reach)
     # Of the two forms of the root, the one without cancellation.
-    return gap / (along + root) if along > 0 else (root - along) / length
+    return reach * (reach / (along + root)) if along > 0 else (root - along) / length
 
 
 def _identity(v: Tensor) -> Tensor:

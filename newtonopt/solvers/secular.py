@@ -59,7 +59,9 @@ def cubic(values: Tensor, slopes: Tensor, sigma: float) -> tuple[Tensor, str]:
     half, product = (gaps + lift) / 2, gaps * lift - sigma * slopes.abs()
     roots = -product / (half + (half.square() - product).clamp(min=0).sqrt())
     least = max(0.0, float(roots.nan_to_num(0.0).max()))
-    return _on_the_boundary(gaps, slopes, lift, least, lambda shift: (sigma / shift, -sigma / shift**2))
+    if lift + least == 0.0:
+        return _coordinates(gaps, slopes, 0.0), "the cubic term is rounding"
+    return _on_the_boundary(gaps, slopes, lift, least, lambda shift: (sigma / shift, -sigma / shift / shift))
 
 
 def _on_the_boundary(
@@ -72,22 +74,30 @@ def _on_the_boundary(
     t = least
     y = _coordinates(gaps, slopes, t)
     wanted = inverse_length(lift + t)[0]
-    if t == 0.0 and float(y.norm()) * wanted < 1.0:
+    if t == 0.0 and _length(y) * wanted < 1.0:
         # The hard case: no gradient along the lowest eigenvector, which makes up the length.
-        y[0] = math.sqrt(max(wanted**-2 - float(y.norm()) ** 2, 0.0))
+        y[0] = math.sqrt(max(1 / wanted - _length(y), 0.0)) * math.sqrt(1 / wanted + _length(y))
         return y, "hard case: completed along the lowest eigenvector"
     for _ in range(_MAX_ITERATIONS):
-        norm = float(y.norm())
+        norm = _length(y)
+        if norm == 0.0:
+            return y, "the step is rounding"
         wanted, change = inverse_length(lift + t)
-        slope = float((y.square() / (gaps + t)).nansum()) / norm**3 - change  # 0 / 0 in the hard case
+        slope = float(((y / norm).square() / (gaps + t)).nansum()) / norm - change  # 0 / 0 in the hard case
         update = (wanted - 1 / norm) / slope
         if not update > 1e-15 * t:
             break
         t += update
         y = _coordinates(gaps, slopes, t)
-    return y / (float(y.norm()) * inverse_length(lift + t)[0]), "on the boundary"
+    return y / _length(y) / inverse_length(lift + t)[0], "on the boundary"
 
 
 def _coordinates(gaps: Tensor, slopes: Tensor, t: float) -> Tensor:
     """`-c / (gaps + t)`, zero where the gradient is."""
     return torch.where(slopes == 0, torch.zeros_like(slopes), -slopes / (gaps + t))
+
+
+def _length(y: Tensor) -> float:
+    """`|y|`, whose square may leave the range of numbers."""
+    largest = float(y.abs().max())
+    return largest * float((y / largest).norm()) if 0.0 < largest < math.inf else largest

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from problems import build as build_case
 from problems import logistic_gradient_norms
 from torch import Tensor
@@ -104,3 +105,35 @@ def test_a_rejected_step_is_tried_again_nearer_without_products(subproblem: str,
     s = torch.cat([x, y]).detach() - start
     assert report.predicted_decrease == pytest.approx(-float(g @ s + s @ A @ s / 2), rel=1e-6)
     assert report.ratio == pytest.approx((report.loss - report.trial_loss) / report.predicted_decrease, rel=1e-9)
+
+
+def test_a_loop_that_runs_on_past_the_minimum_is_told_so() -> None:
+    """The quadratic part's entry shrinks at every step, until powers of it leave the range of numbers."""
+    theta = torch.tensor([1e-5, 10.0], dtype=torch.float64, requires_grad=True)
+    optimizer = CubicNewton([theta])
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = theta[0] ** 2 + F.huber_loss(theta[1:], torch.zeros(1).double())
+        loss.backward()
+        return loss
+
+    for _ in range(30):
+        optimizer.step(closure)
+    assert closure().item() == 0.0
+    report = optimizer.last_step
+    assert report is not None and report.reason.startswith("the gradient is zero")
+
+
+def test_a_gradient_of_1e150_has_a_step() -> None:
+    theta = torch.tensor([1e-5, 30.0], dtype=torch.float64, requires_grad=True)
+    optimizer = CubicNewton([theta], max_trials=3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = 1e150 * (theta[0] ** 2 + F.huber_loss(theta[1:], torch.zeros(1).double()))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.last_step is not None and optimizer.last_step.trials > 0

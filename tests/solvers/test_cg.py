@@ -349,3 +349,14 @@ def test_shortened_solution_is_on_the_polygon(n: int, seed: int, convex: bool, p
         # Every iterate was kept, so that this is Steihaug's own point.
         assert point.decrease == pytest.approx(conjugate_gradients(A, g, radius=radius).decrease, rel=1e-6)
     assert shortened(whole, g, 6.0) is whole
+
+
+@pytest.mark.parametrize("exponent", [-120, 120, 150])
+def test_a_boundary_whose_square_leaves_the_range_of_numbers(exponent: int) -> None:
+    """A step far longer than the gradient, as where the curvature is nearly zero."""
+    scale = 10.0**exponent
+    A, g = torch.diag(torch.tensor([1.0, 2.0, -1.0]).double()), torch.ones(3).double()
+    expected = conjugate_gradients(A, g, radius=0.7)
+    found = conjugate_gradients(1e20 / scale * A, 1e20 * g, radius=0.7 * scale)
+    torch.testing.assert_close(found.step / scale, expected.step, rtol=1e-9, atol=0)
+    assert found.decrease / scale / 1e20 == pytest.approx(expected.decrease, rel=1e-9)

@@ -164,3 +164,22 @@ def test_krylov_space_ends_at_its_tolerance(tolerance: float) -> None:
     residual = A @ solution.step + 0.1 * float(solution.step.norm()) * solution.step + g
     assert float(residual.norm()) <= 1.001 * tolerance * float(g.norm())
     assert solution.iterations < 80 or tolerance < 1e-3
+
+
+@pytest.mark.parametrize("exponent", [-160, -110, 110, 140])
+def test_sizes_whose_powers_leave_the_range_of_numbers(exponent: int) -> None:
+    """With `c` and the radius, or `c` and `1 / sigma`, times a number the minimiser is so too."""
+    values, slopes, scale = torch.tensor([1.0, 4.0]).double(), torch.tensor([3.0, -2.0]).double(), 10.0**exponent
+    for expected, found in (
+        (ball(values, slopes, 0.5), ball(values, scale * slopes, scale * 0.5)),
+        (ball(values - 2, slopes, 0.5), ball(values - 2, scale * slopes, scale * 0.5)),
+        (cubic(values, slopes, 1.0), cubic(values, scale * slopes, 1 / scale)),
+        (cubic(values - 2, slopes, 1.0), cubic(values - 2, scale * slopes, 1 / scale)),
+    ):
+        assert found[1] == expected[1]
+        torch.testing.assert_close(found[0] / scale, expected[0], rtol=1e-9, atol=0)
+
+
+def test_a_cubic_term_that_is_rounding_leaves_newtons_step() -> None:
+    values, slopes = torch.tensor([2.0, 4.0]).double(), torch.tensor([1e-300, 0.0]).double()
+    torch.testing.assert_close(cubic(values, slopes, 1e-16)[0], -slopes / values, rtol=1e-12, atol=0)
