@@ -40,6 +40,20 @@ def sufficient_decrease(loss: float, trial_loss: float, slope: float, eps: float
     return math.isfinite(trial_loss) and trial_loss <= loss + 1e-4 * slope + 10 * eps * abs(loss)
 
 
+def shortening(rise: float, slope: float) -> float:
+    """By how much to shorten a step: the minimiser of the parabola through value and slope at its start and the value
+    at its end, between 1/10 and 1/2 (Dennis & Schnabel 1983, alg. A6.3.1; Nocedal & Wright 2006, sec. 3.5).
+
+    Args:
+        rise: From the loss at the start to that at the end; not finite counts as infinite.
+        slope: Along the whole step, at its start.
+    """
+    above = rise - slope
+    if not math.isfinite(above):
+        return 0.1
+    return min(max(-0.5 * slope / above, 0.1), 0.5) if above > 0.0 else 0.5
+
+
 LOW_RATIO = 0.25
 """Below it a model is trusted less from then on (Martens 2010, sec. 4.1; Nocedal & Wright 2006, alg. 4.1)."""
 
@@ -81,12 +95,15 @@ def cubic_weight(sigma: float, ratio: float, *, minimum: float, maximum: float) 
 
 @dataclass(frozen=True)
 class LinePoint:
-    """Where a line search ended: `t`, zero if nowhere; the loss there and at `t = 1`; and how many trials it took."""
+    """Where a line search ended: `t`, zero if nowhere; the loss there and at `t = 1`; how many trials it took; and the
+    last `t` tried.
+    """
 
     t: float
     value: float
     first: float
     trials: int
+    last: float
 
 
 def strong_wolfe(
@@ -114,13 +131,13 @@ def strong_wolfe(
         if not sufficient_decrease(loss, value, t * slope, eps) or value > low[1] + 10 * eps * abs(loss):
             high = here
         elif abs(slope_there) <= 0.9 * abs(slope):
-            return LinePoint(t, value, first, trial)
+            return LinePoint(t, value, first, trial, t)
         else:
             if slope_there * ((math.inf if high is None else high[0]) - low[0]) >= 0:
                 high = low
             low = here
         t = 2 * t if high is None else _between(low, high)
-    return LinePoint(low[0], low[1], first, max_trials)
+    return LinePoint(low[0], low[1], first, max_trials, here[0])
 
 
 def _between(one: tuple[float, float, float], other: tuple[float, float, float]) -> float:
@@ -131,6 +148,7 @@ def _between(one: tuple[float, float, float], other: tuple[float, float, float])
     d2 = math.copysign(math.sqrt(square), b - a) if square >= 0 else math.nan
     divisor = slope_b - slope_a + 2 * d2
     part = (slope_b + d2 - d1) / divisor if divisor else math.nan
-    # The middle where the loss overflowed or the cubic has no minimum.
-    part = min(max(part, 0.1), 0.9) if math.isfinite(part) else 0.5
-    return b - part * (b - a)
+    if not math.isfinite(part):
+        # The middle where the cubic has no minimum, close to the first where the loss overflowed.
+        part = 0.5 if math.isfinite(square) else 0.9
+    return b - min(max(part, 0.1), 0.9) * (b - a)

@@ -13,6 +13,7 @@ from newtonopt.globalization import (
     cubic_weight,
     levenberg_marquardt,
     reduction_ratio,
+    shortening,
     strong_wolfe,
     sufficient_decrease,
     trust_radius,
@@ -161,4 +162,12 @@ def test_strong_wolfe_comes_back_from_overflow() -> None:
     found = strong_wolfe(along, 0.0, -1.0, EPS, 40)
     assert 0.005 <= found.t <= 0.01
     assert found.first == math.inf
-    assert strong_wolfe(along, 0.0, -1.0, EPS, 3).t == 0.0
+    nowhere = strong_wolfe(along, 0.0, -1.0, EPS, 2)
+    assert (nowhere.t, nowhere.last) == (0.0, pytest.approx(0.1))
+
+
+def test_a_step_is_shortened_to_the_minimum_of_a_parabola_within_bounds() -> None:
+    assert shortening(1.0, -1.0) == pytest.approx(0.25), "f = 1 - t + 2 t^2"
+    assert shortening(1e9, -1.0) == 0.1
+    assert shortening(math.inf, -1.0) == shortening(math.nan, -1.0) == 0.1
+    assert shortening(-0.9, -1.0) == shortening(-2.0, -1.0) == shortening(1.0, 2.0) == 0.5

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from newtonopt import globalization
 from newtonopt.objective import Objective
+from newtonopt.optimizers.rates import ray
+from newtonopt.solvers.solution import Iterate
+
+# Of a step, before it is shortened faster.
+_HALVINGS = 10
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,27 @@ class Outcome:
     refusal: str = "no trial decreased the loss"
 
 
+def shortened(proposal: Proposal, gradient: Tensor, longest: float) -> Proposal:
+    """The proposal of one step, with that at most so long."""
+    length = float(proposal.steps[0].norm())
+    if not length > longest:
+        return proposal
+    step = ray(Iterate(proposal.steps[0], proposal.decreases[0]), gradient, longest / length)
+    return replace(proposal, steps=[step.step], decreases=[step.decrease])
+
+
 def search(
-    objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float, max_halvings: int = 6
+    objective: Objective,
+    gradient: Tensor,
+    proposal: Proposal,
+    loss: float,
+    eps: float,
+    max_changes: int = 6,
 ) -> Outcome:
-    """Try the steps until one decreases the loss and the next is no better (Martens 2010, sec. 4.6); else halve it.
+    """Try the steps until one decreases the loss and the next is no better (Martens 2010, sec. 4.6); else shorten it.
+
+    It is shortened, or doubled, `max_changes` times at most: halved at first, then by interpolation, for a step may be
+    too long by any factor where the curvature is nearly zero.
 
     The ratio, which adapts the control, is that of the step before it was shortened: a good short step does not excuse
     a bad long one. A step along negative curvature must decrease the loss by a part of what its curvature promises too
@@ -74,21 +96,21 @@ def search(
     follows = proposal.follows_negative_curvature
 
     def suffices(t: float, trial: float) -> bool:
-        promise = t * min(slope, 0.0) + 0.5 * t**2 * (min(bend, 0.0) if follows else 0.0)
+        promise = t * min(slope, 0.0) + 0.5 * t * t * (min(bend, 0.0) if follows else 0.0)
         return globalization.sufficient_decrease(loss, trial, promise, eps)
 
-    t, shortest = 1.0, 0.5**max_halvings
-    while (slope < 0.0 or follows) and t > shortest and not suffices(t, best):
-        t *= 0.5
-        best, trials = objective.loss_at(t * step), trials + 1
+    t, changes = 1.0, 0
+    while (slope < 0.0 or follows) and changes < max_changes and not suffices(t, best):
+        t *= 0.5 if changes < _HALVINGS else globalization.shortening(best - loss, t * slope)
+        best, trials, changes = objective.loss_at(t * step), trials + 1, changes + 1
     accepted = suffices(t, best)
-    while follows and accepted and 1.0 <= t < 1 / shortest:
+    while follows and accepted and 1.0 <= t < 2.0**max_changes:
         further, trials = objective.loss_at(2 * t * step), trials + 1
         if not (further < best and suffices(2 * t, further)):
             break
         t, best = 2 * t, further
     if t != 1.0:
-        step, predicted = t * step, -(t * slope + 0.5 * t**2 * bend)
+        step, predicted = t * step, -(t * slope + 0.5 * t * t * bend)
     return Outcome(step, predicted, best, ratio, accepted, trials)
 
 
@@ -107,7 +129,7 @@ def wolfe_search(
     ratio = globalization.reduction_ratio(loss, found.first, predicted, eps)
     t = found.t
     if t == 0.0:
-        return Outcome(step, predicted, found.first, ratio, False, found.trials)
+        return Outcome(found.last * step, predicted, found.first, ratio, False, found.trials)
     bend = -2 * (predicted + slope)
-    predicted = -(t * slope + 0.5 * t**2 * bend)
+    predicted = -(t * slope + 0.5 * t * t * bend)
     return Outcome(step if t == 1.0 else t * step, predicted, found.value, ratio, True, found.trials)

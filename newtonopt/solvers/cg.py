@@ -24,6 +24,7 @@ def conjugate_gradients(
     max_iterations: int | None = None,
     progress_tolerance: float | None = None,
     residual_tolerance: float | None = None,
+    rounding: float = 0.0,
     keep_path: bool = False,
 ) -> Solution:
     """Minimise `m(s) = g's + s'As / 2` by conjugate gradients, in the ball `||s|| <= radius`.
@@ -42,11 +43,13 @@ def conjugate_gradients(
         progress_tolerance: Martens' stop: end when the relative progress over the last `k = max(10, i / 10)` of `i`
             iterations is below `k` times this (Martens 2010, sec. 4.4, uses 5e-4).
         residual_tolerance: End when the residual's norm is at most this times the gradient's (see `forcing_sequence`).
+        rounding: Curvature `|d'Ad| / |d|^2` of at most this times the largest `|Ad| / |d|` met counts as zero: a step
+            by the rounding of products could have any length.
         keep_path: Keep the iterates on a growing grid, for backtracking.
 
     Returns:
-        The solution; on negative curvature the last iterate and the direction, or the boundary point along it if the
-        radius is finite.
+        The solution; on curvature of zero or below the last iterate and the direction, or the boundary point along it
+        if the radius is finite.
 
     Raises:
         ValueError: A radius that is not positive, or a start together with a finite radius.
@@ -56,7 +59,7 @@ def conjugate_gradients(
     if start is not None and math.isfinite(radius):
         raise ValueError("start was given together with a finite radius: Steihaug's method starts from zero.")
     limit = gradient.numel() if max_iterations is None else max_iterations
-    stop = _Stop(progress_tolerance, residual_tolerance, torch.finfo(gradient.dtype).eps)
+    stop = _Stop(progress_tolerance, residual_tolerance, torch.finfo(gradient.dtype).eps, rounding)
     return _iterate(A, gradient, start, preconditioner, radius, limit, stop, keep_path)
 
 
@@ -121,17 +124,19 @@ def _iterate(
         Ad = A @ d
         curvature = d @ Ad
         alpha = rho / curvature
+        lengths = [d.norm(), Ad.norm()] if stop.rounding else []
         # Without temporaries: with many parameters memory is what limits.
         s_new, r_new = torch.addcmul(s, alpha, d), torch.addcmul(r, alpha, Ad, value=-1)
         del Ad
         y = apply(r_new)
         rho_new = r_new @ y
         # The one wait for the device in an iteration.
-        values = torch.stack([curvature, alpha, (s_new @ r_new - s_new @ g) / 2, rho_new, r_new.norm()]).tolist()
-        bend, alpha_now, decrease_new, rho_next, r_norm = values
+        values = [curvature, alpha, (s_new @ r_new - s_new @ g) / 2, rho_new, r_new.norm(), *lengths]
+        bend, alpha_now, decrease_new, rho_next, r_norm, *sizes = torch.stack(values).tolist()
         iteration += 1
         if not math.isfinite(bend):
             return Solution(s, decrease, iteration, "non-finite product", tuple(path))
+        bend = 0.0 if sizes and stop.is_rounding(bend, *sizes) else bend
         if bend <= 0.0:
             path += [Iterate(s, decrease)] * keep_path
             return _negative_curvature(g, s, d, decrease, rho_now, bend, radius, (size, along, length), iteration, path)
@@ -176,7 +181,8 @@ def _negative_curvature(
         s, decrease = s + tau * d, decrease + gain
     if float(g @ d) > 0.0:  # possible after a start of the caller's
         d = -d
-    return Solution(s, decrease, iteration, "negative curvature", tuple(path), negative_curvature=d, bend=bend)
+    reason = "negative curvature" if bend < 0.0 else "no curvature"
+    return Solution(s, decrease, iteration, reason, tuple(path), negative_curvature=d, bend=bend)
 
 
 def _to_boundary(size: float, along: float, length: float, radius: float) -> float:
@@ -194,19 +200,25 @@ def _identity(v: Tensor) -> Tensor:
 
 
 class _Stop:
-    """The two tests for ending, with the history that Martens' needs."""
+    """The tests for ending, with the history that they need."""
 
-    def __init__(self, progress: float | None, residual: float | None, eps: float) -> None:
+    def __init__(self, progress: float | None, residual: float | None, eps: float, rounding: float) -> None:
         self._progress = progress
         # Below this the residual, and with it any curvature seen, is rounding.
         self._floor = 10 * eps
         self._residual = residual
         self._decreases: list[float] = []
         self._target = 0.0
+        self.rounding = rounding
+        self._largest = 0.0
 
     def begin(self, decrease: float, gradient_norm: float) -> None:
         self._decreases = [decrease]
         self._target = max(self._residual or 0.0, self._floor) * gradient_norm
+
+    def is_rounding(self, bend: float, length: float, product: float) -> bool:
+        self._largest = max(self._largest, product / length)
+        return abs(bend) / length <= self.rounding * self._largest * length
 
     def check(self, iteration: int, decrease: float, residual_norm: float) -> str | None:
         self._decreases.append(decrease)

@@ -33,7 +33,7 @@ class Solution:
         reason: Why the solver stopped, in words.
         path: Iterates kept on request, first to last; the step itself is the last of them where it falls on the grid.
         negative_curvature: A direction `d` with `d'Ad <= 0` and `g'd <= 0` if one was met, else None.
-        bend: `d'Ad` of that direction, else zero.
+        bend: `d'Ad` of that direction, zero where it is rounding; else zero.
     """
 
     step: Tensor

@@ -155,3 +155,88 @@ def test_negative_curvature_is_followed_with_a_sketch() -> None:
     assert "negative curvature" in reasons
     lowest = (-2 * weights.clamp(max=0)).sqrt()
     torch.testing.assert_close(theta.detach().abs(), lowest, rtol=0, atol=1e-5)
+
+
+def flat_problem(name: str) -> tuple[nn.Module, Any]:
+    """A convex loss, flat or linear where it starts: the module and what computes it."""
+    torch.manual_seed(0)
+    x, layer = torch.randn(200, 5), nn.Linear(5, 1)
+    if name == "root":
+        layer = nn.Linear(1, 1, bias=False).double()
+        nn.init.constant_(layer.weight, 1e4)
+        return layer, lambda: (1 + layer.weight.square()).sqrt().sum()
+    if name.startswith("huber"):
+        y = x @ torch.randn(5, 1) * 30
+        if name == "huber64":
+            x, y, layer = x.double(), y.double(), layer.double()
+        return layer, lambda: F.huber_loss(layer(x), y)
+    if name == "logistic":
+        y = (torch.rand(200, 1) < 0.5).float()
+        nn.init.normal_(layer.weight, std=500.0)
+        return layer, lambda: F.binary_cross_entropy_with_logits(layer(x), y)
+    y = torch.poisson(torch.exp(x[:, :1]))
+    nn.init.constant_(layer.bias, -20.0)
+    return layer, lambda: F.poisson_nll_loss(layer(x), y)
+
+
+@SEARCHES
+@pytest.mark.parametrize("name", ["huber", "huber64", "root", "logistic", "poisson"])
+def test_flat_and_linear_parts_are_crossed(name: str, line_search: str) -> None:
+    """There the curvature is zero or rounding, and Newton's step too long by any factor."""
+    layer, loss_of = flat_problem(name)
+    optimizer = NewtonCG(layer.parameters(), line_search=line_search)  # type: ignore[arg-type]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = loss_of()
+        loss.backward()
+        return loss
+
+    for _ in range(30):
+        optimizer.step(closure)
+    report = optimizer.last_step
+    assert report is not None and report.gradient_norm < 1e-3
+
+
+@SEARCHES
+def test_a_refused_step_is_not_repeated(line_search: str) -> None:
+    """With two trials Newton's step of 1e12 is refused again and again, each time a shorter one, also when resumed."""
+    theta = torch.tensor([1e4], dtype=torch.float64, requires_grad=True)
+    optimizer = NewtonCG([theta], max_trials=2, line_search=line_search)  # type: ignore[arg-type]
+
+    def closure() -> Tensor:
+        theta.grad = None
+        loss = (1 + theta.square()).sqrt().sum()
+        loss.backward()
+        return loss
+
+    predicted = []
+    for _ in range(4):
+        optimizer.step(closure)
+        report = optimizer.last_step
+        assert report is not None and not report.accepted and theta.item() == 1e4
+        predicted.append(report.predicted_decrease)
+        resumed = NewtonCG([theta], max_trials=2, line_search=line_search)  # type: ignore[arg-type]
+        resumed.load_state_dict(optimizer.state_dict())
+        optimizer = resumed
+    assert all(0 < later < earlier for earlier, later in pairwise(predicted))
+    for _ in range(5):
+        optimizer.step(closure)
+    assert abs(theta.item()) < 1e4
+
+
+@SEARCHES
+def test_curvature_that_is_rounding_sets_no_step(line_search: str) -> None:
+    """Beside a quadratic entry one of slope one: what is left of `p'Ap` is 1e-300 or so."""
+    theta = torch.tensor([1e-5, 30.0], dtype=torch.float64, requires_grad=True)
+    optimizer = NewtonCG([theta], line_search=line_search)  # type: ignore[arg-type]
+
+    def closure() -> Tensor:
+        theta.grad = None
+        loss = theta[0] ** 2 + F.huber_loss(theta[1:], torch.zeros(1).double())
+        loss.backward()
+        return loss
+
+    for _ in range(10):
+        optimizer.step(closure)
+    assert closure().item() < 1e-12

@@ -360,3 +360,19 @@ def test_a_boundary_whose_square_leaves_the_range_of_numbers(exponent: int) -> N
     found = conjugate_gradients(1e20 / scale * A, 1e20 * g, radius=0.7 * scale)
     torch.testing.assert_close(found.step / scale, expected.step, rtol=1e-9, atol=0)
     assert found.decrease / scale / 1e20 == pytest.approx(expected.decrease, rel=1e-9)
+
+
+@pytest.mark.parametrize("least", [1e-17, -1e-17, 0.0])
+def test_curvature_that_is_rounding_is_handed_back_as_none(least: float) -> None:
+    A, g = torch.diag(torch.tensor([1.0, 3.0, least]).double()), torch.tensor([1.0, -2.0, 5.0]).double()
+    solution = conjugate_gradients(A, g, rounding=torch.finfo(g.dtype).eps)
+    d = solution.negative_curvature
+    assert (solution.reason, solution.bend, solution.iterations) == ("no curvature", 0.0, 3)
+    assert d is not None and float(g @ d) < 0.0
+    torch.testing.assert_close(d / d.norm(), torch.tensor([0.0, 0.0, -1.0]).double(), atol=1e-12, rtol=0)
+
+
+def test_small_curvature_that_is_no_rounding_is_solved() -> None:
+    A, g = torch.diag(torch.tensor([1.0, 1e-12]).double()), torch.tensor([1.0, 1e-6]).double()
+    solution = conjugate_gradients(A, g, rounding=torch.finfo(g.dtype).eps)
+    torch.testing.assert_close(solution.step, torch.tensor([-1.0, -1e6]).double(), rtol=1e-4, atol=0)
