@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional import mean_squared_error
 
-from newtonopt import DampedNewton, HessianFree, evaluate, gauss_newton, hessian, mark_outputs
+from newtonopt import DampedNewton, HessianFree, NewtonCG, evaluate, gauss_newton, hessian, mark_outputs
 
 PRODUCTS = ("cached", "streamed", "finite_difference")
 TOLERANCE = {"cached": 1e-8, "streamed": 1e-8, "finite_difference": 1e-5}
@@ -860,3 +860,27 @@ def test_a_disabled_gradient_scaler_changes_nothing(optimizer: Any) -> None:
     optimizer(setups[0].params).step(setups[0].closure)
     scaler.step(optimizer(setups[1].params), setups[1].closure)
     assert all(map(torch.equal, plain.parameters(), through.parameters()))
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_loss_of_infinity_refuses_a_trial(raises: bool) -> None:
+    """`x - log x` from 3: Newton's step ends at -3, where there is no logarithm."""
+    theta = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+    optimizer = NewtonCG([theta])
+
+    def closure() -> Tensor:
+        theta.grad = None
+        if raises and theta.item() <= 0:
+            raise ValueError("no logarithm")
+        loss = (theta - theta.log()).sum() if theta.item() > 0 else theta.sum() + torch.inf
+        loss.backward()
+        return loss
+
+    if raises:
+        with pytest.raises(ValueError, match="no logarithm"):
+            optimizer.step(closure)
+        assert theta.item() == 3.0
+    else:
+        for _ in range(8):
+            optimizer.step(closure)
+        assert theta.item() == pytest.approx(1.0)

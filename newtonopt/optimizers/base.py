@@ -102,7 +102,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
 
         Args:
             closure: Clears the gradients, computes the loss, calls `backward` and returns the loss, as for
-                `torch.optim.LBFGS`.
+                `torch.optim.LBFGS`. Where a trial has no loss it returns infinity, for an error ends the step.
             curvature_closure: The same for other data, as a rule fewer: curvature products are those of its loss, while
                 loss, gradient and trials are the closure's (Martens 2010, sec. 4; Byrd, Chin, Neveitt & Nocedal 2011).
                 It leaves no trace. None (default): the closure.
@@ -345,5 +345,6 @@ def _not_finite(loss: float, norm: float, evaluation: Evaluation, basis: Evaluat
     if not math.isfinite(loss):
         return "loss"
     if not math.isfinite(norm):
-        return "gradient"
+        finite = math.isfinite(float(evaluation.gradient.abs().max()))
+        return "gradient's norm (each entry is: divide the loss by a constant)" if finite else "gradient"
     return "" if basis is evaluation or math.isfinite(float(basis.loss)) else "curvature_closure's loss"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+import torch.nn.functional as F
 from optimizer_db import OPTIMIZERS
 from torch import Tensor
 
@@ -81,3 +84,21 @@ def test_tolerances_leave_the_parameters_alone(name: str) -> None:
             assert optimizer.last_step.accepted is moves
             assert torch.equal(theta, start) is not moves
             assert moves or (words in optimizer.last_step.reason and tolerance in optimizer.last_step.reason)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+@pytest.mark.parametrize("name", ESCAPING)
+def test_a_loss_whose_gradient_has_no_square_in_float32_is_to_be_scaled(name: str, scale: float) -> None:
+    theta = torch.tensor([1.0, 2.0], requires_grad=True)
+    optimizer = ESCAPING[name]([theta])
+
+    def closure() -> Tensor:
+        theta.grad = None
+        loss = scale * F.mse_loss(theta, torch.zeros(2))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.last_step is not None
+    assert re.search("(multiply|divide) the loss by a constant", optimizer.last_step.reason)
+    assert theta.tolist() == [1.0, 2.0]
