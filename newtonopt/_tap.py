@@ -31,14 +31,20 @@ def mark_outputs(z: Tensor) -> Tensor:
     """Name `z` as the model's output for the Gauss-Newton matrix: an identity.
 
     The losses of `torch.nn.functional` need no mark. Call this inside a closure whose loss is written by hand, on the
-    tensor in which that loss is convex (raw predictions or logits).
+    tensor in which that loss is convex (raw predictions or logits); not on the loss itself, in which it is linear, so
+    that the matrix is zero.
 
     Args:
         z: The model's output, any shape.
 
     Returns:
         A tensor equal to `z`.
+
+    Raises:
+        TypeError: `z` is no tensor.
     """
+    if not isinstance(z, Tensor):
+        raise TypeError(f"z is a {type(z).__name__}: give the model's output, a tensor.")
     if has_torch_function_unary(z):
         marked: Tensor = handle_torch_function(mark_outputs, (z,), z)
         return marked

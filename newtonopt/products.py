@@ -92,7 +92,7 @@ def _pieces(v: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _filled(tensors: Gradients, like: Sequence[Tensor], before: torch.Size) -> list[Tensor]:
-    return [z.new_zeros(*before, *z.shape) if t is None else t for t, z in zip(tensors, like, strict=True)]
+    return [z.new_zeros((*before, *z.shape)) if t is None else t for t, z in zip(tensors, like, strict=True)]
 
 
 def cached(evaluation: Evaluation, build: Build, params: Sequence[Tensor] | None = None) -> Product:

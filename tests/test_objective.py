@@ -417,3 +417,15 @@ def test_every_model_replays_bit_equal() -> None:
 def test_mark_outputs_is_an_identity_anywhere() -> None:
     z = torch.randn(3, requires_grad=True)
     assert mark_outputs(z) is z
+
+
+def test_mark_outputs_names_what_is_no_tensor() -> None:
+    with pytest.raises(TypeError, match="z is a str: give the model's output"):
+        mark_outputs("x")  # type: ignore[arg-type]
+
+
+def test_a_loss_linear_in_a_scalar_output_has_no_curvature_there() -> None:
+    theta = torch.tensor([1.0, 2.0], requires_grad=True)
+    evaluation = evaluate(lambda: mark_outputs(theta.square().sum()), [theta])
+    assert torch.equal(gauss_newton(evaluation) @ torch.ones(2), torch.zeros(2))
+    assert torch.equal(jacobian(evaluation) @ torch.ones(2), torch.tensor([6.0]))
