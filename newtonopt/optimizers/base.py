@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from newtonopt._checks import check_closure, check_products, warn
+from newtonopt._checks import check_closure, warn
 from newtonopt._flat import check_parameters
 from newtonopt._shards import is_sharded
 from newtonopt.evaluation import Evaluation
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective
 from newtonopt.operators import gauss_newton, hessian
-from newtonopt.optimizers.call import Call, skips_backward
+from newtonopt.optimizers.call import Call, not_finite, skips_backward, unrounded
 from newtonopt.optimizers.checkpoints import completed, joined, spread
 from newtonopt.optimizers.escape import critical, leave
 from newtonopt.optimizers.rates import is_everywhere
 from newtonopt.optimizers.report import StepReport, following
-from newtonopt.optimizers.settings import PER_GROUP, check_group, check_settings
+from newtonopt.optimizers.settings import PER_GROUP, check_group, check_groups, check_settings, shared_settings
 from newtonopt.optimizers.trials import Outcome, Proposal, search
 
 _MAX_FAILURES = 5
@@ -42,8 +42,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
     """What bounds the steps and adapts to their success: "damping", "radius" or "sigma"; None for a line search."""
 
     def __init__(self, params: ParamsT, settings: dict[str, Any]) -> None:
-        check_products(settings["products"])
-        check_settings(settings, self.control)
+        self._check(settings)
         super().__init__(params, settings)
         self.last_step: StepReport | None = None
         self._warned_of_clipping = False
@@ -51,6 +50,10 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         if is_sharded(self._params):
             # Without a state, torch.distributed.checkpoint takes a step to get one.
             _ = self._memory
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        """Refuse settings out of their range with a ValueError: when they are given, and again in every step."""
+        check_settings(settings, self.control)
 
     @abstractmethod
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
@@ -81,10 +84,10 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             ValueError: Another setting differs, or the parameters cannot share one flat vector with the others.
         """
         settings = self.param_groups[0] if self.param_groups else self.defaults
-        shared = {name: settings[name] for name in self.defaults if name not in PER_GROUP}
+        shared = shared_settings(settings, self.defaults)
         check_group(param_group, shared)
         own = {name: param_group[name] for name in PER_GROUP if name in param_group}
-        check_settings({**self.defaults, **own}, self.control)
+        self._check({**self.defaults, **own})
         super().add_param_group({**shared, **param_group})
         try:
             check_parameters(self._params)
@@ -112,6 +115,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
 
         Raises:
             TypeError: `closure` or `curvature_closure` cannot be called.
+            ValueError: A setting in `param_groups` is out of its range by now.
             MemoryError: What must be held of the curvature would not fit; nothing was evaluated.
             RuntimeError: No closure, a closure without a loss or with one of other parameters, gradients accumulated
                 across closures, every parameter frozen, or a loss, gradient or curvature that was not finite in five
@@ -125,6 +129,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             )
         check_closure(closure)
         check_closure(closure if curvature_closure is None else curvature_closure, "curvature_closure")
+        check_groups(self.param_groups, self.defaults, self._check)
         if skips_backward(closure):
             return self._run_without_backward(closure)
         call = Call(closure, curvature_closure, self.param_groups, falls_back=self._fell_back)
@@ -167,12 +172,12 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             self._warned_of_clipping = True
             warn(_CLIPPING)
         loss, norm = float(evaluation.loss), float(evaluation.gradient.norm())
-        broken = _not_finite(loss, norm, evaluation, basis)
+        broken = not_finite(loss, norm, evaluation, basis)
         try:
             if not broken:
                 # The model's slope is the loss's.
                 basis.gradient = basis.data_gradient = evaluation.gradient
-                with _unrounded(basis.gradient):
+                with unrounded(basis.gradient):
                     proposal = self._proposed(basis, call.rates, loss, norm)
         except FloatingPointError:
             broken = "curvature"
@@ -229,7 +234,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             if outcome.accepted or turns == 0 or proposal.shrink is None or self.control is None:
                 break
             try:
-                with _unrounded(evaluation.gradient):
+                with unrounded(evaluation.gradient):
                     proposal = proposal.shrink(self._memory[self.control])
             except FloatingPointError:
                 break
@@ -333,18 +338,3 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         self.__dict__.setdefault("last_step", None)
         self.__dict__.setdefault("_warned_of_clipping", False)
         self.__dict__.setdefault("_fell_back", False)
-
-
-def _unrounded(vector: Tensor) -> torch.autocast:
-    """A step taken inside autocast would have it round the solver's vectors."""
-    return torch.autocast(vector.device.type, enabled=False)
-
-
-def _not_finite(loss: float, norm: float, evaluation: Evaluation, basis: Evaluation) -> str:
-    """In words, what is not finite; empty if all is."""
-    if not math.isfinite(loss):
-        return "loss"
-    if not math.isfinite(norm):
-        finite = math.isfinite(float(evaluation.gradient.abs().max()))
-        return "gradient's norm (each entry is: divide the loss by a constant)" if finite else "gradient"
-    return "" if basis is evaluation or math.isfinite(float(basis.loss)) else "curvature_closure's loss"

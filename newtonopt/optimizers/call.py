@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from newtonopt._flat import unflatten
 from newtonopt.evaluation import Evaluation, Products
 from newtonopt.objective import Objective
 from newtonopt.optimizers.rates import per_entry
+from newtonopt.optimizers.settings import rate_of
 
 
 class Call:
@@ -46,7 +49,7 @@ class Call:
         if not trained:
             raise RuntimeError("Every parameter of this optimizer is frozen or empty: none requires a gradient.")
         self.params = [p for _, p in trained]
-        self.rates = per_entry([float(group["lr"]) for group, _ in trained], self.params)
+        self.rates = per_entry([float(rate_of(group)) for group, _ in trained], self.params)
         decay = per_entry([float(group["weight_decay"]) for group, _ in trained], self.params)
         products: Products = "finite_difference" if falls_back else groups[0]["products"]
         self._curved = Objective(
@@ -121,3 +124,18 @@ def _put_gradients(params: Sequence[Tensor], gradient: Tensor) -> None:
             p.grad.copy_(piece)
         elif bool(piece.any()):
             p.grad = piece.clone()
+
+
+def unrounded(vector: Tensor) -> torch.autocast:
+    """A step taken inside autocast would have it round the solver's vectors."""
+    return torch.autocast(vector.device.type, enabled=False)
+
+
+def not_finite(loss: float, norm: float, evaluation: Evaluation, basis: Evaluation) -> str:
+    """In words, what is not finite; empty if all is."""
+    if not math.isfinite(loss):
+        return "loss"
+    if not math.isfinite(norm):
+        finite = math.isfinite(float(evaluation.gradient.abs().max()))
+        return "gradient's norm (each entry is: divide the loss by a constant)" if finite else "gradient"
+    return "" if basis is evaluation or math.isfinite(float(basis.loss)) else "curvature_closure's loss"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -91,9 +91,12 @@ class CubicNewton(NewtonOptimizer):
         steps_per_call: int = 1,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
-        check_subproblem(settings, "lanczos", "exact")
         super().__init__(params, settings)
         refuse_exact(self._params, subproblem, instead="lanczos")
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        super()._check(settings)
+        check_subproblem(settings, "lanczos", "exact")
 
     def _check_room(self, params: Sequence[Tensor]) -> None:
         if self.param_groups[0]["subproblem"] == "exact":

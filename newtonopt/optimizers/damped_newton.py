@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -88,16 +88,18 @@ class DampedNewton(NewtonOptimizer):
         steps_per_call: int = 1,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
-        check_choices(settings, curvature=("gauss_newton", "hessian"), eigenvalues=tuple(_SOLVERS))
-        check_choices(settings, blocks=("whole", "parameter"))
-        check_count("max_trials", max_trials)
-        check_number("damping_factor", damping_factor, 1, above=True)
         super().__init__(params, settings)
         if is_sharded(self._params):
             raise ValueError(
                 "The parameters are sharded, and DampedNewton needs the whole curvature matrix in one place: take "
                 "HessianFree, which needs its products with vectors only."
             )
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        super()._check(settings)
+        check_choices(settings, eigenvalues=tuple(_SOLVERS), blocks=("whole", "parameter"))
+        check_count("max_trials", settings["max_trials"])
+        check_number("damping_factor", settings["damping_factor"], 1, above=True)
 
     def _check_room(self, params: Sequence[Tensor]) -> None:
         blocks = self.param_groups[0]["blocks"] == "parameter"

@@ -24,7 +24,7 @@ from newtonopt.optimizers.preconditioning import (
     worked,
 )
 from newtonopt.optimizers.rates import scaled
-from newtonopt.optimizers.settings import check_choices, check_count, check_number, damping_rule
+from newtonopt.optimizers.settings import check_count, check_number, damping_rule
 from newtonopt.optimizers.trials import Outcome, Proposal
 from newtonopt.solvers.cg import conjugate_gradients
 from newtonopt.solvers.preconditioners import Preconditioner
@@ -115,10 +115,18 @@ class HessianFree(NewtonOptimizer):
         seed: int = 0,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
-        check_choices(settings, curvature=("gauss_newton", "hessian"))
-        check_preconditioner(settings, "nystrom", "hutchinson", "empirical_fisher", None)
-        _check_numbers(settings)
         super().__init__(params, settings)
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        super()._check(settings)
+        check_preconditioner(settings, "nystrom", "hutchinson", "empirical_fisher", None)
+        check_number("damping_factor", settings["damping_factor"], 1, above=True)
+        for name in ("max_trials", "max_iterations"):
+            check_count(name, settings[name])
+        for name in ("progress_tolerance", "warm_start"):
+            value = settings[name]
+            if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} is {value!r}: give a number from zero to below one.")
 
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
         settings, memory = self.param_groups[0], self._memory
@@ -239,13 +247,3 @@ def _along(d: Tensor, start: Iterate, damped: LinearOperator, gradient: Tensor, 
     longest = max(float(start.step.norm()), float(gradient.norm()) / damping) / float(d.norm())
     t = math.copysign(min(abs(slope) / abs(bend) if bend else math.inf, longest), -slope)
     return Iterate(start.step + t * d, start.decrease - t * slope - 0.5 * t * t * bend)
-
-
-def _check_numbers(settings: dict[str, object]) -> None:
-    check_number("damping_factor", settings["damping_factor"], 1, above=True)
-    for name in ("max_trials", "max_iterations"):
-        check_count(name, settings[name])
-    for name in ("progress_tolerance", "warm_start"):
-        value = settings[name]
-        if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
-            raise ValueError(f"{name} is {value!r}: give a number from zero to below one.")

@@ -93,11 +93,14 @@ class NewtonCG(NewtonOptimizer):
         seed: int = 0,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
-        check_choices(settings, curvature=("gauss_newton", "hessian"), line_search=("armijo", "strong_wolfe"))
+        super().__init__(params, settings)
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        super()._check(settings)
+        check_choices(settings, line_search=("armijo", "strong_wolfe"))
         check_preconditioner(settings, "nystrom", None)
         for name in ("max_trials", "max_iterations"):
             check_count(name, settings[name])
-        super().__init__(params, settings)
 
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
         settings, memory = self.param_groups[0], self._memory

@@ -77,7 +77,7 @@ def judge(objective: Objective, proposal: Proposal, loss: float, eps: float, lea
 
 def check_subproblem(settings: dict[str, Any], *choices: str) -> None:
     """Refuse settings that these optimizers share and that are out of their range with a ValueError."""
-    check_choices(settings, curvature=("gauss_newton", "hessian"), subproblem=choices)
+    check_choices(settings, subproblem=choices)
     for name in ("max_trials", "max_iterations"):
         check_count(name, settings[name])
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from newtonopt import globalization
+from newtonopt._checks import check_products
 
 # Settings that a parameter group may have of its own.
 PER_GROUP = ("lr", "weight_decay")
+# Of learning rates: LinearLR, for one, goes from 1 to -2e-17 where it should end at zero.
+_ROUNDING = 1e-12
 
 
 def check_choices(settings: dict[str, Any], **allowed: Sequence[Any]) -> None:
@@ -37,6 +40,8 @@ def check_count(name: str, value: Any) -> None:
 
 def check_settings(settings: dict[str, Any], control: str | None) -> None:
     """Refuse values of the settings that all optimizers share, and of the control's, with a ValueError."""
+    check_products(settings["products"])
+    check_choices(settings, curvature=("gauss_newton", "hessian"))
     for name in (*PER_GROUP, "tolerance_gradient", "tolerance_step"):
         check_number(name, settings[name], 0)
     check_count("steps_per_call", settings["steps_per_call"])
@@ -60,6 +65,36 @@ def check_group(group: dict[str, Any], shared: dict[str, Any]) -> None:
                 f"{name}={group[name]!r} in a parameter group: the step couples all groups, so {name} is one setting "
                 f"for the whole optimizer (here {value!r}). Only lr and weight_decay may differ between groups."
             )
+
+
+def check_groups(
+    groups: Sequence[dict[str, Any]], names: Container[str], check: Callable[[dict[str, Any]], None]
+) -> None:
+    """Refuse settings that were changed in the parameter groups, as schedulers do, to what cannot be used.
+
+    Args:
+        groups: The parameter groups.
+        names: Of the settings.
+        check: The optimizer's own.
+
+    Raises:
+        ValueError: One is out of its range, or differs between groups and is the whole optimizer's.
+    """
+    shared = shared_settings(groups[0], names)
+    for group in groups:
+        check({**group, "lr": rate_of(group)})
+        check_group(group, shared)
+
+
+def shared_settings(settings: dict[str, Any], names: Container[str]) -> dict[str, Any]:
+    """Those of these names that no parameter group may have of its own."""
+    return {name: value for name, value in settings.items() if name in names and name not in PER_GROUP}
+
+
+def rate_of(group: dict[str, Any]) -> Any:
+    """A group's learning rate: zero where a schedule that ends there has ended below it by rounding."""
+    lr = group["lr"]
+    return 0.0 if isinstance(lr, float) and -_ROUNDING < lr < 0.0 else lr
 
 
 def damping_rule(settings: dict[str, Any], damping: float, ratio: float) -> float:

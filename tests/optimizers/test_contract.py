@@ -613,3 +613,53 @@ BAD_OF: dict[type[NewtonOptimizer], list[tuple[str, object, str]]] = {
 def test_wrong_settings_are_named(kind: type[NewtonOptimizer], name: str, value: object, words: str) -> None:
     with pytest.raises(ValueError, match=f"(?s){name}.*{words}"):
         kind([torch.zeros(1, requires_grad=True)], **{name: value})  # type: ignore[arg-type]
+
+
+def test_settings_changed_later_are_checked_too(build: Build) -> None:
+    training = Training()
+    first, *others = training.model.parameters()
+    optimizer = build([{"params": [first]}, {"params": others}])
+    before = training.flat()
+    wrong = [*BAD, ("weight_decay", math.nan, "0 or more"), ("max_trials", 0, "one or more")]
+    for name, value, words in wrong:
+        group = optimizer.param_groups[name in ("lr", "weight_decay")]
+        kept, group[name] = group[name], value
+        with pytest.raises(ValueError, match=f"(?s){name}.*{words}"):
+            optimizer.step(training.closure)
+        group[name] = kept
+    optimizer.load_state_dict(optimizer.state_dict())  # torch adds a setting of its own to the defaults then
+    optimizer.param_groups[1]["tolerance_step"] = 7.0
+    with pytest.raises(ValueError, match=r"tolerance_step=7.0 in a parameter group"):
+        optimizer.step(training.closure)
+    assert training.forwards == 0 and torch.equal(training.flat(), before)
+    assert optimizer.last_step is None
+
+
+def test_a_schedule_may_end_below_zero_by_rounding() -> None:
+    theta = torch.ones(1, requires_grad=True)
+    optimizer = DampedNewton([theta])
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.3, 0.0, 3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = theta.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] < 0.0
+    before = theta.detach().clone()
+    optimizer.step(closure)
+    assert optimizer.last_step.reason == "the learning rate is zero" and torch.equal(theta, before)
+
+
+def test_the_running_control_is_in_the_state() -> None:
+    training = Training()
+    first, *others = training.model.parameters()
+    optimizer = DampedNewton([first, *others])
+    optimizer.step(training.closure)
+    optimizer.state[first]["damping"] = 100.0
+    optimizer.step(training.closure)
+    assert optimizer.last_step.damping == 100.0
