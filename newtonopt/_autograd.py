@@ -104,7 +104,8 @@ def _differentiating() -> Iterator[None]:
 _FABRIC = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
 CHANGED = (
     "The parameters, or something else that the loss was computed from, changed after this evaluation was made, as an "
-    "optimizer's step changes them: its products are no longer defined. Call evaluate again."
+    "optimizer's step or a closure that clamps weights changes them: its products are no longer defined. Call "
+    "evaluate again."
 )
 
 

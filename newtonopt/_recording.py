@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from newtonopt._autograd import grad
-from newtonopt._flat import add_flat, flatten
+from newtonopt._flat import add_flat, flatten, put_back
 from newtonopt._graph import reaches
 from newtonopt._shards import accumulate
 from newtonopt._tap import Tap, Term
@@ -92,6 +93,21 @@ class Recording:
         outputs = tap.outputs()
         self.outputs = tuple(z.tensor for z in outputs)
         self._sizes = {z.number: z.tensor.numel() for z in outputs}
+
+
+@contextmanager
+def unchanged(params: Sequence[Tensor], point: Tensor) -> Iterator[None]:
+    """Refuse a run that changes the parameters, and put them back to the flat vector `point`."""
+    try:
+        yield
+    finally:
+        changed = put_back(point, params)
+    if changed:
+        raise RuntimeError(
+            "The closure changed the parameters, and they were put back: it must only compute the loss and its "
+            "gradient. Clamp or normalise weights after the step, or inside the model by "
+            "torch.nn.utils.parametrize; an Embedding takes no max_norm."
+        )
 
 
 def is_clipped(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:

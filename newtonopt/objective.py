@@ -14,7 +14,7 @@ from newtonopt._checks import check_closure, check_products, check_weight
 from newtonopt._flat import add_flat, flatten, place, trained_parameters, unflatten
 from newtonopt._progress import progress
 from newtonopt._ranks import Ranks
-from newtonopt._recording import Recording, is_clipped
+from newtonopt._recording import Recording, is_clipped, unchanged
 from newtonopt._shards import check_sharding, is_sharded, resharded, supported
 from newtonopt._tap import OnTerm, Tap, Term, mark_outputs, tapped
 from newtonopt.evaluation import Evaluation, Products, decay_term, decays
@@ -236,7 +236,9 @@ class Objective:
             release=release and not cached,
             weigh=self._ranks.count > 1 and self._weight is None,
         )
-        recording.finish(tap, self._call(tap))
+        with unchanged(self.params, self.point):
+            returned = self._call(tap)
+        recording.finish(tap, returned)
         self._terms = tap.terms
         return recording, tap
 

@@ -105,7 +105,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
 
         Args:
             closure: Clears the gradients, computes the loss, calls `backward` and returns the loss, as for
-                `torch.optim.LBFGS`. Where a trial has no loss it returns infinity, for an error ends the step.
+                `torch.optim.LBFGS`. One that calls no `backward` may return a loss that requires a gradient. Where a
+                trial has no loss it returns infinity, for an error ends the step.
             curvature_closure: The same for other data, as a rule fewer: curvature products are those of its loss, while
                 loss, gradient and trials are the closure's (Martens 2010, sec. 4; Byrd, Chin, Neveitt & Nocedal 2011).
                 It leaves no trace. None (default): the closure.
@@ -117,9 +118,10 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             TypeError: `closure` or `curvature_closure` cannot be called.
             ValueError: A setting in `param_groups` is out of its range by now.
             MemoryError: What must be held of the curvature would not fit; nothing was evaluated.
-            RuntimeError: No closure, a closure without a loss or with one of other parameters, gradients accumulated
-                across closures, every parameter frozen, or a loss, gradient or curvature that was not finite in five
-                calls running. An error of any kind puts parameters and state back to where the call began.
+            RuntimeError: No closure, a closure without a loss or with one of other parameters or that changes the
+                parameters, gradients accumulated across closures, every parameter frozen, or a loss, gradient or
+                curvature that was not finite in five calls running. An error of any kind puts parameters and state
+                back to where the call began; `.grad` stays as the closure's last run for real left it.
         """
         if closure is None:
             raise RuntimeError(
@@ -133,15 +135,15 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         if skips_backward(closure):
             return self._run_without_backward(closure)
         call = Call(closure, curvature_closure, self.param_groups, falls_back=self._fell_back)
-        before = dict(self._memory)
+        before = {p: dict(memory) for p, memory in self.state.items()}
         try:
             self._forget_if_changed(call.params)
             self._check_room(call.params)
             self._take_steps(call)
         except BaseException:
             # An error leaves all as it was; the state's vectors are never changed in place.
-            self._memory.clear()
-            self._memory.update(before)
+            self.state.clear()
+            self.state.update(before)
             call.undo()
             raise
         return call.finish()
