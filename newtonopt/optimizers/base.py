@@ -19,7 +19,7 @@ from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective
 from newtonopt.operators import gauss_newton, hessian
 from newtonopt.optimizers.call import Call, not_finite, skips_backward, unrounded
-from newtonopt.optimizers.checkpoints import completed, joined, spread
+from newtonopt.optimizers.checkpoints import check_layout, completed, joined, spread
 from newtonopt.optimizers.escape import critical, leave
 from newtonopt.optimizers.rates import is_everywhere
 from newtonopt.optimizers.report import StepReport, following
@@ -331,9 +331,11 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         """Load a state saved by `state_dict`, settings included, as torch's optimizers do.
 
         Raises:
-            ValueError: The state is that of another kind of optimizer.
+            ValueError: The state is that of another kind of optimizer, or of another model.
         """
-        super().load_state_dict(joined(completed(state_dict, self.defaults, type(self).__name__), self._params))
+        complete = completed(state_dict, self.defaults, type(self).__name__)
+        check_layout(complete, self._params)
+        super().load_state_dict(joined(complete, self._params))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

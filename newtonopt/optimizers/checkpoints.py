@@ -50,6 +50,24 @@ def completed(state_dict: dict[str, Any], defaults: dict[str, Any], kind: str) -
     return {**state_dict, "param_groups": groups}
 
 
+def check_layout(state_dict: dict[str, Any], params: Sequence[Tensor]) -> None:
+    """Refuse the state of another model, whose parameters have other sizes, with a ValueError.
+
+    Parameters that were frozen when it was saved have the size 0 in it.
+    """
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    layout = _as_numbers(state_dict["state"].get(keys[0], {}).get("layout")) if keys else None
+    if layout is None or len(layout) != len(params):  # torch refuses another number of parameters
+        return
+    for number, (size, p) in enumerate(zip(layout, params, strict=True)):
+        if size not in (0, p.numel()):
+            raise ValueError(
+                f"This state is another model's: its parameter {number} had {size} entries, and here that has the "
+                f"shape {tuple(p.shape)}, {p.numel()} entries (in the state {layout}, here "
+                f"{[p.numel() for p in params]}). Load it into an optimizer of the same model."
+            )
+
+
 def spread(
     memory: dict[str, Any], blank: Callable[[Tensor], dict[str, Any]], params: Sequence[Tensor]
 ) -> dict[int, dict[str, Any]]:

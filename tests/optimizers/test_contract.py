@@ -550,6 +550,21 @@ def test_another_optimizers_state_is_refused(build: Build) -> None:
         build([theta]).load_state_dict(torch.optim.SGD([theta], lr=0.1).state_dict())
 
 
+def test_another_models_state_is_refused(build: Build) -> None:
+    training = Training()
+    optimizer = build(training.model.parameters())
+    next(training.model.parameters()).requires_grad_(False)
+    optimizer.step(training.closure)
+    state = copy.deepcopy(optimizer.state_dict())
+    next(training.model.parameters()).requires_grad_(True)
+    build(training.model.parameters()).load_state_dict(state)  # frozen in the state is any size
+    wider = [torch.zeros(1 + p.numel(), requires_grad=True) for p in training.model.parameters()]
+    other = build(wider)
+    with pytest.raises(ValueError, match=r"parameter 1 had 3 entries, and here that has the shape \(4,\), 4 entries"):
+        other.load_state_dict(state)
+    assert not other.state
+
+
 def test_all_frozen_is_an_error(build: Build) -> None:
     theta = torch.zeros(2, requires_grad=True)
     optimizer = build([theta])
