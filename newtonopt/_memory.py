@@ -29,6 +29,12 @@ def check_room(entries: int, dtype: torch.dtype, device: torch.device, what: str
         )
 
 
+def fits(entries: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether that many numbers fit in the memory that is available now, as far as that can be told."""
+    available = available_memory(device)
+    return available is None or entries * dtype.itemsize <= available
+
+
 def available_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated on a device; None if that cannot be told."""
     if device.type == "cuda":

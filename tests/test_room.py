@@ -9,7 +9,7 @@ import pytest
 import torch
 from problems import build
 
-from newtonopt import CubicNewton, DampedNewton, TrustRegionNewton, _memory, evaluate, hessian
+from newtonopt import CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton, _memory, evaluate, hessian
 
 NEEDING_THE_MATRIX = {
     "damped_newton": (DampedNewton, {}, 'blocks="parameter", or HessianFree'),
@@ -50,6 +50,18 @@ def test_blocks_fit_where_the_matrix_does_not(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(_memory, "available_memory", lambda device: needed - 1)
     with pytest.raises(MemoryError, match=r"parameter of shape \(5, 4\).*Take HessianFree"):
         optimizer.step(case.closure)
+    with pytest.raises(MemoryError, match=r"The curvature matrix of 43 parameters.*Take HessianFree"):
+        DampedNewton(case.params).step(case.closure)
+
+
+@pytest.mark.parametrize(("kind", "other"), [(HessianFree, '"hutchinson"'), (NewtonCG, "preconditioner=None")])
+def test_a_sketch_that_does_not_fit_names_what_the_optimizer_has(
+    kind: type[HessianFree | NewtonCG], other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = build("mlp", "mse")
+    monkeypatch.setattr(_memory, "available_memory", lambda device: 100)
+    with pytest.raises(MemoryError, match=f"sketch of rank=60.*smaller rank or .*{other}"):
+        kind(case.params, preconditioner="nystrom", rank=60).step(case.closure)
 
 
 def test_dense_refuses_what_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,7 +216,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         if not place:
             return self._propose(basis, rates)
         if (loss, norm) == (memory.get("settled_loss"), memory.get("settled_norm")):
-            return Proposal([], [], 0, 0, f"{place}, and no negative curvature was found here before")
+            searched = self.param_groups[0]["curvature"] == "hessian"
+            return Proposal([], [], 0, 0, place + ", and no negative curvature was found here before" * searched)
         proposal = leave(self._curvature(basis), basis.gradient, rates, place, self._length_along)
         if not proposal.steps:
             memory.update(settled_loss=loss, settled_norm=norm)

@@ -16,7 +16,7 @@ from newtonopt.evaluation import Evaluation, Products
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.operators import diagonal_blocks
 from newtonopt.optimizers.base import NewtonOptimizer
-from newtonopt.optimizers.matrices import check_decomposition, finite_dense
+from newtonopt.optimizers.matrices import blocks_fit, check_decomposition, finite_dense
 from newtonopt.optimizers.settings import check_choices, check_count, check_number, damping_rule
 from newtonopt.optimizers.trials import Proposal
 from newtonopt.solvers.dense import solve_absolute, solve_clamped, solve_shifted
@@ -103,7 +103,7 @@ class DampedNewton(NewtonOptimizer):
 
     def _check_room(self, params: Sequence[Tensor]) -> None:
         blocks = self.param_groups[0]["blocks"] == "parameter"
-        less = "Take" if blocks else 'Take blocks="parameter", or'
+        less = 'Take blocks="parameter", or' if not blocks and blocks_fit(params) else "Take"
         check_decomposition(params, f"{less} HessianFree, which needs products with vectors only.", blocks=blocks)
 
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:

@@ -24,7 +24,7 @@ from newtonopt.optimizers.preconditioning import (
     worked,
 )
 from newtonopt.optimizers.rates import scaled
-from newtonopt.optimizers.settings import check_count, check_number, damping_rule
+from newtonopt.optimizers.settings import check_count, check_number, damping_rule, is_number
 from newtonopt.optimizers.trials import Outcome, Proposal
 from newtonopt.solvers.cg import conjugate_gradients
 from newtonopt.solvers.preconditioners import Preconditioner
@@ -125,7 +125,7 @@ class HessianFree(NewtonOptimizer):
             check_count(name, settings[name])
         for name in ("progress_tolerance", "warm_start"):
             value = settings[name]
-            if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+            if not is_number(value) or not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} is {value!r}: give a number from zero to below one.")
 
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:

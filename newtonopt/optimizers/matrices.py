@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from newtonopt._flat import flat_dtype
-from newtonopt._memory import check_room
+from newtonopt._memory import check_room, fits
 from newtonopt.linear_operator import LinearOperator
 
 # A matrix, its eigenvectors, and twice as much for LAPACK's divide and conquer to work in (syevd).
@@ -26,14 +26,22 @@ def check_decomposition(params: Sequence[Tensor], remedy: str, *, blocks: bool =
     Raises:
         MemoryError: It would not fit; nothing was allocated.
     """
-    sizes = [p.numel() for p in params] if blocks else [sum(p.numel() for p in params)]
-    entries = sum(size**2 for size in sizes) + (_COPIES - 1) * max(sizes) ** 2
     if blocks:
         largest = max(params, key=Tensor.numel)
         what = f"The curvature's blocks, the largest of a parameter of shape {tuple(largest.shape)},"
     else:
-        what = f"The curvature matrix of {sizes[0]:,} parameters, with its eigenvectors,"
-    check_room(entries, flat_dtype(params), params[0].device, what, remedy)
+        what = f"The curvature matrix of {sum(p.numel() for p in params):,} parameters, with its eigenvectors,"
+    check_room(_entries(params, blocks), flat_dtype(params), params[0].device, what, remedy)
+
+
+def blocks_fit(params: Sequence[Tensor]) -> bool:
+    """Whether `check_decomposition` lets the diagonal blocks of these parameters pass."""
+    return fits(_entries(params, blocks=True), flat_dtype(params), params[0].device)
+
+
+def _entries(params: Sequence[Tensor], blocks: bool) -> int:
+    sizes = [p.numel() for p in params] if blocks else [sum(p.numel() for p in params)]
+    return sum(size**2 for size in sizes) + (_COPIES - 1) * max(sizes) ** 2
 
 
 def finite_dense(A: LinearOperator) -> Tensor:

@@ -82,21 +82,23 @@ def check_preconditioner(settings: dict[str, Any], *kinds: str | None) -> None:
     for name in ("rank", "refresh_every", *(["probes"] if "probes" in settings else [])):
         check_count(name, settings[name])
     seed = settings["seed"]
-    if not isinstance(seed, int) or not 0 <= seed < 2**62:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**62:
         raise ValueError(f"seed is {seed!r}: give a whole number from zero to 2**62.")
 
 
 def check_sketch(params: Sequence[Tensor], settings: dict[str, Any], memory: dict[str, Any]) -> None:
     """Refuse a sketch that is due and would not fit in memory with a MemoryError."""
     if settings["preconditioner"] == "nystrom" and _is_due("sketch_vectors", settings, memory):
+        # Only with these is there a number of probes.
+        vectors = 'preconditioner="hutchinson" or "empirical_fisher", which take one vector'
+        others = vectors if "probes" in settings else "preconditioner=None"
         n, held = sum(p.numel() for p in params), sum(local_part(p).numel() for p in params)
         check_room(
             _SKETCHING * min(settings["rank"], n) * held,
             flat_dtype(params),
             params[0].device,
             f"The preconditioner's sketch of rank={settings['rank']}, for {n} parameters,",
-            "Choose a smaller rank or another preconditioner: HessianFree has "
-            '"hutchinson" and "empirical_fisher", which take one vector.',
+            f"Choose a smaller rank or {others}.",
         )
 
 

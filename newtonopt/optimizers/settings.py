@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -26,15 +27,20 @@ def check_choices(settings: dict[str, Any], **allowed: Sequence[Any]) -> None:
 
 def check_number(name: str, value: Any, least: float, *, above: bool = False) -> None:
     """Refuse a setting that is no finite number, or one below `least` (or at it, if `above`), with a ValueError."""
-    number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+    number = is_number(value) or (isinstance(value, Tensor) and value.numel() == 1)
     if not number or not (least < value if above else least <= value) or not value < math.inf:
         what = f"above {least:g}" if above else f"{least:g} or more"
         raise ValueError(f"{name} is {value!r}: give a finite number, {what}.")
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, of Python's or NumPy's; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_count(name: str, value: Any) -> None:
     """Refuse a setting that is no whole number, one or more, with a ValueError."""
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}: give a whole number, one or more.")
 
 

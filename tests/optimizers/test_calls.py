@@ -112,6 +112,15 @@ def test_a_call_ends_at_a_tolerance() -> None:
     assert optimizer.last_step is not None and optimizer.last_step.steps == 1
 
 
+def test_the_gauss_newton_matrix_is_not_said_to_have_been_searched() -> None:
+    case = build_case("mlp", "mse")
+    optimizer = HessianFree(case.params, tolerance_gradient=1e6)
+    for _ in range(2):
+        optimizer.step(case.closure)
+        assert optimizer.last_step is not None
+        assert optimizer.last_step.reason == "no entry of the gradient is above tolerance_gradient"
+
+
 def test_a_call_ends_where_a_line_search_would_only_fail_again() -> None:
     case = build_case("mlp", "mse")
     start = case.flat()

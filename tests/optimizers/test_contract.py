@@ -602,6 +602,8 @@ BAD = [
     ("tolerance_step", math.inf, "0 or more"),
     ("steps_per_call", 0, "one or more"),
     ("steps_per_call", 2.0, "whole number"),
+    ("steps_per_call", True, "whole number"),
+    ("lr", True, "give a finite number"),
     ("products", "exact", "'auto', 'cached', 'streamed', 'finite_difference'"),
     ("curvature", "fisher", "'gauss_newton' or 'hessian'"),
 ]
@@ -622,6 +624,8 @@ BAD_HESSIAN_FREE = [
     ("max_iterations", -3, "one or more"),
     ("progress_tolerance", 1.0, "below one"),
     ("warm_start", -0.1, "from zero"),
+    ("warm_start", False, "from zero"),
+    ("rank", True, "one or more"),
     ("seed", "a", "whole number"),
 ]
 BAD_DAMPED_NEWTON = [
