@@ -96,6 +96,9 @@ class CurvatureMonitor(Callback):
 
     Raises:
         ValueError: A setting out of its range.
+
+    Warns:
+        UserWarning: A fit ends without a measurement, or one fails.
     """
 
     def __init__(
@@ -194,6 +197,7 @@ class CurvatureMonitor(Callback):
         self._differences = False
         self._last_step = 0
         self._measured_at: int | None = None
+        self._lacked_batches = False
         self._charts: dict[str, Charts] = {}
         self._warned = False
 
@@ -216,6 +220,7 @@ class CurvatureMonitor(Callback):
         self._followed = 0
         self._differences = False
         self._measured_at = None
+        self._lacked_batches = False
         self._charts = {}
         self._warned = False
         self._enabled = pl_module.automatic_optimization or self._step != "training_step"
@@ -256,6 +261,10 @@ class CurvatureMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._schedule.at_end:
             self._look(trainer, pl_module)
+        is_trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if self._enabled and self._measured_at is None and not is_trial:
+            why = self._probe.lack() if self._lacked_batches else self._schedule.lack(trainer.global_step)
+            rank_zero_warn(f"CurvatureMonitor measured nothing in this fit: {why}, or set at_end=True.")
 
     def _fits(self, trainer: Trainer) -> bool:
         """Whether time allows it, on all processes alike."""
@@ -269,7 +278,10 @@ class CurvatureMonitor(Callback):
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure and log, once a step."""
-        if not self._enabled or not self._probe.complete or self._measured_at == trainer.global_step:
+        if not self._enabled or self._measured_at == trainer.global_step:
+            return
+        if not self._probe.complete:
+            self._lacked_batches = True
             return
         self._measured_at = trainer.global_step
         certifies, began = self._certifies(), time.perf_counter()

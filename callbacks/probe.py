@@ -38,6 +38,10 @@ class Probe:
         """Whether all batches are there."""
         return self._dataloader is not None or self._closed or len(self._kept) >= self._num_batches
 
+    def lack(self) -> str:
+        """In words, why it may not have been complete when it was needed."""
+        return f"num_batches={self._num_batches}, and training had seen {len(self._kept)} when it ended. Lower that"
+
     def clear(self) -> None:
         """Begin anew."""
         self._kept, self._samples, self._closed = [], 0, False

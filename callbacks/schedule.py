@@ -49,6 +49,13 @@ class Schedule:
         """Whether it is due at the end of the epoch, counted from zero."""
         return self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0
 
+    def lack(self, steps: int) -> str:
+        """In words, why it may never have been due in a training that took this many steps."""
+        if self.every_n_epochs is not None:
+            return f"it ended at step {steps}, before every_n_epochs={self.every_n_epochs} had passed. Lower that"
+        every = self.every_n_train_steps or 100
+        return f"it ended at step {steps}, before one was due by every_n_train_steps={every}. Lower that"
+
 
 class Allowance:
     """Keeps what measuring adds below a share of the time that training takes, by leaving measurements out.

@@ -44,7 +44,6 @@ def measured_steps(folder: Path, monitor: CurvatureMonitor, **settings: Any) -> 
         ({"every_n_epochs": 1}, {"max_steps": 5}, [3, 5]),
         ({"every_n_epochs": 1}, {"limit_train_batches": 2}, [2, 4, 6]),
         ({"every_n_epochs": 1, "num_batches": 5}, {}, [3, 6, 9]),
-        ({}, {}, []),
         ({"at_start": True}, {}, [0]),
         ({"at_end": True}, {}, [9]),
         ({"every_n_train_steps": 3, "at_start": True, "at_end": True}, {}, [0, 3, 6, 9]),
@@ -57,6 +56,24 @@ def test_it_measures_when_told_to(
     monitor: dict[str, Any], settings: dict[str, Any], steps: list[int], tmp_path: Path
 ) -> None:
     assert measured_steps(tmp_path, quick(**monitor), **{"max_epochs": 3, **settings}) == steps
+
+
+@pytest.mark.parametrize(
+    ("monitor", "settings", "why"),
+    [
+        ({}, {}, r"ended at step 3, before one was due by every_n_train_steps=100\. Lower that, or set at_end=True"),
+        ({"every_n_epochs": 2}, {}, r"ended at step 3, before every_n_epochs=2 had passed\. Lower that"),
+        ({"every_n_train_steps": 1, "num_batches": 7}, {"max_steps": 2}, r"num_batches=7, and training had seen 2"),
+    ],
+    ids=str,
+)
+def test_a_fit_without_a_measurement_says_why(
+    monitor: dict[str, Any], settings: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=f"measured nothing in this fit: .*{why}") as caught:
+        assert measured_steps(tmp_path, quick(**monitor), **{"max_epochs": 1, **settings}) == []
+    assert sum("measured nothing" in str(warning.message) for warning in caught) == 1
+    quiet_trainer(callbacks=[quick(**monitor)], fast_dev_run=True).fit(Validated("SGD"), loader(), loader())
 
 
 def test_intervals_exclude_each_other() -> None:
