@@ -137,7 +137,8 @@ class Tap(TorchFunctionMode):
                 f"The closure neither called loss.backward() nor returned a loss that requires a gradient{what}, so "
                 "there is nothing to minimise. End it with `loss.backward(); return loss` (torch.autograd.backward is "
                 "not seen: call the method), and check that the loss depends on the parameters and that no "
-                "torch.no_grad() surrounds the forward pass."
+                "torch.no_grad() surrounds the forward pass. Under Lightning return the loss from training_step: None, "
+                "which skips a batch for other optimizers, cannot be skipped within a step."
             )
         return self._total
 

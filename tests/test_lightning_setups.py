@@ -204,6 +204,19 @@ def test_learning_rates_are_monitored(optimizer: Any, tmp_path: Path) -> None:
     assert from_events(tmp_path)[f"lr-{optimizer.__name__}-weight_decay"] == [(step, 0.0) for step, _ in rates]
 
 
+class Skipping(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) if batch_idx == 0 else None
+
+
+def test_a_training_step_without_a_loss_is_an_error() -> None:
+    with (
+        pytest.warns(UserWarning, match="`training_step` returned `None`"),
+        pytest.raises(RuntimeError, match="return the loss from training_step: None"),
+    ):
+        quiet_trainer(max_epochs=1).fit(Skipping(HessianFree), loader())
+
+
 class Kept(L.Callback):
     def __init__(self) -> None:
         self.weights: list[list[Tensor]] = []
