@@ -77,14 +77,15 @@ def place(vector: Tensor, params: Sequence[Tensor]) -> None:
 def put_back(vector: Tensor, params: Sequence[Tensor]) -> bool:
     """Write a flat vector into the parameters where they are no longer equal to it; returns whether that was so."""
     pairs = [(local_part(p).detach(), piece) for p, piece in zip(params, local_pieces(vector, params), strict=True)]
-    changed = bool(torch.stack([_differs(part, piece.view(part.shape).to(part.dtype)) for part, piece in pairs]).any())
+    changed = any(_differs(part, piece.view(part.shape).to(part.dtype)) for part, piece in pairs)
     if changed:
         place(vector, params)
     return changed
 
 
-def _differs(a: Tensor, b: Tensor) -> Tensor:
-    return ((a != b) & ~(a.isnan() & b.isnan())).any()
+def _differs(a: Tensor, b: Tensor) -> bool:
+    # The first is quick, and does not take NaN for equal to itself.
+    return not torch.equal(a, b) and bool(((a != b) & ~(a.isnan() & b.isnan())).any())
 
 
 def check_parameters(params: Sequence[Tensor]) -> None:
