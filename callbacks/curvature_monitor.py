@@ -330,7 +330,9 @@ class CurvatureMonitor(Callback):
 
 
 def _device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
     try:
-        return None if name is None else torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}: give one that torch knows, such as 'cpu'.") from error
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device is {name!r}: give one that is there, such as 'cpu'.") from error

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, extreme_eigenvalues
-from newtonopt.curvature.probes import check_positive
+from newtonopt.curvature.probes import check_positive, check_share
 from newtonopt.evaluation import Evaluation
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.operators import hessian
@@ -113,11 +113,17 @@ def critical_point(
     norm = float(evaluation.gradient.norm())
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm}, so the point is of no kind; check data and model")
+    check_share("confidence", confidence)
     products = 0
     if spectrum is None:
         spectrum, products = _ends(curvature, confidence, max_products, seed)
     if not (spectrum.top and spectrum.bottom):
         raise ValueError("spectrum must hold one eigenvalue at least of each end, top and bottom")
+    if spectrum.top[0].vector.numel() != curvature.shape[0]:
+        raise ValueError(
+            f"spectrum is that of {spectrum.top[0].vector.numel()} parameters, and the evaluation has "
+            f"{curvature.shape[0]}: give extreme_eigenvalues(hessian(evaluation), ...)."
+        )
     largest, smallest = spectrum.top[0], spectrum.bottom[0]
     kind = _kind(norm <= tolerance, smallest, largest)
     return CriticalPoint(

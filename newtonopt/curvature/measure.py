@@ -24,7 +24,7 @@ from newtonopt.curvature.parts import (
 )
 from newtonopt.curvature.sharpness import Kind
 from newtonopt.evaluation import Products
-from newtonopt.objective import evaluate
+from newtonopt.objective import Objective
 from newtonopt.operators import gauss_newton, hessian
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -133,6 +133,8 @@ def measure(
         raise ValueError("layers are told by names: give model.named_parameters() as params.")
     tensors = trained_parameters(pair[1] if isinstance(pair, tuple) else pair for pair in given)
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    if preconditioned and not optimizers:
+        raise ValueError("preconditioned is True: give the optimizer whose state makes the preconditioner.")
     return take(closure, tensors, optimizers, settings, weight, named, last)
 
 
@@ -148,7 +150,8 @@ def take(
     """`measure` by settings that were checked before."""
     values = Measurement(settings.prefix)
     look = Look(values, settings, Clock(settings.max_seconds, params[0].device), last)
-    evaluation = evaluate(closure, params, products=settings.products, weight=weight)
+    objective = Objective(closure, params, products=settings.products, weight=weight)
+    evaluation = objective.evaluate()
     gradient = evaluation.gradient
     A = hessian(evaluation) if settings.curvature == "hessian" else gauss_newton(evaluation)
     quotient = along_gradient(look, A, gradient)
@@ -160,6 +163,8 @@ def take(
     values.add("products", A.products)
     del A
     evaluation.free()
+    if last is None:
+        objective.check_replay(evaluation)
     # What has no second derivative now has none the next time.
     values.form = "finite_difference" if evaluation.form == "finite_difference" else settings.products
     enter_sharpness(look, closure, params, weight)

@@ -153,12 +153,14 @@ def sharpness(
     scale, base = search.scale, search.base
     if kind == "average":
         evaluation.free()
+        objective.check_replay(evaluation)
         return _average(search, samples, seed)
     generator = torch.Generator().manual_seed(seed)
     places, prediction, spent = _second_order(
         hessian(evaluation), evaluation.gradient, search, max_gradients, generator
     )
     evaluation.free()
+    objective.check_replay(evaluation)
     places += [radius * _sphere(scale.shape[0], generator, scale) for _ in range(starts)]
     best, used, converged = _best(search, places, max_gradients - spent)
     value, step = best.loss - base, scale * best.place

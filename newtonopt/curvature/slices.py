@@ -100,6 +100,7 @@ def loss_slice(
     loss = float(evaluation.loss)
     del H
     evaluation.free()
+    objective.check_replay(evaluation)
     steps = torch.linspace(-radius, radius, points, dtype=torch.float64)
     grid = torch.cartesian_prod(*[steps] * len(axes)).reshape(-1, len(axes))
     losses = [objective.loss_at(_combined(place, axes)) for place in grid.tolist()]

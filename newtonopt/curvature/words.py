@@ -57,6 +57,8 @@ def _smallest(read: Callable[[str], float | None]) -> Iterator[str]:
         yield f"The smallest, {value:.3g}, says this is no minimum."
     elif lower > 0.0 and read("certified") != 0.0:
         yield f"The smallest, {value:.3g}, says the loss is convex here."
+    elif lower == upper == 0.0:
+        yield "The smallest is zero: the loss is flat along it."
     else:
         yield f"The smallest, {value:.3g}, may have either sign: it lies between {lower:.2g} and {upper:.2g}."
 
@@ -70,6 +72,8 @@ def _gradient(read: Callable[[str], float | None]) -> Iterator[str]:
             f"Along the gradient the curvature is {curvature:.3g}: the loss falls most by a step of "
             f"{1.0 / curvature:.3g} gradients."
         )
+    elif curvature == 0.0:
+        yield "Along the gradient there is no curvature: the loss falls as the gradient says."
     else:
         yield f"Along the gradient the curvature is {curvature:.3g}: the loss falls faster than the gradient says."
 

@@ -335,7 +335,7 @@ def test_a_model_that_cannot_be_measured_still_trains() -> None:
         ({"layers": []}, r"layers is \[\]: give a list of patterns"),
         ({"layers": "encoder"}, "layers is 'encoder': give a list of patterns"),
         ({"prefix": ""}, "prefix is '': give the name of the tags' group"),
-        ({"device": "gpu"}, "device is 'gpu': give one that torch knows"),
+        ({"device": "gpu"}, "device is 'gpu': give one that is there"),
         ({"dataloader": iter([])}, "dataloader is an iterator, which ends after one pass"),
     ],
 )

@@ -238,3 +238,23 @@ SMALLEST = {"lambda_min": -0.3, "lambda_min_lower": -0.4, "lambda_min_upper": -0
 )
 def test_words_say_what_the_values_mean(values: dict[str, float], words: str) -> None:
     assert words in described(**values)
+
+
+@pytest.mark.parametrize("sharpness", [None, "ball"])
+def test_a_closure_that_takes_other_data_each_time_is_refused(sharpness: Any) -> None:
+    model, data = nn.Linear(3, 2), iter(torch.randn(100, 5, 3))
+    with pytest.raises(RuntimeError, match="the same data"):
+        measure(lambda: model(next(data)).square().mean(), model.parameters(), sharpness=sharpness)
+
+
+def test_a_preconditioner_needs_an_optimizer() -> None:
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="preconditioned is True: give the optimizer"):
+        measure(lambda: p.square().sum(), [p], preconditioned=True)
+
+
+def test_words_for_no_curvature_at_all() -> None:
+    p = nn.Parameter(torch.zeros(1))
+    words = measure(lambda: p.sum() * 3, [p]).in_words()
+    assert "there is no curvature: the loss falls as the gradient says" in words
+    assert "The smallest is zero" in words

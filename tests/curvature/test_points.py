@@ -285,3 +285,19 @@ def test_slices_check_their_arguments(arguments: dict[str, Any], kind: type[Exce
     theta = torch.ones(3, requires_grad=True)
     with pytest.raises(kind, match=message):
         loss_slice(lambda: (theta**2).sum(), [theta], **{"directions": torch.ones(3), **arguments})
+
+
+def test_a_spectrum_of_other_parameters_is_refused() -> None:
+    p, q = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
+    others = extreme_eigenvalues(hessian(evaluate(lambda: q.square().sum(), [q])), top=1, bottom=1)
+    evaluation = evaluate(lambda: p.square().sum(), [p])
+    with pytest.raises(ValueError, match="spectrum is that of 2 parameters, and the evaluation has 3"):
+        critical_point(evaluation, tolerance=10.0, spectrum=others)
+    with pytest.raises(ValueError, match=r"confidence.*got 2"):
+        critical_point(evaluation, confidence=2)
+
+
+def test_a_slice_of_a_closure_that_takes_other_data_each_time_is_refused() -> None:
+    p, data = torch.ones(3, requires_grad=True), iter(torch.randn(50, 3))
+    with pytest.raises(RuntimeError, match="the same data"):
+        loss_slice(lambda: (p * next(data)).square().sum(), [p], torch.ones(3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -274,3 +275,10 @@ def test_no_parameters_and_no_finite_loss() -> None:
     theta = torch.zeros(2, requires_grad=True)
     with pytest.raises(FloatingPointError, match="the loss at the parameters is inf"):
         sharpness(lambda: -theta.sum().log(), [theta])
+
+
+@pytest.mark.parametrize("kind", ["ball", "adaptive_ball", "average"])
+def test_a_closure_that_takes_other_data_each_time_is_refused(kind: Any) -> None:
+    model, data = torch.nn.Linear(3, 2), iter(torch.randn(100, 5, 3))
+    with pytest.raises(RuntimeError, match="the same data"):
+        sharpness(lambda: model(next(data)).square().mean(), model.parameters(), kind=kind)
