@@ -26,8 +26,8 @@ def blocks(
         named_parameters: `model.named_parameters()`, in the order that was given to `evaluate`; what requires no
             gradient is passed over.
         patterns: Of names, each a group, as file names are matched: `"encoder.*"`, `"*.bias"`. A parameter may be in
-            several groups or in none. None (default): the model's parts, which is what stands before a name's first
-            dot.
+            several groups or in none. None (default): the model's parts, the modules at the first level where there are
+            several.
 
     Returns:
         The blocks by pattern, or by the name of the part, in order. A block's vectors run over its parameters in the
@@ -56,14 +56,24 @@ def blocks(
             "the names of the parameters that were given to evaluate, such as model.named_parameters()."
         )
     groups: dict[str, list[tuple[int, int]]] = {pattern: [] for pattern in patterns or ()}
+    depth = _depth(list(spans))
     for name, span in spans.items():
-        fitting = [name.split(".")[0]] if patterns is None else [p for p in groups if fnmatchcase(name, p)]
+        part = ".".join(name.split(".")[:depth])
+        fitting = [part] if patterns is None else [p for p in groups if fnmatchcase(name, p)]
         for key in fitting:
             groups.setdefault(key, []).append(span)
     for pattern, found in groups.items():
         if not found:
             raise ValueError(f"patterns: {pattern!r} fits none of the names {', '.join(spans)}.")
     return {key: operator.block(found) for key, found in groups.items()}
+
+
+def _depth(names: Sequence[str]) -> int:
+    """How many of a name's pieces tell a part: one, and more while there is one module that holds all others."""
+    pieces, depth = [name.split(".") for name in names], 1
+    while all(len(name) > depth + 1 for name in pieces) and len({tuple(name[:depth]) for name in pieces}) == 1:
+        depth += 1
+    return depth
 
 
 def _trained(named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:

@@ -26,6 +26,23 @@ def test_parts_of_a_model_by_default() -> None:
     assert spectrum.top[0].vector.shape == (27,)
 
 
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (["net.0.weight", "net.0.bias", "net.2.weight"], ["net.0", "net.2"]),
+        (["net.weight", "net.bias"], ["net"]),
+        (["net.0.weight", "head.weight"], ["net", "head"]),
+        (["a.b.c.weight", "a.b.d.e.weight"], ["a.b.c", "a.b.d"]),
+        (["a.b.c.weight", "a.scale"], ["a"]),
+        (["weight", "bias"], ["weight", "bias"]),
+    ],
+)
+def test_parts_are_the_first_level_where_there_are_several(names: list[str], parts: list[str]) -> None:
+    like = torch.zeros(len(names))
+    named = [(name, torch.zeros(1, requires_grad=True)) for name in names]
+    assert list(blocks(LinearOperator(lambda v: v, (len(names),) * 2, like), named)) == parts
+
+
 def test_patterns_may_overlap_and_need_not_be_contiguous() -> None:
     case = build("odd", "mse")
     A = gauss_newton(evaluate(case.closure, case.params))
