@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from newtonopt.curvature.bounds import Knowledge, Range, Request, certified, intervals, settled, slack
+from newtonopt.curvature.probes import check_operator, check_share, check_whole
 from newtonopt.curvature.ritz import RitzBlock
 from newtonopt.curvature.runs import search, track
 from newtonopt.linear_operator import LinearOperator
@@ -118,6 +119,7 @@ def extreme_eigenvalues(
         FloatingPointError: A product is not finite.
     """
     request = _request(operator, top, bottom, tolerance, confidence, max_products, max_vectors)
+    check_whole("seed", seed, 0)
     old = _start_vectors(operator, start, tolerance)
     if old is None:
         known = search(operator, request, _nothing(operator), seed)
@@ -158,20 +160,11 @@ def _request(
     max_products: int,
     max_vectors: int | None,
 ) -> Request:
-    if not isinstance(operator, LinearOperator):
-        raise TypeError(
-            f"operator is a {type(operator).__name__}: give a LinearOperator, such as hessian(evaluation) or "
-            "gauss_newton(evaluation)."
-        )
-    rows, columns = operator.shape
-    if rows != columns or rows < 1:
-        raise ValueError(f"operator must be square with at least one row, got shape {tuple(operator.shape)}")
+    rows = check_operator(operator)
     for name, count, least in (("top", top, 0), ("bottom", bottom, 0), ("max_products", max_products, 1)):
-        if not isinstance(count, int) or count < least:
-            raise ValueError(f"{name} must be a whole number and at least {least}, got {count!r}")
+        check_whole(name, count, least)
     for name, share in (("tolerance", tolerance), ("confidence", confidence)):
-        if not isinstance(share, (int, float)) or not 0.0 < share < 1.0:
-            raise ValueError(f"{name} must be in (0, 1), got {share!r}")
+        check_share(name, share)
     ends = ((1.0, min(top, rows)), (-1.0, min(bottom, rows)))
     eps, room = torch.finfo(operator.dtype).eps, _room(min(top, rows) + min(bottom, rows), max_vectors)
     return Request(rows, ends, tolerance, 1.0 - confidence, eps, max_products, room)

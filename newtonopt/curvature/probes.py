@@ -35,7 +35,7 @@ def check_operator(operator: object) -> int:
 
 def check_whole(name: str, value: object, least: int) -> None:
     """Refuse what is no whole number, or a smaller one, with a ValueError."""
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number and at least {least}, got {value!r}")
 
 

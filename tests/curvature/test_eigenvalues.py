@@ -228,6 +228,8 @@ def test_seed_decides_and_global_random_state_stays() -> None:
         ({"max_products": 0}, "max_products must be a whole number and at least 1, got 0"),
         ({"tolerance": 0.0}, r"tolerance must be in \(0, 1\), got 0.0"),
         ({"confidence": 1.0}, r"confidence must be in \(0, 1\), got 1.0"),
+        ({"seed": "a"}, "seed must be a whole number and at least 0, got 'a'"),
+        ({"max_products": True}, "max_products must be a whole number and at least 1, got True"),
     ],
 )
 def test_arguments_are_checked(arguments: dict[str, float], message: str) -> None:
