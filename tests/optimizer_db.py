@@ -53,11 +53,14 @@ OPTIMIZERS: dict[str, Build] = {
 
 # Close to another one of these: tested where time allows.
 FURTHER = {
+    "hessian_free_hutchinson",
     "hessian_free_plain",
     "hessian_free_retrying",
+    "damped_newton_clamped",
     "damped_newton_gauss_newton",
     "damped_newton_shifted",
     "newton_cg_gauss_newton",
+    "newton_cg_strong_wolfe",
     "trust_region_exact",
     "trust_region_gauss_newton",
     "trust_region_retrying",
