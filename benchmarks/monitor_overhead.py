@@ -1,9 +1,9 @@
 """What CurvatureMonitor adds to the time of training: `python benchmarks/monitor_overhead.py`.
 
-Each network trains under Lightning with Adam, alone and with monitors, in turns within one process: a round takes so
-many steps plainly, the same from the same weights with each monitor, and so on; the medians over the rounds are told.
-A monitor measures every 100 steps: nine measurements follow the last one, the tenth starts at random. So that a round
-need not take 1000 steps, followed and certified measurements are timed apart and added up as they would come:
+Each network trains under Lightning with Adam, from the same weights with one monitor after the other, in one process. A
+training step and a measurement are timed apart in the same run, and their medians over all rounds compared. A monitor
+measures every 100 steps: nine measurements follow the last one, the tenth starts at random. A round takes 300 steps,
+with one certified measurement and two that follow it, which are added up as they would come:
 (9 followed + 1 certified) / 1000 steps.
 """
 

@@ -22,14 +22,15 @@ class Proposal:
     """Steps to try, best first, with what the undamped model promises for each.
 
     Attributes:
-        steps: At least one, each `(n,)`, learning rates applied.
+        steps: Each `(n,)`, learning rates applied; none where no step is to be taken.
         decreases: The undamped model's decrease for each step.
         iterations: Of the inner solver.
         products: Curvature products spent.
         reason: Why the inner solver stopped.
         length: Of the first step before learning rates were applied.
         follows_negative_curvature: Whether the first step does, so that it may be worth going further.
-        shrink: From a tighter control to a shorter proposal, without products; None if there is none.
+        shrink: From a tighter control to a shorter proposal, whose iterations and products count those before; None if
+            there is none.
     """
 
     steps: Sequence[Tensor]
