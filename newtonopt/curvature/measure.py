@@ -131,7 +131,7 @@ def measure(
     named = [pair for pair in given if isinstance(pair, tuple)]
     if layers is not None and len(named) < len(given):
         raise ValueError("layers are told by names: give model.named_parameters() as params.")
-    tensors = trained_parameters(pair[1] if isinstance(pair, tuple) else pair for pair in given)
+    tensors = [pair[1] if isinstance(pair, tuple) else pair for pair in given]
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     if preconditioned and not optimizers:
         raise ValueError("preconditioned is True: give the optimizer whose state makes the preconditioner.")
@@ -140,7 +140,7 @@ def measure(
 
 def take(
     closure: Callable[[], Any],
-    params: Sequence[Tensor],
+    params: Iterable[Tensor],
     optimizers: Sequence[Optimizer],
     settings: Settings,
     weight: float | None = None,
@@ -148,7 +148,7 @@ def take(
     last: Measurement | None = None,
 ) -> Measurement:
     """`measure` by settings that were checked before."""
-    values = Measurement(settings.prefix)
+    values, params = Measurement(settings.prefix), trained_parameters(params)
     look = Look(values, settings, Clock(settings.max_seconds, params[0].device), last)
     objective = Objective(closure, params, products=settings.products, weight=weight)
     evaluation = objective.evaluate()
@@ -167,7 +167,7 @@ def take(
         objective.check_replay(evaluation)
     # What has no second derivative now has none the next time.
     values.form = "finite_difference" if evaluation.form == "finite_difference" else settings.products
-    enter_sharpness(look, closure, params, weight)
+    enter_sharpness(look, objective, float(evaluation.loss), gradient)
     enter_slice(look, closure, params, weight)
     values.add("seconds", look.clock.elapsed())
     return values

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from torch import Tensor
-
 from newtonopt._checks import check_products
 from newtonopt.curvature.density import SpectralDensity
 from newtonopt.curvature.eigenvalues import Spectrum
@@ -83,7 +81,6 @@ class Measurement(dict[str, float]):
     Attributes:
         prefix: The tags' group.
         spectra: The eigenvalues with their vectors, by name: "lambda" those of the matrix itself.
-        sharpest: The displacement that attains the sharpness in a ball.
         density: Of all eigenvalues, where it was asked for.
         slice: The loss along eigenvectors, where it was asked for.
         form: How products were formed.
@@ -93,7 +90,6 @@ class Measurement(dict[str, float]):
         super().__init__()
         self.prefix = prefix
         self.spectra: dict[str, Spectrum] = {}
-        self.sharpest: Tensor | None = None
         self.density: SpectralDensity | None = None
         self.slice: LossSlice | None = None
         self.form: Products = "auto"

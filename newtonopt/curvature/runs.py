@@ -43,17 +43,16 @@ def search(operator: LinearOperator, request: Request, known: Knowledge, seed: i
     return known
 
 
-def track(operator: LinearOperator, request: Request, known: Knowledge, old: list[Tensor], seed: int) -> Knowledge:
-    """One run from the sum of old eigenvectors, until residuals are small; it bounds nothing.
+def track(operator: LinearOperator, request: Request, known: Knowledge, old: Tensor, seed: int) -> Knowledge:
+    """One run from a sum of old eigenvectors, until residuals are small; it bounds nothing.
 
-    The random part lets through eigenvectors that the old ones know nothing of. Measured, it costs no product more.
+    The random part lets through eigenvectors that the old ones know nothing of.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = operator.like.new_empty(request.size, dtype=torch.float64, device="cpu").normal_(generator=generator)
     start = noise.to(operator.dtype).to(operator.device)
-    start *= _RANDOM_PART * math.sqrt(len(old)) / float(start.norm())
-    for vector in old:
-        start += vector
+    start *= _RANDOM_PART * float(old.norm()) / float(start.norm())
+    start += old
 
     def judged(tridiagonal: Tridiagonal) -> Knowledge:
         values, coordinates = tridiagonal.ritz()

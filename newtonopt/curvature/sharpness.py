@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from newtonopt._checks import check_closure, check_products, check_weight
 from newtonopt._flat import trained_parameters
+from newtonopt.curvature.ascent import Ball
 from newtonopt.curvature.probes import check_whole
 from newtonopt.evaluation import Products
 from newtonopt.linear_operator import LinearOperator
@@ -28,8 +29,6 @@ Kind = Literal["ball", "adaptive_ball", "average"]
 _AXIS_TOLERANCE = 1e-4
 # Residual of the quadratic model's maximiser over the gradient; the model errs by its square.
 _MODEL_TOLERANCE = 1e-3
-# Steps are damped down to 2^-10 before a point counts as a maximiser along its ascent direction.
-_HALVINGS = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,32 +59,6 @@ class Sharpness:
     prediction: float | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class _Point:
-    """A displacement in ball coordinates with the loss there."""
-
-    place: Tensor
-    loss: float
-
-
-@dataclass(frozen=True, eq=False)
-class _Search:
-    """The loss over the unit-metric ball: displacement = scale * place."""
-
-    objective: Objective
-    scale: Tensor
-    radius: float
-    tolerance: float
-    base: float
-
-    def loss_at(self, place: Tensor) -> float:
-        return self.objective.loss_at(self.scale * place)
-
-    def gradient_at(self, place: Tensor) -> tuple[float, Tensor]:
-        loss, gradient = self.objective.gradient_at(self.scale * place)
-        return loss, self.scale * gradient
-
-
 def sharpness(
     closure: Callable[[], Any],
     params: Iterable[Tensor],
@@ -98,7 +71,6 @@ def sharpness(
     products: Products = "auto",
     weight: float | None = None,
     starts: int = 0,
-    start: Tensor | None = None,
 ) -> Sharpness:
     """The largest L(theta + d) - L(theta) over ||d|| <= radius, and two relatives.
 
@@ -130,9 +102,6 @@ def sharpness(
         weight: Of this process in the mean over several, as for `evaluate`.
         starts: How many random points on the sphere to start from beside the others, >= 0; unused for "average".
             Default zero: on networks they found nothing higher, for about five gradients each.
-        start: A displacement `(n,)`, such as the last measurement's `step`, to scale to the radius and search from
-            alone: the maximum is followed for three gradients or so while it moves slowly. A higher one elsewhere may
-            be missed. None (default): the starts above. Unused for "average".
 
     Returns:
         The rise and how it was found.
@@ -146,52 +115,40 @@ def sharpness(
     check_closure(closure)
     check_weight(weight)
     objective = Objective(closure, trained_parameters(params), products=products, weight=weight)
-    if start is not None and kind != "average":
-        return _followed(objective, kind, radius, tolerance, max_gradients, start)
     evaluation = objective.evaluate()
-    search = _search(objective, kind, radius, tolerance, float(evaluation.loss))
-    scale, base = search.scale, search.base
-    if kind == "average":
-        evaluation.free()
-        objective.check_replay(evaluation)
-        return _average(search, samples, seed)
+    ball = ball_around(objective, kind, radius, tolerance, float(evaluation.loss))
     generator = torch.Generator().manual_seed(seed)
-    places, prediction, spent = _second_order(
-        hessian(evaluation), evaluation.gradient, search, max_gradients, generator
-    )
+    if kind != "average":
+        places, prediction, spent = _second_order(
+            hessian(evaluation), evaluation.gradient, ball, max_gradients, generator
+        )
+        places += [radius * _sphere(len(objective.point), generator, objective.point) for _ in range(starts)]
     evaluation.free()
     objective.check_replay(evaluation)
-    places += [radius * _sphere(scale.shape[0], generator, scale) for _ in range(starts)]
-    best, used, converged = _best(search, places, max_gradients - spent)
-    value, step = best.loss - base, scale * best.place
-    return Sharpness(value, kind, radius, base, step, spent + used, converged, 0.0, prediction)
+    if kind == "average":
+        return average(ball, samples, seed)
+    found = ascent(ball, kind, places, max_gradients - spent)
+    return replace(found, gradients=spent + found.gradients, prediction=prediction)
 
 
-def _search(objective: Objective, kind: Kind, radius: float, tolerance: float, base: float) -> _Search:
+def ball_around(objective: Objective, kind: Kind, radius: float, tolerance: float, base: float) -> Ball:
+    """The neighbourhood of that kind.
+
+    Raises:
+        FloatingPointError: The loss at the point itself is not finite.
+    """
     if not math.isfinite(base):
         raise FloatingPointError(
             f"the loss at the parameters is {base}, so no rise above it is defined; check the data and the model"
         )
     scale = objective.point.abs() if kind == "adaptive_ball" else torch.ones_like(objective.point)
-    return _Search(objective, scale, radius, tolerance, base)
+    return Ball(objective, scale, radius, tolerance, base)
 
 
-def _followed(
-    objective: Objective, kind: Kind, radius: float, tolerance: float, budget: int, start: Tensor
-) -> Sharpness:
-    """The maximum that is reached from one start."""
-    if start.shape != objective.point.shape:
-        raise ValueError(
-            f"start has shape {tuple(start.shape)}, and the parameters have {objective.point.shape[0]} entries: give a "
-            "flat vector of that length"
-        )
-    search = _search(objective, kind, radius, tolerance, objective.loss_at(torch.zeros_like(objective.point)))
-    place = torch.where(search.scale > 0.0, start / search.scale, torch.zeros_like(start))
-    norm = float(place.norm())
-    if norm == 0.0:
-        raise ValueError("start is zero: give a displacement that tells a direction")
-    best, used, converged = _best(search, [place * (radius / norm)], budget)
-    return Sharpness(best.loss - search.base, kind, radius, search.base, search.scale * best.place, used, converged)
+def ascent(ball: Ball, kind: Kind, places: Sequence[Tensor], budget: int, ascents: int | None = None) -> Sharpness:
+    """The highest point that ascents from the highest places lead to: from all of them if `ascents` is None."""
+    best, used, converged = ball.highest(places, budget, ascents)
+    return Sharpness(best.loss - ball.base, kind, ball.radius, ball.base, ball.scale * best.place, used, converged)
 
 
 def _check(kind: str, radius: float, tolerance: float, max_gradients: int, samples: int, starts: int) -> None:
@@ -216,10 +173,10 @@ def _sphere(size: int, generator: torch.Generator, like: Tensor) -> Tensor:
 
 
 def _second_order(
-    curvature: LinearOperator, gradient: Tensor, search: _Search, budget: int, generator: torch.Generator
+    curvature: LinearOperator, gradient: Tensor, ball: Ball, budget: int, generator: torch.Generator
 ) -> tuple[list[Tensor], float, int]:
     """Where the quadratic model rises most in the ball, its largest rise, and the products used, at most half."""
-    scale, radius = search.scale, search.radius
+    scale, radius = ball.scale, ball.radius
 
     def product(vector: Tensor) -> Tensor:
         curved: Tensor = curvature @ (scale * vector)
@@ -253,81 +210,18 @@ def _has_top(tridiagonal: Tridiagonal) -> bool:
     return bool(residual <= _AXIS_TOLERANCE * values[-1].abs())
 
 
-def _best(search: _Search, starts: list[Tensor], budget: int) -> tuple[_Point, int, bool]:
-    """The highest point over all starts, the gradients used, and whether its search ended by itself."""
-    zero = _Point(torch.zeros_like(starts[0]), search.base)
-    best, used, converged = zero, 0, True
-    points = [_Point(place, search.loss_at(place)) for place in starts]
-    finite = [point for point in points if math.isfinite(point.loss)]
-    if len(finite) < len(points):
-        lost = next(point for point in points if not math.isfinite(point.loss))
-        return _Point(lost.place, math.inf), 0, True
-    for index, point in enumerate(sorted(finite, key=lambda point: point.loss, reverse=True)):
-        share = (budget - used) // (len(finite) - index)
-        end, count, ended = _ascend(search, point, share)
-        used += count
-        if end.loss > best.loss:
-            best, converged = end, ended
-        if best.loss == math.inf:
-            break
-    return best, used, converged
-
-
-def _ascend(search: _Search, point: _Point, budget: int) -> tuple[_Point, int, bool]:
-    """The linearised maximiser from one start: highest point, gradients used, whether it ended by itself."""
-    used = 0
-    gradient: Tensor | None = None
-    while used + 2 <= budget:
-        if gradient is None:
-            gradient = search.gradient_at(point.place)[1]
-            used += 1
-        norm = float(gradient.norm())
-        if norm == 0.0:
-            return point, used, True
-        target = gradient * (search.radius / norm)
-        loss, ahead = search.gradient_at(target)
-        used += 1
-        if not math.isfinite(loss):
-            return _Point(target, math.inf), used, True
-        moved, gradient = (_Point(target, loss), ahead) if loss > point.loss else (_damped(search, point, target), None)
-        rise = moved.loss - point.loss
-        point = moved
-        if rise <= search.tolerance * max(point.loss - search.base, 0.0):
-            return point, used, True
-        if point.loss == math.inf:
-            return point, used, True
-    return point, used, False
-
-
-def _damped(search: _Search, point: _Point, target: Tensor) -> _Point:
-    """The first higher point on the chord to the target, or the point itself.
-
-    The chord stays in the ball, and the loss rises along it at first: g'(target - place) = radius |g| - g'place >= 0.
-    """
-    share = 0.5
-    for _ in range(_HALVINGS):
-        place = torch.lerp(point.place, target, share)
-        loss = search.loss_at(place)
-        if not math.isfinite(loss):
-            return _Point(place, math.inf)
-        if loss > point.loss:
-            return _Point(place, loss)
-        share *= 0.5
-    return point
-
-
-def _average(search: _Search, samples: int, seed: int) -> Sharpness:
+def average(ball: Ball, samples: int, seed: int) -> Sharpness:
     """Mean rise over the sphere; the pair d, -d cancels the gradient's part exactly."""
     generator = torch.Generator().manual_seed(seed)
     rises: list[float] = []
     for _ in range(samples // 2):
-        place = search.radius * _sphere(search.scale.shape[0], generator, search.scale)
-        pair = 0.5 * (search.loss_at(place) + search.loss_at(-place)) - search.base
+        place = ball.radius * _sphere(ball.scale.shape[0], generator, ball.scale)
+        pair = 0.5 * (ball.loss_at(place) + ball.loss_at(-place)) - ball.base
         rises.append(pair if math.isfinite(pair) else math.inf)
     if math.inf in rises:
-        return Sharpness(math.inf, "average", search.radius, search.base, None, samples, True)
+        return Sharpness(math.inf, "average", ball.radius, ball.base, None, samples, True)
     mean = math.fsum(rises) / len(rises)
     variance = math.fsum((rise - mean) ** 2 for rise in rises) / (len(rises) - 1)
     error = math.sqrt(variance / len(rises))
-    converged = error <= search.tolerance * abs(mean)
-    return Sharpness(mean, "average", search.radius, search.base, None, samples, converged, error)
+    converged = error <= ball.tolerance * abs(mean)
+    return Sharpness(mean, "average", ball.radius, ball.base, None, samples, converged, error)

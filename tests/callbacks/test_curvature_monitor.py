@@ -187,7 +187,9 @@ def test_values_are_those_of_the_dense_matrix(mode: str, precision: str, tmp_pat
 
 
 def test_tags_reach_every_logger_and_the_trainer(tmp_path: Path) -> None:
-    trainer = quiet_trainer(max_epochs=1, callbacks=[small_monitor(bottom=2)], logger=both_loggers(tmp_path))
+    trainer = quiet_trainer(
+        max_epochs=1, callbacks=[small_monitor(bottom=2, certify_every=1)], logger=both_loggers(tmp_path)
+    )
     trainer.fit(Classifier("SGD"), loader())
     bounds = [f"lambda_{end}{part}" for end in ("max", "min") for part in ("", "_lower", "_upper")]
     others = ["lambda_2", "lambda_3", "lambda_min_2", "sharpness", "products", "seconds", "certified"]

@@ -123,7 +123,7 @@ def test_following_takes_fewer_products_and_says_that_it_certifies_nothing() -> 
     assert followed["curvature/products"] < 0.7 * fresh["curvature/products"]
     assert followed.keys() == fresh.keys()
     for name in ("lambda_max", "lambda_2", "lambda_min", "sharpness"):
-        assert followed[f"curvature/{name}"] == pytest.approx(fresh[f"curvature/{name}"], rel=2e-3)
+        assert followed[f"curvature/{name}"] == pytest.approx(fresh[f"curvature/{name}"], rel=1e-2)
     _, hessian = problem.dense()
     values = torch.linalg.eigvalsh(hessian)
     for name in ("lambda_max", "lambda_min"):
