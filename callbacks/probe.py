@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.data import extract_batch_size as batch_size
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from newtonopt._checks import check_whole
 from newtonopt.isolation import Isolation
 
 
@@ -21,14 +22,20 @@ class Probe:
 
     Args:
         num_batches: How many of the first batches are kept.
-        dataloader: The user's loader.
+        dataloader: The user's loader; None: the first batches.
         device: Where batches are kept; None: where training has them.
+
+    Raises:
+        ValueError: `num_batches` is below one, or `dataloader` cannot be gone through again and again, or there is no
+            such device.
     """
 
-    def __init__(self, num_batches: int, dataloader: Iterable[Any] | None, device: torch.device | None) -> None:
+    def __init__(self, num_batches: int, dataloader: Iterable[Any] | None, device: str | None) -> None:
+        check_whole("num_batches", num_batches, 1)
+        _check_loader(dataloader)
         self._num_batches = num_batches
         self._dataloader = dataloader
-        self._device = device
+        self._device = _device(device)
         self._kept: list[tuple[Any, int]] = []
         self._samples = 0
         self._closed = False
@@ -98,6 +105,22 @@ class Probe:
         self.clear()
         self._kept = list(state["batches"] or [])
         self._closed = state["closed"] and bool(self._kept)
+
+
+def _check_loader(dataloader: object) -> None:
+    if isinstance(dataloader, Iterator):
+        raise ValueError("dataloader is an iterator, which ends after one pass: give the loader itself, or a list.")
+    if dataloader is not None and (not isinstance(dataloader, Iterable) or isinstance(dataloader, (str, Mapping))):
+        raise ValueError(f"dataloader is {dataloader!r}: give a loader or a list of batches, or None.")
+
+
+def _device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device is {name!r}: give one that is there, such as 'cpu'.") from error
 
 
 def _copied(batch: Any, device: torch.device | None) -> Any:

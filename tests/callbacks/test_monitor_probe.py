@@ -109,8 +109,8 @@ def one_by_one(batches: list[Any]) -> DataLoader:
 def test_a_resumed_run_measures_on_the_same_batches(tmp_path: Path) -> None:
     batches = [tuple(batch) for batch in loader()]
     checkpointed = resumed(tmp_path, batches)
-    state = torch.load(tmp_path / "first.ckpt", weights_only=True)["callbacks"]
-    [probe] = [value["batches"] for key, value in state.items() if "CurvatureMonitor" in key]
+    state = torch.load(tmp_path / "first.ckpt", weights_only=True)["CurvatureMonitor"]
+    probe = state["curvature"]["batches"]
     for (kept, index), (number, batch) in zip(probe, enumerate(batches), strict=False):
         assert index == number
         assert all(torch.equal(a, b) for a, b in zip(kept, batch, strict=True))
