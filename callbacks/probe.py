@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size as batch_size
@@ -79,7 +81,7 @@ class Probe:
         if self._samples == 0:
 
             def count() -> None:
-                self._samples = sum(batch_size(batch) for batch, _ in self.batches(trainer, module))
+                self._samples = sum(_size(batch) for batch, _ in self.batches(trainer, module))
 
             with Isolation(count, ()).isolated():  # a loader draws its order from the random numbers of training
                 count()
@@ -89,7 +91,7 @@ class Probe:
 
     def share(self, batch: Any, samples: int) -> float:
         """Of a batch in the mean over all samples."""
-        return 1.0 if samples == 1 else batch_size(batch) / samples
+        return 1.0 if samples == 1 else _size(batch) / samples
 
     def state_dict(self) -> dict[str, Any]:
         """The batches, if they are made of plain containers, which checkpoints can hold."""
@@ -123,8 +125,25 @@ def _device(name: str | None) -> torch.device | None:
         raise ValueError(f"device is {name!r}: give one that is there, such as 'cpu'.") from error
 
 
+def _size(batch: Any) -> int:
+    """How many samples it holds."""
+    try:
+        return batch_size(batch)
+    except MisconfigurationException:
+        raise ValueError(
+            f"batches are weighted by their numbers of samples, which {type(batch).__name__} does not tell: make "
+            "them of tensors, lists, tuples and dicts, or measure one batch on one process."
+        ) from None
+
+
 def _copied(batch: Any, device: torch.device | None) -> Any:
-    copy = apply_to_collection(batch, Tensor, lambda t: t.detach().clone())
+    """All of it, for `training_step` may change what a batch of the user's own class holds; such as can be copied."""
+    tensors: dict[int, Any] = {}
+    plain = apply_to_collection(batch, Tensor, lambda t: tensors.setdefault(id(t), t.detach().clone()))
+    try:
+        copy = deepcopy(batch, tensors)
+    except Exception:  # it holds a lock, an open file or the like
+        copy = plain
     return copy if device is None else move_data_to_device(copy, device)
 
 
