@@ -83,8 +83,8 @@ class CurvatureMonitor(Callback):
         tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
             no more.
         max_products: Bound on the eigenvalues' curvature products in one measurement, one or more. Default 100. The
-            extreme eigenvalues' intervals are logged as wide as they are then; a further eigenvalue, shown without an
-            interval, is left out unless it is known to a tenth.
+            extreme eigenvalues' intervals are logged as wide as they are then, and `curvature/converged` is 0; a
+            further eigenvalue, shown without an interval, is left out unless it is known to a tenth.
         max_seconds: How long a measurement may take, roughly; what does not fit is left out. None (default): no bound.
         certify_every: Every how many measurements start at random, one or more; 1: all. The others follow the
             eigenvectors and the sharpest point of the last one, for a fraction of the products, and certify nothing:

@@ -88,8 +88,8 @@ def measure(
         tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
             no more.
         max_products: Bound on the eigenvalues' products, one or more. Default 100. The extreme eigenvalues' intervals
-            are as wide as they are then; a further eigenvalue, shown without one, is left out unless it is known to a
-            tenth.
+            are as wide as they are then, and `curvature/converged` is 0; a further eigenvalue, shown without one, is
+            left out unless it is known to a tenth.
         max_seconds: How long the measurement may take, roughly: from the time of its first product it is told how many
             more there may be. What does not fit is left out. None (default): no bound.
         seed: Of the random start vectors. Default 0.
