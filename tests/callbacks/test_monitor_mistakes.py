@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -100,7 +101,14 @@ def test_two_monitors_with_one_prefix_are_an_error_before_training() -> None:
         with pytest.raises(ValueError, match=words):
             quiet_trainer(callbacks=callbacks).fit(model, loader())
         assert model.calls.batches == []
-    quiet_trainer(callbacks=[monitor, quick(at_end=True, prefix="other")]).fit(Classifier("SGD"), loader())
+
+
+def test_two_monitors_with_a_prefix_each_keep_their_own_batches(tmp_path: Path) -> None:
+    trainer = quiet_trainer(callbacks=[quick(at_end=True), quick(at_end=True, prefix="other", num_batches=2)])
+    trainer.fit(Classifier("SGD"), loader())
+    trainer.save_checkpoint(tmp_path / "both.ckpt")
+    state = torch.load(tmp_path / "both.ckpt", weights_only=True)["CurvatureMonitor"]
+    assert {prefix: len(probe["batches"]) for prefix, probe in state.items()} == {"curvature": 1, "other": 2}
 
 
 def fitted(optimizer: Callable[..., Any] | str, **settings: Any) -> tuple[L.Trainer, list[str]]:
