@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from newtonopt._checks import check_flag, check_whole
 from newtonopt.curvature.measure import take
 from newtonopt.curvature.measurement import Layers, Matrix, Measurement, Settings
 from newtonopt.curvature.sharpness import Kind
@@ -20,10 +19,13 @@ from newtonopt.evaluation import Products
 
 from .charts import curvature_charts
 from .logs import Charts, add_charts, log_values
-from .measuring import chosen_parameters, loss_over, measuring, words_for_precision
+from .measuring import Subject
 from .panels import add_figures, add_text
 from .probe import Probe
 from .schedule import Allowance, Schedule
+
+# What checkpoints hold of the monitors, by prefix.
+_STATE = "CurvatureMonitor"
 
 
 class CurvatureMonitor(Callback):
@@ -81,8 +83,8 @@ class CurvatureMonitor(Callback):
         tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
             no more.
         max_products: Bound on the eigenvalues' curvature products in one measurement, one or more. Default 100. The
-            extreme eigenvalues' intervals are logged as wide as they are then; a further eigenvalue, shown without an
-            interval, is left out unless it is known to a tenth.
+            extreme eigenvalues' intervals are logged as wide as they are then, and `curvature/converged` is 0; a
+            further eigenvalue, shown without an interval, is left out unless it is known to a tenth.
         max_seconds: How long a measurement may take, roughly; what does not fit is left out. None (default): no bound.
         certify_every: Every how many measurements start at random, one or more; 1: all. The others follow the
             eigenvectors and the sharpest point of the last one, for a fraction of the products, and certify nothing:
@@ -95,10 +97,11 @@ class CurvatureMonitor(Callback):
         prefix: The tags' group. Default "curvature". Two monitors in one run need two.
 
     Raises:
-        ValueError: A setting out of its range.
+        ValueError: A setting out of its range; when a fit starts, a `step`, `parameters` or `layers` that the module
+            has none of, or another monitor with the same `prefix`.
 
     Warns:
-        UserWarning: A fit ends without a measurement, or one fails.
+        UserWarning: A fit ends without a measurement, or one fails, or has nothing to be `preconditioned` by.
     """
 
     def __init__(
@@ -158,72 +161,57 @@ class CurvatureMonitor(Callback):
             seed=seed,
             prefix=prefix,
         )
-        for name, number in (("num_batches", num_batches), ("certify_every", certify_every)):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} is {number!r}: give a whole number, 1 or more.")
-        if max_overhead is not None and not (isinstance(max_overhead, (int, float)) and 0 < max_overhead < math.inf):
-            raise ValueError(f"max_overhead is {max_overhead!r}: give a finite number above zero, or None.")
-        for name, choice, allowed in (
-            ("mode", mode, ("train", "eval")),
-            ("precision", precision, ("full", "training")),
-        ):
-            if choice not in allowed:
-                raise ValueError(f"{name} is {choice!r}: choose {' or '.join(map(repr, allowed))}.")
-        if isinstance(dataloader, Iterator):
-            raise ValueError("dataloader is an iterator, which ends after one pass: give the loader itself, or a list.")
-        self._mode = mode
-        self._precision = precision
-        self._step = step
-        self._parameters = parameters
-        self._text = text
-        self._certify_every = certify_every
+        check_flag("text", text)
+        check_whole("certify_every", certify_every, 1)
+        self._subject = Subject(step, mode, precision, parameters)
+        self._probe = Probe(num_batches, dataloader, device)
         self._allowance = Allowance(max_overhead)
         # Each argument can be read under its name.
-        given: dict[str, Any] = {"mode": mode, "num_batches": num_batches, "dataloader": dataloader, "device": device}
-        given |= {
-            "precision": precision,
-            "step": step,
-            "parameters": parameters,
-            "text": text,
-            "certify_every": certify_every,
-            "max_overhead": max_overhead,
-        }
-        vars(self).update({**vars(self._schedule), **vars(self._settings), **given})
-        self._probe = Probe(num_batches, dataloader, _device(device))
+        given: dict[str, Any] = {"num_batches": num_batches, "dataloader": dataloader, "device": device, "text": text}
+        given |= {"certify_every": certify_every, "max_overhead": max_overhead}
+        vars(self).update(vars(self._schedule) | vars(self._settings) | vars(self._subject) | given)
+        self._text = text
+        self._certify_every = certify_every
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget the last fit."""
+        self._probe.clear()
+        self._enabled = True
         self._last: Measurement | None = None
         self._followed = 0
-        self._restored = False
-        self._enabled = True
         self._differences = False
         self._last_step = 0
         self._measured_at: int | None = None
         self._lacked_batches = False
         self._charts: dict[str, Charts] = {}
-        self._warned = False
+        self._warned: set[str] = set()
 
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(prefix=self._settings.prefix)
+    # Hooks, and not `state_dict`: of two with one prefix Trainer would say that they cannot be saved, and not why.
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint.setdefault(_STATE, {})[self._settings.prefix] = self._probe.state_dict()
 
-    def state_dict(self) -> dict[str, Any]:
-        return self._probe.state_dict()
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get(_STATE, {}).get(self._settings.prefix)
+        if state is not None:
+            self._probe.load_state_dict(state)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._probe.load_state_dict(state_dict)
-        self._restored = True
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before a checkpoint is loaded."""
+        if stage != "fit":
+            return
+        prefix = self._settings.prefix
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(c, CurvatureMonitor) and c._settings.prefix == prefix for c in callbacks) > 1:
+            raise ValueError(
+                f"prefix is {prefix!r} in more than one CurvatureMonitor of this Trainer, which would write the same "
+                "tags: give each a prefix of its own."
+            )
+        self._begin()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._restored:
-            self._probe.clear()
-        self._restored = False
-        self._last = None
-        self._followed = 0
-        self._differences = False
-        self._measured_at = None
-        self._lacked_batches = False
-        self._charts = {}
-        self._warned = False
-        self._enabled = pl_module.automatic_optimization or self._step != "training_step"
+        self._subject.check(pl_module, self._settings.layers)
+        self._enabled = pl_module.automatic_optimization or self._subject.step != "training_step"
         if not self._enabled:
             rank_zero_warn(
                 "CurvatureMonitor measures nothing: it gets the loss from training_step, which under manual "
@@ -290,36 +278,39 @@ class CurvatureMonitor(Callback):
         except Exception as error:
             self._last = None
             self._warn(
-                f"CurvatureMonitor could not measure at step {trainer.global_step}, and training goes on: {error}"
+                "measure",
+                f"CurvatureMonitor could not measure at step {trainer.global_step}, and training goes on: {error}",
             )
             return
         finally:
             self._allowance.spend(certifies, time.perf_counter() - began)
         log_values(trainer, values)
         if self._text:
-            precision = words_for_precision(trainer, pl_module, self._precision)
-            add_text(trainer, values, f"It is the loss of `{self._step}` in {self._mode} mode, {precision}.")
+            add_text(trainer, values, self._subject.in_words(trainer, pl_module))
+        # An optimizer that has taken no step yet may still do.
+        if values.lack is not None and trainer.global_step > 0:
+            self._warn("preconditioned", f"CurvatureMonitor cannot do what preconditioned=True asks for: {values.lack}")
         try:
             add_figures(trainer, values)
         except ImportError as error:
-            self._warn(f"CurvatureMonitor draws no figures: {error}")
+            self._warn("figures", f"CurvatureMonitor draws no figures: {error}")
         for category, charts in curvature_charts(values, values.prefix).items():
             known = self._charts.get(category, {})
             if not charts.keys() <= known.keys():
                 self._charts[category] = {**known, **charts}
                 add_charts(trainer, category, self._charts[category])
 
-    def _warn(self, message: str) -> None:
-        """Once a fit."""
-        if not self._warned:
+    def _warn(self, subject: str, message: str) -> None:
+        """Once a fit on each subject."""
+        if subject not in self._warned:
             rank_zero_warn(message)
-        self._warned = True
+        self._warned.add(subject)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> Measurement:
         settings = replace(self._settings, products="finite_difference") if self._differences else self._settings
-        with measuring(pl_module, self._mode):
-            closure, samples = loss_over(self._probe, trainer, pl_module, self._step, self._precision)
-            named = chosen_parameters(pl_module, self._parameters)
+        with self._subject.measuring(pl_module):
+            closure, samples = self._subject.loss_over(self._probe, trainer, pl_module)
+            named = self._subject.trained(pl_module)
             last = None if self._certifies() else self._last
             values = take(closure, [p for _, p in named], trainer.optimizers, settings, samples, named, last)
         self._last = values
@@ -327,12 +318,3 @@ class CurvatureMonitor(Callback):
         # What has no second derivative now has none the next time.
         self._differences = values.form == "finite_difference"
         return values
-
-
-def _device(name: str | None) -> torch.device | None:
-    if name is None:
-        return None
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device is {name!r}: give one that is there, such as 'cpu'.") from error

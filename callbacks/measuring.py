@@ -1,11 +1,13 @@
-"""A LightningModule's loss as a closure, in the mode and precision in which it is to be measured."""
+"""What of a LightningModule is measured, and its loss as a closure in the mode and precision asked for."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,72 +15,134 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from newtonopt._checks import check_choice
+from newtonopt.curvature.measurement import Layers
+
 from .probe import Probe
 
 
-def loss_over(
-    probe: Probe, trainer: Trainer, module: LightningModule, step: str, precision: str
-) -> tuple[Callable[[], None], int]:
-    """The mean loss over the probe's samples, as a closure that calls `backward` batch by batch, and their number.
+@dataclass(frozen=True)
+class Subject:
+    """Which loss of a module is measured, how it is computed, and of which parameters.
 
-    With "full" precision without autocast, which costs a product 4e-3 of relative error, in the weights' own.
-    """
-    samples = probe.samples(trainer, module)
-    plugin = trainer.precision_plugin
-    casts = isinstance(plugin, MixedPrecision) and precision == "full"
-
-    def closure() -> None:
-        for batch, batch_idx in probe.batches(trainer, module):
-            share = probe.share(batch, samples)  # before the step, which may change the batch
-            with nullcontext() if casts else plugin.train_step_context():
-                loss = _loss(module, step, batch, batch_idx)
-            (loss * share).backward()
-
-    return closure, samples
-
-
-def _loss(module: LightningModule, step: str, batch: Any, batch_idx: int) -> Tensor:
-    # As Lightning calls it: `batch_idx` may be left out.
-    method = getattr(module, step)
-    takes_index = is_param_in_hook_signature(method, "batch_idx", min_args=2)
-    output = method(batch, *([batch_idx] if takes_index else []))
-    loss = output if isinstance(output, Tensor) else (output or {}).get("loss")
-    if not isinstance(loss, Tensor):
-        raise RuntimeError(f"{step} returned no loss for the probe batch.")
-    return loss
-
-
-def chosen_parameters(module: LightningModule, pattern: str | None) -> list[tuple[str, Tensor]]:
-    """Those with `requires_grad` in whose names the pattern is found.
+    Args:
+        step: The method that returns the loss.
+        mode: That of the module meanwhile: "train", as it is, or "eval".
+        precision: "full", without autocast, or "training".
+        parameters: A regular expression to be found in their names; None: all.
 
     Raises:
-        ValueError: There are none.
+        ValueError: One of them is none of these.
     """
-    named: list[tuple[str, Tensor]] = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    chosen = [(name, p) for name, p in named if pattern is None or re.search(pattern, name)]
-    if not chosen:
-        names = ", ".join(name for name, _ in named) or "none"
-        raise ValueError(f"parameters is {pattern!r}, which is found in no name of those that are trained: {names}.")
-    return chosen
 
+    step: str = "training_step"
+    mode: Literal["train", "eval"] = "train"
+    precision: Literal["full", "training"] = "full"
+    parameters: str | None = None
 
-@contextmanager
-def measuring(module: LightningModule, mode: str) -> Iterator[None]:
-    """The module in the wanted mode, where derivatives can be taken."""
-    training = [(part, part.training) for part in module.modules()]
-    if mode == "eval":
-        module.eval()
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for part, flag in training:
-            part.training = flag
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, ("train", "eval"))
+        check_choice("precision", self.precision, ("full", "training"))
+        if not isinstance(self.step, str):
+            raise ValueError(f"step is {self.step!r}: give the name of a method, such as 'training_step'.")
+        try:
+            if self.parameters is not None:
+                re.compile(self.parameters).search("")
+        except (TypeError, re.error) as error:
+            raise ValueError(
+                f"parameters is {self.parameters!r}, which is no regular expression ({error}): give one for the "
+                "parameters' names, such as '^encoder', or None for all."
+            ) from error
 
+    def check(self, module: LightningModule, layers: Layers) -> None:
+        """Refuse a module that has no such method, no parameter of such a name, or none that a layer's pattern fits.
 
-def words_for_precision(trainer: Trainer, module: LightningModule, precision: str) -> str:
-    """In which numbers the loss is computed."""
-    dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters()}))
-    plugin = trainer.precision_plugin
-    cast = f" and the autocast of {plugin.precision}" if isinstance(plugin, MixedPrecision) else ""
-    return f"in {dtypes}{cast if precision == 'training' else ''}"
+        What is frozen counts, for it may be trained later.
+
+        Raises:
+            ValueError: It has not.
+        """
+        if not callable(getattr(module, self.step, None)):
+            raise ValueError(
+                f"step is {self.step!r}, which is no method of {type(module).__name__}: give the name of one that "
+                "takes a batch and its index and returns the loss."
+            )
+        every = [name for name, _ in module.named_parameters()]
+        names = [name for name in every if self._takes(name)]
+        if self.parameters is not None and not names:
+            raise ValueError(
+                f"parameters is {self.parameters!r}, which is found in no name of a parameter of "
+                f"{type(module).__name__}: {', '.join(every) or 'none'}."
+            )
+        for pattern in () if layers in (None, "parts") else layers or ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"layers: {pattern!r} fits no name of the parameters looked at: {', '.join(names) or 'none'}."
+                )
+
+    def trained(self, module: LightningModule) -> list[tuple[str, Tensor]]:
+        """The parameters with `requires_grad`, and their names.
+
+        Raises:
+            ValueError: There are none.
+        """
+        named: list[tuple[str, Tensor]] = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        chosen = [(name, p) for name, p in named if self._takes(name)]
+        if not chosen:
+            names = ", ".join(name for name, _ in named) or "none"
+            raise ValueError(
+                f"parameters is {self.parameters!r}, which is found in no name of those that are trained: {names}."
+            )
+        return chosen
+
+    def _takes(self, name: str) -> bool:
+        return self.parameters is None or re.search(self.parameters, name) is not None
+
+    def loss_over(self, probe: Probe, trainer: Trainer, module: LightningModule) -> tuple[Callable[[], None], int]:
+        """The mean loss over the probe's samples, as a closure that calls `backward` batch by batch, and their number.
+
+        With "full" precision without autocast, which costs a product 4e-3 of relative error, in the weights' own.
+        """
+        samples = probe.samples(trainer, module)
+        plugin = trainer.precision_plugin
+        casts = isinstance(plugin, MixedPrecision) and self.precision == "full"
+
+        def closure() -> None:
+            for batch, batch_idx in probe.batches(trainer, module):
+                share = probe.share(batch, samples)  # before the step, which may change the batch
+                with nullcontext() if casts else plugin.train_step_context():
+                    loss = self._loss(module, batch, batch_idx)
+                (loss * share).backward()
+
+        return closure, samples
+
+    def _loss(self, module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
+        # As Lightning calls it: `batch_idx` may be left out.
+        method = getattr(module, self.step)
+        takes_index = is_param_in_hook_signature(method, "batch_idx", min_args=2)
+        output = method(batch, *([batch_idx] if takes_index else []))
+        loss = output if isinstance(output, Tensor) else (output or {}).get("loss")
+        if not isinstance(loss, Tensor):
+            raise RuntimeError(f"{self.step} returned no loss for the probe batch.")
+        return loss
+
+    @contextmanager
+    def measuring(self, module: LightningModule) -> Iterator[None]:
+        """The module in the wanted mode, where derivatives can be taken."""
+        training = [(part, part.training) for part in module.modules()]
+        if self.mode == "eval":
+            module.eval()
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
+        finally:
+            for part, flag in training:
+                part.training = flag
+
+    def in_words(self, trainer: Trainer, module: LightningModule) -> str:
+        """Of which loss in which numbers, in a sentence."""
+        dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters()}))
+        plugin = trainer.precision_plugin
+        cast = f" and the autocast of {plugin.precision}" if isinstance(plugin, MixedPrecision) else ""
+        numbers = f"in {dtypes}{cast if self.precision == 'training' else ''}"
+        return f"It is the loss of `{self.step}` in {self.mode} mode, {numbers}."

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size as batch_size
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from newtonopt._checks import check_whole
 from newtonopt.isolation import Isolation
 
 
@@ -21,14 +24,20 @@ class Probe:
 
     Args:
         num_batches: How many of the first batches are kept.
-        dataloader: The user's loader.
+        dataloader: The user's loader; None: the first batches.
         device: Where batches are kept; None: where training has them.
+
+    Raises:
+        ValueError: `num_batches` is below one, or `dataloader` cannot be gone through again and again, or there is no
+            such device.
     """
 
-    def __init__(self, num_batches: int, dataloader: Iterable[Any] | None, device: torch.device | None) -> None:
+    def __init__(self, num_batches: int, dataloader: Iterable[Any] | None, device: str | None) -> None:
+        check_whole("num_batches", num_batches, 1)
+        _check_loader(dataloader)
         self._num_batches = num_batches
         self._dataloader = dataloader
-        self._device = device
+        self._device = _device(device)
         self._kept: list[tuple[Any, int]] = []
         self._samples = 0
         self._closed = False
@@ -72,7 +81,7 @@ class Probe:
         if self._samples == 0:
 
             def count() -> None:
-                self._samples = sum(batch_size(batch) for batch, _ in self.batches(trainer, module))
+                self._samples = sum(_size(batch) for batch, _ in self.batches(trainer, module))
 
             with Isolation(count, ()).isolated():  # a loader draws its order from the random numbers of training
                 count()
@@ -82,7 +91,7 @@ class Probe:
 
     def share(self, batch: Any, samples: int) -> float:
         """Of a batch in the mean over all samples."""
-        return 1.0 if samples == 1 else batch_size(batch) / samples
+        return 1.0 if samples == 1 else _size(batch) / samples
 
     def state_dict(self) -> dict[str, Any]:
         """The batches, if they are made of plain containers, which checkpoints can hold."""
@@ -100,8 +109,41 @@ class Probe:
         self._closed = state["closed"] and bool(self._kept)
 
 
+def _check_loader(dataloader: object) -> None:
+    if isinstance(dataloader, Iterator):
+        raise ValueError("dataloader is an iterator, which ends after one pass: give the loader itself, or a list.")
+    if dataloader is not None and (not isinstance(dataloader, Iterable) or isinstance(dataloader, (str, Mapping))):
+        raise ValueError(f"dataloader is {dataloader!r}: give a loader or a list of batches, or None.")
+
+
+def _device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device is {name!r}: give one that is there, such as 'cpu'.") from error
+
+
+def _size(batch: Any) -> int:
+    """How many samples it holds."""
+    try:
+        return batch_size(batch)
+    except MisconfigurationException:
+        raise ValueError(
+            f"batches are weighted by their numbers of samples, which {type(batch).__name__} does not tell: make "
+            "them of tensors, lists, tuples and dicts, or measure one batch on one process."
+        ) from None
+
+
 def _copied(batch: Any, device: torch.device | None) -> Any:
-    copy = apply_to_collection(batch, Tensor, lambda t: t.detach().clone())
+    """All of it, for `training_step` may change what a batch of the user's own class holds; such as can be copied."""
+    tensors: dict[int, Any] = {}
+    plain = apply_to_collection(batch, Tensor, lambda t: tensors.setdefault(id(t), t.detach().clone()))
+    try:
+        copy = deepcopy(batch, tensors)
+    except Exception:  # it holds a lock, an open file or the like
+        copy = plain
     return copy if device is None else move_data_to_device(copy, device)
 
 

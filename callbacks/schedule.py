@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from newtonopt._checks import check_flag, check_positive, check_whole
+
 
 def passes_multiple(before: int, now: int, every: int) -> bool:
     """Whether a multiple of `every` lies in `(before, now]`: several optimizer steps may pass in a batch, or none."""
@@ -22,7 +24,7 @@ class Schedule:
         at_end: Whether it is due after the last one.
 
     Raises:
-        ValueError: Both intervals are given, or one is below one.
+        ValueError: Both intervals are given, or one is no whole number above zero, or a flag is neither True nor False.
     """
 
     every_n_train_steps: int | None = None
@@ -32,9 +34,10 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("every_n_train_steps", "every_n_epochs"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is {value!r}: give a whole number, 1 or more.")
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), 1)
+        for name in ("at_start", "at_end"):
+            check_flag(name, getattr(self, name))
         if self.every_n_train_steps is not None and self.every_n_epochs is not None:
             raise ValueError(
                 f"every_n_train_steps is {self.every_n_train_steps} and every_n_epochs is {self.every_n_epochs}: "
@@ -61,11 +64,16 @@ class Allowance:
     """Keeps what measuring adds below a share of the time that training takes, by leaving measurements out.
 
     Args:
-        share: Of training's own time; None: no bound.
+        max_overhead: The share, of training's own time; None: no bound.
+
+    Raises:
+        ValueError: It is not positive and finite.
     """
 
-    def __init__(self, share: float | None) -> None:
-        self._share = share
+    def __init__(self, max_overhead: float | None) -> None:
+        if max_overhead is not None:
+            check_positive("max_overhead", max_overhead)
+        self._share = max_overhead
         self.restart()
 
     def restart(self) -> None:

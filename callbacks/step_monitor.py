@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from newtonopt._checks import check_whole
 from newtonopt.optimizers.base import NewtonOptimizer
 from newtonopt.optimizers.report import StepReport
 
@@ -28,8 +29,7 @@ class StepMonitor(Callback):
     """
 
     def __init__(self, every_n_train_steps: int = 1) -> None:
-        if not isinstance(every_n_train_steps, int) or every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps is {every_n_train_steps!r}: give a whole number, 1 or more.")
+        check_whole("every_n_train_steps", every_n_train_steps, 1)
         self.every_n_train_steps = every_n_train_steps
         self._last_step = 0
         self._charts_written = False

@@ -135,6 +135,14 @@ def from_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def all_tags(folder: Path) -> list[str]:
+    """Of scalars, texts, figures and histograms in TensorBoard's event files."""
+    events = EventAccumulator(str(folder / "tb"))
+    events.Reload()
+    kinds = events.Tags()
+    return [tag for kind in ("scalars", "tensors", "images", "histograms") for tag in kinds[kind]]
+
+
 def from_csv(folder: Path) -> dict[str, list[tuple[int, float]]]:
     table: dict[str, list[tuple[int, float]]] = {}
     with (folder / "csv" / "metrics.csv").open() as file:

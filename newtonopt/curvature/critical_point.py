@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from newtonopt._checks import check_positive, check_share
 from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, extreme_eigenvalues
-from newtonopt.curvature.probes import check_positive, check_share
 from newtonopt.evaluation import Evaluation
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.operators import hessian

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from newtonopt._checks import check_positive, check_whole
 from newtonopt.curvature.effective_dimension import eigenvalues
-from newtonopt.curvature.probes import check_operator, check_positive, check_whole, few, normals
+from newtonopt.curvature.probes import check_operator, few, normals
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.solvers.lanczos import lanczos
 

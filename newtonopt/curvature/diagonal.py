@@ -8,17 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from newtonopt.curvature.probes import (
-    LEAST_SAMPLES,
-    check_finite,
-    check_operator,
-    check_share,
-    check_whole,
-    dot,
-    few,
-    signs,
-    unit_vectors,
-)
+from newtonopt._checks import check_share, check_whole
+from newtonopt.curvature.probes import LEAST_SAMPLES, check_finite, check_operator, dot, few, signs, unit_vectors
 from newtonopt.linear_operator import LinearOperator
 
 

@@ -9,16 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from newtonopt.curvature.probes import (
-    LEAST_SAMPLES,
-    Samples,
-    check_operator,
-    check_positive,
-    check_share,
-    check_whole,
-    signs,
-    unit_vectors,
-)
+from newtonopt._checks import check_positive, check_share, check_whole
+from newtonopt.curvature.probes import LEAST_SAMPLES, Samples, check_operator, signs, unit_vectors
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.solvers.lanczos import Tridiagonal, lanczos
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from newtonopt._checks import check_share, check_whole
 from newtonopt.curvature.bounds import Knowledge, Range, Request, certified, intervals, settled, slack
-from newtonopt.curvature.probes import check_operator, check_share, check_whole
+from newtonopt.curvature.probes import check_operator
 from newtonopt.curvature.ritz import RitzBlock
 from newtonopt.curvature.runs import search, track
 from newtonopt.linear_operator import LinearOperator

@@ -21,6 +21,7 @@ from newtonopt.curvature.parts import (
     enter_slice,
     enter_stability,
     enter_whole_spectrum,
+    those_that_train,
 )
 from newtonopt.curvature.sharpness import Kind
 from newtonopt.evaluation import Products
@@ -87,8 +88,8 @@ def measure(
         tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
             no more.
         max_products: Bound on the eigenvalues' products, one or more. Default 100. The extreme eigenvalues' intervals
-            are as wide as they are then; a further eigenvalue, shown without one, is left out unless it is known to a
-            tenth.
+            are as wide as they are then, and `curvature/converged` is 0; a further eigenvalue, shown without one, is
+            left out unless it is known to a tenth.
         max_seconds: How long the measurement may take, roughly: from the time of its first product it is told how many
             more there may be. What does not fit is left out. None (default): no bound.
         seed: Of the random start vectors. Default 0.
@@ -103,7 +104,7 @@ def measure(
         The values by tag: `curvature/lambda_max` and so on.
 
     Raises:
-        ValueError: A setting out of its range.
+        ValueError: A setting out of its range, or an optimizer that trains none of `params`.
         RuntimeError: As `evaluate`.
         FloatingPointError: The loss or a product is not finite.
     """
@@ -135,6 +136,8 @@ def measure(
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     if preconditioned and not optimizers:
         raise ValueError("preconditioned is True: give the optimizer whose state makes the preconditioner.")
+    if optimizers and not those_that_train(optimizers, tensors):
+        raise ValueError("optimizer trains none of params: give the one that does, or None.")
     return take(closure, tensors, optimizers, settings, weight, named, last)
 
 
@@ -148,7 +151,7 @@ def take(
     last: Measurement | None = None,
 ) -> Measurement:
     """`measure` by settings that were checked before."""
-    values, params = Measurement(settings.prefix), trained_parameters(params)
+    values, params = Measurement(settings), trained_parameters(params)
     look = Look(values, settings, Clock(settings.max_seconds, params[0].device), last)
     objective = Objective(closure, params, products=settings.products, weight=weight)
     evaluation = objective.evaluate()
@@ -159,6 +162,8 @@ def take(
     enter_gradient(look, quotient, gradient)
     enter_stability(look, A, params, optimizers)
     enter_layers(look, A, named)
+    if values.spectra:
+        values.add("converged", float(all(spectrum.converged for spectrum in values.spectra.values())))
     enter_whole_spectrum(look, A)
     values.add("products", A.products)
     del A

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from newtonopt._checks import check_products
+from newtonopt._checks import check_choice, check_flag, check_positive, check_products, check_share, check_whole
 from newtonopt.curvature.density import SpectralDensity
 from newtonopt.curvature.eigenvalues import Spectrum
 from newtonopt.curvature.sharpness import Kind
@@ -44,25 +44,26 @@ class Settings:
     prefix: str = "curvature"
 
     def __post_init__(self) -> None:
-        for name, least in (("top", 1), ("bottom", 0), ("max_products", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}: give a whole number, {least} or more.")
-        choices = {"curvature": get_args(Matrix), "sharpness": (*get_args(Kind), None), "loss_slice": (0, 1, 2)}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: choose {' or '.join(map(repr, allowed))}.")
-        for name in ("sharpness_radius", "slice_radius", "max_seconds"):
-            limit = getattr(self, name)
-            if limit is not None and (not isinstance(limit, (int, float)) or not 0 < limit < math.inf):
-                raise ValueError(f"{name} is {limit!r}: give a finite number above zero.")
+        for name, least in (("top", 1), ("bottom", 0), ("loss_slice", 0), ("max_products", 1), ("seed", 0)):
+            check_whole(name, getattr(self, name), least)
+        for name in ("gradient", "preconditioned", "trace", "density"):
+            check_flag(name, getattr(self, name))
+        check_choice("curvature", self.curvature, get_args(Matrix))
+        check_choice("sharpness", self.sharpness, (*get_args(Kind), None))
+        check_choice("loss_slice", self.loss_slice, (0, 1, 2))
+        if self.loss_slice > self.top + self.bottom:
+            raise ValueError(
+                f"loss_slice is {self.loss_slice}, along more eigenvectors than top={self.top} and "
+                f"bottom={self.bottom} ask for: raise one of them."
+            )
+        for name in ("sharpness_radius", "slice_radius", *([] if self.max_seconds is None else ["max_seconds"])):
+            check_positive(name, getattr(self, name))
+        check_share("tolerance", self.tolerance)
         if not (self.layers in (None, "parts") or _are_patterns(self.layers)):
             raise ValueError(
                 f"layers is {self.layers!r}: give a list of patterns of parameters' names, such as ['encoder.*'], or "
                 "'parts', or None."
             )
-        if not isinstance(self.tolerance, (int, float)) or not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance is {self.tolerance!r}: give a number between 0 and 1.")
         if not isinstance(self.prefix, str) or not re.fullmatch(r"[-\w.]+(/[-\w.]+)*", self.prefix):
             raise ValueError(f"prefix is {self.prefix!r}: give the name of the tags' group, such as 'curvature'.")
         check_products(self.products)
@@ -76,23 +77,30 @@ class Measurement(dict[str, float]):
     """Values by tag, such as `{"curvature/lambda_max": 12.4, ...}`, and what they were taken from.
 
     Args:
-        prefix: The tags' group. Default "curvature".
+        settings: What was asked for.
 
     Attributes:
-        prefix: The tags' group.
+        settings: What was asked for.
         spectra: The eigenvalues with their vectors, by name: "lambda" those of the matrix itself.
         density: Of all eigenvalues, where it was asked for.
         slice: The loss along eigenvectors, where it was asked for.
         form: How products were formed.
+        lack: Why there is no preconditioned eigenvalue, where it was asked for; None where there is, or no time.
     """
 
-    def __init__(self, prefix: str = "curvature") -> None:
+    def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.prefix = prefix
+        self.settings = settings
         self.spectra: dict[str, Spectrum] = {}
         self.density: SpectralDensity | None = None
         self.slice: LossSlice | None = None
         self.form: Products = "auto"
+        self.lack: str | None = None
+
+    @property
+    def prefix(self) -> str:
+        """The tags' group."""
+        return self.settings.prefix
 
     @property
     def spectrum(self) -> Spectrum | None:
@@ -105,7 +113,8 @@ class Measurement(dict[str, float]):
 
     def in_words(self) -> str:
         """What the values mean, one sentence each."""
-        return "\n".join(describe(self.read))
+        lack = [] if self.lack is None else [f"There is no preconditioned eigenvalue: {self.lack}"]
+        return "\n".join([*describe(self.read, self.settings), *lack])
 
     def add(self, name: str, value: float) -> None:
         """Enter a value, unless it is not finite, which no chart can show."""

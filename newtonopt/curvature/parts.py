@@ -157,21 +157,29 @@ def _is_known(eigenvalue: Eigenvalue) -> bool:
     return (width if math.isfinite(width) else eigenvalue.residual) <= 0.1 * abs(eigenvalue.value)
 
 
+def those_that_train(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> list[Optimizer]:
+    """The optimizers that have any of the parameters."""
+    own = {id(p) for p in params}
+    return [o for o in optimizers if any(id(p) in own for group in o.param_groups for p in group["params"])]
+
+
 def enter_stability(look: Look, A: LinearOperator, params: Sequence[Tensor], optimizers: Sequence[Optimizer]) -> None:
     """The threshold, and the eigenvalue that it is for over it: that of the matrix itself for SGD alone."""
-    own = {id(p) for p in params}
-    optimizers = [o for o in optimizers if any(id(p) in own for group in o.param_groups for p in group["params"])]
+    training = those_that_train(optimizers, params)
     try:
-        threshold = min(stability_threshold(optimizer) for optimizer in optimizers)
-        operator = preconditioned(A, optimizers[0], params) if look.settings.preconditioned else None
-    except (TypeError, ValueError):
-        return  # no optimizer, or none with a threshold, or one that is never stable, or has taken no step yet
+        if not training:
+            raise ValueError("no optimizer trains any of these parameters.")
+        threshold = min(map(stability_threshold, training))
+        operator = preconditioned(A, training[0], params) if look.settings.preconditioned else None
+    except (TypeError, ValueError) as error:  # none with a threshold, or never stable, or without a step so far
+        look.values.lack = str(error) if look.settings.preconditioned else None
+        return
     name = "lambda_max"
     if operator is not None:
         name = "preconditioned_lambda_max"
         spectrum = look.spectrum(name, operator, 1, 0)
         look.enter(name, spectrum.top if spectrum is not None else ())
-    elif not all(isinstance(optimizer, SGD) for optimizer in optimizers):
+    elif not all(isinstance(optimizer, SGD) for optimizer in training):
         return
     largest = look.values.read(name)
     if largest is not None and math.isfinite(threshold):  # it is not where the learning rate is zero, as in a warm-up

@@ -33,24 +33,6 @@ def check_operator(operator: object) -> int:
     return rows
 
 
-def check_whole(name: str, value: object, least: int) -> None:
-    """Refuse what is no whole number, or a smaller one, with a ValueError."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number and at least {least}, got {value!r}")
-
-
-def check_share(name: str, value: object) -> None:
-    """Refuse what is not strictly between zero and one with a ValueError."""
-    if not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
-        raise ValueError(f"{name} must be in (0, 1), got {value!r}")
-
-
-def check_positive(name: str, value: object) -> None:
-    """Refuse what is not positive and finite with a ValueError."""
-    if not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
-
-
 def check_finite(value: float, products: int) -> None:
     """Refuse with a FloatingPointError what came of a product that is not finite."""
     if not math.isfinite(value):

@@ -11,10 +11,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_closure, check_products, check_weight
+from newtonopt._checks import check_closure, check_products, check_weight, check_whole
 from newtonopt._flat import trained_parameters
 from newtonopt.curvature.ascent import Ball
-from newtonopt.curvature.probes import check_whole
 from newtonopt.evaluation import Products
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_closure, check_products, check_weight
+from newtonopt._checks import check_closure, check_positive, check_products, check_weight, check_whole
 from newtonopt._flat import trained_parameters
-from newtonopt.curvature.probes import check_positive, check_whole, dot
+from newtonopt.curvature.probes import dot
 from newtonopt.evaluation import Products
 from newtonopt.objective import Objective
 from newtonopt.operators import hessian

@@ -10,13 +10,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from newtonopt._checks import check_share, check_whole
 from newtonopt.curvature.probes import (
     LEAST_SAMPLES,
     Samples,
     check_finite,
     check_operator,
-    check_share,
-    check_whole,
     dot,
     normals,
     signs,

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from newtonopt.curvature.measurement import Settings
 
 # Between these ratios of the largest eigenvalue to the threshold training is called at the edge: full-batch gradient
 # descent and Adam hover within 6 % of it (Cohen et al. 2021, 2022).
 _BELOW, _BEYOND = 0.9, 1.1
 
 
-def describe(read: Callable[[str], float | None]) -> list[str]:
+def describe(read: Callable[[str], float | None], settings: Settings) -> list[str]:
     """Sentences about the values that were measured.
 
     Args:
         read: The value of a name such as "lambda_max"; None if it was not measured.
+        settings: What they were measured by.
     """
-    return [*_largest(read), *_smallest(read), *_gradient(read), *_sharpness(read), *_cost(read)]
+    smallest = _smallest(read) if settings.curvature == "hessian" else ()
+    return [*_largest(read), *smallest, *_gradient(read), *_sharpness(read, settings), *_cost(read)]
 
 
 def _largest(read: Callable[[str], float | None]) -> Iterator[str]:
@@ -44,12 +50,14 @@ def _with_bounds(read: Callable[[str], float | None], name: str) -> str:
     value, lower, upper = (read(f"{name}{end}") for end in ("", "_lower", "_upper"))
     if value is None or lower is None or upper is None:
         return f"{value:.4g}"
+    width = max(upper - value, value - lower)
     if read("certified") == 0.0:
-        return f"{value:.4g} (followed from the last measurement: no bound)"
-    return f"{value:.4g} within {max(upper - value, value - lower):.2g}"
+        return f"{value:.4g} (followed: some eigenvalue lies within {width:.2g} of it, a larger one may be missed)"
+    return f"{value:.4g} within {width:.2g}"
 
 
 def _smallest(read: Callable[[str], float | None]) -> Iterator[str]:
+    """Of the Hessian: that of a Gauss-Newton matrix is never negative and says nothing of the loss."""
     value, lower, upper = (read(f"lambda_min{end}") for end in ("", "_lower", "_upper"))
     if value is None or lower is None or upper is None:
         return
@@ -59,6 +67,11 @@ def _smallest(read: Callable[[str], float | None]) -> Iterator[str]:
         yield f"The smallest, {value:.3g}, says the loss is convex here."
     elif lower == upper == 0.0:
         yield "The smallest is zero: the loss is flat along it."
+    elif read("certified") == 0.0:
+        yield (
+            f"The smallest, {value:.3g}, was followed: some eigenvalue lies between {lower:.2g} and {upper:.2g}, a "
+            "smaller one may be missed."
+        )
     else:
         yield f"The smallest, {value:.3g}, may have either sign: it lies between {lower:.2g} and {upper:.2g}."
 
@@ -78,10 +91,17 @@ def _gradient(read: Callable[[str], float | None]) -> Iterator[str]:
         yield f"Along the gradient the curvature is {curvature:.3g}: the loss falls faster than the gradient says."
 
 
-def _sharpness(read: Callable[[str], float | None]) -> Iterator[str]:
-    value = read("sharpness")
-    if value is not None:
-        yield f"The sharpness, by which the loss rises nearby, is {value:.3g}."
+def _sharpness(read: Callable[[str], float | None], settings: Settings) -> Iterator[str]:
+    value, error = read("sharpness"), read("sharpness_error")
+    kind, radius = settings.sharpness, settings.sharpness_radius
+    if value is None:
+        return
+    if kind == "average":
+        known = "" if error is None else f", with a standard error of {error:.2g}"
+        yield f"Sharpness: at distance {radius:g} the loss rises by {value:.3g} on average{known}."
+    else:
+        where = f"distance {radius:g}" if kind == "ball" else f"{radius:g}, relative to each parameter's size,"
+        yield f"Sharpness: within {where} the loss rises by {value:.3g} or more; that is the largest rise found."
 
 
 def _cost(read: Callable[[str], float | None]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning_problems import (
     BATCHES,
     OPTIMIZERS,
     Classifier,
+    all_tags,
     both_loggers,
     chart_tags,
     from_csv,
@@ -77,7 +79,12 @@ def fitted(optimizer: str, folder: Path, *callbacks: L.Callback) -> dict[str, An
 def test_measuring_changes_nothing(optimizer: str, tmp_path: Path) -> None:
     without = fitted(optimizer, tmp_path / "without")
     everything_else = {"at_start": True, "trace": True, "density": True, "layers": ["layers.0.*"], "loss_slice": 1}
-    everything_else |= {"preconditioned": True, "precision": "training", "dataloader": list(loader()), "device": "cpu"}
+    everything_else |= {
+        "preconditioned": optimizer != "HessianFree",
+        "precision": "training",
+        "dataloader": list(loader()),
+        "device": "cpu",
+    }
     for mode, every, more in (("train", 2, {}), ("eval", 6, everything_else)):
         monitor = small_monitor(every_n_train_steps=every, max_products=10, mode=mode, num_batches=2, **more)
         watched = fitted(optimizer, tmp_path / mode, monitor)
@@ -192,7 +199,7 @@ def test_tags_reach_every_logger_and_the_trainer(tmp_path: Path) -> None:
     )
     trainer.fit(Classifier("SGD"), loader())
     bounds = [f"lambda_{end}{part}" for end in ("max", "min") for part in ("", "_lower", "_upper")]
-    others = ["lambda_2", "lambda_3", "lambda_min_2", "sharpness", "products", "seconds", "certified"]
+    others = ["lambda_2", "lambda_3", "lambda_min_2", "sharpness", "products", "seconds", "certified", "converged"]
     others += ["gradient_curvature", "gradient_alignment"]
     tags = {f"curvature/{name}" for name in [*bounds, *others, "stability_threshold", "stability_ratio"]}
     table, events = from_csv(tmp_path), from_events(tmp_path)
@@ -202,6 +209,19 @@ def test_tags_reach_every_logger_and_the_trainer(tmp_path: Path) -> None:
         assert float(trainer.callback_metrics[tag]) == pytest.approx(table[tag][-1][1])
     for found in (table, events, trainer.callback_metrics):
         assert {tag for tag in found if tag.startswith("curvature/")} == tags
+
+
+def test_the_manual_has_every_tag_and_no_other(tmp_path: Path) -> None:
+    everything = {"bottom": 2, "preconditioned": True, "layers": ["layers.0.*"], "trace": True, "density": True}
+    everything |= {"loss_slice": 1, "sharpness": "average", "every_n_epochs": 1, "every_n_train_steps": None}
+    trainer = quiet_trainer(max_epochs=1, callbacks=[small_monitor(**everything)], logger=both_loggers(tmp_path))
+    trainer.fit(Classifier("Adam"), loader())
+    written = [tag.removeprefix("curvature/") for tag in all_tags(tmp_path) if tag.startswith("curvature/")]
+    names = {re.sub("_of/.*", "_of/PART", tag.removesuffix("/text_summary")) for tag in written}
+    tags = (Path(__file__).parents[2] / "docs" / "monitor.md").read_text().split("## Tags")[1].split("\n## ")[0]
+    told = {name for row in re.findall(r"^\| (`.*?) \|", tags, re.MULTILINE) for name in row.split("`")[1::2]}
+    [others] = re.findall("^TensorBoard also gets (.*)", tags, re.MULTILINE)
+    assert names == (told - {"top", "bottom"}) | set(others.split("`")[1::2])
 
 
 def test_early_stopping_watches_curvature_without_a_logger() -> None:
@@ -295,7 +315,7 @@ def test_without_second_derivatives_it_measures_by_finite_differences(tmp_path: 
     assert "curvature/sharpness" in trainer.callback_metrics
     assert len(from_csv(tmp_path)["curvature/lambda_max"]) > 1
     monitor = trainer.callbacks[0]
-    monitor.on_fit_start(trainer, Plain("SGD"))
+    monitor.setup(trainer, Plain("SGD"), "fit")
     assert not monitor._differences  # another model may have them
 
 
@@ -317,28 +337,43 @@ def test_a_model_that_cannot_be_measured_still_trains() -> None:
     assert trainer.global_step == BATCHES
 
 
+FLAGS = ("at_start", "at_end", "gradient", "preconditioned", "trace", "density", "text")
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"every_n_train_steps": 0}, "every_n_train_steps is 0: give a whole number, 1 or more"),
-        ({"top": 0}, "top is 0: give a whole number, 1 or more"),
-        ({"top": "3"}, "top is '3': give a whole number, 1 or more"),
-        ({"bottom": -1}, "bottom is -1: give a whole number, 0 or more"),
-        ({"num_batches": 0}, "num_batches is 0: give a whole number, 1 or more"),
-        ({"max_products": 0}, "max_products is 0: give a whole number, 1 or more"),
+        ({"every_n_train_steps": 0}, "every_n_train_steps must be a whole number and at least 1, got 0"),
+        ({"every_n_epochs": True}, "every_n_epochs must be a whole number and at least 1, got True"),
+        ({"top": 0}, "top must be a whole number and at least 1, got 0"),
+        ({"top": "3"}, "top must be a whole number and at least 1, got '3'"),
+        ({"top": True}, "top must be a whole number and at least 1, got True"),
+        ({"bottom": -1}, "bottom must be a whole number and at least 0, got -1"),
+        ({"num_batches": 0}, "num_batches must be a whole number and at least 1, got 0"),
+        ({"certify_every": True}, "certify_every must be a whole number and at least 1, got True"),
+        ({"max_products": 0}, "max_products must be a whole number and at least 1, got 0"),
+        *((({flag: "yes"}), f"{flag} must be True or False, got 'yes'") for flag in FLAGS),
         ({"sharpness": "cube"}, "sharpness is 'cube': choose 'ball' or 'adaptive_ball' or 'average' or None"),
         ({"mode": "test"}, "mode is 'test': choose 'train' or 'eval'"),
-        ({"sharpness_radius": 0.0}, "sharpness_radius is 0.0: give a finite number above zero"),
-        ({"tolerance": 1.0}, "tolerance is 1.0: give a number between 0 and 1"),
+        ({"sharpness_radius": 0.0}, "sharpness_radius must be positive and finite, got 0.0"),
+        ({"sharpness_radius": None}, "sharpness_radius must be positive and finite, got None"),
+        ({"tolerance": 1.0}, r"tolerance must be in \(0, 1\), got 1.0"),
         ({"products": "guess"}, "products is 'guess'"),
         ({"curvature": "fisher"}, "curvature is 'fisher': choose 'hessian' or 'gauss_newton'"),
         ({"precision": "half"}, "precision is 'half': choose 'full' or 'training'"),
-        ({"max_seconds": 0}, "max_seconds is 0: give a finite number above zero"),
+        ({"max_seconds": 0}, "max_seconds must be positive and finite, got 0"),
         ({"layers": []}, r"layers is \[\]: give a list of patterns"),
         ({"layers": "encoder"}, "layers is 'encoder': give a list of patterns"),
         ({"prefix": ""}, "prefix is '': give the name of the tags' group"),
         ({"device": "gpu"}, "device is 'gpu': give one that is there"),
         ({"dataloader": iter([])}, "dataloader is an iterator, which ends after one pass"),
+        ({"dataloader": 5}, "dataloader is 5: give a loader or a list of batches"),
+        ({"dataloader": "train"}, "dataloader is 'train': give a loader or a list of batches"),
+        ({"parameters": "("}, r"parameters is '\(', which is no regular expression \(missing \)"),
+        ({"parameters": ["encoder"]}, r"parameters is \['encoder'\], which is no regular expression"),
+        ({"step": None}, "step is None: give the name of a method"),
+        ({"loss_slice": True}, "loss_slice must be a whole number"),
+        ({"loss_slice": 2, "top": 1, "bottom": 0}, "loss_slice is 2, along more eigenvectors than top=1 and bottom=0"),
     ],
 )
 def test_bad_arguments_are_refused(settings: dict[str, Any], words: str) -> None:

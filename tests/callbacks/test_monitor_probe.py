@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,8 @@ def one_by_one(batches: list[Any]) -> DataLoader:
 def test_a_resumed_run_measures_on_the_same_batches(tmp_path: Path) -> None:
     batches = [tuple(batch) for batch in loader()]
     checkpointed = resumed(tmp_path, batches)
-    state = torch.load(tmp_path / "first.ckpt", weights_only=True)["callbacks"]
-    [probe] = [value["batches"] for key, value in state.items() if "CurvatureMonitor" in key]
+    state = torch.load(tmp_path / "first.ckpt", weights_only=True)["CurvatureMonitor"]
+    probe = state["curvature"]["batches"]
     for (kept, index), (number, batch) in zip(probe, enumerate(batches), strict=False):
         assert index == number
         assert all(torch.equal(a, b) for a, b in zip(kept, batch, strict=True))
@@ -120,6 +121,24 @@ def test_a_resumed_run_measures_on_the_same_batches(tmp_path: Path) -> None:
     inputs, labels = (torch.cat(parts) for parts in zip(*batches[:2], strict=True))
     truth = measure(lambda: F.cross_entropy(model.layers(inputs), labels), model.parameters(), sharpness=None)
     assert checkpointed["curvature/lambda_max"] == pytest.approx(truth["curvature/lambda_max"], rel=1e-3)
+
+
+def test_a_fit_after_validating_a_checkpoint_takes_batches_of_its_own(tmp_path: Path) -> None:
+    class Validated(Smooth):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    first = quiet_trainer(max_epochs=1, callbacks=[quick()])
+    first.fit(Smooth(), loader())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    second = quiet_trainer(max_epochs=1, callbacks=[quick()])
+    second.validate(Validated(), loader(), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    second.fit(Validated(), loader(5), loader())
+    second.save_checkpoint(tmp_path / "second.ckpt")
+    [[(inputs, _), _]] = torch.load(tmp_path / "second.ckpt", weights_only=True)["CurvatureMonitor"]["curvature"][
+        "batches"
+    ]
+    assert len(inputs) == 5
 
 
 @dataclass
@@ -139,6 +158,52 @@ def test_batches_that_no_checkpoint_holds_are_taken_anew_with_a_warning(tmp_path
     with pytest.warns(UserWarning, match="measures on other batches from here on"):
         values = resumed(tmp_path, batches)
     assert "curvature/lambda_max" in values
+
+
+class Own:
+    """A batch of the user's own class, whose `to` moves it in place."""
+
+    def __init__(self, x: Tensor, y: Tensor, lock: Any = None) -> None:
+        self.x, self.y, self.lock = x, y, lock
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Own:
+        self.x, self.y = self.x.to(device), self.y.to(device)
+        return self
+
+
+class ChangesItsBatch(Smooth):
+    def training_step(self, batch: Own, batch_idx: int) -> Tensor:
+        batch.x.mul_(1.5)
+        batch.y = batch.y.flip(0)
+        return F.cross_entropy(self.layers(batch.x), batch.y)
+
+
+def test_a_batch_of_the_users_own_class_is_left_to_training() -> None:
+    """Whatever the step does to it, in measurements it does to copies."""
+    weights = []
+    for monitors in ([], [quick(at_start=True)]):
+        model, trainer = ChangesItsBatch(), quiet_trainer(callbacks=monitors)
+        trainer.fit(model, one_by_one([Own(x.clone(), y.clone()) for x, y in loader()]))
+        weights.append([p.detach().clone() for p in model.parameters()])
+    assert "curvature/lambda_max" in trainer.callback_metrics
+    assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
+
+
+class TakesItsBatch(Smooth):
+    def training_step(self, batch: Own, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.layers(batch.x), batch.y)
+
+
+def test_a_batch_that_cannot_be_copied_is_measured_as_it_is() -> None:
+    trainer = quiet_trainer(max_epochs=1, callbacks=[quick()])
+    trainer.fit(TakesItsBatch(), one_by_one([Own(*batch, lock=threading.Lock()) for batch in loader()]))
+    assert "curvature/lambda_max" in trainer.callback_metrics
+
+
+def test_batches_that_do_not_tell_their_numbers_of_samples_are_not_weighted() -> None:
+    trainer = quiet_trainer(max_epochs=1, callbacks=[quick(num_batches=2)])
+    with pytest.warns(UserWarning, match=r"numbers of samples, which Own does not tell: .* or measure one batch on"):
+        trainer.fit(TakesItsBatch(), one_by_one([Own(*batch) for batch in loader()]))
 
 
 def first_batch(model: Smooth, casts: bool) -> Callable[[], Tensor]:

@@ -103,5 +103,5 @@ def test_no_logger_is_no_error() -> None:
 
 
 def test_a_bad_interval_is_refused() -> None:
-    with pytest.raises(ValueError, match="every_n_train_steps is 0: give a whole number, 1 or more"):
+    with pytest.raises(ValueError, match="every_n_train_steps must be a whole number and at least 1, got 0"):
         StepMonitor(0)

@@ -13,6 +13,7 @@ from torch.autograd.functional import hessian as dense_hessian
 from torch.func import functional_call
 
 from newtonopt.curvature import Measurement, measure
+from newtonopt.curvature.measurement import Settings
 
 
 class Problem:
@@ -171,6 +172,29 @@ def test_the_time_is_kept() -> None:
     assert set(short) == {"curvature/gradient_curvature", "curvature/products", "curvature/seconds"}
 
 
+@pytest.mark.parametrize(("budget", "converged"), [(40, 1.0), (3, 0.0)])
+def test_it_says_whether_every_interval_is_narrow_enough(budget: int, converged: float) -> None:
+    problem = Problem()
+    found = measure(problem.closure, problem.model.named_parameters(), sharpness=None, max_products=budget)
+    assert found["curvature/converged"] == converged
+    assert found.spectrum.converged == bool(converged)
+
+
+def test_a_part_whose_interval_is_wide_has_not_converged() -> None:
+    """The whole is diagonal with two eigenvalues, found in two products; the part has many."""
+    p, q = (torch.ones(n, dtype=torch.float64, requires_grad=True) for n in (1, 40))
+    weights = torch.linspace(1.0, 2.0, 40, dtype=torch.float64)
+
+    def closure() -> Tensor:
+        return 1e3 * p.square().sum() + (weights * q.square()).sum()
+
+    settings: dict[str, Any] = {"top": 1, "bottom": 0, "sharpness": None, "tolerance": 1e-6, "max_products": 8}
+    found = measure(closure, [("p", p), ("q", q)], **settings)
+    assert found["curvature/converged"] == 1.0
+    found = measure(closure, [("p", p), ("q", q)], layers=["q"], **settings)
+    assert found.spectrum.converged and found["curvature/converged"] == 0.0
+
+
 def test_gauss_newton_is_positive() -> None:
     problem = Problem()
     found = measure(problem.closure, problem.model.parameters(), curvature="gauss_newton", bottom=0, sharpness=None)
@@ -188,9 +212,9 @@ def test_layers_need_names() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"top": 0}, "top is 0: give a whole number, 1 or more"),
+        ({"top": 0}, "top must be a whole number and at least 1, got 0"),
         ({"loss_slice": 3}, "loss_slice is 3: choose 0 or 1 or 2"),
-        ({"slice_radius": -1.0}, r"slice_radius is -1\.0: give a finite number above zero"),
+        ({"slice_radius": -1.0}, r"slice_radius must be positive and finite, got -1\.0"),
         ({"prefix": "my tags"}, "prefix is 'my tags': give the name of the tags' group"),
     ],
 )
@@ -199,8 +223,8 @@ def test_bad_settings_are_refused(settings: dict[str, Any], words: str) -> None:
         measure(Problem().closure, Problem().model.parameters(), **settings)
 
 
-def described(**values: float) -> str:
-    measurement = Measurement()
+def described(values: dict[str, float], **settings: Any) -> str:
+    measurement = Measurement(Settings(**settings))
     for name, value in values.items():
         measurement.add(name, value)
     return measurement.in_words()
@@ -221,23 +245,36 @@ SMALLEST = {"lambda_min": -0.3, "lambda_min_lower": -0.4, "lambda_min_upper": -0
         ),
         ({**LARGEST, "stability_threshold": 24.8, "stability_ratio": 0.5}, "24.8: steps are stable."),
         ({**LARGEST, "stability_threshold": 6.2, "stability_ratio": 2.0}, "overshoot and grow"),
-        ({**LARGEST, "certified": 0.0}, "12.4 (followed from the last measurement: no bound)"),
+        ({**LARGEST, "certified": 0.0}, "12.4 (followed: some eigenvalue lies within 0.1 of it, a larger one may be "),
         (SMALLEST, "The smallest, -0.3, says this is no minimum."),
         ({**SMALLEST, "certified": 0.0}, "says this is no minimum."),
         ({"lambda_min": 0.3, "lambda_min_lower": 0.2, "lambda_min_upper": 0.31}, "says the loss is convex here."),
         (
             {"lambda_min": 0.3, "lambda_min_lower": 0.2, "lambda_min_upper": 0.31, "certified": 0.0},
-            "may have either sign",
+            "was followed: some eigenvalue lies between 0.2 and 0.31, a smaller one may be missed.",
         ),
         ({"lambda_min": 0.0, "lambda_min_lower": -0.1, "lambda_min_upper": 0.1}, "it lies between -0.1 and 0.1."),
         ({"gradient_curvature": 4.0}, "the loss falls most by a step of 0.25 gradients."),
         ({"gradient_curvature": -4.0}, "the loss falls faster than the gradient says."),
-        ({"sharpness": 0.25}, "The sharpness, by which the loss rises nearby, is 0.25."),
+        ({"sharpness": 0.25}, "within distance 0.05 the loss rises by 0.25 or more; that is the largest rise found."),
         ({"products": 31.0, "seconds": 1.26}, "Measured with 31 products in 1.3 s."),
     ],
 )
 def test_words_say_what_the_values_mean(values: dict[str, float], words: str) -> None:
-    assert words in described(**values)
+    assert words in described(values)
+
+
+def test_words_name_the_kind_of_sharpness_and_its_radius() -> None:
+    adaptive = described({"sharpness": 0.25}, sharpness="adaptive_ball", sharpness_radius=0.5)
+    assert "within 0.5, relative to each parameter's size, the loss rises by 0.25 or more" in adaptive
+    average = described({"sharpness": 0.25, "sharpness_error": 0.012}, sharpness="average", sharpness_radius=2.0)
+    assert "at distance 2 the loss rises by 0.25 on average, with a standard error of 0.012." in average
+
+
+def test_words_draw_no_conclusion_from_the_smallest_eigenvalue_of_a_gauss_newton_matrix() -> None:
+    values = {"lambda_min": 0.3, "lambda_min_lower": 0.2, "lambda_min_upper": 0.31}
+    assert "convex" in described(values)
+    assert described(values, curvature="gauss_newton") == ""
 
 
 @pytest.mark.parametrize("sharpness", [None, "ball"])
@@ -251,6 +288,30 @@ def test_a_preconditioner_needs_an_optimizer() -> None:
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="preconditioned is True: give the optimizer"):
         measure(lambda: p.square().sum(), [p], preconditioned=True)
+
+
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    other, own = (torch.optim.SGD([x], lr=0.1) for x in (q, p))
+    for optimizer in (other, [other]):
+        with pytest.raises(ValueError, match="optimizer trains none of params: give the one that does, or None"):
+            measure(lambda: p.square().sum(), [p], optimizer)
+    found = measure(lambda: p.square().sum(), [p], [other, own])
+    assert found["curvature/stability_threshold"] == pytest.approx(20.0)
+
+
+def test_words_say_why_there_is_no_preconditioned_eigenvalue() -> None:
+    p = nn.Parameter(torch.ones(2))
+    for optimizer, why in (
+        (
+            torch.optim.Adam([p], lr=0.1),
+            "optimizer has no state (exp_avg_sq) of a parameter of shape (2,): take ",
+        ),
+        (torch.optim.LBFGS([p]), "optimizer is LBFGS, for which no stability threshold is known: give"),
+    ):
+        found = measure(lambda: p.square().sum(), [p], optimizer, preconditioned=True)
+        assert f"There is no preconditioned eigenvalue: {why}" in found.in_words()
+        assert "no preconditioned" not in measure(lambda: p.square().sum(), [p], optimizer).in_words()
 
 
 def test_words_for_no_curvature_at_all() -> None:

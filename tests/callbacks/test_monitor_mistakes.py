@@ -1,0 +1,167 @@
+"""Mistakes in CurvatureMonitor's configuration stop a run before it trains; what cannot be measured is said once."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning_problems import BATCHES, OPTIMIZERS, Classifier, loader, quiet_trainer
+from torch import Tensor, nn
+
+from newtonopt.callbacks import CurvatureMonitor
+
+
+def quick(**settings: Any) -> CurvatureMonitor:
+    return CurvatureMonitor(**{"top": 1, "bottom": 0, "sharpness": None, "max_products": 8, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"step": "loss"}, "step is 'loss', which is no method of Classifier: give the name of one that takes a batch"),
+        ({"step": "make"}, "step is 'make', which is no method of Classifier"),
+        (
+            {"parameters": "^encoder"},
+            r"parameters is '\^encoder', which is found in no name of a parameter of Classifier: layers\.0\.weight, ",
+        ),
+        ({"layers": ["layers.*", "decoder.*"]}, r"layers: 'decoder\.\*' fits no name of .*: layers\.0\.weight, "),
+        ({"layers": ["layers.0.*"], "parameters": "4"}, r"'layers\.0\.\*' fits no name .*: layers\.4\.weight, "),
+    ],
+)
+def test_what_the_module_has_not_is_an_error_before_training(settings: dict[str, Any], words: str) -> None:
+    model = Classifier("SGD")
+    model.make = 3
+    with pytest.raises(ValueError, match=words):
+        quiet_trainer(callbacks=[quick(**settings)]).fit(model, loader())
+    assert model.calls.batches == []
+
+
+class Lazy(Classifier):
+    """Layers whose shapes are known with the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__("SGD")
+        self.layers = nn.Sequential(nn.LazyLinear(6), nn.BatchNorm1d(6), nn.Tanh(), nn.LazyLinear(3))
+
+
+class Partly(Classifier):
+    """Not all of it is trained at first."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    def on_after_backward(self) -> None:
+        pass
+
+
+class Thaw(BaseFinetuning):
+    def freeze_before_training(self, pl_module: L.LightningModule) -> None:
+        self.freeze(pl_module.layers[0], train_bn=False)
+
+    def finetune_function(self, pl_module: L.LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.layers[0], optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules|The model has|A layer with UninitializedParameter:UserWarning")
+def test_parameters_without_a_shape_so_far_are_no_mistake() -> None:
+    trainer = quiet_trainer(callbacks=[quick(every_n_train_steps=1, parameters="3", layers=["layers.3.*"])])
+    trainer.fit(Lazy(), loader())
+    assert float(trainer.callback_metrics["curvature/lambda_max_of/layers.3"]) > 0.0
+
+
+def test_parameters_that_are_frozen_so_far_are_no_mistake() -> None:
+    monitor = quick(every_n_train_steps=5, parameters="^layers.0", layers=["layers.0.*"])
+    trainer = quiet_trainer(callbacks=[Thaw(), monitor])
+    trainer.fit(Partly(), loader())
+    assert float(trainer.callback_metrics["curvature/lambda_max_of/layers.0"]) > 0.0
+
+
+class WithMonitors(Classifier):
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [quick(), quick(prefix="other"), quick()]
+
+
+def test_two_monitors_with_one_prefix_are_an_error_before_training() -> None:
+    words = "prefix is 'curvature' in more than one CurvatureMonitor of this Trainer.*: give each a prefix of its own"
+    monitor = quick(at_end=True)
+    for model, callbacks in (
+        (Classifier("SGD"), [monitor, quick(at_end=True, parameters="4")]),
+        (Classifier("SGD"), [monitor, monitor]),
+        (WithMonitors("SGD"), []),
+    ):
+        with pytest.raises(ValueError, match=words):
+            quiet_trainer(callbacks=callbacks).fit(model, loader())
+        assert model.calls.batches == []
+
+
+def test_two_monitors_with_a_prefix_each_keep_their_own_batches(tmp_path: Path) -> None:
+    trainer = quiet_trainer(callbacks=[quick(at_end=True), quick(at_end=True, prefix="other", num_batches=2)])
+    trainer.fit(Classifier("SGD"), loader())
+    trainer.save_checkpoint(tmp_path / "both.ckpt")
+    state = torch.load(tmp_path / "both.ckpt", weights_only=True)["CurvatureMonitor"]
+    assert {prefix: len(probe["batches"]) for prefix, probe in state.items()} == {"curvature": 1, "other": 2}
+
+
+def fitted(optimizer: Callable[..., Any] | str, **settings: Any) -> tuple[L.Trainer, list[str]]:
+    """After a fit, and what CurvatureMonitor warned of."""
+    trainer = quiet_trainer(callbacks=[quick(every_n_train_steps=1, preconditioned=True, at_start=True, **settings)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Classifier(optimizer), loader())
+    assert trainer.global_step == 2 * BATCHES
+    return trainer, [str(w.message) for w in caught if "CurvatureMonitor" in str(w.message)]
+
+
+def ascent(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, lr=1e-4, maximize=True)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "why"),
+    [
+        (torch.optim.LBFGS, "optimizer is LBFGS, for which no stability threshold is known: give a torch.optim"),
+        ("HessianFree", "optimizer is HessianFree, for which no stability threshold is known: give a torch.optim"),
+        (ascent, "maximize must be False, got True"),
+        (lambda params: torch.optim.Adam(list(params)[:2]), "params holds one of shape .* not among the optimizer's"),
+    ],
+    ids=["LBFGS", "HessianFree", "ascent", "some"],
+)
+def test_a_preconditioned_eigenvalue_that_there_cannot_be_warns_once(optimizer: Any, why: str) -> None:
+    trainer, (words,) = fitted(optimizer)
+    assert words.startswith("CurvatureMonitor cannot do what preconditioned=True asks for: ")
+    assert re.search(why, words)
+    assert "curvature/lambda_max" in trainer.callback_metrics
+    assert "curvature/preconditioned_lambda_max" not in trainer.callback_metrics
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+def test_a_preconditioned_eigenvalue_that_comes_with_the_first_step_is_no_reason_to_warn(optimizer: str) -> None:
+    trainer, words = fitted(OPTIMIZERS[optimizer])
+    assert words == []
+    assert "curvature/preconditioned_lambda_max" in trainer.callback_metrics
+
+
+class Failing(Classifier):
+    def loss(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.global_step == 2:
+            raise ArithmeticError("no")
+        return F.cross_entropy(self.layers(batch[0]), batch[1])
+
+
+def test_a_failure_after_another_warning_is_still_said() -> None:
+    monitor = quick(every_n_train_steps=1, preconditioned=True, step="loss")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_trainer(callbacks=[monitor]).fit(Failing("HessianFree"), loader())
+    words = [str(w.message) for w in caught if "CurvatureMonitor" in str(w.message)]
+    assert len(words) == 2
+    assert "preconditioned=True" in words[0] and "could not measure at step 2" in words[1]
