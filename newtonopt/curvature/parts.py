@@ -26,12 +26,11 @@ from newtonopt.curvature.trace import trace
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective
 
-# Gradients and products for the sharpest point: that many at most, and no search with fewer.
-_GRADIENTS, _LEAST_GRADIENTS = 20, 8
-# Losses for the average sharpness.
-_SAMPLES = 64
-# For trace and density the same; and a run's steps for the density, of which there are as many runs as fit, at least 2.
-_LEAST_PRODUCTS, _STEPS = 10, 50
+# Gradients for the sharpest point: that many at most, and no search with fewer; losses for the average sharpness.
+_GRADIENTS, _LEAST_GRADIENTS, _SAMPLES = 20, 8, 64
+# Products for trace and density each, more where the eigenvalues may have more, and none with fewer; and a run's steps
+# for the density, of which there are as many runs as fit, at least 2.
+_WHOLE_PRODUCTS, _LEAST_PRODUCTS, _STEPS = 100, 10, 50
 # Products for following beyond one for each eigenvalue. With one fewer the largest one of a network was missed by a
 # quarter; to a tolerance alone a GPT's tiny smallest one took a hundred, at two training steps each.
 _FOLLOWED_BEYOND = 2
@@ -212,14 +211,12 @@ def enter_layers(look: Look, A: LinearOperator, named: Sequence[tuple[str, Tenso
 
 def enter_whole_spectrum(look: Look, A: LinearOperator) -> None:
     """Trace, with its standard error, and density."""
-    settings, clock = look.settings, look.clock
-    budget = clock.affordable(settings.max_products)
-    if settings.trace and budget >= _LEAST_PRODUCTS:
+    settings, most = look.settings, max(_WHOLE_PRODUCTS, look.settings.max_products)
+    if settings.trace and (budget := look.clock.affordable(most)) >= _LEAST_PRODUCTS:
         found = trace(A, tolerance=settings.tolerance, max_products=budget, seed=settings.seed)
         look.values.add("trace", found.value)
         look.values.add("trace_error", found.standard_error)
-        budget = clock.affordable(settings.max_products)
-    if settings.density and budget >= _LEAST_PRODUCTS:
+    if settings.density and (budget := look.clock.affordable(most)) >= _LEAST_PRODUCTS:
         starts = max(2, budget // _STEPS)
         look.values.density = spectral_density(A, steps=budget // starts, starts=starts, seed=settings.seed)
 
