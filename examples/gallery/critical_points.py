@@ -20,7 +20,7 @@ Function = Callable[[Tensor, Tensor], Tensor]
 
 FUNCTIONS: dict[str, Function] = {
     "3x³ - 6y² + 3": lambda x, y: 3 * x**3 - 6 * y**2 + 3,
-    "x² + y²": lambda x, y: x**2 + y**2,
+    "x² + y² - y³": lambda x, y: x**2 + y**2 - y**3,
     "-x² - y²": lambda x, y: -(x**2) - y**2,
     "x² - y²": lambda x, y: x**2 - y**2,
     "x² + y⁴": lambda x, y: x**2 + y**4,
@@ -49,19 +49,22 @@ def main(folder: Path) -> dict[str, str]:
     said = {}
     for axes, (name, function) in zip(figure.subplots(2, 3).flat, FUNCTIONS.items(), strict=True):
         places = PLACES if name.startswith("3x") else [(0.0, 0.0)]
-        reach = 5.0 if len(places) > 1 else 1.0
+        reach = 5.0 if len(places) > 1 else 1.5
         line = torch.linspace(-reach, reach, 81, dtype=torch.float64)
-        axes.contourf(line, line, function(line[None, :], line[:, None]), levels=16, cmap="viridis")
+        heights = function(line[None, :], line[:, None])
+        axes.contourf(line, line, heights, levels=16, cmap="viridis")
         for place in places:
             found = critical_point(evaluation_at(function, place))
             said[f"{name} at {place}"] = found.kind
             print(f"{name} at {place}: {found}")
             axes.plot(*place, "wo", markeredgecolor="k")
-            axes.annotate(found.kind, place, (0, 7), textcoords="offset points", color="w", ha="center", weight="bold")
+            below = {"xytext": (0, -16 if found.kind == "degenerate" else 7), "textcoords": "offset points"}
+            axes.annotate(found.kind, place, **below, ha="center", bbox={"color": "w", "alpha": 0.8, "pad": 1})
         naive = shortcut(evaluation_at(function, (0.0, 0.0)))
-        said[f"{name}, shortcut"] = naive
-        remark = "" if naive == said[f"{name} at (0.0, 0.0)"] else f"\nthe signs alone would say {naive}"
-        axes.set(title=name + remark, xlabel="x", ylabel="y", aspect="equal")
+        lower = f"local: it falls to {float(heights.min()):.2f} elsewhere" if found.kind == "minimum" else ""
+        remark = lower if naive == found.kind else f"the signs alone would say {naive}"
+        said |= {f"{name}, shortcut": naive, f"{name}, remark": remark}
+        axes.set(title=f"{name}\n{remark}", xlabel="x", ylabel="y", aspect="equal")
         axes.title.set_fontsize(9)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "critical_points.png", dpi=80)

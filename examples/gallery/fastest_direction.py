@@ -44,7 +44,7 @@ def main(folder: Path) -> dict[str, float]:
     numbers = {}
     for axes, name, e in zip(figure.subplots(1, 2, sharey=True), ("fastest", "flat"), (fastest, flat), strict=True):
         found = loss_slice(closure, model.parameters(), e.vector, radius=1.0, points=61)
-        closer = [axes.inset_axes([0.3, 0.4, 0.6, 0.5])] if name == "flat" else []
+        closer = [axes.inset_axes([0.3, 0.4, 0.6, 0.45], title="magnified")] if name == "flat" else []
         for panel in (axes, *closer):
             panel.plot(found.coordinates, found.losses, label="loss")
             panel.plot(found.coordinates, found.model, "--", label="quadratic model")

@@ -24,9 +24,7 @@ def main(folder: Path) -> dict[str, float]:
     H = hessian(evaluate(lambda: x @ A @ x, [x]))
 
     analytic = A + A.T
-    products = torch.stack(
-        [H @ unit for unit in torch.eye(n, dtype=torch.float64)]
-    )  # no n x n matrix is formed for one
+    products = torch.stack([H @ unit for unit in torch.eye(n, dtype=torch.float64)])  # one forms no n x n matrix
     dense = dense_hessian(lambda x: x @ A @ x)(x.detach())
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
@@ -36,16 +34,11 @@ def main(folder: Path) -> dict[str, float]:
         drawn = axes.imshow(matrix.numpy(), cmap="RdBu", vmin=-6, vmax=6)
         for row in range(n):
             for column in range(n):
-                axes.text(
-                    column,
-                    row,
-                    f"{float(matrix[row, column]):.1f}".replace("-0.0", "0.0"),
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                )
+                entry = float(matrix[row, column])
+                text, colour = f"{entry:.1f}".replace("-0.0", "0.0"), "w" if abs(entry) > 4 else "k"
+                axes.text(column, row, text, color=colour, ha="center", va="center", fontsize=7)
         gap = float((matrix - matrix.T).abs().max())
-        axes.set(title=f"{title}\nlargest difference to its transpose {gap:.1g}", xticks=[], yticks=[])
+        axes.set(title=f"{title}\nlargest difference to its transpose {gap:.3g}", xticks=[], yticks=[])
         axes.title.set_fontsize(9)
     figure.colorbar(drawn, ax=list(panels), shrink=0.9)
     folder.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def main(folder: Path) -> dict[str, float]:
         axes.annotate("", (there, -promised), (there, 0), arrowprops={"arrowstyle": "->", "color": "C1"})
         axes.annotate("", (there + 0.06, -actual), (there + 0.06, 0), arrowprops={"arrowstyle": "->", "color": "C0"})
         axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-        axes.set(title=f"{name} curvature: falls by {actual:.2f} of {promised:.2f}", xlabel="x", ylim=(-2.2, 0.9))
+        axes.set(title=f"{name} curvature\nfalls by {actual:.2f} of {promised:.2f}", xlabel="x", ylim=(-2.2, 0.9))
         axes.title.set_fontsize(10)
         if along.curvature > 0:
             for step, label in ((along.cauchy_step, "best"), (along.longest_step, "longest")):
