@@ -76,7 +76,7 @@ class SpectralDensity:
         return self._error(0.5 * (low + high)) + 0.5 * (high - low).mean(0)
 
     def plot(self, width: float | None = None) -> Figure:
-        """The density on a logarithmic scale, with a band of one standard error.
+        """The density on a logarithmic scale, with a band of one standard error up, and as far down on that scale.
 
         Args:
             width: Of the kernel, as for `density`.

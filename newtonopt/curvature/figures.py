@@ -17,7 +17,7 @@ _DECADES = 8.0
 
 
 def density_figure(measured: SpectralDensity, width: float | None = None) -> Figure:
-    """The density on a logarithmic scale, with a band of one standard error.
+    """The density on a logarithmic scale, with a band of one standard error up, and as far down on that scale.
 
     Args:
         measured: What to draw.
@@ -29,13 +29,16 @@ def density_figure(measured: SpectralDensity, width: float | None = None) -> Fig
     margin = 0.05 * measured.span()
     low, high = float(measured.nodes.min()) - margin, float(measured.nodes.max()) + margin
     grid = torch.linspace(low, high, 1000, dtype=torch.float64)
-    density, error = measured.density(grid, width), measured.density_error(grid, width)
+    density = measured.density(grid, width)
     floor = float(density.max()) * 10.0**-_DECADES
+    density = density.clamp_min(floor)
+    # Density less error has no logarithm where few of the starts have nodes.
+    factor = 1.0 + measured.density_error(grid, width) / density
     figure = _figure(1)
     axes = figure.subplots()
-    axes.semilogy(grid.numpy(), density.clamp_min(floor).numpy(), color="C0", linewidth=1.5)
-    if bool(error.isfinite().all()) and not measured.exact:
-        upper, lower = (density + error).clamp_min(floor), (density - error).clamp_min(floor)
+    axes.semilogy(grid.numpy(), density.numpy(), color="C0", linewidth=1.5)
+    if bool(factor.isfinite().all()) and not measured.exact:
+        lower, upper = (density / factor).clamp_min(floor), density * factor
         axes.fill_between(grid.numpy(), lower.numpy(), upper.numpy(), color="C0", alpha=0.25, linewidth=0)
     axes.axvline(0.0, color="0.6", linewidth=0.8, zorder=0)
     axes.set(xlabel="eigenvalue", ylabel="density", xlim=(low, high), ylim=(floor, 3.0 * float(density.max())))

@@ -348,6 +348,19 @@ def test_the_figure_shows_the_density_and_its_band() -> None:
     assert "exact" in spectral_density(_operator(MATRICES["outliers"]), steps=200).plot(width=0.5).axes[0].get_title()
 
 
+def test_the_figures_band_is_as_wide_below_as_above_on_its_logarithmic_scale() -> None:
+    measured = spectral_density(_operator(MATRICES["outliers"]), steps=20, starts=2)
+    axes = measured.plot().axes[0]
+    line, floor = torch.tensor(axes.lines[0].get_ydata()), axes.get_ylim()[0]
+    edge = torch.tensor(axes.collections[0].get_paths()[0].vertices[:, 1])
+    count = len(line)
+    lower, upper = edge[1 : count + 1], edge[count + 2 : -1].flip(0)
+    error = measured.density_error(torch.tensor(axes.lines[0].get_xdata()))
+    assert bool((error > line).any())  # a plain difference would be negative there
+    torch.testing.assert_close(upper, line + error)
+    torch.testing.assert_close(lower, (line.square() / upper).clamp_min(floor))
+
+
 def test_a_figure_without_matplotlib_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="needs matplotlib, which is not installed: pip install matplotlib"):
