@@ -139,7 +139,9 @@ def _stop_rule(request: Request, known: Knowledge, delta: float, greedy: bool) -
         if bounded and certified(request, _joined(seen, values, couplings, new)):
             return True
         ripe = _outermost(request, new) if greedy else new
-        return bool(new) and not request.single and certifiable(request, _joined(seen, values, couplings, ripe))
+        if request.single or not new:
+            return False
+        return certifiable(request, _joined(seen, values, couplings, ripe), len(seen.pairs))
 
     return stop
 
@@ -200,7 +202,7 @@ def _absorb(request: Request, known: Knowledge, result: LanczosResult, delta: fl
         new = list(range(len(values)))
     elif not request.single:
         ripe = _outermost(request, new)
-        if greedy and certifiable(request, _joined(seen, values, couplings, ripe)):
+        if greedy and certifiable(request, _joined(seen, values, couplings, ripe), len(seen.pairs)):
             new = ripe
         new = _with_extras(request, seen, values, couplings, new)
     extension = seen.block.extended(result, coordinates[:, new])
@@ -216,7 +218,7 @@ def _with_extras(request: Request, known: Knowledge, values: Tensor, couplings: 
         order = torch.argsort(sign * values, descending=True).tolist() if count else []
         for index in [i for i in order if i not in new][:_EXTRA]:
             trial = sorted([*new, index])
-            if not certifiable(request, _joined(known, values, couplings, trial)):
+            if not certifiable(request, _joined(known, values, couplings, trial), len(known.pairs)):
                 break
             new = trial
     return new

@@ -151,6 +151,14 @@ def test_many_copies_of_every_eigenvalue_within_the_default_budget() -> None:
     assert spectrum.products <= 200
 
 
+def test_residuals_that_merged_copies_have_raised_do_not_keep_a_run_from_ending() -> None:
+    values = torch.cat([(10.0 * _uniform(12, 3) ** 3).repeat_interleave(9), torch.zeros(12)])
+    for seed in (1, 2, 7, 8):
+        spectrum = extreme_eigenvalues(_diagonal(values), top=11, bottom=0, tolerance=1e-2, seed=seed)
+        assert spectrum.converged
+        assert spectrum.products <= 120
+
+
 def test_certification_costs_less_than_another_run() -> None:
     values = torch.cat([SPECTRA["outliers"], 0.3 * _uniform(3000, 7) ** 4 - 0.02])
     assert extreme_eigenvalues(_diagonal(values), top=3, bottom=0).products <= 20
