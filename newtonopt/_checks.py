@@ -35,8 +35,10 @@ def check_closure(closure: object, name: str = "closure") -> None:
 
 
 def check_weight(weight: object) -> None:
-    """Refuse a weight that is not positive with a ValueError."""
-    if weight is not None and not (isinstance(weight, (int, float)) and 0 < weight < math.inf):
+    """Refuse a weight that is not positive with a ValueError; True is no number."""
+    if weight is None:
+        return
+    if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 < weight < math.inf:
         raise ValueError(f"weight is {weight!r}: give a finite number (int or float) above zero, or None.")
 
 

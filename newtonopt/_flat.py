@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,6 +127,17 @@ def check_parameters(params: Sequence[Tensor]) -> None:
             )
 
 
+def listed(name: str, items: Any, such_as: str) -> list[Any]:
+    """All of an iterable; a single tensor is none.
+
+    Raises:
+        TypeError: Something else.
+    """
+    if isinstance(items, Tensor) or not isinstance(items, Iterable):
+        raise TypeError(f"{name} is a {type(items).__name__}: give an iterable, such as {such_as}.")
+    return list(items)
+
+
 def trained_parameters(params: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """The parameters that require a gradient, each once, checked.
 
@@ -133,11 +145,7 @@ def trained_parameters(params: Iterable[Tensor]) -> tuple[Tensor, ...]:
         TypeError: Something else than an iterable of tensors, such as a module or a single tensor.
         ValueError: As `check_parameters`.
     """
-    if isinstance(params, Tensor) or not isinstance(params, Iterable):
-        raise TypeError(
-            f"params is a {type(params).__name__}: give an iterable of tensors, such as model.parameters()."
-        )
-    given = tuple(params)
+    given = listed("params", params, "model.parameters()")
     for p in given:
         if not isinstance(p, Tensor):
             raise TypeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -122,6 +123,18 @@ class Evaluation:
         """Refuse products of an evaluation that was freed."""
         if not self._alive:
             raise RuntimeError(_FREED)
+
+    def check_finite(self) -> None:
+        """Refuse curvature where there is no loss.
+
+        Raises:
+            FloatingPointError: The loss is not finite.
+        """
+        if not math.isfinite(float(self.loss)):
+            raise FloatingPointError(
+                f"The loss is {float(self.loss)} at the parameters, so there is no curvature: check the data and the "
+                "model."
+            )
 
     def check_unchanged(self) -> None:
         """Refuse products at other parameters than the evaluation's."""

@@ -65,6 +65,8 @@ class LinearOperator:
         rows, columns = self.shape
         return self._derived(LinearOperator(self._transpose, (columns, rows), self.like, transpose=self._product))
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __matmul__(self, v: Tensor) -> Tensor:
         """`A v` for `v` of shape `(columns,)`, or column by column for `(columns, k)`.
 
@@ -74,7 +76,7 @@ class LinearOperator:
         """
         if not isinstance(v, Tensor):
             raise TypeError(f"v is a {type(v).__name__}: give a tensor of shape ({self.shape[1]},).")
-        if v.shape[0] != self.shape[1] or v.dim() > 2:
+        if v.dim() not in (1, 2) or v.shape[0] != self.shape[1]:
             raise ValueError(
                 f"v has shape {tuple(v.shape)}: a vector for this {self.shape[0]} x {self.shape[1]} operator has shape "
                 f"({self.shape[1]},)."
@@ -113,6 +115,8 @@ class LinearOperator:
 
         return self._derived(LinearOperator(product, (size, size), self.like, psd=self.psd))
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def dense(self) -> Tensor:
         """The whole matrix, for one product a column (a row if there are fewer); symmetric matrices are symmetrised.
 

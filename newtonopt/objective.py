@@ -303,6 +303,7 @@ class Objective:
         return averages
 
 
+@torch.inference_mode(False)
 def evaluate(
     closure: Closure, params: Iterable[Tensor], products: Products = "auto", weight: float | None = None
 ) -> Evaluation:

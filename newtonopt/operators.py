@@ -19,6 +19,7 @@ from newtonopt.linear_operator import LinearOperator, Product
 __all__ = ["LinearOperator", "gauss_newton", "hessian", "jacobian"]
 
 
+@torch.inference_mode(False)
 def hessian(evaluation: Evaluation) -> LinearOperator:
     """The Hessian of the objective, `(n, n)`.
 
@@ -32,11 +33,13 @@ def hessian(evaluation: Evaluation) -> LinearOperator:
     Raises:
         TypeError: `evaluation` is no `Evaluation`.
         RuntimeError: The evaluation was freed, or an operation has no second derivative.
+        FloatingPointError: The loss is not finite.
     """
     _check(evaluation)
     return _hessian(evaluation, None)
 
 
+@torch.inference_mode(False)
 def gauss_newton(evaluation: Evaluation) -> LinearOperator:
     """The Gauss-Newton matrix `J' H_L J`, `(n, n)`: `J` the outputs' Jacobian, `H_L` the loss's Hessian in the outputs.
 
@@ -53,6 +56,7 @@ def gauss_newton(evaluation: Evaluation) -> LinearOperator:
     Raises:
         TypeError: `evaluation` is no `Evaluation`.
         RuntimeError: No output was recorded, the evaluation was freed, or an operation has no second derivative.
+        FloatingPointError: The loss is not finite.
     """
     _check_gauss_newton(evaluation)
     return _gauss_newton(evaluation, None)
@@ -71,6 +75,7 @@ def diagonal_blocks(evaluation: Evaluation, curvature: Literal["gauss_newton", "
     Raises:
         TypeError: `evaluation` is no `Evaluation`.
         RuntimeError: As `hessian` and `gauss_newton` do.
+        FloatingPointError: The loss is not finite.
     """
     (_check_gauss_newton if curvature == "gauss_newton" else _check)(evaluation)
     block = _gauss_newton if curvature == "gauss_newton" else _hessian
@@ -104,6 +109,7 @@ def _symmetric(
     psd: bool,
 ) -> LinearOperator:
     """From how cached products are built, and how others with the whole matrix are formed."""
+    evaluation.check_finite()
     params, like, decay = evaluation.params, evaluation.gradient, evaluation.decay
     if number is not None:
         n, sizes = like.numel(), [piece.numel() for piece in local_pieces(like, params)]
@@ -122,6 +128,7 @@ def _inside(way: Callable[[], Product], part: slice, n: int) -> Callable[[], Pro
     return lambda: products.restricted(way(), part, n)
 
 
+@torch.inference_mode(False)
 def jacobian(evaluation: Evaluation) -> LinearOperator:
     """The Jacobian `d outputs / d parameters`, `(m, n)`: `J @ v`, `J.T @ u`, `J.dense()`.
 

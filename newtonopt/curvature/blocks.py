@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
+from newtonopt._flat import listed
 from newtonopt._shards import is_sharded
 from newtonopt.linear_operator import LinearOperator
 
@@ -34,14 +35,14 @@ def blocks(
         whole's order.
 
     Raises:
-        TypeError: `operator` is no `LinearOperator`, `named_parameters` no pairs, or `patterns` one string.
-        ValueError: The parameters are not the operator's, or a pattern fits none of them.
+        TypeError: `operator` is no `LinearOperator`, or `named_parameters` no pairs.
+        ValueError: The parameters are not the operator's, `patterns` is no list of them, or a pattern fits no name.
         NotImplementedError: The parameters are sharded.
     """
     if not isinstance(operator, LinearOperator):
         raise TypeError(f"operator is a {type(operator).__name__}: give a LinearOperator, such as hessian(evaluation).")
-    if isinstance(patterns, str):
-        raise TypeError(f"patterns is the string {patterns!r}: give a list of patterns, [{patterns!r}].")
+    if not (patterns is None or are_patterns(patterns)):
+        raise ValueError(f"patterns is {patterns!r}: give a list of patterns of names, such as ['encoder.*'], or None.")
     named = _trained(named_parameters)
     if is_sharded([p for _, p in named]):
         raise NotImplementedError("blocks of sharded parameters are spread over the processes: measure the whole.")
@@ -68,6 +69,16 @@ def blocks(
     return {key: operator.block(found) for key, found in groups.items()}
 
 
+def are_patterns(patterns: object) -> bool:
+    """Whether it is a list of patterns of names, one at least."""
+    return isinstance(patterns, (list, tuple)) and len(patterns) > 0 and all(isinstance(x, str) for x in patterns)
+
+
+def is_named(pair: object) -> bool:
+    """Whether it is a name with a tensor."""
+    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
+
+
 def _depth(names: Sequence[str]) -> int:
     """How many of a name's pieces tell a part: one, and more while there is one module that holds all others."""
     pieces, depth = [name.split(".") for name in names], 1
@@ -79,10 +90,8 @@ def _depth(names: Sequence[str]) -> int:
 def _trained(named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     """Those that require a gradient, each once."""
     first: dict[int, tuple[str, Tensor]] = {}
-    for pair in named_parameters:
-        if not (
-            isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
-        ):
+    for pair in listed("named_parameters", named_parameters, "model.named_parameters()"):
+        if not is_named(pair):
             raise TypeError(
                 f"named_parameters holds a {type(pair).__name__}: give pairs of a name and a tensor, such as "
                 "model.named_parameters()."

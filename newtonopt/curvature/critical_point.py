@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from newtonopt._checks import check_positive, check_share
-from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, extreme_eigenvalues
+from newtonopt._checks import check_positive, check_share, check_whole
+from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, check_spectrum, extreme_eigenvalues
 from newtonopt.evaluation import Evaluation
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.operators import hessian
@@ -103,10 +103,10 @@ def critical_point(
         The verdict and the evidence.
 
     Raises:
-        TypeError: `evaluation` is no `Evaluation`.
+        TypeError: `evaluation` is no `Evaluation`, or `spectrum` no `Spectrum`.
         ValueError: An argument is out of range, or `spectrum` lacks an end.
         RuntimeError: The evaluation was freed.
-        FloatingPointError: The gradient or a product is not finite.
+        FloatingPointError: The loss, the gradient or a product is not finite.
     """
     curvature = hessian(evaluation)
     check_positive("tolerance", tolerance)
@@ -114,9 +114,11 @@ def critical_point(
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm}, so the point is of no kind; check data and model")
     check_share("confidence", confidence)
+    check_whole("max_products", max_products, 1)
     products = 0
     if spectrum is None:
         spectrum, products = _ends(curvature, confidence, max_products, seed)
+    check_spectrum("spectrum", spectrum)
     if not (spectrum.top and spectrum.bottom):
         raise ValueError("spectrum must hold one eigenvalue at least of each end, top and bottom")
     if spectrum.top[0].vector.numel() != curvature.shape[0]:

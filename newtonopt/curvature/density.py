@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,28 +44,32 @@ class SpectralDensity:
     exact: bool
     products: int
 
-    def density(self, grid: Tensor, width: float | None = None) -> Tensor:
+    def density(self, grid: Tensor | Sequence[float], width: float | None = None) -> Tensor:
         """The density smoothed by a normal kernel, which integrates to one.
 
         Args:
-            grid: Where, `(g,)`.
+            grid: Where, `(g,)`: a tensor or numbers.
             width: Standard deviation of the kernel, positive; None (default): a hundredth of the spectrum's width.
+
+        Raises:
+            TypeError: `grid` holds something else than numbers.
+            ValueError: `grid` has another shape or holds NaN, or `width` is not positive.
         """
         return self._smoothed(grid, width).mean(0)
 
-    def density_error(self, grid: Tensor, width: float | None = None) -> Tensor:
+    def density_error(self, grid: Tensor | Sequence[float], width: float | None = None) -> Tensor:
         """Standard error of `density(grid, width)`, `(g,)`, over the starts.
 
         Zero for an exact density, infinite for one start.
         """
         return self._error(self._smoothed(grid, width))
 
-    def cumulative(self, grid: Tensor) -> Tensor:
+    def cumulative(self, grid: Tensor | Sequence[float]) -> Tensor:
         """The share of the eigenvalues at or below each place of `grid`, `(g,)`."""
         low, high = self._cumulatives(grid)
         return (0.5 * (low + high)).mean(0)
 
-    def cumulative_error(self, grid: Tensor) -> Tensor:
+    def cumulative_error(self, grid: Tensor | Sequence[float]) -> Tensor:
         """Error of `cumulative(grid)`, `(g,)`: the standard error over the starts, and what the finite runs leave open.
 
         The share below a place, of a measure with these moments, is known up to the weights of the nodes next to it
@@ -97,12 +102,12 @@ class SpectralDensity:
     def _count(self) -> int:
         return int(self.runs.max()) + 1
 
-    def _smoothed(self, grid: Tensor, width: float | None) -> Tensor:
+    def _smoothed(self, grid: Tensor | Sequence[float], width: float | None) -> Tensor:
         """Of each run, `(runs, g)`."""
         if width is None:
             width = _WIDTH * self.span()
         check_positive("width", width)
-        points = grid.to("cpu", torch.float64)
+        points = _places(grid)
         kernel = torch.exp(-0.5 * ((points - self.nodes[:, None]) / width).square())
         pieces = self.weights[:, None] * kernel / (width * math.sqrt(2.0 * math.pi))
         return self._per_run(pieces)
@@ -111,9 +116,9 @@ class SpectralDensity:
         count = self._count()
         return torch.zeros(count, pieces.shape[1], dtype=torch.float64).index_add_(0, self.runs, pieces) * count
 
-    def _cumulatives(self, grid: Tensor) -> tuple[Tensor, Tensor]:
+    def _cumulatives(self, grid: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
         """Bounds of each run's share at or below each place, `(runs, g)`."""
-        points = grid.to("cpu", torch.float64)
+        points = _places(grid)
         lows, highs = [], []
         for run in range(self._count()):
             mine = self.runs == run
@@ -135,6 +140,16 @@ class SpectralDensity:
         if count == 1:
             return torch.full_like(each[0], math.inf)
         return few(count) * (each - each.mean(0)).square().mean(0).sqrt()
+
+
+def _places(grid: Tensor | Sequence[float]) -> Tensor:
+    try:
+        points = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"grid is {grid!r}: give a tensor of places, or numbers.") from error
+    if points.dim() != 1 or bool(points.isnan().any()):
+        raise ValueError(f"grid is {grid!r}: give places `(g,)`, none of them NaN.")
+    return points
 
 
 def spectral_density(operator: LinearOperator, steps: int = 50, starts: int = 5, seed: int = 0) -> SpectralDensity:
@@ -166,6 +181,7 @@ def spectral_density(operator: LinearOperator, steps: int = 50, starts: int = 5,
     size = check_operator(operator)
     check_whole("steps", steps, 1)
     check_whole("starts", starts, 1)
+    check_whole("seed", seed, 0)
     if starts * steps >= size:
         weights = torch.full((size,), 1.0 / size, dtype=torch.float64)
         runs = torch.zeros(size, dtype=torch.int64)

@@ -56,6 +56,7 @@ def diagonal(operator: LinearOperator, tolerance: float = 0.1, max_products: int
     size = check_operator(operator)
     check_share("tolerance", tolerance)
     check_whole("max_products", max_products, 1)
+    check_whole("seed", seed, 0)
     mean = operator.like.new_zeros(size)
     squares = torch.zeros_like(mean)
     if max_products >= size:

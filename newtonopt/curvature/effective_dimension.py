@@ -73,6 +73,7 @@ def effective_dimension(
     check_positive("damping", damping)
     check_share("tolerance", tolerance)
     check_whole("max_products", max_products, 1)
+    check_whole("seed", seed, 0)
     eps = torch.finfo(operator.dtype).eps
     if max_products >= size:
         values = eigenvalues(operator)

@@ -101,7 +101,7 @@ def extreme_eigenvalues(
     Args:
         operator: Symmetric `(n, n)`. With `operator.psd` zero is used as a lower bound.
         top: How many of the largest, >= 0; at most n are returned.
-        bottom: How many of the smallest, >= 0; at most n are returned.
+        bottom: How many of the smallest, >= 0, or >= 1 where `top` is 0; at most n are returned.
         tolerance: Width of an interval relative to its value, in (0, 1), or to `tolerance` times the largest magnitude
             where the value is smaller than that: a value that is zero within `tolerance**2` of the norm, such as the
             smallest one of a Gauss-Newton matrix, does not use up the budget. Widths at the level of rounding, 64 eps
@@ -118,7 +118,7 @@ def extreme_eigenvalues(
         are possible.
 
     Raises:
-        TypeError: `operator` is no `LinearOperator`.
+        TypeError: `operator` is no `LinearOperator`, or `start` no `Spectrum`.
         ValueError: An argument is out of range, the operator is not square, or `start` has no vectors of its length.
         FloatingPointError: A product is not finite.
     """
@@ -135,12 +135,17 @@ def extreme_eigenvalues(
     return Spectrum(largest, smallest, known.products, converged, confidence, old is None)
 
 
+def check_spectrum(name: str, spectrum: object) -> None:
+    """Refuse what is no `Spectrum` with a TypeError."""
+    if not isinstance(spectrum, Spectrum):
+        raise TypeError(f"{name} is a {type(spectrum).__name__}: give a Spectrum of extreme_eigenvalues, or None.")
+
+
 def _start_vector(operator: LinearOperator, start: Spectrum | None, tolerance: float) -> Tensor | None:
     """Where to track the last measurement's vectors from; None for a random start."""
     if start is None:
         return None
-    if not isinstance(start, Spectrum):
-        raise TypeError(f"start is a {type(start).__name__}: give the Spectrum of the last measurement, or None.")
+    check_spectrum("start", start)
     entries = (*start.top, *start.bottom)
     sizes = {entry.vector.shape[0] for entry in entries}
     if sizes != {operator.shape[0]}:
@@ -171,6 +176,8 @@ def _request(
     rows = check_operator(operator)
     for name, count, least in (("top", top, 0), ("bottom", bottom, 0), ("max_products", max_products, 1)):
         check_whole(name, count, least)
+    if top == bottom == 0:
+        raise ValueError("top and bottom are both 0: ask for one eigenvalue at least")
     for name, share in (("tolerance", tolerance), ("confidence", confidence)):
         check_share(name, share)
     ends = ((1.0, min(top, rows)), (-1.0, min(bottom, rows)))

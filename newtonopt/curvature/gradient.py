@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum
+from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, check_spectrum
 from newtonopt.curvature.probes import dot
 from newtonopt.evaluation import Evaluation
 from newtonopt.operators import hessian
@@ -65,12 +65,14 @@ def gradient_curvature(evaluation: Evaluation, spectrum: Spectrum | None = None)
         The measures, for one Hessian product. All are zero, and the steps infinite, where the gradient is zero.
 
     Raises:
-        TypeError: `evaluation` is no `Evaluation`.
+        TypeError: `evaluation` is no `Evaluation`, or `spectrum` no `Spectrum`.
         ValueError: The spectrum's vectors are of another length than the gradient.
         RuntimeError: The evaluation was freed.
-        FloatingPointError: The gradient or its product is not finite.
+        FloatingPointError: The loss, the gradient or its product is not finite.
     """
     H, g = hessian(evaluation), evaluation.gradient
+    if spectrum is not None:
+        check_spectrum("spectrum", spectrum)
     top = spectrum.top if spectrum is not None else ()
     if any(entry.vector.shape != g.shape for entry in top):
         raise ValueError(

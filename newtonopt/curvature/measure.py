@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from newtonopt._flat import trained_parameters
+from newtonopt._checks import check_closure, check_weight
+from newtonopt._flat import listed, trained_parameters
+from newtonopt.curvature.blocks import is_named
 from newtonopt.curvature.measurement import Layers, Matrix, Measurement, Settings
 from newtonopt.curvature.parts import (
     Clock,
@@ -31,6 +34,7 @@ from newtonopt.operators import gauss_newton, hessian
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
 
+@torch.inference_mode(False)
 def measure(
     closure: Callable[[], Any],
     params: Params,
@@ -104,6 +108,7 @@ def measure(
         The values by tag: `curvature/lambda_max` and so on.
 
     Raises:
+        TypeError: `closure`, `params`, `optimizer` or `last` is of another kind.
         ValueError: A setting out of its range, or an optimizer that trains none of `params`.
         RuntimeError: As `evaluate`.
         FloatingPointError: The loss or a product is not finite.
@@ -128,17 +133,29 @@ def measure(
         seed,
         prefix,
     )
-    given: list[Any] = list(params)
-    named = [pair for pair in given if isinstance(pair, tuple)]
+    check_closure(closure)
+    check_weight(weight)
+    if last is not None and not isinstance(last, Measurement):
+        raise TypeError(f"last is a {type(last).__name__}: give the Measurement of the last call, or None.")
+    given = listed("params", params, "model.parameters()")
+    named = [pair for pair in given if is_named(pair)]
     if layers is not None and len(named) < len(given):
         raise ValueError("layers are told by names: give model.named_parameters() as params.")
-    tensors = [pair[1] if isinstance(pair, tuple) else pair for pair in given]
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    tensors = [pair[1] if is_named(pair) else pair for pair in given]
+    optimizers = _optimizers(optimizer)
     if preconditioned and not optimizers:
         raise ValueError("preconditioned is True: give the optimizer whose state makes the preconditioner.")
     if optimizers and not those_that_train(optimizers, tensors):
         raise ValueError("optimizer trains none of params: give the one that does, or None.")
     return take(closure, tensors, optimizers, settings, weight, named, last)
+
+
+def _optimizers(given: Any) -> list[Optimizer]:
+    several = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    for one in several:
+        if not isinstance(one, Optimizer):
+            raise TypeError(f"optimizer is {given!r}: give one of torch.optim, or a list of them, or None.")
+    return list(several)
 
 
 def take(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from newtonopt._checks import check_choice, check_flag, check_positive, check_products, check_share, check_whole
+from newtonopt.curvature.blocks import are_patterns
 from newtonopt.curvature.density import SpectralDensity
 from newtonopt.curvature.eigenvalues import Spectrum
 from newtonopt.curvature.sharpness import Kind
@@ -59,7 +60,7 @@ class Settings:
         for name in ("sharpness_radius", "slice_radius", *([] if self.max_seconds is None else ["max_seconds"])):
             check_positive(name, getattr(self, name))
         check_share("tolerance", self.tolerance)
-        if not (self.layers in (None, "parts") or _are_patterns(self.layers)):
+        if not (self.layers in (None, "parts") or are_patterns(self.layers)):
             raise ValueError(
                 f"layers is {self.layers!r}: give a list of patterns of parameters' names, such as ['encoder.*'], or "
                 "'parts', or None."
@@ -67,10 +68,6 @@ class Settings:
         if not isinstance(self.prefix, str) or not re.fullmatch(r"[-\w.]+(/[-\w.]+)*", self.prefix):
             raise ValueError(f"prefix is {self.prefix!r}: give the name of the tags' group, such as 'curvature'.")
         check_products(self.products)
-
-
-def _are_patterns(layers: object) -> bool:
-    return isinstance(layers, (list, tuple)) and len(layers) > 0 and all(isinstance(x, str) for x in layers)
 
 
 class Measurement(dict[str, float]):

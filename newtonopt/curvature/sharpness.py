@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_closure, check_products, check_weight, check_whole
+from newtonopt._checks import check_closure, check_positive, check_products, check_share, check_weight, check_whole
 from newtonopt._flat import trained_parameters
 from newtonopt.curvature.ascent import Ball
 from newtonopt.evaluation import Products
@@ -58,6 +58,7 @@ class Sharpness:
     prediction: float | None = None
 
 
+@torch.inference_mode(False)
 def sharpness(
     closure: Callable[[], Any],
     params: Iterable[Tensor],
@@ -106,10 +107,11 @@ def sharpness(
         The rise and how it was found.
 
     Raises:
+        TypeError: `closure` or `params` is of another kind.
         ValueError: An argument is out of range.
         FloatingPointError: The loss or the curvature at the parameters themselves is not finite.
     """
-    _check(kind, radius, tolerance, max_gradients, samples, starts)
+    _check(kind, radius, tolerance, max_gradients, samples, seed, starts)
     check_products(products)
     check_closure(closure)
     check_weight(weight)
@@ -150,18 +152,22 @@ def ascent(ball: Ball, kind: Kind, places: Sequence[Tensor], budget: int, ascent
     return Sharpness(best.loss - ball.base, kind, ball.radius, ball.base, ball.scale * best.place, used, converged)
 
 
-def _check(kind: str, radius: float, tolerance: float, max_gradients: int, samples: int, starts: int) -> None:
+def _check(
+    kind: str, radius: float, tolerance: float, max_gradients: int, samples: int, seed: int, starts: int
+) -> None:
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
-    if not isinstance(radius, (int, float)) or not 0.0 < radius < math.inf:
-        raise ValueError(f"radius must be positive and finite, got {radius!r}")
-    if not isinstance(tolerance, (int, float)) or not 0.0 < tolerance < 1.0:
-        raise ValueError(f"tolerance must be in (0, 1), got {tolerance!r}")
-    if not isinstance(max_gradients, int) or max_gradients < 4:
-        raise ValueError(f"max_gradients must be a whole number and at least 4, got {max_gradients!r}")
-    if not isinstance(samples, int) or samples < 4 or samples % 2:
+    check_positive("radius", radius)
+    check_share("tolerance", tolerance)
+    for name, count, least in (
+        ("max_gradients", max_gradients, 4),
+        ("samples", samples, 4),
+        ("seed", seed, 0),
+        ("starts", starts, 0),
+    ):
+        check_whole(name, count, least)
+    if samples % 2:
         raise ValueError(f"samples must be even and at least 4, got {samples!r}")
-    check_whole("starts", starts, 0)
 
 
 def _sphere(size: int, generator: torch.Generator, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ class LossSlice:
         return slice_figure(self)
 
 
+@torch.inference_mode(False)
 def loss_slice(
     closure: Callable[[], Any],
     params: Iterable[Tensor],
@@ -82,8 +84,10 @@ def loss_slice(
         The slice.
 
     Raises:
-        TypeError: A direction is no tensor.
-        ValueError: An argument is out of range, or a direction is of another length than the parameters.
+        TypeError: A direction is no tensor, or `closure` or `params` of another kind.
+        ValueError: An argument is out of range, or a direction is of another length than the parameters, zero or not
+            finite.
+        FloatingPointError: The loss at the parameters is not finite.
     """
     check_positive("radius", radius)
     check_whole("points", points, 3)
@@ -123,12 +127,15 @@ def _combined(place: list[float], axes: list[Tensor]) -> Tensor:
 
 
 def _axes(directions: Tensor | Sequence[Tensor], point: Tensor) -> list[Tensor]:
-    if isinstance(directions, Tensor) and directions.dim() == 1:
+    if isinstance(directions, Tensor) and directions.dim() < 2:
         return _axes([directions], point)
-    given = list(directions)
-    if len(given) not in (1, 2):
-        raise ValueError(f"directions must be one or two flat vectors, got {len(given)}")
-    for direction in given:
+    if not isinstance(directions, (Tensor, list, tuple)):
+        raise TypeError(
+            f"directions is a {type(directions).__name__}: give one or two flat vectors, such as spectrum.top[0].vector"
+        )
+    if len(directions) not in (1, 2):
+        raise ValueError(f"directions must be one or two flat vectors, got {len(directions)}")
+    for direction in directions:
         if not isinstance(direction, Tensor):
             raise TypeError(
                 f"directions holds a {type(direction).__name__}: give flat tensors of the parameters' length"
@@ -138,4 +145,6 @@ def _axes(directions: Tensor | Sequence[Tensor], point: Tensor) -> list[Tensor]:
                 f"directions holds a tensor of shape {tuple(direction.shape)}, and the parameters have "
                 f"{point.shape[0]} entries: give flat vectors of that length"
             )
-    return [direction.to(point.dtype).to(point.device) for direction in given]
+        if not 0.0 < dot(direction, direction) < math.inf:
+            raise ValueError("directions holds a vector that is zero or not finite: give one that tells a direction")
+    return [direction.to(point.dtype).to(point.device) for direction in directions]

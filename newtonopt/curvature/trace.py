@@ -96,7 +96,7 @@ def trace(
         ValueError: An argument is out of range, or the operator is not square.
         FloatingPointError: A product is not finite.
     """
-    size = _check(operator, tolerance, max_products)
+    size = _check(operator, tolerance, max_products, seed)
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
     if max_products >= size:
@@ -138,7 +138,7 @@ def frobenius_norm(
         ValueError: An argument is out of range, or the operator is not square.
         FloatingPointError: A product is not finite.
     """
-    size = _check(operator, tolerance, max_products)
+    size = _check(operator, tolerance, max_products, seed)
     if max_products >= size:
         columns = (operator @ unit for unit in unit_vectors(operator.like))
         square = math.fsum(dot(column, column) for column in columns)
@@ -163,10 +163,11 @@ def frobenius_norm(
     return FrobeniusNorm(value, error, used, error <= tolerance * value)
 
 
-def _check(operator: LinearOperator, tolerance: float, max_products: int) -> int:
+def _check(operator: LinearOperator, tolerance: float, max_products: int, seed: int) -> int:
     size = check_operator(operator)
     check_share("tolerance", tolerance)
     check_whole("max_products", max_products, 1)
+    check_whole("seed", seed, 0)
     return size
 
 

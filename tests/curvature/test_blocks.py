@@ -71,8 +71,6 @@ def test_errors_name_the_remedy() -> None:
     theta: list[tuple[str, Tensor]] = [("a", torch.zeros(3, requires_grad=True))]
     with pytest.raises(TypeError, match="operator is a Tensor"):
         blocks(A, theta)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"give a list of patterns, \['a'\]"):
-        blocks(H, theta, "a")
     with pytest.raises(TypeError, match=r"named_parameters holds a Tensor.*model.named_parameters\(\)"):
         blocks(H, [theta[0][1]])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="patterns: 'b' fits none of the names a"):

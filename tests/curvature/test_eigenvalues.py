@@ -190,11 +190,6 @@ def test_small_and_degenerate(matrix: torch.Tensor, dtype: torch.dtype) -> None:
         assert all(_held(spectrum, truth))
 
 
-def test_nothing_asked_costs_nothing() -> None:
-    spectrum = extreme_eigenvalues(_diagonal(SPECTRA["slow"]), top=0, bottom=0)
-    assert (spectrum.top, spectrum.bottom, spectrum.products, spectrum.converged) == ((), (), 0, True)
-
-
 def test_whole_small_spectrum_needs_one_product_each() -> None:
     spectrum = extreme_eigenvalues(_diagonal(torch.linspace(-1.0, 2.0, 9, dtype=torch.float64)), top=5, bottom=4)
     assert spectrum.converged

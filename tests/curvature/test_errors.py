@@ -1,0 +1,222 @@
+"""Arguments of the wrong kind, losses that are not finite, and calls where autograd is off."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from newtonopt import LinearOperator, evaluate, gauss_newton, hessian, jacobian
+from newtonopt.curvature import (
+    blocks,
+    critical_point,
+    diagonal,
+    effective_dimension,
+    extreme_eigenvalues,
+    frobenius_norm,
+    gradient_curvature,
+    loss_slice,
+    measure,
+    sharpness,
+    spectral_density,
+    trace,
+)
+
+N = 4
+
+
+class Problem:
+    """A linear classifier in float64, with everything that measurements are given."""
+
+    def __init__(self, corrupt: float = 0.0) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.model = nn.Linear(N - 1, 1, dtype=torch.float64)
+        self.inputs = torch.randn(8, N - 1, generator=generator, dtype=torch.float64)
+        self.targets = torch.zeros(8, 1, dtype=torch.float64)
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+        self.inputs[0, 0] += corrupt
+        self.params = list(self.model.parameters())
+
+    def closure(self) -> Tensor:
+        self.model.zero_grad()
+        loss = nn.functional.mse_loss(torch.tanh(self.model(self.inputs)), self.targets)
+        loss.backward()
+        return loss
+
+    def hessian(self, **settings: Any) -> LinearOperator:
+        return hessian(evaluate(self.closure, self.params, **settings))
+
+
+Call = Callable[[Problem], object]
+
+
+def _direction(*entries: float) -> Tensor:
+    return torch.tensor(entries, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (lambda p: measure(p.closure, p.params, "a"), TypeError, "optimizer is 'a': give one of torch.optim"),
+        (lambda p: measure(p.closure, p.params, [p.model]), TypeError, "optimizer is [Linear"),
+        (lambda p: measure(p.closure, p.params, last=3), TypeError, "last is a int: give the Measurement"),
+        (lambda p: measure(p.closure, p.params, last={}), TypeError, "last is a dict: give the Measurement"),
+        (lambda p: measure(p.params, p.closure), TypeError, "closure is a list: give a function"),
+        (lambda p: measure(p.closure, p.closure), TypeError, "params is a method: give an iterable, such as model.p"),
+        (lambda p: measure(p.closure, p.model), TypeError, "params is a Linear: give an iterable, such as model.p"),
+        (lambda p: measure(p.closure, nn.Sequential(p.model)), TypeError, "params holds a Linear: give tensors only"),
+        (lambda p: measure(p.closure, p.params[0]), TypeError, "params is a Parameter: give an iterable"),
+        (lambda p: measure(p.closure, [(1, p.params[0])]), TypeError, "params holds a tuple: give tensors only"),
+        (lambda p: measure(p.closure, p.params, weight="a"), ValueError, "weight is 'a': give a finite number"),
+        (
+            lambda p: measure(p.closure, p.params, top=True),
+            ValueError,
+            "top must be a whole number and at least 1, got True",
+        ),
+        (lambda p: measure(p.closure, p.params, loss_slice=True), ValueError, "loss_slice must be a whole number and"),
+        (lambda p: measure(p.closure, p.params, trace="hutch++"), ValueError, "trace must be True or False, got 'hut"),
+        (
+            lambda p: measure(p.closure, p.params, slice_radius=None),
+            ValueError,
+            "slice_radius must be positive and fin",
+        ),
+        (
+            lambda p: measure(p.closure, p.params, max_seconds=True),
+            ValueError,
+            "max_seconds must be positive and finite, got True",
+        ),
+        (lambda p: measure(p.closure, p.params, tolerance="a"), ValueError, "tolerance must be in (0, 1), got 'a'"),
+        (lambda p: evaluate(p.closure, p.params, weight=True), ValueError, "weight is True: give a finite number"),
+        (lambda p: p.hessian() @ torch.tensor(1.0), ValueError, "v has shape (): a vector for this 4 x 4"),
+        (
+            lambda p: critical_point(evaluate(p.closure, p.params), spectrum=3),  # type: ignore[arg-type]
+            TypeError,
+            "spectrum is a int: give a Spectrum of extreme_eigenvalues",
+        ),
+        (
+            lambda p: critical_point(evaluate(p.closure, p.params), max_products="a"),  # type: ignore[arg-type]
+            ValueError,
+            "max_products must be a whole number and at least 1, got 'a'",
+        ),
+        (
+            lambda p: critical_point(evaluate(p.closure, p.params), tolerance=True),
+            ValueError,
+            "tolerance must be positive and finite, got True",
+        ),
+        (
+            lambda p: gradient_curvature(evaluate(p.closure, p.params), spectrum=3),  # type: ignore[arg-type]
+            TypeError,
+            "spectrum is a int: give a Spectrum of extreme_eigenvalues",
+        ),
+        (lambda p: sharpness(p.closure, p.params, seed=-1), ValueError, "seed must be a whole number and at least 0"),
+        (
+            lambda p: sharpness(p.closure, p.params, radius=True),
+            ValueError,
+            "radius must be positive and finite, got T",
+        ),
+        (lambda p: sharpness(p.closure, p.params, samples=True), ValueError, "samples must be a whole number and at l"),
+        (
+            lambda p: loss_slice(p.closure, p.params, extreme_eigenvalues(p.hessian())),
+            TypeError,
+            "directions is a Spectrum: give one or two flat vectors, such as spectrum.top[0].vector",
+        ),
+        (
+            lambda p: loss_slice(p.closure, p.params, torch.tensor(1.0)),
+            ValueError,
+            "directions holds a tensor of shape",
+        ),
+        (
+            lambda p: loss_slice(p.closure, p.params, [_direction(1, 0, 0, 0), torch.zeros(N)]),
+            ValueError,
+            "directions holds a vector that is zero or not finite",
+        ),
+        (lambda p: extreme_eigenvalues(p.hessian(), 0, 0), ValueError, "top and bottom are both 0: ask for one"),
+        (lambda p: extreme_eigenvalues(p.hessian(), start=3), TypeError, "start is a int: give a Spectrum"),
+        (lambda p: trace(p.hessian(), seed=-1), ValueError, "seed must be a whole number and at least 0, got -1"),
+        (lambda p: frobenius_norm(p.hessian(), seed=-1), ValueError, "seed must be a whole number and at least 0"),
+        (lambda p: diagonal(p.hessian(), seed=-1), ValueError, "seed must be a whole number and at least 0, got -1"),
+        (lambda p: effective_dimension(p.hessian(), 1, seed=True), ValueError, "seed must be a whole number and at"),
+        (lambda p: spectral_density(p.hessian(), seed="a"), ValueError, "seed must be a whole number and at least 0"),
+        (lambda p: spectral_density(p.hessian()).density("a"), TypeError, "grid is 'a': give a tensor of places"),
+        (lambda p: spectral_density(p.hessian()).cumulative(3), ValueError, "grid is 3: give places `(g,)`"),
+        (lambda p: spectral_density(p.hessian()).density([math.nan]), ValueError, "grid is [nan]: give places"),
+        (lambda p: blocks(p.hessian(), p.model.named_parameters(), []), ValueError, "patterns is []: give a list"),
+        (lambda p: blocks(p.hessian(), p.model.named_parameters(), "a"), ValueError, "patterns is 'a': give a list"),
+        (
+            lambda p: blocks(p.hessian(), p.model),
+            TypeError,
+            "named_parameters is a Linear: give an iterable, such as m",
+        ),
+    ],
+)
+def test_errors_name_argument_value_and_remedy(call: Call, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match="^" + re.escape(words)):
+        call(Problem())
+
+
+def test_a_density_takes_a_list_of_places() -> None:
+    found = spectral_density(Problem().hessian())
+    assert torch.equal(found.density([0.0, 0.5]), found.density(torch.tensor([0.0, 0.5])))
+    assert torch.equal(found.cumulative([-1e3, 1e3]), _direction(0.0, 1.0))
+
+
+@pytest.mark.parametrize("products", ["auto", "streamed", "finite_difference"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda p, **form: measure(p.closure, p.params, **form),
+        lambda p, **form: extreme_eigenvalues(p.hessian(**form)),
+        lambda p, **form: gauss_newton(evaluate(p.closure, p.params, **form)),
+        lambda p, **form: critical_point(evaluate(p.closure, p.params, **form)),
+        lambda p, **form: sharpness(p.closure, p.params, **form),
+        lambda p, **form: loss_slice(p.closure, p.params, torch.ones(N), **form),
+    ],
+)
+def test_a_loss_that_is_no_number_is_named(call: Callable[..., object], products: str) -> None:
+    with pytest.raises(FloatingPointError, match=r"loss (is nan at|at) the parameters"):
+        call(Problem(corrupt=math.nan), products=products)
+    call(Problem(), products=products)
+
+
+@pytest.mark.parametrize("products", ["auto", "streamed", "finite_difference"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda p, **form: measure(p.closure, p.params, **form)["curvature/lambda_max"],
+        lambda p, **form: extreme_eigenvalues(p.hessian(**form)).top[0].value,
+        lambda p, **form: float(p.hessian(**form).dense().norm()),
+        lambda p, **form: float(gauss_newton(evaluate(p.closure, p.params, **form)).dense().norm()),
+        lambda p, **form: float(jacobian(evaluate(p.closure, p.params, **form)).dense().norm()),
+        lambda p, **form: sharpness(p.closure, p.params, **form).value,
+        lambda p, **form: float(loss_slice(p.closure, p.params, torch.ones(N), points=3, **form).losses.sum()),
+    ],
+)
+def test_autograd_may_be_off_around_a_measurement(
+    call: Callable[..., float], mode: Callable[[], AbstractContextManager[None]], products: str
+) -> None:
+    problem = Problem()
+    with mode():
+        inside = call(problem, products=products)
+    assert inside == call(problem, products=products)
+
+
+def test_what_was_made_in_inference_mode_serves_outside() -> None:
+    problem = Problem()
+    with torch.inference_mode():
+        evaluation = evaluate(problem.closure, problem.params)
+        spectrum = extreme_eigenvalues(hessian(evaluation))
+        last = measure(problem.closure, problem.params)
+    H = hessian(evaluation)
+    assert extreme_eigenvalues(H, start=spectrum).top[0].value == pytest.approx(spectrum.top[0].value)
+    assert measure(problem.closure, problem.params, last=last).read("certified") == 0.0
+    with torch.inference_mode():
+        assert extreme_eigenvalues(H, start=spectrum).top[0].value == pytest.approx(spectrum.top[0].value)
