@@ -52,6 +52,14 @@ class Ball:
         loss, gradient = self.objective.gradient_at(self.scale * place)
         return loss, self.scale * gradient
 
+    def towards(self, displacement: Tensor) -> list[Tensor]:
+        """The place on the sphere in that direction; none where it is zero or of other parameters."""
+        if displacement.shape != self.scale.shape:
+            return []
+        place = torch.where(self.scale > 0.0, displacement / self.scale, torch.zeros_like(displacement))
+        norm = float(place.norm())
+        return [place * (self.radius / norm)] if norm > 0.0 else []
+
     def summits(self, slope: Tensor, eigenvalues: Sequence[Eigenvalue]) -> list[Tensor]:
         """Where the loss rises most as far as its gradient and some eigenvalues of its Hessian tell, and the mirror
         image of that along the first eigenvector: the valley has another wall.

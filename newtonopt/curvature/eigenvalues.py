@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -127,12 +127,32 @@ def extreme_eigenvalues(
     old = _start_vector(operator, start, tolerance)
     if old is None:
         known = search(operator, request, _nothing(operator), seed)
-        converged = certified(request, known)
-    else:
-        known = track(operator, request, _nothing(operator), old, seed)
-        converged = settled(request, known)
+        return _spectrum(request, known, confidence, certified(request, known), True)
+    known = track(operator, request, _nothing(operator), old, seed, settled)
+    return _spectrum(request, known, confidence, settled(request, known), False)
+
+
+def follow(
+    operator: LinearOperator, start: Spectrum, top: int, bottom: int, tolerance: float, max_products: int, seed: int
+) -> Spectrum:
+    """`extreme_eigenvalues` from a start, ended when the largest is known to the tolerance, the others to a tenth."""
+    request = _request(operator, top, bottom, tolerance, 0.99, max_products, None)
+    old = _start_vector(operator, start, tolerance)
+    if old is None:
+        return extreme_eigenvalues(operator, top, bottom, tolerance, max_products=max_products, seed=seed)
+    known = track(operator, request, _nothing(operator), old, seed, _known_roughly)
+    return _spectrum(request, known, 0.99, settled(request, known), False)
+
+
+def _known_roughly(request: Request, known: Knowledge) -> bool:
+    (_, top), _ = request.ends
+    largest = replace(request, ends=((1.0, min(top, 1)), (-1.0, 0)))
+    return settled(largest, known) and settled(replace(request, tolerance=max(request.tolerance, 0.1)), known)
+
+
+def _spectrum(request: Request, known: Knowledge, confidence: float, converged: bool, is_certified: bool) -> Spectrum:
     largest, smallest = (_report(request, known, sign, count) for sign, count in request.ends)
-    return Spectrum(largest, smallest, known.products, converged, confidence, old is None)
+    return Spectrum(largest, smallest, known.products, converged, confidence, is_certified)
 
 
 def check_spectrum(name: str, spectrum: object) -> None:

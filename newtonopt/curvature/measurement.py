@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from torch import Tensor
+
 from newtonopt._checks import check_choice, check_flag, check_positive, check_products, check_share, check_whole
 from newtonopt.curvature.blocks import are_patterns
 from newtonopt.curvature.density import SpectralDensity
@@ -79,6 +81,7 @@ class Measurement(dict[str, float]):
     Attributes:
         settings: What was asked for.
         spectra: The eigenvalues with their vectors, by name: "lambda" those of the matrix itself.
+        sharpest: The displacement that attains the sharpness in a ball.
         density: Of all eigenvalues, where it was asked for.
         slice: The loss along eigenvectors, where it was asked for.
         form: How products were formed.
@@ -89,6 +92,7 @@ class Measurement(dict[str, float]):
         super().__init__()
         self.settings = settings
         self.spectra: dict[str, Spectrum] = {}
+        self.sharpest: Tensor | None = None
         self.density: SpectralDensity | None = None
         self.slice: LossSlice | None = None
         self.form: Products = "auto"

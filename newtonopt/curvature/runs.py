@@ -16,7 +16,6 @@ from newtonopt.curvature.bounds import (
     certifiable,
     certified,
     component_floor,
-    settled,
     slack,
     spectrum_ceiling,
 )
@@ -43,8 +42,15 @@ def search(operator: LinearOperator, request: Request, known: Knowledge, seed: i
     return known
 
 
-def track(operator: LinearOperator, request: Request, known: Knowledge, old: Tensor, seed: int) -> Knowledge:
-    """One run from a sum of old eigenvectors, until residuals are small; it bounds nothing.
+def track(
+    operator: LinearOperator,
+    request: Request,
+    known: Knowledge,
+    old: Tensor,
+    seed: int,
+    is_enough: Callable[[Request, Knowledge], bool],
+) -> Knowledge:
+    """One run from a sum of old eigenvectors, until its residuals are small enough; it bounds nothing.
 
     The random part lets through eigenvectors that the old ones know nothing of.
     """
@@ -60,7 +66,7 @@ def track(operator: LinearOperator, request: Request, known: Knowledge, old: Ten
         return replace(_observe(known, tridiagonal, values, None), pairs=RitzPairs(values, torch.outer(tails, tails)))
 
     def stop(tridiagonal: Tridiagonal) -> bool:
-        return settled(request, judged(tridiagonal))
+        return is_enough(request, judged(tridiagonal))
 
     result = lanczos(operator, start, request.max_products, stop=stop, restarts=_restarts(request, known))
     seen = judged(result.tridiagonal)
