@@ -99,10 +99,10 @@ def measure(
         seed: Of the random start vectors. Default 0.
         weight: Of this process in the mean over several, as for `evaluate`; None (default): found from the losses.
         prefix: The tags' group. Default "curvature".
-        last: The last measurement of this run, whose eigenvectors to follow, for two products more than there are. What
-            they know nothing of may be missed: `curvature/certified` is 0 then, and `_upper` and `_lower` enclose some
-            eigenvalue, perhaps not the extreme one. None (default): from random starts, with bounds that hold for the
-            extreme ones.
+        last: The last measurement of this run, whose eigenvectors to follow, until the largest is known to `tolerance`
+            and the others to a tenth. What they know nothing of may be missed: `curvature/certified` is 0 then, and
+            `_upper` and `_lower` enclose some eigenvalue, perhaps not the extreme one. None (default): from random
+            starts, with bounds that hold for the extreme ones.
 
     Returns:
         The values by tag: `curvature/lambda_max` and so on.
