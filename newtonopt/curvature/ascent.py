@@ -87,7 +87,7 @@ class Ball:
         if eigenvalues and float(lengths[1]) > 0.0:
             axis = parts[:, 1] / lengths[1]
             coordinates.append((best - 2.0 * (best @ axis) * axis) @ turn)
-        return [c.to(rows.dtype).to(rows.device) @ rows for c in coordinates]
+        return [rows.T @ c.to(rows.dtype).to(rows.device) for c in coordinates]
 
     def highest(self, starts: Sequence[Tensor], budget: int, ascents: int | None = None) -> tuple[Point, int, bool]:
         """The highest point that ascents from the highest starts lead to, the gradients used, and whether the search
