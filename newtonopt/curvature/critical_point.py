@@ -197,7 +197,9 @@ def _remark(point: CriticalPoint) -> str:
         return f"The gradient is above the tolerance of {point.tolerance:.3g}: the signs decide nothing here."
     if point.kind in ("minimum", "maximum"):
         sign, others = ("positive", "; other minima may lie lower") if point.kind == "minimum" else ("negative", "")
-        near = f"; the {point.kind} itself is about {point.distance:.2g} away" if point.distance > 0.0 else ""
+        near = (
+            f"; the quadratic model's {point.kind} is at most {point.distance:.2g} away" if point.distance > 0.0 else ""
+        )
         return f"All curvature is {sign}, with {point.confidence:.3g} confidence{near}{others}."
     if point.kind == "saddle":
         return "The loss falls along the direction of the smallest eigenvalue and rises along that of the largest."

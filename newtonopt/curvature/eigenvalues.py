@@ -133,14 +133,29 @@ def extreme_eigenvalues(
 
 
 def follow(
-    operator: LinearOperator, start: Spectrum, top: int, bottom: int, tolerance: float, max_products: int, seed: int
+    operator: LinearOperator, start: Spectrum, top: int, bottom: int, tolerance: float, least: int, most: int, seed: int
 ) -> Spectrum:
-    """`extreme_eigenvalues` from a start, ended when the largest is known to the tolerance, the others to a tenth."""
-    request = _request(operator, top, bottom, tolerance, 0.99, max_products, None)
+    """`extreme_eigenvalues` from a start, ended when the largest is known to the tolerance, the others to a tenth.
+
+    Args:
+        operator: As there.
+        start: As there.
+        top: As there.
+        bottom: As there.
+        tolerance: As there.
+        least: Products from which on that is enough; before, all must be known to the tolerance.
+        most: Bound on the products.
+        seed: As there.
+    """
+    request = _request(operator, top, bottom, tolerance, 0.99, most, None)
     old = _start_vector(operator, start, tolerance)
     if old is None:
-        return extreme_eigenvalues(operator, top, bottom, tolerance, max_products=max_products, seed=seed)
-    known = track(operator, request, _nothing(operator), old, seed, _known_roughly)
+        return extreme_eigenvalues(operator, top, bottom, tolerance, max_products=most, seed=seed)
+
+    def is_enough(request: Request, seen: Knowledge) -> bool:
+        return settled(request, seen) or (seen.products >= least and _known_roughly(request, seen))
+
+    known = track(operator, request, _nothing(operator), old, seed, is_enough)
     return _spectrum(request, known, 0.99, settled(request, known), False)
 
 

@@ -31,9 +31,10 @@ _GRADIENTS, _LEAST_GRADIENTS, _SAMPLES = 20, 8, 64
 # Products for trace and density each, more where the eigenvalues may have more, and none with fewer; and a run's steps
 # for the density, of which there are as many runs as fit, at least 2.
 _WHOLE_PRODUCTS, _LEAST_PRODUCTS, _STEPS = 100, 10, 50
-# Products for following: some, and some for each eigenvalue. To a tolerance alone a GPT's tiny smallest one took a
-# hundred, at two training steps each.
-_FOLLOWED_BASE, _FOLLOWED_EACH = 4, 2
+# Products for following: a quarter of what a measurement from a random start may have; more if that is too few, but
+# no more than some, and some for each eigenvalue: to a tolerance a GPT's tiny smallest one took a hundred, at three
+# training steps each.
+_FOLLOWED_PART, _FOLLOWED_BASE, _FOLLOWED_EACH = 4, 4, 2
 # What TensorBoard's writer allows in no tag.
 _OUTSIDE_TAGS = re.compile(r"[^-/\w.]")
 # Losses along each direction of a slice.
@@ -100,9 +101,9 @@ class Look:
         if old is None:
             found = extreme_eigenvalues(A, top, bottom, tolerance, max_products=budget, seed=seed)
         else:
-            found = follow(
-                A, old, top, bottom, tolerance, min(budget, _FOLLOWED_BASE + _FOLLOWED_EACH * (top + bottom)), seed
-            )
+            least = min(budget, self.settings.max_products // _FOLLOWED_PART)
+            most = max(least, min(budget, _FOLLOWED_BASE + _FOLLOWED_EACH * (top + bottom)))
+            found = follow(A, old, top, bottom, tolerance, least, most, seed)
         self.values.spectra[name] = found
         return found
 
@@ -159,6 +160,12 @@ def those_that_train(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) 
     return [o for o in optimizers if any(id(p) in own for group in o.param_groups for p in group["params"])]
 
 
+def _all_trained(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> bool:
+    """Whether what one step of each moves is what the matrix is by: a part's eigenvalue is another."""
+    trained = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    return all(id(p) in trained for p in params)
+
+
 def enter_stability(look: Look, A: LinearOperator, params: Sequence[Tensor], optimizers: Sequence[Optimizer]) -> None:
     """The threshold, and the eigenvalue that it is for over it: that of the matrix itself for SGD alone."""
     training = those_that_train(optimizers, params)
@@ -177,8 +184,10 @@ def enter_stability(look: Look, A: LinearOperator, params: Sequence[Tensor], opt
         look.enter(name, spectrum.top if spectrum is not None else ())
     elif not all(isinstance(optimizer, SGD) for optimizer in training):
         return
-    largest = look.values.read(name)
-    if largest is not None and math.isfinite(threshold):  # it is not where the learning rate is zero, as in a warm-up
+    largest, whole = look.values.read(name), _all_trained(training, params)
+    if (
+        largest is not None and whole and math.isfinite(threshold)
+    ):  # it is not where the learning rate is zero, as in a warm-up
         look.values.add("stability_threshold", threshold)
         look.values.add("stability_ratio", largest / threshold)
 

@@ -63,7 +63,8 @@ def track(
     def judged(tridiagonal: Tridiagonal) -> Knowledge:
         values, coordinates = tridiagonal.ritz()
         tails = tridiagonal.betas[-1] * coordinates[-1]
-        return replace(_observe(known, tridiagonal, values, None), pairs=RitzPairs(values, torch.outer(tails, tails)))
+        pairs = RitzPairs(values, torch.outer(tails, tails))
+        return replace(_observe(known, tridiagonal, values, None), pairs=pairs, products=tridiagonal.size)
 
     def stop(tridiagonal: Tridiagonal) -> bool:
         return is_enough(request, judged(tridiagonal))
@@ -73,7 +74,7 @@ def track(
     keep = _outer(request, seen.pairs.values, 0)
     block = known.block.extended(result, result.tridiagonal.ritz()[1][:, keep])
     formed = block.formed(list(range(len(keep))))
-    return replace(seen, block=formed, pairs=formed.pairs(), products=result.tridiagonal.size)
+    return replace(seen, block=formed, pairs=formed.pairs())
 
 
 def _advance(operator: LinearOperator, request: Request, known: Knowledge, start: Tensor, run: int) -> Knowledge:

@@ -52,7 +52,8 @@ def _with_bounds(read: Callable[[str], float | None], name: str) -> str:
         return f"{value:.4g}"
     width = max(upper - value, value - lower)
     if read("certified") == 0.0:
-        return f"{value:.4g} (followed: some eigenvalue lies within {width:.2g} of it, a larger one may be missed)"
+        missed = "smaller" if name == "lambda_min" else "larger"
+        return f"{value:.4g} (followed: some eigenvalue lies within {width:.2g} of it, a {missed} one may be missed)"
     return f"{value:.4g} within {width:.2g}"
 
 
@@ -61,19 +62,16 @@ def _smallest(read: Callable[[str], float | None]) -> Iterator[str]:
     value, lower, upper = (read(f"lambda_min{end}") for end in ("", "_lower", "_upper"))
     if value is None or lower is None or upper is None:
         return
-    if upper < 0.0:
-        yield f"The smallest, {value:.3g}, says this is no minimum."
-    elif lower > 0.0 and read("certified") != 0.0:
-        yield f"The smallest, {value:.3g}, says the loss is convex here."
-    elif lower == upper == 0.0:
+    if lower == upper == 0.0:
         yield "The smallest is zero: the loss is flat along it."
-    elif read("certified") == 0.0:
-        yield (
-            f"The smallest, {value:.3g}, was followed: some eigenvalue lies between {lower:.2g} and {upper:.2g}, a "
-            "smaller one may be missed."
-        )
-    else:
-        yield f"The smallest, {value:.3g}, may have either sign: it lies between {lower:.2g} and {upper:.2g}."
+        return
+    yield f"The smallest, {_with_bounds(read, 'lambda_min')}, " + (
+        "says this is no minimum."
+        if upper < 0.0
+        else "says the loss is convex here."
+        if lower > 0.0 and read("certified") != 0.0
+        else "may have either sign."
+    )
 
 
 def _gradient(read: Callable[[str], float | None]) -> Iterator[str]:

@@ -143,14 +143,39 @@ def test_what_was_followed_and_lost_is_looked_for_afresh() -> None:
     def closure() -> Tensor:
         return 0.5 * (2.0 * p[0] ** 2 + growth * (weights * p[1:] ** 2).sum())
 
-    first = measure(closure, [p], top=1, bottom=0, sharpness=None)
+    settings: dict[str, Any] = {"top": 1, "bottom": 0, "sharpness": None, "max_products": 24}
+    first = measure(closure, [p], **settings)
     assert first["curvature/lambda_max"] == pytest.approx(2.0)
     growth.fill_(1.0)
-    blind = measure(closure, [p], top=1, bottom=0, sharpness=None, gradient=False, last=first)
+    blind = measure(closure, [p], **settings, gradient=False, last=first)
     assert blind["curvature/certified"] == 0.0 and blind["curvature/lambda_max"] < 44.0
-    found = measure(closure, [p], top=1, bottom=0, sharpness=None, last=first)
+    found = measure(closure, [p], **settings, last=first)
     assert found["curvature/certified"] == 1.0
     assert found["curvature/lambda_max"] == pytest.approx(45.0, rel=1e-2)
+
+
+def test_following_takes_a_quarter_of_the_products_allowed() -> None:
+    problem = Problem()
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.05)
+    settings: dict[str, Any] = {"tolerance": 1e-9, "sharpness": None, "gradient": False, "max_products": 60}
+    first = measure(problem.closure, problem.model.parameters(), optimizer, **settings)
+    optimizer.step(problem.closure)
+    assert measure(problem.closure, problem.model.parameters(), last=first, **settings)["curvature/products"] == 15
+    rough = settings | {"tolerance": 1e-2, "max_products": 8}
+    followed = measure(problem.closure, problem.model.parameters(), last=first, **rough)
+    assert followed["curvature/products"] <= 8
+    _, hessian = problem.dense()
+    largest = float(torch.linalg.eigvalsh(hessian)[-1])
+    assert followed["curvature/lambda_max"] == pytest.approx(largest, rel=1e-2)
+
+
+def test_an_optimizer_of_a_part_has_no_ratio() -> None:
+    problem = Problem()
+    part = torch.optim.SGD(problem.model[0].parameters(), lr=0.05)
+    found = measure(problem.closure, problem.model.parameters(), part, sharpness=None)
+    assert not [tag for tag in found if "stability" in tag]
+    found = measure(problem.closure, problem.model[0].parameters(), part, sharpness=None)
+    assert found["curvature/stability_threshold"] == pytest.approx(40.0)
 
 
 def test_other_parameters_than_last_time_start_afresh() -> None:
@@ -246,14 +271,21 @@ SMALLEST = {"lambda_min": -0.3, "lambda_min_lower": -0.4, "lambda_min_upper": -0
         ({**LARGEST, "stability_threshold": 24.8, "stability_ratio": 0.5}, "24.8: steps are stable."),
         ({**LARGEST, "stability_threshold": 6.2, "stability_ratio": 2.0}, "overshoot and grow"),
         ({**LARGEST, "certified": 0.0}, "12.4 (followed: some eigenvalue lies within 0.1 of it, a larger one may be "),
-        (SMALLEST, "The smallest, -0.3, says this is no minimum."),
-        ({**SMALLEST, "certified": 0.0}, "says this is no minimum."),
-        ({"lambda_min": 0.3, "lambda_min_lower": 0.2, "lambda_min_upper": 0.31}, "says the loss is convex here."),
+        (SMALLEST, "The smallest, -0.3 within 0.1, says this is no minimum."),
+        (
+            {**SMALLEST, "certified": 0.0},
+            "The smallest, -0.3 (followed: some eigenvalue lies within 0.1 of it, a smaller one may be missed), says "
+            "this is no minimum.",
+        ),
+        (
+            {"lambda_min": 0.3, "lambda_min_lower": 0.2, "lambda_min_upper": 0.31},
+            "0.3 within 0.1, says the loss is convex here.",
+        ),
         (
             {"lambda_min": 0.3, "lambda_min_lower": 0.2, "lambda_min_upper": 0.31, "certified": 0.0},
-            "was followed: some eigenvalue lies between 0.2 and 0.31, a smaller one may be missed.",
+            "a smaller one may be missed), may have either sign.",
         ),
-        ({"lambda_min": 0.0, "lambda_min_lower": -0.1, "lambda_min_upper": 0.1}, "it lies between -0.1 and 0.1."),
+        ({"lambda_min": 0.0, "lambda_min_lower": -0.1, "lambda_min_upper": 0.1}, "0 within 0.1, may have either sign."),
         ({"gradient_curvature": 4.0}, "the loss falls most by a step of 0.25 gradients."),
         ({"gradient_curvature": -4.0}, "the loss falls faster than the gradient says."),
         ({"sharpness": 0.25}, "within distance 0.05 the loss rises by 0.25 or more; that is the largest rise found."),
