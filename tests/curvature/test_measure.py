@@ -160,13 +160,15 @@ def test_following_takes_a_quarter_of_the_products_allowed() -> None:
     settings: dict[str, Any] = {"tolerance": 1e-9, "sharpness": None, "gradient": False, "max_products": 60}
     first = measure(problem.closure, problem.model.parameters(), optimizer, **settings)
     optimizer.step(problem.closure)
-    assert measure(problem.closure, problem.model.parameters(), last=first, **settings)["curvature/products"] == 15
-    rough = settings | {"tolerance": 1e-2, "max_products": 8}
-    followed = measure(problem.closure, problem.model.parameters(), last=first, **rough)
-    assert followed["curvature/products"] <= 8
+    for allowed, taken in ((60, 15), (24, 12), (8, 8)):  # a quarter, or twice the four eigenvalues and four
+        settings["max_products"] = allowed
+        followed = measure(problem.closure, problem.model.parameters(), last=first, **settings)
+        assert followed["curvature/products"] == taken
+    settings |= {"tolerance": 1e-2, "max_products": 24}
+    followed = measure(problem.closure, problem.model.parameters(), last=first, **settings)
+    assert 6 <= followed["curvature/products"] <= 12
     _, hessian = problem.dense()
-    largest = float(torch.linalg.eigvalsh(hessian)[-1])
-    assert followed["curvature/lambda_max"] == pytest.approx(largest, rel=1e-2)
+    assert followed["curvature/lambda_max"] == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-2)
 
 
 def test_an_optimizer_of_a_part_has_no_ratio() -> None:
