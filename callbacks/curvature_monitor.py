@@ -88,9 +88,9 @@ class CurvatureMonitor(Callback):
             percent or better then, and of the smallest the sign; 100 narrow its interval too.
         max_seconds: How long a measurement may take, roughly; what does not fit is left out. None (default): no bound.
         certify_every: Every how many measurements start at random, one or more; 1: all. The others follow the
-            eigenvectors of the last one, for a fraction of the products, and certify nothing: `curvature/certified` is
-            0, and the bounds enclose some eigenvalue, perhaps not the extreme one. Between measurements the vectors are
-            kept, `top + bottom` times the parameters. Default 10.
+            eigenvectors of the last one, with a quarter of `max_products` or a little more, and certify nothing:
+            `curvature/certified` is 0, and the bounds enclose some eigenvalue, perhaps not the extreme one. Between
+            measurements vectors are kept, `top + bottom + 1` times the parameters. Default 10.
         max_overhead: What measuring may add to the time of training, as a share of it, above zero: measurements that
             would exceed it are left out, but for the first of each kind and those at the start and the end. None
             (default): no bound.

@@ -1,7 +1,8 @@
-"""Take the README's pictures of TensorBoard: `python docs/photograph_tensorboard.py LOGDIR [PAGE [HEIGHT]]`.
+"""Take the pictures of TensorBoard: `python docs/photograph_tensorboard.py LOGDIR [NAME ...]`.
 
-LOGDIR is what `make demo` prints. PAGE is "custom_scalars" (default), "scalars", "images", "histograms" or "text".
-Needs chromium, its chromedriver and `pip install selenium`.
+NAMEs are those of the pictures: "tensorboard" (default), README's, of what `make demo` logs; and the monitor page's, of
+`configs/everything_measured.yaml`: "tensorboard_custom_scalars", "tensorboard_images", "tensorboard_histograms" and
+"tensorboard_text". Needs chromium, its chromedriver and `pip install selenium`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,14 @@ from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from tensorboard import program
 
+# The page of each picture, and how tall it is.
+PAGES = {
+    "tensorboard": ("custom_scalars", 1290),
+    "tensorboard_custom_scalars": ("custom_scalars", 1880),
+    "tensorboard_images": ("images", 690),
+    "tensorboard_histograms": ("histograms", 560),
+    "tensorboard_text": ("text", 720),
+}
 _FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -59,11 +68,14 @@ def open_page(driver: webdriver.Chrome, address: str, page: str, seconds: float 
     time.sleep(0.6 * seconds)
 
 
-def main(logdir: str, picture: Path, page: str, height: int) -> None:
-    """Save what a page shows."""
-    with browser(height=height) as driver:
-        open_page(driver, board(logdir), page)
-        driver.save_screenshot(str(picture))
+def main(logdir: str, names: list[str]) -> None:
+    """Save what the pages show."""
+    address = board(logdir)
+    for name in names:
+        page, height = PAGES[name]
+        with browser(height=height) as driver:
+            open_page(driver, address, page)
+            driver.save_screenshot(str(Path(__file__).parent / "pictures" / f"{name}.png"))
 
 
 # The page is built of nested shadow roots. Points that chart scaling leaves out as outliers are shown too.
@@ -86,7 +98,4 @@ for (const box of visit(document, 'paper-checkbox', [])) {
 
 
 if __name__ == "__main__":
-    shown = sys.argv[2] if len(sys.argv) > 2 else "custom_scalars"
-    name = "tensorboard" if shown == "custom_scalars" else f"tensorboard_{shown}"
-    tall = int(sys.argv[3]) if len(sys.argv) > 3 else 1290
-    main(sys.argv[1], Path(__file__).parent / "pictures" / f"{name}.png", shown, tall)
+    main(sys.argv[1], sys.argv[2:] or ["tensorboard"])

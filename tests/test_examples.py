@@ -87,6 +87,19 @@ def test_gradient_descent_sits_at_the_edge_of_stability(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_everything_is_measured_and_shown(tmp_path: Path) -> None:
+    fit("everything_measured", tmp_path, "--trainer.max_epochs=20")
+    (folder,) = tmp_path.glob("logs/*/*")
+    tags = EventAccumulator(str(folder)).Reload().Tags()
+    assert {f"curvature/{name}" for name in ("lambda_4", "lambda_min", "trace_error", "sharpness")} <= {
+        *tags["scalars"]
+    }
+    assert sum(tag.startswith("curvature/lambda_max_of/") for tag in tags["scalars"]) == 2
+    assert {*tags["images"]} == {"curvature/spectral_density", "curvature/loss_slice"}
+    assert tags["histograms"] == ["curvature/eigenvalues_log_count"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gd-0.2", "gd-0.4", "gd-0.6", "heavy-ball", "adam"])
 def test_every_optimizer_settles_at_its_threshold(name: str, edge: ModuleType) -> None:
     """Cohen et al. 2021, 2022: within 6 %, after a rise from well below (progressive sharpening).

@@ -134,8 +134,10 @@ def extreme_eigenvalues(
 
 def follow(
     operator: LinearOperator, start: Spectrum, top: int, bottom: int, tolerance: float, least: int, most: int, seed: int
-) -> Spectrum:
+) -> Spectrum | None:
     """`extreme_eigenvalues` from a start, ended when the largest is known to the tolerance, the others to a tenth.
+
+    None where the start has equal eigenvalues, which cannot be tracked.
 
     Args:
         operator: As there.
@@ -150,7 +152,7 @@ def follow(
     request = _request(operator, top, bottom, tolerance, 0.99, most, None)
     old = _start_vector(operator, start, tolerance)
     if old is None:
-        return extreme_eigenvalues(operator, top, bottom, tolerance, max_products=most, seed=seed)
+        return None
 
     def is_enough(request: Request, seen: Knowledge) -> bool:
         return settled(request, seen) or (seen.products >= least and _known_roughly(request, seen))

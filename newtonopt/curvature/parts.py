@@ -98,12 +98,13 @@ class Look:
         if old is not None and any(e.vector.shape[0] != A.shape[0] for e in (*old.top, *old.bottom)):
             old = None  # other parameters are trained now
         tolerance, seed = self.settings.tolerance, self.settings.seed
-        if old is None:
-            found = extreme_eigenvalues(A, top, bottom, tolerance, max_products=budget, seed=seed)
-        else:
+        found = None
+        if old is not None:
             least = min(budget, self.settings.max_products // _FOLLOWED_PART)
             most = max(least, min(budget, _FOLLOWED_BASE + _FOLLOWED_EACH * (top + bottom)))
             found = follow(A, old, top, bottom, tolerance, least, most, seed)
+        if found is None:
+            found = extreme_eigenvalues(A, top, bottom, tolerance, max_products=budget, seed=seed)
         self.values.spectra[name] = found
         return found
 
@@ -160,8 +161,7 @@ def those_that_train(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) 
     return [o for o in optimizers if any(id(p) in own for group in o.param_groups for p in group["params"])]
 
 
-def _all_trained(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> bool:
-    """Whether what one step of each moves is what the matrix is by: a part's eigenvalue is another."""
+def _train_all(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> bool:
     trained = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     return all(id(p) in trained for p in params)
 
@@ -184,10 +184,10 @@ def enter_stability(look: Look, A: LinearOperator, params: Sequence[Tensor], opt
         look.enter(name, spectrum.top if spectrum is not None else ())
     elif not all(isinstance(optimizer, SGD) for optimizer in training):
         return
-    largest, whole = look.values.read(name), _all_trained(training, params)
-    if (
-        largest is not None and whole and math.isfinite(threshold)
-    ):  # it is not where the learning rate is zero, as in a warm-up
+    largest = look.values.read(name)
+    # A learning rate of zero, as in a warm-up, has no finite threshold; and where the optimizers train a part of the
+    # parameters, theirs is that part's.
+    if largest is not None and math.isfinite(threshold) and _train_all(training, params):
         look.values.add("stability_threshold", threshold)
         look.values.add("stability_ratio", largest / threshold)
 
