@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,9 +37,9 @@ class SpectralDensity:
         products: Products with the operator that were used.
     """
 
-    nodes: Tensor
-    weights: Tensor
-    runs: Tensor
+    nodes: Tensor = field(repr=False)
+    weights: Tensor = field(repr=False)
+    runs: Tensor = field(repr=False)
     size: int
     exact: bool
     products: int

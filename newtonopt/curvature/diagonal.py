@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ class Diagonal:
         converged: Whether the norm of the standard errors is at most `tolerance` times that of the values.
     """
 
-    values: Tensor
-    standard_errors: Tensor
+    values: Tensor = field(repr=False)
+    standard_errors: Tensor = field(repr=False)
     products: int
     converged: bool
 

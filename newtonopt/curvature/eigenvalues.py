@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Eigenvalue:
     upper: float
     residual: float
     multiplicity: int
-    vector: Tensor
+    vector: Tensor = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -51,7 +51,7 @@ class Sharpness:
     kind: Kind
     radius: float
     loss: float
-    step: Tensor | None
+    step: Tensor | None = field(repr=False)
     gradients: int
     converged: bool
     standard_error: float = 0.0

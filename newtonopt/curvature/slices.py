@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,9 +36,9 @@ class LossSlice:
         products: Hessian products that were used, one a direction.
     """
 
-    coordinates: Tensor
-    losses: Tensor
-    model: Tensor
+    coordinates: Tensor = field(repr=False)
+    losses: Tensor = field(repr=False)
+    model: Tensor = field(repr=False)
     loss: float
     slopes: Tensor
     curvatures: Tensor

@@ -13,7 +13,15 @@ from problems import Batches, build
 from torch import Tensor, nn
 
 from newtonopt import Evaluation, evaluate, hessian
-from newtonopt.curvature import critical_point, extreme_eigenvalues, gradient_curvature, loss_slice
+from newtonopt.curvature import (
+    critical_point,
+    diagonal,
+    extreme_eigenvalues,
+    gradient_curvature,
+    loss_slice,
+    sharpness,
+    spectral_density,
+)
 
 
 def _at(function: Callable[[Tensor], Tensor], *place: float) -> Evaluation:
@@ -301,3 +309,17 @@ def test_a_slice_of_a_closure_that_takes_other_data_each_time_is_refused() -> No
     p, data = torch.ones(3, requires_grad=True), iter(torch.randn(50, 3))
     with pytest.raises(RuntimeError, match="the same data"):
         loss_slice(lambda: (p * next(data)).square().sum(), [p], torch.ones(3))
+
+
+def test_results_print_without_their_vectors() -> None:
+    theta = torch.linspace(0.5, 1.5, 100).double().requires_grad_()
+
+    def closure() -> Tensor:
+        return (theta**4).sum()
+
+    H = hessian(evaluate(closure, [theta]))
+    spectrum, ones = extreme_eigenvalues(H, top=1, bottom=1), torch.ones(2, 100).double()
+    slices = loss_slice(closure, [theta], ones[0], points=5), loss_slice(closure, [theta], ones, points=5)
+    for result in (spectrum, spectral_density(H), diagonal(H), sharpness(closure, [theta]), *slices):
+        assert len(repr(result)) < 500, repr(result)
+    assert f"value={spectrum.top[0].value!r}" in repr(spectrum)
