@@ -78,7 +78,7 @@ class Recording:
         """Called after the closure, with what it returned."""
         self.returned = returned.detach() if isinstance(returned, Tensor) else returned
         if self._products and isinstance(returned, Tensor) and returned.numel() == 1:
-            _refuse_gradient_scaler(float(tap.total()), float(self.returned))
+            _refuse_gradient_scaler(float(tap.total(returned)), float(self.returned))
         if not self._cached:
             self.loss = tap.total(returned)
             if not self._related:

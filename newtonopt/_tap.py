@@ -129,16 +129,16 @@ class Tap(TorchFunctionMode):
         """Whether the run is in forward mode, where there are no graphs."""
         return self._tangents is not None
 
-    def total(self, returned: object = None) -> Tensor:
+    def total(self, returned: object) -> Tensor:
         """The sum of the losses, detached; `returned` is what the closure returned, for the error if there was none."""
         if self._total is None:
-            what = "" if isinstance(returned, Tensor) else f" (it returned a {type(returned).__name__})"
+            what = type(returned).__name__ + (" without a graph" if isinstance(returned, Tensor) else "")
             raise RuntimeError(
-                f"The closure neither called loss.backward() nor returned a loss that requires a gradient{what}, so "
-                "there is nothing to minimise. End it with `loss.backward(); return loss` (torch.autograd.backward is "
-                "not seen: call the method), and check that the loss depends on the parameters and that no "
-                "torch.no_grad() surrounds the forward pass. Under Lightning return the loss from training_step: None, "
-                "which skips a batch for other optimizers, cannot be skipped within a step."
+                "The closure neither called loss.backward() nor returned a loss that requires a gradient (it returned "
+                f"a {what}), so there is nothing to minimise. End it with `loss.backward(); return loss` "
+                "(torch.autograd.backward is not seen: call the method), and check that the loss depends on the "
+                "parameters and that no torch.no_grad() surrounds the forward pass. Under Lightning return the loss "
+                "from training_step: None, which skips a batch for other optimizers, cannot be skipped within a step."
             )
         return self._total
 

@@ -136,8 +136,8 @@ class Objective:
                     tick()
 
                 tap = Tap(self.params, on_term=take, release=release)
-                self._call(tap)
-            return tap.total()
+                returned = self._call(tap)
+            return tap.total(returned)
 
         return self._released(attempt)
 
@@ -153,8 +153,8 @@ class Objective:
         tangents: dict[int, Tensor] = {}
         with self._isolation.isolated(), progress(self._terms) as tick, forward_mode(self.params, v):
             tap = Tap(self.params, on_term=lambda term: tick(), tangents=tangents)
-            self._call(tap)
-        return tap.total(), tangents
+            returned = self._call(tap)
+        return tap.total(returned), tangents
 
     def add_gradient(self, gradient: Tensor, step: Tensor) -> Tensor:
         """Add this process's gradient at `point + step` to `gradient` in place; returns its loss there."""

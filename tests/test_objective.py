@@ -225,7 +225,8 @@ def test_closures_that_read_gradients_work_in_replays() -> None:
         (lambda loss: loss.item(), r"loss\.backward\(\); return loss"),
         (lambda loss: None, r"it returned a NoneType.*loss\.backward\(\); return loss"),
         (lambda loss: (loss, "aux"), r"it returned a tuple.*loss\.backward\(\); return loss"),
-        (lambda loss: loss.detach(), r"no torch\.no_grad"),
+        (lambda loss: loss.detach(), r"it returned a Tensor without a graph.*no torch\.no_grad"),
+        (lambda loss: loss.detach().expand(2), "it returned a Tensor without a graph"),
         (lambda loss: loss.expand(3), "return a scalar"),
     ],
 )
