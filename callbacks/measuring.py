@@ -88,8 +88,12 @@ class Subject:
         """
         named: list[tuple[str, Tensor]] = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         chosen = [(name, p) for name, p in named if self._takes(name)]
+        if not named:
+            raise ValueError(
+                f"{type(module).__name__} has no parameter with requires_grad: there is nothing to measure."
+            )
         if not chosen:
-            names = ", ".join(name for name, _ in named) or "none"
+            names = ", ".join(name for name, _ in named)
             raise ValueError(
                 f"parameters is {self.parameters!r}, which is found in no name of those that are trained: {names}."
             )

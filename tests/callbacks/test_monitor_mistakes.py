@@ -165,3 +165,17 @@ def test_a_failure_after_another_warning_is_still_said() -> None:
     words = [str(w.message) for w in caught if "CurvatureMonitor" in str(w.message)]
     assert len(words) == 2
     assert "preconditioned=True" in words[0] and "could not measure at step 2" in words[1]
+
+
+class Frozen(Classifier):
+    """From its first step on."""
+
+    def on_after_backward(self) -> None:
+        self.requires_grad_(False)
+
+
+@pytest.mark.parametrize("parameters", [None, "^layers"])
+def test_a_frozen_model_is_said_to_have_nothing_to_measure(parameters: str | None) -> None:
+    trainer = quiet_trainer(callbacks=[quick(every_n_train_steps=1, parameters=parameters)], max_steps=1)
+    with pytest.warns(UserWarning, match="Frozen has no parameter with requires_grad: there is nothing to measure"):
+        trainer.fit(Frozen("SGD"), loader())
