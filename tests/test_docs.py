@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import newtonopt
+from newtonopt.callbacks import CurvatureMonitor
 from newtonopt.optimizers.base import NewtonOptimizer
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +71,11 @@ def test_a_page_names_every_setting_with_its_default(name: str) -> None:
     assert [setting for setting in settings if f"`{setting}`" not in text] == []
     defaults = _defaults(shared) | _defaults(text)
     assert {setting: defaults[setting] for setting in settings} == settings
+
+
+def test_the_monitors_table_names_every_argument_with_its_default() -> None:
+    table = (ROOT / "docs" / "monitor.md").read_text().split("## Tags")[0]
+    assert _defaults(table) == {p.name: p.default for p in inspect.signature(CurvatureMonitor).parameters.values()}
 
 
 def _defaults(text: str) -> dict[str, object]:
