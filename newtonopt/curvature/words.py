@@ -80,8 +80,8 @@ def _gradient(read: Callable[[str], float | None]) -> Iterator[str]:
         return
     if curvature > 0.0:
         yield (
-            f"Along the gradient the curvature is {curvature:.3g}: the loss falls most by a step of "
-            f"{1.0 / curvature:.3g} gradients."
+            f"Along the gradient the curvature is {curvature:.3g}: the loss falls most at a learning "
+            f"rate of {1.0 / curvature:.3g}."
         )
     elif curvature == 0.0:
         yield "Along the gradient there is no curvature: the loss falls as the gradient says."

@@ -288,7 +288,7 @@ SMALLEST = {"lambda_min": -0.3, "lambda_min_lower": -0.4, "lambda_min_upper": -0
             "a smaller one may be missed), may have either sign.",
         ),
         ({"lambda_min": 0.0, "lambda_min_lower": -0.1, "lambda_min_upper": 0.1}, "0 within 0.1, may have either sign."),
-        ({"gradient_curvature": 4.0}, "the loss falls most by a step of 0.25 gradients."),
+        ({"gradient_curvature": 4.0}, "the loss falls most at a learning rate of 0.25."),
         ({"gradient_curvature": -4.0}, "the loss falls faster than the gradient says."),
         ({"sharpness": 0.25}, "within distance 0.05 the loss rises by 0.25 or more; that is the largest rise found."),
         ({"products": 31.0, "seconds": 1.26}, "Measured with 31 products in 1.3 s."),
