@@ -63,7 +63,7 @@ def slice_figure(measured: LossSlice) -> Figure:
         axes.plot(steps, measured.losses.numpy(), color="C0", linewidth=1.5, label="loss")
         axes.plot(steps, measured.model.numpy(), color="C1", linestyle="--", label="quadratic model")
         axes.plot(0.0, measured.loss, "ko", markersize=4)
-        axes.set(xlabel="step along the direction", ylabel="loss")
+        axes.set(xlabel=f"step along {measured.names[0]}", ylabel="loss")
         axes.set_title(f"slope {float(measured.slopes[0]):.3g}, curvature {float(measured.curvatures[0, 0]):.3g}")
         axes.legend(frameon=False)
         return figure
@@ -78,8 +78,8 @@ def slice_figure(measured: LossSlice) -> Figure:
         # The first coordinate runs to the right.
         drawn = panel.contourf(steps, steps, values.T.numpy(), levels=levels, cmap="viridis")
         panel.plot(0.0, 0.0, "w+", markersize=8)
-        panel.set(xlabel="step along the first direction", title=title, aspect="equal")
-    panels[0].set_ylabel("step along the second direction")
+        panel.set(xlabel=f"step along {measured.names[0]}", title=title, aspect="equal")
+    panels[0].set_ylabel(f"step along {measured.names[1]}")
     figure.colorbar(drawn, ax=list(panels), label="loss")
     return figure
 

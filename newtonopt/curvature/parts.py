@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -259,8 +259,11 @@ def enter_slice(look: Look, closure: Callable[[], Any], params: Sequence[Tensor]
     spectrum, count = look.values.spectrum, look.settings.loss_slice
     if count == 0 or spectrum is None:
         return
-    directions = [e.vector for e in (*spectrum.top[:1], *spectrum.bottom[:1], *spectrum.top[1:])][:count]
+    ends = {"top": spectrum.top[:1], "bottom": spectrum.bottom[:1], "second": spectrum.top[1:]}
+    named = [(f"the {end} eigenvector", e.vector) for end, found in ends.items() for e in found][:count]
     losses = _POINTS**count
-    if len(directions) == count and look.clock.affordable(losses) == losses:
+    if len(named) == count and look.clock.affordable(losses) == losses:
         radius, form = look.settings.slice_radius, look.values.form
-        look.values.slice = loss_slice(closure, params, directions, radius, _POINTS, products=form, weight=weight)
+        names, directions = zip(*named, strict=True)
+        found = loss_slice(closure, params, directions, radius, _POINTS, products=form, weight=weight)
+        look.values.slice = replace(found, names=names)

@@ -34,6 +34,7 @@ class LossSlice:
         slopes: Of the loss along the directions, `(1,)` or `(2,)`.
         curvatures: Second derivatives along them, `(1, 1)` or `(2, 2)`.
         products: Hessian products that were used, one a direction.
+        names: What a figure calls the directions.
     """
 
     coordinates: Tensor = field(repr=False)
@@ -43,6 +44,7 @@ class LossSlice:
     slopes: Tensor
     curvatures: Tensor
     products: int
+    names: tuple[str, ...]
 
     def figure(self) -> Figure:
         """Loss and model as two lines; in two dimensions as contours side by side.
@@ -118,6 +120,7 @@ def loss_slice(
         slopes,
         0.5 * (curvatures + curvatures.T),
         len(axes),
+        ("the direction",) if len(axes) == 1 else ("the first direction", "the second direction"),
     )
 
 

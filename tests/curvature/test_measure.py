@@ -353,3 +353,18 @@ def test_words_for_no_curvature_at_all() -> None:
     words = measure(lambda: p.sum() * 3, [p]).in_words()
     assert "there is no curvature: the loss falls as the gradient says" in words
     assert "The smallest is zero" in words
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"loss_slice": 1}, ["the top eigenvector", "loss"]),
+        ({"loss_slice": 2}, ["the top eigenvector", "the bottom eigenvector"]),
+        ({"loss_slice": 2, "bottom": 0}, ["the top eigenvector", "the second eigenvector"]),
+    ],
+)
+def test_a_slice_is_labelled_by_its_eigenvectors(settings: dict[str, Any], names: list[str]) -> None:
+    p = nn.Parameter(torch.ones(3))
+    found = measure(lambda: (p**4 * torch.arange(1, 4)).sum(), [p], sharpness=None, **settings)
+    axes = found.slice.figure().axes[0]
+    assert [axes.get_xlabel(), axes.get_ylabel()] == [name.replace("the ", "step along the ") for name in names]

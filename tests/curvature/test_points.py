@@ -274,6 +274,10 @@ def test_figures_of_slices() -> None:
     assert [text.get_text() for text in line.axes[0].get_legend().get_texts()] == ["loss", "quadratic model"]
     square = loss_slice(lambda: (theta**4).sum(), [theta], axes, points=5).figure()
     assert [panel.get_title() for panel in square.axes[:2]] == ["loss", "quadratic model"]
+    assert [line.axes[0].get_xlabel(), square.axes[0].get_ylabel()] == [
+        "step along the direction",
+        "step along the second direction",
+    ]
     assert loss_slice(lambda: 0 * theta.sum(), [theta], axes, points=3).figure().axes
 
 
