@@ -102,8 +102,8 @@ def measure(
         last: The last measurement of this run, whose eigenvectors to follow, until the largest is known to `tolerance`
             and the others to a tenth. What they know nothing of may be missed: `curvature/certified` is 0 then, and
             `_upper` and `_lower` enclose some eigenvalue, perhaps not the extreme one. It is certified again
-            only where the gradient shows more curvature than was followed: leave `last` out now and then. None
-            (default): from random starts, with bounds that hold for the extreme ones.
+            only where following is seen to fail: leave `last` out now and then. None (default): from random starts,
+            with bounds that hold for the extreme ones.
 
     Returns:
         The values by tag: `curvature/lambda_max` and so on.
