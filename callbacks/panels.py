@@ -29,12 +29,12 @@ def add_figures(trainer: Trainer, measurement: Measurement) -> None:
     """
     for writer in tensorboard_writers(trainer):
         if measurement.density is not None:
-            figure = measurement.density.plot()
-            writer.add_figure(f"{measurement.prefix}/spectral_density", figure, trainer.global_step)
             # A tag of its own: TensorBoard shows what was written first under a tag, and drops the rest.
             _add_histogram(
                 writer, f"{measurement.prefix}/eigenvalues_log_count", measurement.density, trainer.global_step
             )
+            figure = measurement.density.plot()
+            writer.add_figure(f"{measurement.prefix}/spectral_density", figure, trainer.global_step)
         if measurement.slice is not None:
             writer.add_figure(f"{measurement.prefix}/loss_slice", measurement.slice.figure(), trainer.global_step)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -50,7 +50,7 @@ class CriticalPoint:
     largest: Eigenvalue
     smallest: Eigenvalue
     distance: float
-    direction: Tensor | None
+    direction: Tensor | None = field(repr=False)
     products: int
     converged: bool
     confidence: float
