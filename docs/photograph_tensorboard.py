@@ -22,7 +22,7 @@ from tensorboard import program
 # The page of each picture, and how tall it is.
 PAGES = {
     "tensorboard": ("custom_scalars", 1290),
-    "tensorboard_custom_scalars": ("custom_scalars", 1880),
+    "tensorboard_custom_scalars": ("custom_scalars", 1600),
     "tensorboard_images": ("images", 690),
     "tensorboard_histograms": ("histograms", 560),
     "tensorboard_text": ("text", 720),
