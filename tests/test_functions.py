@@ -58,6 +58,7 @@ def test_both_discretisations_have_one_solution() -> None:
     assert set(FUNCTIONS) - set(STARTS) == {"discrete_boundary_value", "discrete_integral_equation"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=list(FUNCTIONS))
 def test_scipy_reaches_a_listed_minimum(function: Function) -> None:
     x, value = _minimise(function)
