@@ -232,7 +232,7 @@ def enter_sharpness(look: Look, objective: Objective, loss: float, gradient: Ten
     last measurement's point where the loss is higher.
 
     On four networks for digits that stays below a whole `sharpness` by 0.7 % at most at radius 0.05, for a tenth of the
-    work (by a fifth at radius 0.5); from the last measurement's point alone it would be by a fifth at 0.05.
+    work (by a fifth at radius 0.5); without the mirror image it would be by a fifth at 0.05.
     """
     settings, values = look.settings, look.values
     kind = settings.sharpness
