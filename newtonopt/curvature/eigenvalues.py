@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 
@@ -128,33 +129,24 @@ def extreme_eigenvalues(
     if old is None:
         known = search(operator, request, _nothing(operator), seed)
         return _spectrum(request, known, confidence, certified(request, known), True)
-    known = track(operator, request, _nothing(operator), old, seed, settled)
+    known = track(operator, request, _nothing(operator), old, seed, functools.partial(settled, request))
     return _spectrum(request, known, confidence, settled(request, known), False)
 
 
 def follow(
     operator: LinearOperator, start: Spectrum, top: int, bottom: int, tolerance: float, least: int, most: int, seed: int
 ) -> Spectrum | None:
-    """`extreme_eigenvalues` from a start, ended when the largest is known to the tolerance, the others to a tenth.
+    """`extreme_eigenvalues` from a start, ended after `most` products at latest, and from `least` on as soon as the
+    largest is known to the tolerance and the others to a tenth.
 
     None where the start has equal eigenvalues, which cannot be tracked.
-
-    Args:
-        operator: As there.
-        start: As there.
-        top: As there.
-        bottom: As there.
-        tolerance: As there.
-        least: Products from which on that is enough; before, all must be known to the tolerance.
-        most: Bound on the products.
-        seed: As there.
     """
     request = _request(operator, top, bottom, tolerance, 0.99, most, None)
     old = _start_vector(operator, start, tolerance)
     if old is None:
         return None
 
-    def is_enough(request: Request, seen: Knowledge) -> bool:
+    def is_enough(seen: Knowledge) -> bool:
         return settled(request, seen) or (seen.products >= least and _known_roughly(request, seen))
 
     known = track(operator, request, _nothing(operator), old, seed, is_enough)

@@ -48,7 +48,7 @@ def track(
     known: Knowledge,
     old: Tensor,
     seed: int,
-    is_enough: Callable[[Request, Knowledge], bool],
+    is_enough: Callable[[Knowledge], bool],
 ) -> Knowledge:
     """One run from a sum of old eigenvectors, until its residuals are small enough; it bounds nothing.
 
@@ -67,7 +67,7 @@ def track(
         return replace(_observe(known, tridiagonal, values, None), pairs=pairs, products=tridiagonal.size)
 
     def stop(tridiagonal: Tridiagonal) -> bool:
-        return is_enough(request, judged(tridiagonal))
+        return is_enough(judged(tridiagonal))
 
     result = lanczos(operator, start, request.max_products, stop=stop, restarts=_restarts(request, known))
     seen = judged(result.tridiagonal)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from newtonopt import globalization
-from newtonopt._checks import check_products
+from newtonopt._checks import check_choice, check_products
 
 # Settings that a parameter group may have of its own.
 PER_GROUP = ("lr", "weight_decay")
@@ -21,8 +21,7 @@ _ROUNDING = 1e-12
 def check_choices(settings: dict[str, Any], **allowed: Sequence[Any]) -> None:
     """Refuse a setting that is none of the values allowed for it, with a ValueError."""
     for name, values in allowed.items():
-        if settings[name] not in values:
-            raise ValueError(f"{name} is {settings[name]!r}: choose {' or '.join(map(repr, values))}.")
+        check_choice(name, settings[name], values)
 
 
 def check_number(name: str, value: Any, least: float, *, above: bool = False) -> None:
