@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from newtonopt._checks import check_whole
 from newtonopt._shards import is_sharded
 from newtonopt.evaluation import Evaluation, Products
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.operators import diagonal_blocks
 from newtonopt.optimizers.base import NewtonOptimizer
 from newtonopt.optimizers.matrices import blocks_fit, check_decomposition, finite_dense
-from newtonopt.optimizers.settings import check_choices, check_count, check_number, damping_rule
+from newtonopt.optimizers.settings import check_choices, check_number, damping_rule
 from newtonopt.optimizers.trials import Proposal
 from newtonopt.solvers.dense import solve_absolute, solve_clamped, solve_shifted
 
@@ -98,7 +99,7 @@ class DampedNewton(NewtonOptimizer):
     def _check(self, settings: dict[str, Any]) -> None:
         super()._check(settings)
         check_choices(settings, eigenvalues=tuple(_SOLVERS), blocks=("whole", "parameter"))
-        check_count("max_trials", settings["max_trials"])
+        check_whole("max_trials", settings["max_trials"], 1)
         check_number("damping_factor", settings["damping_factor"], 1, above=True)
 
     def _check_room(self, params: Sequence[Tensor]) -> None:

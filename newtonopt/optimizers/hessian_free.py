@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from newtonopt._checks import check_whole
 from newtonopt.evaluation import Evaluation, Products
 from newtonopt.globalization import LOW_RATIO, undamped_decrease
 from newtonopt.linear_operator import LinearOperator
@@ -24,7 +25,7 @@ from newtonopt.optimizers.preconditioning import (
     worked,
 )
 from newtonopt.optimizers.rates import scaled
-from newtonopt.optimizers.settings import check_count, check_number, damping_rule, is_number
+from newtonopt.optimizers.settings import check_number, damping_rule, is_number
 from newtonopt.optimizers.trials import Outcome, Proposal
 from newtonopt.solvers.cg import conjugate_gradients
 from newtonopt.solvers.preconditioners import Preconditioner
@@ -122,7 +123,7 @@ class HessianFree(NewtonOptimizer):
         check_preconditioner(settings, "nystrom", "hutchinson", "empirical_fisher", None)
         check_number("damping_factor", settings["damping_factor"], 1, above=True)
         for name in ("max_trials", "max_iterations"):
-            check_count(name, settings[name])
+            check_whole(name, settings[name], 1)
         for name in ("progress_tolerance", "warm_start"):
             value = settings[name]
             if not is_number(value) or not 0.0 <= value < 1.0:

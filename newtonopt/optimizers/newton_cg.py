@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from newtonopt._checks import check_whole
 from newtonopt.evaluation import Evaluation, Products
 from newtonopt.objective import Objective
 from newtonopt.optimizers.base import NewtonOptimizer
@@ -21,7 +22,7 @@ from newtonopt.optimizers.preconditioning import (
     worked,
 )
 from newtonopt.optimizers.rates import scaled
-from newtonopt.optimizers.settings import check_choices, check_count
+from newtonopt.optimizers.settings import check_choices
 from newtonopt.optimizers.trials import Outcome, Proposal, search, shortened, wolfe_search
 from newtonopt.solvers.cg import conjugate_gradients, forcing_sequence
 from newtonopt.solvers.solution import Iterate
@@ -100,7 +101,7 @@ class NewtonCG(NewtonOptimizer):
         check_choices(settings, line_search=("armijo", "strong_wolfe"))
         check_preconditioner(settings, "nystrom", None)
         for name in ("max_trials", "max_iterations"):
-            check_count(name, settings[name])
+            check_whole(name, settings[name], 1)
 
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
         settings, memory = self.param_groups[0], self._memory

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newtonopt._checks import check_whole
 from newtonopt._flat import flat_dtype
 from newtonopt._memory import check_room
 from newtonopt._shards import local_part
 from newtonopt.linear_operator import LinearOperator
-from newtonopt.optimizers.settings import check_choices, check_count
+from newtonopt.optimizers.settings import check_choices
 from newtonopt.solvers import preconditioners
 from newtonopt.solvers.preconditioners import Preconditioner, Sketch
 
@@ -80,7 +81,7 @@ def check_preconditioner(settings: dict[str, Any], *kinds: str | None) -> None:
     """Refuse settings of the preconditioner that are out of their range with a ValueError."""
     check_choices(settings, preconditioner=kinds)
     for name in ("rank", "refresh_every", *(["probes"] if "probes" in settings else [])):
-        check_count(name, settings[name])
+        check_whole(name, settings[name], 1)
     seed = settings["seed"]
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**62:
         raise ValueError(f"seed is {seed!r}: give a whole number from zero to 2**62.")

@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from newtonopt import globalization
+from newtonopt._checks import check_whole
 from newtonopt._shards import is_sharded
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective
 from newtonopt.optimizers.rates import ray, scaled
-from newtonopt.optimizers.settings import check_choices, check_count
+from newtonopt.optimizers.settings import check_choices
 from newtonopt.optimizers.trials import Outcome, Proposal
 from newtonopt.solvers.solution import Iterate, Solution
 
@@ -79,7 +80,7 @@ def check_subproblem(settings: dict[str, Any], *choices: str) -> None:
     """Refuse settings that these optimizers share and that are out of their range with a ValueError."""
     check_choices(settings, subproblem=choices)
     for name in ("max_trials", "max_iterations"):
-        check_count(name, settings[name])
+        check_whole(name, settings[name], 1)
 
 
 def refuse_exact(params: Sequence[Tensor], subproblem: str, instead: str) -> None:

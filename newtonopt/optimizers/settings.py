@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from newtonopt import globalization
-from newtonopt._checks import check_choice, check_products
+from newtonopt._checks import check_choice, check_products, check_whole
 
 # Settings that a parameter group may have of its own.
 PER_GROUP = ("lr", "weight_decay")
@@ -37,19 +37,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def check_count(name: str, value: Any) -> None:
-    """Refuse a setting that is no whole number, one or more, with a ValueError."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}: give a whole number, one or more.")
-
-
 def check_settings(settings: dict[str, Any], control: str | None) -> None:
     """Refuse values of the settings that all optimizers share, and of the control's, with a ValueError."""
     check_products(settings["products"])
     check_choices(settings, curvature=("gauss_newton", "hessian"))
     for name in (*PER_GROUP, "tolerance_gradient", "tolerance_step"):
         check_number(name, settings[name], 0)
-    check_count("steps_per_call", settings["steps_per_call"])
+    check_whole("steps_per_call", settings["steps_per_call"], 1)
     if control is None:
         return
     least, most = f"min_{control}", f"max_{control}"

@@ -600,7 +600,7 @@ BAD = [
     ("weight_decay", -0.1, "0 or more"),
     ("tolerance_gradient", -1e-9, "0 or more"),
     ("tolerance_step", math.inf, "0 or more"),
-    ("steps_per_call", 0, "one or more"),
+    ("steps_per_call", 0, "a whole number and at least 1"),
     ("steps_per_call", 2.0, "whole number"),
     ("steps_per_call", True, "whole number"),
     ("lr", True, "give a finite number"),
@@ -617,28 +617,28 @@ BAD_DAMPING = [
 ]
 BAD_HESSIAN_FREE = [
     ("preconditioner", "jacobi", "'nystrom' or 'hutchinson' or 'empirical_fisher' or None"),
-    ("probes", 0, "one or more"),
-    ("max_trials", 0, "one or more"),
-    ("rank", 0, "one or more"),
+    ("probes", 0, "a whole number and at least 1"),
+    ("max_trials", 0, "a whole number and at least 1"),
+    ("rank", 0, "a whole number and at least 1"),
     ("refresh_every", 1.5, "whole number"),
-    ("max_iterations", -3, "one or more"),
+    ("max_iterations", -3, "a whole number and at least 1"),
     ("progress_tolerance", 1.0, "below one"),
     ("warm_start", -0.1, "from zero"),
     ("warm_start", False, "from zero"),
-    ("rank", True, "one or more"),
+    ("rank", True, "a whole number and at least 1"),
     ("seed", "a", "whole number"),
 ]
 BAD_DAMPED_NEWTON = [
     ("eigenvalues", "squared", "'absolute' or 'shifted' or 'clamped'"),
     ("blocks", "layer", "'whole' or 'parameter'"),
-    ("max_trials", 0, "one or more"),
+    ("max_trials", 0, "a whole number and at least 1"),
 ]
 BAD_NEWTON_CG = [
     ("line_search", "wolfe", "'armijo' or 'strong_wolfe'"),
     ("preconditioner", "empirical_fisher", "'nystrom' or None"),
-    ("rank", 0, "one or more"),
+    ("rank", 0, "a whole number and at least 1"),
     ("seed", -1, "whole number"),
-    ("max_trials", 0, "one or more"),
+    ("max_trials", 0, "a whole number and at least 1"),
     ("max_iterations", 1.5, "whole number"),
 ]
 BAD_TRUST_REGION = [
@@ -646,16 +646,16 @@ BAD_TRUST_REGION = [
     ("radius", 0.0, "above 0"),
     ("radius", 1e11, "outside min_radius"),
     ("min_radius", 1e11, "a minimum below the maximum"),
-    ("max_trials", 0, "one or more"),
-    ("max_iterations", 0, "one or more"),
+    ("max_trials", 0, "a whole number and at least 1"),
+    ("max_iterations", 0, "a whole number and at least 1"),
 ]
 BAD_CUBIC = [
     ("subproblem", "steihaug", "'lanczos' or 'exact'"),
     ("sigma", 0.0, "above 0"),
     ("sigma", 1e101, "outside min_sigma"),
     ("min_sigma", 1e101, "a minimum below the maximum"),
-    ("max_trials", 0, "one or more"),
-    ("max_iterations", 0, "one or more"),
+    ("max_trials", 0, "a whole number and at least 1"),
+    ("max_iterations", 0, "a whole number and at least 1"),
 ]
 BAD_OF: dict[type[NewtonOptimizer], list[tuple[str, object, str]]] = {
     HessianFree: [*BAD, *BAD_DAMPING, *BAD_HESSIAN_FREE],
@@ -680,7 +680,7 @@ def test_settings_changed_later_are_checked_too(build: Build) -> None:
     first, *others = training.model.parameters()
     optimizer = build([{"params": [first]}, {"params": others}])
     before = training.flat()
-    wrong = [*BAD, ("weight_decay", math.nan, "0 or more"), ("max_trials", 0, "one or more")]
+    wrong = [*BAD, ("weight_decay", math.nan, "0 or more"), ("max_trials", 0, "a whole number and at least 1")]
     for name, value, words in wrong:
         group = optimizer.param_groups[name in ("lr", "weight_decay")]
         kept, group[name] = group[name], value
