@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def bytes_handed_on(start: Iterable[Node | None]) -> int:
     return total
 
 
-def reached(start: Node | None, nodes: set[Node | None]) -> set[Node]:
+def reached(start: Node | Iterable[Node | None] | None, nodes: set[Node | None] | set[Node]) -> set[Node]:
     """Those of `nodes` that are met going back from `start`."""
     met: set[Node] = set()
 
@@ -55,6 +56,46 @@ def reached(start: Node | None, nodes: set[Node | None]) -> set[Node]:
     if nodes:
         reaches(start, note)
     return met
+
+
+def all_behind(start: Iterable[Node | None]) -> set[Node]:
+    """Return every node met going back from `start`, itself included."""
+    met: set[Node] = set()
+
+    def add(node: Node) -> bool:
+        met.add(node)
+        return False
+
+    reaches(start, add)
+    return met
+
+
+def chained(starts: Iterable[Node | None]) -> tuple[set[Node], set[Node]]:
+    """Return those of `starts` that are met going back from another one, and those from which another one is met."""
+    given = {node for node in starts if node is not None}
+    consumers: dict[Node, list[Node]] = {}
+
+    def note(node: Node) -> bool:
+        for following, _ in node.next_functions:
+            if following is not None:
+                consumers.setdefault(following, []).append(node)
+        return False
+
+    reaches(given, note)
+    behind = {node for node in given if node in consumers}
+    waiting, before = list(behind), set()
+    while waiting:
+        for consumer in consumers.get(waiting.pop(), ()):
+            if consumer not in before:
+                before.add(consumer)
+                waiting.append(consumer)
+    return behind, before & given
+
+
+def notes(node: Any) -> dict[str, Any]:
+    """Return the dictionary that lives as long as the node: notes in it keep no graph alive that nobody else keeps."""
+    found: dict[str, Any] = node.metadata
+    return found
 
 
 class SavedTensors:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,10 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
-from newtonopt._graph import Held, SavedTensors, reached
+from newtonopt._convexity import Label, Output, convex_parts, labelled
+from newtonopt._graph import Held, SavedTensors, chained, reached
 from newtonopt._losses import CONVEX_LOSSES, LOG_PROBABILITY_LOSSES, mean_over
+from newtonopt._squares import ROOTS, SQUARES, first_operand, own_view, root, root_operand, square
 
 _LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
 _RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
@@ -30,9 +32,9 @@ _RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 def mark_outputs(z: Tensor) -> Tensor:
     """Name `z` as the model's output for the Gauss-Newton matrix: an identity.
 
-    The losses of `torch.nn.functional` need no mark. Call this inside a closure whose loss is written by hand, on the
-    tensor in which that loss is convex (raw predictions or logits); not on the loss itself, in which it is linear, so
-    that the matrix is zero.
+    The losses of `torch.nn.functional` need no mark, nor do sums and means of squares written by hand. Call this inside
+    a closure whose loss is written by hand in another way, on the tensor in which that loss is convex (raw predictions
+    or logits); not on the loss itself, in which it is linear, so that the matrix is zero.
 
     Args:
         z: The model's output, any shape.
@@ -71,13 +73,6 @@ class Term:
 OnTerm = Callable[[Term], None]
 
 
-class Output(NamedTuple):
-    """A tensor that a loss is computed from, and its number among all that the run met."""
-
-    tensor: Tensor
-    number: int
-
-
 class Tap(TorchFunctionMode):
     """Hands over the losses that a closure calls `backward` on, one by one, with the outputs they are computed from.
 
@@ -89,7 +84,13 @@ class Tap(TorchFunctionMode):
         keep: Whether all graphs are kept.
         release: Whether a loss's graph is emptied where `backward` would have emptied it, for closures with several.
         weigh: Whether to count what the losses are means over.
-        tangents: Where to put the tangents of what may be outputs, by their numbers, in a run in forward mode.
+        outputs: Whether the losses are handed over with their outputs.
+        tangents: Where to put the tangents of the outputs, by number, in a run in forward mode.
+        wanted: The numbers of these outputs.
+
+    Attributes:
+        convex: The numbers of the outputs that the losses are convex functions of: sums, with weights that are not
+            negative, of recognised losses and squares.
     """
 
     def __init__(
@@ -102,7 +103,9 @@ class Tap(TorchFunctionMode):
         keep: bool = False,
         release: bool = False,
         weigh: bool = False,
+        outputs: bool = True,
         tangents: dict[int, Tensor] | None = None,
+        wanted: Container[int] = (),
     ) -> None:
         super().__init__()
         self._params = params
@@ -111,7 +114,9 @@ class Tap(TorchFunctionMode):
         self._on_term = on_term
         self._keep = keep
         self._weigh = weigh
+        self._finds_outputs = outputs and on_term is not None and tangents is None
         self._tangents = tangents
+        self._wanted = wanted
         self._met = 0
         self._log_softmax: dict[Node, Output] = {}
         self._marked: list[Output] = []
@@ -121,6 +126,7 @@ class Tap(TorchFunctionMode):
         self.called_backward = False
         self.losses_seen: list[str] = []
         self.has_marks = False
+        self.convex: set[int] = set()
         self._total: Tensor | None = None
         self._counts: list[Tensor | float | None] = []
 
@@ -162,6 +168,8 @@ class Tap(TorchFunctionMode):
         keep = keep or self._keep
         self.terms += 1
         self._total = loss.detach() if self._total is None else self._total + loss.detach()
+        if self._finds_outputs:
+            self._recognised.extend(self._squares_in(loss))
         recorded = {z.tensor.grad_fn for z in (*self._marked, *self._recognised)}
         met = set() if self._keep else reached(loss.grad_fn, recorded)
         if self._on_term is not None:
@@ -178,6 +186,19 @@ class Tap(TorchFunctionMode):
         if self.saved is not None:
             self.saved.release(loss)
 
+    def _squares_in(self, loss: Tensor) -> list[Output]:
+        """Return the outputs of the squares written by hand that the loss is a weighted sum of."""
+        parts = convex_parts(loss)
+        known = {z.number for z in self._recognised}
+        squares = {z.number: z for label in parts if label.is_square for z in label.outputs if z.number not in known}
+        self.convex.update(z.number for label in parts for z in label.outputs)
+        nodes = [z.tensor.grad_fn for z in (*self._marked, *self._recognised, *squares.values())]
+        if not squares or len(nodes) == 1:
+            return list(squares.values())
+        # A derivative by an output and by what that is computed from would count twice.
+        behind, before = chained(nodes)
+        return [z for z in squares.values() if z.tensor.grad_fn not in behind | before]
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -188,15 +209,20 @@ class Tap(TorchFunctionMode):
             self.has_marks = True
             return self._own_view(args[0], self._marked)
         if func in CONVEX_LOSSES:
+            return self._on_convex_loss(func, *args, **kwargs)
+        if func in LOG_PROBABILITY_LOSSES:
             self._note(func, args, kwargs)
-            places = CONVEX_LOSSES[func]
-            args = tuple(self._own_view(a, self._recognised) if i in places else a for i, a in enumerate(args))
-        elif func in _LOG_SOFTMAX:
+            outputs = self._on_log_probabilities(args[0])
+            return labelled(func(*args, **kwargs), Label(outputs))
+        if func in SQUARES:
+            number = self._numbered(lambda: first_operand(func, args, kwargs))
+            return func(*args, **kwargs) if self.is_forward else square(func, args, kwargs, number)
+        if func in ROOTS:
+            number = self._numbered(lambda: root_operand(func, args, kwargs))
+            return func(*args, **kwargs) if self.is_forward else root(func, args, kwargs, number)
+        if func in _LOG_SOFTMAX:
             return self._on_log_softmax(func, *args, **kwargs)
-        elif func in LOG_PROBABILITY_LOSSES:
-            self._note(func, args, kwargs)
-            self._on_log_probabilities(args[0])
-        elif func in _RECURRENT:
+        if func in _RECURRENT:
             # cuDNN's recurrent networks have no double backward.
             with torch.backends.cudnn.flags(enabled=False):
                 return func(*args, **kwargs)
@@ -224,6 +250,22 @@ class Tap(TorchFunctionMode):
         if self._weigh:
             self._counts.append(mean_over(loss, inspect.signature(loss).bind(*args, **kwargs).arguments))
 
+    def _on_convex_loss(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._note(func, args, kwargs)
+        first, places = len(self._recognised), CONVEX_LOSSES[func]
+        args = tuple(self._own_view(a, self._recognised) if i in places else a for i, a in enumerate(args))
+        return labelled(func(*args, **kwargs), Label(tuple(self._recognised[first:])))
+
+    def _numbered(self, operand: Callable[[], Any]) -> int:
+        """Return the next number; in forward mode note the tangent of what has it, if that is wanted."""
+        number = self._met
+        self._met += 1
+        if self._tangents is not None and number in self._wanted:
+            z = own_view(operand())
+            tangent = forward_ad.unpack_dual(z).tangent
+            self._tangents[number] = torch.zeros_like(z) if tangent is None else tangent
+        return number
+
     def _own_view(self, z: Any, into: list[Output]) -> Any:
         """A view of `z` that only its consumer uses, so that a derivative by it is that consumer's alone."""
         output = self._output(z)
@@ -233,14 +275,10 @@ class Tap(TorchFunctionMode):
         return output.tensor
 
     def _output(self, z: Any) -> Output | None:
-        number = self._met
-        self._met += 1
-        if not isinstance(z, Tensor) or not z.is_floating_point():
+        number = self._numbered(lambda: z)
+        if not isinstance(z, Tensor) or not z.is_floating_point() or not z.requires_grad:
             return None
-        if self._tangents is not None:
-            tangent = forward_ad.unpack_dual(z).tangent
-            self._tangents[number] = torch.zeros_like(z) if tangent is None else tangent
-        return Output(z.view_as(z), number) if z.requires_grad else None
+        return Output(own_view(z), number)
 
     def _on_log_softmax(self, func: Callable[..., Any], z: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = self._output(z)
@@ -250,14 +288,19 @@ class Tap(TorchFunctionMode):
         self._log_softmax[log_probabilities.grad_fn] = output
         return log_probabilities
 
-    def _on_log_probabilities(self, log_probabilities: Tensor) -> None:
+    def _on_log_probabilities(self, log_probabilities: Tensor) -> tuple[Output, ...]:
+        """Record the logits behind log-probabilities, and return them; none if they are not to be found."""
         # Back through reshapes and selections, each with a single input, to the softmax.
         node = log_probabilities.grad_fn
         while node is not None and node not in self._log_softmax:
             following = [n for n, _ in node.next_functions if n is not None]
             node = following[0] if len(following) == 1 else None
-        if node is not None and all(self._log_softmax[node] is not z for z in self._recognised):
-            self._recognised.append(self._log_softmax[node])
+        if node is None:
+            return ()
+        logits = self._log_softmax[node]
+        if all(logits is not z for z in self._recognised):
+            self._recognised.append(logits)
+        return (logits,)
 
 
 def _apart(marked: list[Output], recognised: list[Output]) -> list[Output]:

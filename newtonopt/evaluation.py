@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -21,16 +21,18 @@ Products = Literal["auto", "cached", "streamed", "finite_difference"]
 class Source(Protocol):
     """What an evaluation was made from and can be made from again: an `Objective`."""
 
-    def visit(self, on_term: OnTerm | None, step: Tensor | None = None) -> Tensor:
+    def visit(self, on_term: OnTerm | None, step: Tensor | None = None, *, outputs: bool = True) -> Tensor:
         """Run the closure at the current point, or a step from it, and hand its losses over one by one.
+
+        Without `outputs` they are handed over alone, which saves the search for these.
 
         Returns:
             Their sum, on this process.
         """
         ...
 
-    def push(self, v: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run the closure in forward mode: the sum of its losses, and `J v` for what may be its outputs, by number."""
+    def push(self, v: Tensor, numbers: Container[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the closure in forward mode: the sum of its losses, and `J v` for the outputs of these numbers."""
         ...
 
     def add_gradient(self, gradient: Tensor, step: Tensor) -> Tensor:
@@ -65,7 +67,8 @@ class Evaluation:
         form: How products are formed.
         returned: What the closure returned, detached when it is a tensor.
         clipped: Whether the closure shrank `.grad` after its backward.
-        marked: Whether outputs were named by `mark_outputs`.
+        convex: Whether the loss is known to be convex in the recorded outputs: a sum of recognised losses and squares,
+            with weights that are not negative. Of marked outputs nobody but the user knows that.
         output_sizes: How many entries the recorded outputs have, by their numbers in a run of the closure.
     """
 
@@ -87,7 +90,7 @@ class Evaluation:
         self.may_fall_back = False
         self.returned: Any = None
         self.clipped = False
-        self.marked = False
+        self.convex = True
         self.unrecognised_advice = ""
         self.output_sizes = {number: z.numel() for number, z in enumerate(outputs)}
         self.outside: bool | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -119,8 +119,13 @@ class Objective:
         gradient = self.mean(lambda: gradient)
         return loss, gradient + self._decay * (self.point + step) if decays(self._decay) else gradient
 
-    def visit(self, on_term: OnTerm | None, step: Tensor | None = None) -> Tensor:
+    def visit(self, on_term: OnTerm | None, step: Tensor | None = None, *, outputs: bool = True) -> Tensor:
         """Run the closure at `point + step` without a trace, and hand its losses over one by one.
+
+        Args:
+            on_term: Called with each loss; None if only their sum is wanted.
+            step: `(n,)`; None: no step.
+            outputs: Whether the losses are handed over with their outputs.
 
         Returns:
             Their sum, on this process.
@@ -135,24 +140,24 @@ class Objective:
                         on_term(term)
                     tick()
 
-                tap = Tap(self.params, on_term=take, release=release)
+                tap = Tap(self.params, on_term=take, release=release, outputs=outputs and on_term is not None)
                 returned = self._call(tap)
             return tap.total(returned)
 
         return self._released(attempt)
 
-    def push(self, v: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    def push(self, v: Tensor, numbers: Container[int]) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the closure in forward mode along `v`, `(n,)`, without a graph and without a trace.
 
         Returns:
-            The sum of its losses on this process, and `J v` for what may be its outputs, by number.
+            The sum of its losses on this process, and `J v` for the outputs of these numbers, by number.
 
         Raises:
             RuntimeError: The closure differentiates inside, or an operation has no forward mode.
         """
         tangents: dict[int, Tensor] = {}
         with self._isolation.isolated(), progress(self._terms) as tick, forward_mode(self.params, v):
-            tap = Tap(self.params, on_term=lambda term: tick(), tangents=tangents)
+            tap = Tap(self.params, on_term=lambda term: tick(), tangents=tangents, wanted=numbers)
             returned = self._call(tap)
         return tap.total(returned), tangents
 
@@ -162,7 +167,7 @@ class Objective:
         def add(term: Term) -> None:
             add_flat(gradient, grad(term.loss, self.params, keep=term.keep), self.params)
 
-        return self.visit(add, step)
+        return self.visit(add, step, outputs=False)
 
     def mean(self, compute: Callable[[], Tensor], like: Tensor | None = None) -> Tensor:
         """The mean over the processes of what they compute, shaped as `like`, `(n,)` if None: one all-reduce."""
@@ -273,9 +278,9 @@ class Objective:
             evaluation.loss = self._mean_loss(losses, recording.loss.dtype, self.point).to(self.point.device)
         evaluation.returned = recording.returned
         evaluation.may_fall_back = self.products == "auto"
-        evaluation.marked = tap.has_marks
         evaluation.unrecognised_advice = _advice(tap)
         evaluation.output_sizes, evaluation.outside = recording.output_sizes, recording.outside
+        evaluation.convex = not tap.has_marks and tap.convex.issuperset(recording.output_sizes)
         return evaluation
 
     def _value(self, compute: Callable[[], Tensor], step: Tensor) -> float:
@@ -343,6 +348,7 @@ def _advice(tap: Tap) -> str:
     return (
         f"No model output was recorded for the Gauss-Newton matrix. {seen}The losses recognised are cross_entropy, "
         "log_softmax followed by nll_loss or kl_div, mse_loss, huber_loss, smooth_l1_loss, binary_cross_entropy (also "
-        "with logits), poisson_nll_loss and the soft margin losses of torch.nn.functional. For any other loss call "
+        "with logits), poisson_nll_loss and the soft margin losses of torch.nn.functional, and sums of squares written "
+        "by hand, with weights that are not negative and do not depend on the outputs. For any other loss call "
         '`z = newtonopt.mark_outputs(z)` on the model\'s output inside the closure, or use curvature="hessian".'
     )

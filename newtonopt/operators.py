@@ -43,8 +43,8 @@ def hessian(evaluation: Evaluation) -> LinearOperator:
 def gauss_newton(evaluation: Evaluation) -> LinearOperator:
     """The Gauss-Newton matrix `J' H_L J`, `(n, n)`: `J` the outputs' Jacobian, `H_L` the loss's Hessian in the outputs.
 
-    It is positive semi-definite for the convex losses that are recognised, and `psd` says so. Weight decay is added;
-    any other term of the loss that does not go through the outputs is left out, with a warning.
+    It is positive semi-definite for sums of recognised losses and of squares written by hand, and `psd` says so. Weight
+    decay is added; any other term of the loss that does not go through the outputs is left out, with a warning.
 
     Args:
         evaluation: From `evaluate(closure, params)`, which says how products are formed.
@@ -96,8 +96,7 @@ def _gauss_newton(evaluation: Evaluation, number: int | None) -> LinearOperator:
         "streamed": lambda: products.gauss_newton_from(products.streamed_push(evaluation), evaluation),
         "finite_difference": lambda: products.gauss_newton_from(products.differenced_push(evaluation), evaluation),
     }
-    # Of marked outputs nobody but the user knows that the loss is convex in them.
-    return _symmetric(evaluation, products.gauss_newton_of, ways, number, psd=not evaluation.marked)
+    return _symmetric(evaluation, products.gauss_newton_of, ways, number, psd=evaluation.convex)
 
 
 def _symmetric(
@@ -199,7 +198,7 @@ def _check_gauss_newton(evaluation: Evaluation) -> None:
     _check_outputs(evaluation)
     if evaluation.part_outside_outputs():
         warn(
-            "Part of the loss does not go through the recorded outputs (an explicit penalty on the parameters, or a "
-            "term written by hand): the Gauss-Newton matrix leaves that part out. Write an L2 penalty as "
-            "weight_decay=..., and mark the outputs of other terms with newtonopt.mark_outputs."
+            "Part of the loss does not go through the recorded outputs (such as a penalty that is no sum of squares, or "
+            "another term written by hand): the Gauss-Newton matrix leaves that part out. Mark the outputs of such "
+            "terms with newtonopt.mark_outputs, or write an L2 penalty as weight_decay=... or a sum of squares."
         )

@@ -185,7 +185,7 @@ def streamed_push(evaluation: Evaluation) -> Push:
 
     def forwards(v: Tensor) -> dict[int, Tensor]:
         evaluation.check_unchanged()
-        loss, pushed = source.push(v)
+        loss, pushed = source.push(v, evaluation.output_sizes)
         evaluation.check_same_function(float(loss), math.sqrt(evaluation.eps))
         return pushed
 
