@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -206,7 +207,7 @@ def _signed(dim: int) -> int:
 def _is_two(exponent: Any) -> bool:
     if isinstance(exponent, Tensor):
         return exponent.dim() == 0 and not exponent.requires_grad and float(exponent) == 2.0
-    return isinstance(exponent, (int, float)) and exponent == 2
+    return isinstance(exponent, Real) and float(exponent) == 2.0
 
 
 def _einsum(args: Sequence[Any]) -> tuple[Callable[[Tensor], Any], bool] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,7 @@ SUMS_OF_SQUARES: dict[str, Loss] = {
     "product of two differences": lambda z: ((z - Y) * (z - Y)).sum(),
     "pow, over dimensions": lambda z: (z - Y).pow(2).sum(1).mean(),
     "tensor exponent": lambda z: torch.pow(z - Y, torch.tensor(2.0)).mean(),
+    "keywords": lambda z: torch.pow(input=z - Y, exponent=np.int64(2)).mean(),
     "float_power": lambda z: ((z - Y) / W).float_power(2).mean(),
     "norm": lambda z: (z - Y).norm() ** 2,
     "norms of rows": lambda z: torch.norm(z - Y, dim=1).pow(2).sum(),
