@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow gpu lint format clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -18,6 +18,10 @@ test: $(VENV)/dev.stamp ## run the tests, less the slow ones
 
 test-slow: $(VENV)/dev.stamp ## run the slow tests too
 	$(BIN)/pytest -m "not gpu and not browser"
+
+# With PYTHON=... in that Python as it is, for a machine that has torch for its card already; else in .venv.
+gpu: $(if $(filter file,$(origin PYTHON)),$(VENV)/dev.stamp) ## run the gpu tests and measure on a CUDA device; PYTHON=... uses that Python as it is
+	$(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(OPTIONS)
 
 lint: $(VENV)/dev.stamp ## check style, format and types
 	$(BIN)/ruff check .

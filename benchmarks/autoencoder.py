@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from side_by_side import arguments, main
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from training import Problem
@@ -49,4 +48,6 @@ def sigmoid_network() -> nn.Sequential:
 
 
 if __name__ == "__main__":
+    from side_by_side import arguments, main
+
     main("autoencoder", digits_autoencoder, "squared error per image", arguments(__doc__).parse_args())

@@ -20,8 +20,6 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from memory_setups import Setup, convolutional, gpt
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -130,6 +128,9 @@ def measure(name: str, rounds: int, every: int, clock: Callable[[], float]) -> t
 
 
 def main() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=list(NETWORKS), metavar="NETWORK", help="conv, gpt (both)")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")

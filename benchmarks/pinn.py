@@ -14,7 +14,6 @@ from math import pi
 
 import torch
 import torch.nn.functional as F
-from side_by_side import arguments, main
 from torch import Tensor, nn
 from training import Problem
 
@@ -124,6 +123,8 @@ EQUATIONS = {"convection": (convection, [10.0, 30.0]), "wave": (wave, [5.0])}
 
 
 if __name__ == "__main__":
+    from side_by_side import arguments, main
+
     parser = arguments(__doc__)
     parser.add_argument("--equation", choices=EQUATIONS, default="convection", help="default: convection")
     parser.add_argument(

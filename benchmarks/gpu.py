@@ -1,0 +1,545 @@
+"""The library on a CUDA device, in at most six minutes: `make gpu`, or `python benchmarks/gpu.py`.
+
+    tests             the tests that are marked `gpu`
+    products          the time of curvature products by that of a gradient, and their memory, for four models
+    hessian_free      loss and error against time of HessianFree on a physics-informed network and an autoencoder
+    lightning         bf16-mixed runs of Adam and of HessianFree, with and without the monitors
+    synchronisations  how often the host waits for the device in an iteration of conjugate gradients, in a step of
+                      HessianFree and in a measurement, and where
+
+Each part runs in a process of its own with a time limit: one that fails or hangs is recorded, with its traceback, and
+the others still run. What is found is written as it comes, to one JSON file named after the card. It needs a Python
+with a CUDA build of torch, with Lightning, TensorBoard and pytest; the library itself is taken from this source tree,
+installed or not. `--device cpu --small` tries the whole of it without a card.
+"""
+
+import argparse
+import contextlib
+import datetime
+import faulthandler
+import importlib.util
+import json
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# Seconds that a part gets to write its traceback when its time is up.
+GRACE = 10.0
+# Characters of what a part printed that are kept.
+KEPT = 8000
+
+Note = Callable[[str, Any], None]
+
+
+@dataclass(frozen=True)
+class Where:
+    """What a part runs on: a device, and whether with small problems."""
+
+    device: str
+    small: bool
+
+
+def tests(where: Where, note: Note) -> None:
+    """The `gpu` tests; on a CPU, to try this script, the same tests of one file there."""
+    import pytest
+
+    counts: Counter[str] = Counter()
+    failures: dict[str, str] = {}
+
+    class Record:
+        def pytest_collectreport(self, report: Any) -> None:
+            if report.failed:
+                self.pytest_runtest_logreport(report)
+
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.failed:
+                failures[report.nodeid] = report.longreprtext[-KEPT // 4 :]
+            if report.failed or report.skipped or getattr(report, "when", "") == "call":
+                counts[report.outcome] += 1
+                note("counts", dict(counts))
+                note("failures", failures)
+
+    chosen = (
+        ["-m", "gpu", "tests"] if where.device == "cuda" else ["-m", "not slow", "-k", "cpu", "tests/test_device.py"]
+    )
+    options = ["-q", "--continue-on-collection-errors", "-p", "no:cacheprovider", "--durations=10", "--tb=short"]
+    code = pytest.main([*options, *chosen], plugins=[Record()])
+    if code != 0:
+        raise SystemExit(int(code))
+
+
+def products(where: Where, note: Note) -> None:
+    """Medians over repetitions of a gradient as a training step takes it, and of products on one evaluation."""
+    import torch.nn.functional as F
+    from memory_setups import Setup, small_setups
+
+    from newtonopt import evaluate, gauss_newton, hessian
+
+    repetitions = 2 if where.small else 20
+
+    def loss_of(setup: Setup) -> torch.Tensor:
+        return F.cross_entropy(setup.model(setup.inputs).flatten(0, -2), setup.targets.flatten())
+
+    def cost(action: Callable[[], Any]) -> dict[str, float]:
+        for _ in range(2):
+            action()
+        seconds = []
+        with peak_memory(where.device) as memory:
+            for _ in range(repetitions):
+                began = now(where.device)
+                action()
+                seconds.append(now(where.device) - began)
+        return {"seconds": statistics.median(seconds), **memory}
+
+    for make in small_setups()[: 1 if where.small else None]:
+        setup = moved(make(), where.device)
+        params = setup.parameters
+        costs = {
+            "gradient": cost(lambda setup=setup, params=params: torch.autograd.grad(loss_of(setup), params)),
+            "evaluation": cost(lambda setup=setup, params=params: evaluate(lambda: loss_of(setup), params)),
+        }
+        for form, operators in {"": (hessian, gauss_newton), ", finite differences": (hessian,)}.items():
+            evaluation = evaluate(lambda setup=setup: loss_of(setup), params, "finite_difference" if form else "auto")
+            v = torch.randn_like(evaluation.gradient)
+            for operator in operators:
+                A = operator(evaluation)
+                costs[operator.__name__ + form] = cost(lambda A=A, v=v: A @ v)
+        ratios = {name: c["seconds"] / costs["gradient"]["seconds"] for name, c in costs.items()}
+        note(setup.name, {"parameters": setup.count, "by gradient": ratios, **costs})
+
+
+def hessian_free(where: Where, note: Note) -> None:
+    """Loss and error on a grid of times, on the wall clock."""
+    from pinn import convection
+    from training import Contender, Message, Problem, train
+
+    from newtonopt import HessianFree
+
+    problems: dict[str, tuple[Callable[[int], Problem], float]] = {
+        "convection, beta 30": (partial(convection, beta=30.0), 30.0),
+    }
+    if importable("sklearn", note):
+        from autoencoder import digits_autoencoder
+
+        problems["autoencoder"] = digits_autoencoder, 15.0
+    contender = Contender("HessianFree", ((1.0, HessianFree),), "HessianFree")
+
+    def on_device(build: Callable[[int], Problem], seed: int) -> Problem:
+        with torch.device(where.device):
+            return build(seed)
+
+    for name, (build, seconds) in problems.items():
+        so_far: list[Message] = []
+
+        def report(message: Message, name: str = name, so_far: list[Message] = so_far) -> None:
+            so_far.append(message)
+            note(name, {"so far": so_far})
+
+        run = train(partial(on_device, build), contender, 0, 0.5 if where.small else seconds, "wall", report)
+        note(name, asdict(run))
+
+
+def lightning(where: Where, note: Note) -> None:
+    """Each optimizer twice without monitors, the first time to warm up, and once with them, from the same weights."""
+    import lightning as L
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from memory_setups import convolutional, perceptron
+    from monitor_overhead import Classifier
+    from torch.utils.data import DataLoader
+
+    from newtonopt import HessianFree
+    from newtonopt.callbacks import CurvatureMonitor, StepMonitor
+
+    class Timed(L.Callback):
+        seconds = 0.0
+
+        def on_train_start(self, *_: Any) -> None:
+            self.began = now(where.device)
+
+        def on_train_end(self, *_: Any) -> None:
+            self.seconds = now(where.device) - self.began
+
+    class WithHessianFree(Classifier):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return HessianFree(self.parameters(), **({"rank": 5} if where.small else {}))
+
+    def run(kind: type[Classifier], steps: int, monitors: Sequence[L.Callback], folder: str) -> dict[str, Any]:
+        setup = perceptron((8, 16, 4), 32) if where.small else convolutional()
+        torch.manual_seed(1)
+        module, timed = kind(setup), Timed()
+        trainer = L.Trainer(
+            accelerator="gpu" if where.device == "cuda" else "cpu",
+            devices=1,
+            precision="bf16-mixed",
+            max_epochs=1,
+            logger=TensorBoardLogger(folder),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[*monitors, timed],
+        )
+        trainer.fit(module, DataLoader([(setup.inputs, setup.targets)] * steps, batch_size=None))
+        weights = torch.cat([p.detach().cpu().reshape(-1) for p in module.parameters()])
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        return {"seconds": timed.seconds, "weights": weights, "logged": logged}
+
+    for name, kind, steps, every in (("Adam", Classifier, 200, 50), ("HessianFree", WithHessianFree, 20, 10)):
+        steps, every = (4, 2) if where.small else (steps, every)
+        monitors: list[L.Callback] = [CurvatureMonitor(every_n_train_steps=every)]
+        monitors += [StepMonitor()] if kind is WithHessianFree else []
+        with tempfile.TemporaryDirectory() as folder:
+            first, plain, monitored = (run(kind, steps, chosen, folder) for chosen in ([], [], monitors))
+        note(
+            name,
+            {
+                "steps": steps,
+                "measurements": steps // every,
+                "seconds, warming up": first["seconds"],
+                "seconds": plain["seconds"],
+                "seconds, monitored": monitored["seconds"],
+                "two runs without monitors agree to the bit": torch.equal(first["weights"], plain["weights"]),
+                "monitors change no bit": torch.equal(plain["weights"], monitored["weights"]),
+                "logged": monitored["logged"],
+            },
+        )
+
+
+def synchronisations(where: Where, note: Note) -> None:
+    """The difference between 8 and 3 iterations gives those of one."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import torch.nn.functional as F
+    from devices import waits
+    from memory_setups import Setup, small_setups
+
+    from newtonopt import HessianFree, evaluate, gauss_newton, hessian
+    from newtonopt.curvature import measure
+    from newtonopt.solvers.cg import conjugate_gradients
+
+    def loss_of(setup: Setup) -> torch.Tensor:
+        return F.cross_entropy(setup.model(setup.inputs).flatten(0, -2), setup.targets.flatten())
+
+    def places(found: Counter[str]) -> dict[str, int]:
+        return {place.removeprefix(f"{ROOT}/"): count for place, count in found.most_common(12)}
+
+    for make in small_setups()[: 1 if where.small else None]:
+        setup = moved(make(), where.device)
+        result: dict[str, Any] = {}
+        for operator, damping in ((gauss_newton, 1e-2), (hessian, 10.0)):
+            evaluation = evaluate(lambda setup=setup: loss_of(setup), setup.parameters)
+            A = operator(evaluation).shift(damping)
+            counts, iterations = [], []
+            for limit in (3, 3, 8):  # the first one warms up
+                with waits(where.device) as found:
+                    solution = conjugate_gradients(A, evaluation.gradient, max_iterations=limit, keep_path=True)
+                counts.append(sum(found.values()))
+                iterations.append(solution.iterations)
+            more = iterations[2] - iterations[1]
+            result[f"{operator.__name__}, an iteration"] = (counts[2] - counts[1]) / more if more else None
+        optimizer = HessianFree(setup.parameters, **({"rank": 5} if where.small else {}))
+        closure = setup.closure(optimizer, 1)
+        optimizer.step(closure)
+        with waits(where.device) as found:
+            optimizer.step(closure)
+        step = optimizer.last_step
+        result["a step of HessianFree"] = {
+            "waits": sum(found.values()),
+            "iterations": step.iterations,
+            "products": step.products,
+            "places": places(found),
+        }
+        with waits(where.device) as found:
+            measured = measure(lambda setup=setup: loss_of(setup), setup.parameters, max_products=24)
+        result["a measurement"] = {
+            "waits": sum(found.values()),
+            "products": measured["curvature/products"],
+            "places": places(found),
+        }
+        note(setup.name, result)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something to run, and for how many seconds at most."""
+
+    run: Callable[[Where, Note], None]
+    limit: float
+
+
+# Together with the grace less than eight minutes.
+PARTS = {
+    "tests": Part(tests, 120.0),
+    "products": Part(products, 60.0),
+    "hessian_free": Part(hessian_free, 80.0),
+    "lightning": Part(lightning, 70.0),
+    "synchronisations": Part(synchronisations, 45.0),
+}
+
+
+def moved(setup: Any, device: str) -> Any:
+    """A setup with its model and data on the device."""
+    return type(setup)(setup.name, setup.model.to(device), setup.inputs.to(device), setup.targets.to(device))
+
+
+def now(device: str) -> float:
+    """The time, in seconds, when the device has done all that it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def peak_memory(device: str) -> Any:
+    """Yield a dictionary that gets, at the end, the peak of the device's memory above that at the start, if known."""
+    found: dict[str, float] = {}
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    yield found
+    if device == "cuda":
+        found["bytes"] = torch.cuda.max_memory_allocated() - before
+
+
+def importable(package: str, note: Note) -> bool:
+    """Whether a package is there; a note if it is not."""
+    there = importlib.util.find_spec(package) is not None
+    if not there:
+        note(f"without {package}", f"what needs {package} was left out")
+    return there
+
+
+class Callbacks:
+    """Finds the folder callbacks/ under the name that it has when it is installed."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Called by `import`."""
+        if name != "newtonopt.callbacks":
+            return None
+        return importlib.util.spec_from_file_location(name, ROOT / "callbacks" / "__init__.py")
+
+
+def use_the_source_tree() -> None:
+    """Import the library from here, whether or not it is installed, and whichever is."""
+    sys.path.insert(0, str(ROOT))
+    sys.meta_path.insert(0, Callbacks)
+
+
+def work(name: str, where: Where, limit: float, found: Path) -> None:
+    """Run one part in this process and keep what it notes in a file."""
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(limit, exit=True)
+    use_the_source_tree()
+    noted: dict[str, Any] = {}
+
+    def note(key: str, value: Any) -> None:
+        noted[key] = value
+        write(found, noted)
+
+    PARTS[name].run(where, note)
+
+
+def write(path: Path, content: Any) -> None:
+    """Write JSON so that a reader never sees half of it."""
+    written = path.with_name(f"{path.name}.tmp")
+    written.write_text(json.dumps(content, indent=1) + "\n")
+    written.replace(path)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended ("passed", "failed", "timed out"), after how many seconds, and the end of what it printed."""
+
+    status: str
+    seconds: float
+    output: str
+
+
+def run_apart(command: Sequence[str], limit: float, grace: float, each_second: Callable[[], None]) -> Outcome:
+    """Run a command in a process of its own, and end it with all that it started when its time is up.
+
+    Args:
+        command: What to run.
+        limit: Seconds after which it is expected to end itself, with a traceback.
+        grace: Seconds after that when it is ended.
+        each_second: Called while it runs.
+    """
+    began = time.perf_counter()
+    with tempfile.TemporaryFile("w+", errors="replace") as printed:
+        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT)
+        try:
+            while (elapsed := time.perf_counter() - began) < limit + grace:
+                try:
+                    process.wait(min(1.0, limit + grace - elapsed))
+                    break
+                except subprocess.TimeoutExpired:
+                    each_second()
+        finally:
+            # What it started may be running still, even if it has ended.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        seconds = time.perf_counter() - began
+        printed.seek(0)
+        output = printed.read()[-KEPT:]
+    status = "passed" if process.returncode == 0 else "timed out" if seconds >= limit else "failed"
+    return Outcome(status, round(seconds, 1), output)
+
+
+def machine(device: str) -> dict[str, str]:
+    """What the figures were measured on and with."""
+    if device == "cuda":
+        card = torch.cuda.get_device_name()
+        driver = said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    else:
+        card, driver = "CPU", ""
+    return {
+        "card": card,
+        "driver": driver.splitlines()[0] if driver else "unknown",
+        "cuda": torch.version.cuda or "none",
+        "torch": torch.__version__,
+        "lightning": version_of("lightning"),
+        "python": platform.python_version(),
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str:
+    """NEWTONOPT_COMMIT, for copies without their history; else that of the source tree, marked if it was changed."""
+    if os.environ.get("NEWTONOPT_COMMIT"):
+        return os.environ["NEWTONOPT_COMMIT"]
+    git = partial(said_by, "git", "-C", str(ROOT))
+    if Path(git("rev-parse", "--show-toplevel") or "/") != ROOT:
+        return "unknown"
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "HEAD") + (", with changes" if changed else "")
+
+
+def said_by(*command: str) -> str:
+    """What a command prints; nothing if it fails or is not there."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return run.stdout.strip() if run.returncode == 0 else ""
+
+
+def version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def summary(name: str, found: dict[str, Any]) -> list[str]:
+    """A part's figures in a few lines."""
+    if name == "tests":
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in found.get("counts", {}).items())
+        return [counts, *(f"failed: {test}" for test in found.get("failures", {}))]
+    lines = []
+    for title, figures in found.items():
+        if isinstance(figures, str):
+            lines.append(f"{title}: {figures}")
+        elif name == "products":
+            ratios = ", ".join(f"{k} {r:.2f}" for k, r in figures["by gradient"].items() if k != "gradient")
+            lines.append(f"{title}: gradient {1e3 * figures['gradient']['seconds']:.3g} ms; in gradients: {ratios}")
+        elif name == "hessian_free" and "loss" in figures:
+            seconds, losses, errors = figures["seconds"], figures["loss"], figures["error"]
+            shown = [f"{seconds[i]:.3g} s {losses[i]:.2g} ({errors[i]:.2g})" for i in (0, 5, 10, 20)]
+            lines.append(f"{title}: {figures['steps']} steps, loss (error) at {', '.join(shown)}")
+        elif name == "lightning":
+            plain, monitored = figures["seconds"], figures["seconds, monitored"]
+            bits = figures["monitors change no bit"], figures["two runs without monitors agree to the bit"]
+            lines.append(
+                f"{title}: {figures['steps']} steps in {plain:.2f} s, with {figures['measurements']} measurements "
+                f"{monitored:.2f} s; monitored to the bit as without: {bits[0]} (two runs without: {bits[1]})"
+            )
+        elif name == "synchronisations":
+            step, each = figures["a step of HessianFree"], [f"{figures[f'{k}, an iteration']:g}" for k in _MATRICES]
+            lines.append(
+                f"{title}: {' and '.join(each)} an iteration (Gauss-Newton, Hessian); {step['waits']} in a step of "
+                f"{step['iterations']} iterations and {step['products']} products"
+            )
+    return lines
+
+
+_MATRICES = ("gauss_newton", "hessian")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: cuda")
+    parser.add_argument("--small", action="store_true", help="small problems, to try the script")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="default: all")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the figures (default: benchmarks/results)")
+    for hidden, kind in (("--work", str), ("--limit", float), ("--found", Path)):
+        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    where = Where(args.device, args.small)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit(
+            f"torch {torch.__version__} of {sys.executable} sees no CUDA device; --device cpu --small tries the rest"
+        )
+    if args.work:
+        work(args.work, where, args.limit, args.found)
+        return
+    record: dict[str, Any] = {**machine(args.device), "small": args.small, "parts": {}}
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{re.sub('[^a-z0-9]+', '-', record['card'].lower()).strip('-')}.json"
+    print(", ".join(f"{key} {value}" for key, value in record.items() if isinstance(value, str)), flush=True)
+    for name in args.parts:
+        outcome = run_part(name, where, record, path)
+        print(f"{name}: {outcome.status} after {outcome.seconds:.0f} s", flush=True)
+    print()
+    for name, part in record["parts"].items():
+        print(f"{name} ({part['status']}, {part['seconds']:.0f} s)")
+        print("".join(f"  {line}\n" for line in summary(name, part["found"])), end="")
+        if part["status"] != "passed":
+            print("".join(f"  | {line}\n" for line in part["output"].splitlines()[-15:]), end="")
+    print(f"\nAll figures: {path}")
+    if any(part["status"] != "passed" for part in record["parts"].values()):
+        sys.exit(1)
+
+
+def run_part(name: str, where: Where, record: dict[str, Any], path: Path) -> Outcome:
+    """Run a part in a process of its own; the record is written to `path` again whenever something is found."""
+    limit = PARTS[name].limit
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.json"
+        write(found, {})
+        worker = [sys.executable, __file__, "--work", name, "--limit", str(limit), "--found", str(found)]
+        options = ["--device", where.device, *(["--small"] if where.small else [])]
+
+        def keep(outcome: Outcome) -> None:
+            record["parts"][name] = {**asdict(outcome), "limit": limit, "found": json.loads(found.read_text())}
+            write(path, record)
+
+        outcome = run_apart([*worker, *options], limit, GRACE, lambda: keep(Outcome("running", 0.0, "")))
+        keep(outcome)
+    return outcome
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("default")
+    main()
