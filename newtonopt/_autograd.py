@@ -16,6 +16,7 @@ from torch.autograd.graph import Node
 from newtonopt._flat import unflatten
 from newtonopt._graph import reaches
 from newtonopt._shards import is_sharded, pulled
+from newtonopt._subclasses import plain
 from newtonopt._tap import differentiable_kernels
 
 Gradients = tuple[Tensor | None, ...]
@@ -44,7 +45,8 @@ def grad(
     with _differentiating():
         if is_sharded(by):
             return pulled(of, by, along, keep=keep)
-        return torch.autograd.grad(of, by, along, retain_graph=keep, allow_unused=True, is_grads_batched=batched)
+        found = torch.autograd.grad(of, by, along, retain_graph=keep, allow_unused=True, is_grads_batched=batched)
+    return tuple(plain(g) for g in found)
 
 
 def grad_with_graph(
@@ -57,7 +59,8 @@ def grad_with_graph(
             autograd would leave out of the next differentiation without a word.
     """
     with _differentiating():
-        gradients: Gradients = torch.autograd.grad(of, by, along, create_graph=True, allow_unused=True)
+        found = torch.autograd.grad(of, by, along, create_graph=True, allow_unused=True)
+    gradients: Gradients = tuple(plain(g) for g in found)
     if reaches([g.grad_fn for g in gradients if g is not None], _is_dead_end):
         raise NoSecondDerivativeError(
             "An operation of the model has no second derivative (it is marked once_differentiable, or PyTorch has no "

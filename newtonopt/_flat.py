@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from newtonopt._sharded import Sharded
 from newtonopt._shards import as_parameters, check_sharding, is_sharded, layout_of, local_part
@@ -101,6 +101,11 @@ def check_parameters(params: Sequence[Tensor]) -> None:
         raise ValueError(
             "params is empty, or nothing in it requires a gradient: give at least one tensor with requires_grad=True, "
             "such as those of model.parameters()."
+        )
+    if any(nn.parameter.is_lazy(p) for p in params):
+        raise ValueError(
+            "A parameter is uninitialized, as a lazy module's are until it has seen data: run the model once on a "
+            "batch, and then give its parameters."
         )
     if len({id(p) for p in params}) < len(params):
         raise ValueError(

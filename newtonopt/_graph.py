@@ -32,12 +32,16 @@ def reaches(
 
 
 def bytes_handed_on(start: Iterable[Node | None]) -> int:
-    """What the gradients take that the nodes met going back from `start` are handed, all taken together."""
+    """Total bytes of the gradients passed to the nodes reachable from `start`; nested tensors, whose shapes are no
+    numbers, are left out.
+    """
     total = 0
 
     def add(node: Node) -> bool:
         nonlocal total
-        total += sum(math.prod(of.shape) * of.dtype.itemsize for of in node._input_metadata)
+        dense = [of for of in node._input_metadata if not of.is_nested_tensor]
+        shapes = [(of.shape, of.dtype.itemsize) for of in dense if all(isinstance(size, int) for size in of.shape)]
+        total += sum(math.prod(shape) * size for shape, size in shapes)
         return False
 
     reaches(start, add)

@@ -14,6 +14,7 @@ from newtonopt._autograd import grad
 from newtonopt._flat import add_flat, flatten, put_back
 from newtonopt._graph import reaches
 from newtonopt._shards import accumulate
+from newtonopt._subclasses import detached
 from newtonopt._tap import Tap, Term
 from newtonopt.evaluation import UNRELATED, leaves_outside, local_gradient, refuse_sparse
 
@@ -76,7 +77,7 @@ class Recording:
 
     def finish(self, tap: Tap, returned: Any) -> None:
         """Called after the closure, with what it returned."""
-        self.returned = returned.detach() if isinstance(returned, Tensor) else returned
+        self.returned = detached(returned) if isinstance(returned, Tensor) else returned
         if self._products and isinstance(returned, Tensor) and returned.numel() == 1:
             _refuse_gradient_scaler(float(tap.total(returned)), float(self.returned))
         if not self._cached:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from newtonopt._sharded import Layout
+from newtonopt._subclasses import plain
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -25,10 +26,10 @@ def is_sharded(params: Sequence[Tensor]) -> bool:
 
 
 def local_part(t: Tensor) -> Tensor:
-    """What this process holds of a tensor: an alias, outside of autograd; a plain tensor itself."""
+    """What this process holds of a tensor: an alias, outside of autograd, of a DTensor's part; else the tensor."""
     kind = _dtensor()
     if kind is None or not isinstance(t, kind):
-        return t
+        return plain(t)
     with torch.no_grad():
         part: Tensor = t.to_local()
     return part

@@ -19,7 +19,7 @@ from torch.autograd.graph import Node
 
 from newtonopt._convexity import Label, Output, labelled
 from newtonopt._graph import notes
-from newtonopt._shards import is_sharded
+from newtonopt._subclasses import alike, is_wrapper, plain
 
 _Functions = frozenset[Callable[..., Any]]
 # The node that computed a root carries a note of it, which lives as long as the graph.
@@ -92,7 +92,7 @@ def root(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any
     """Call one of `ROOTS`, and note at the result what it is the root of."""
     result = func(*args, **kwargs)
     node: Any = result.grad_fn if isinstance(result, Tensor) else None
-    if node is None or not _is_plain(result):
+    if node is None or not _may_be_output(plain(result)):
         return result
     kind = node.name().partition("Backward")[0]
     squared = functools.partial(root_operand, func, args, kwargs)
@@ -109,7 +109,7 @@ def square(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
     """Call one of `SQUARES`; where it squares its operand, on a view of the operand's own, and label the result."""
     operand = first_operand(func, args, kwargs)
     found = None
-    if isinstance(operand, Tensor) and operand.requires_grad and _is_plain(operand) and torch.is_grad_enabled():
+    if isinstance(operand, Tensor) and torch.is_grad_enabled() and _may_be_output(plain(operand)):
         found = _squaring(func, args, kwargs, operand)
     if found is None:
         return func(*args, **kwargs)
@@ -120,12 +120,13 @@ def square(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
         if result is not None:
             return result
     view = own_view(operand)
-    result = call(torch.view_as_complex(view) if operand.is_complex() else view)
+    result = call(alike(torch.view_as_complex(view) if operand.is_complex() else view, operand))
     return labelled(result, Label((Output(view, number),), is_square=True, diagonal=diagonal))
 
 
 def own_view(z: Tensor) -> Tensor:
     """Return a view of `z` with one consumer, of real numbers: two in a last dimension for a complex one."""
+    z = plain(z)
     return torch.view_as_real(z.resolve_conj()) if z.is_complex() else z.view_as(z)
 
 
@@ -143,6 +144,8 @@ def _square_of_root(known: Root, operand: Tensor, call: Callable[[Tensor], Tenso
     """Return `operand` squared, differentiated as the sum of squares that it is: a norm has no derivative at zero."""
     squared = known.squared()
     view = own_view(squared)
+    if not view.requires_grad:
+        return None
     squares = view.to(operand.dtype).square()
     if squared.is_complex():
         squares = squares.sum(-1)
@@ -194,10 +197,10 @@ def _further(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {"dims": args[2], **more} if len(args) > 2 else more
 
 
-def _is_plain(z: Tensor) -> bool:
-    """Whether views of `z` can be outputs: not inside transforms of torch.func, nor sparse or sharded tensors."""
-    plain = z.layout == torch.strided and (z.is_floating_point() or z.is_complex())
-    return plain and not is_sharded([z]) and not torch._C._functorch.is_functorch_wrapped_tensor(z)
+def _may_be_output(z: Tensor) -> bool:
+    """Whether `z` has a graph, and is neither sparse nor a wrapper nor inside a transform of torch.func."""
+    dense = z.requires_grad and z.layout == torch.strided and (z.is_floating_point() or z.is_complex())
+    return dense and not is_wrapper(z) and not torch._C._functorch.is_functorch_wrapped_tensor(z)
 
 
 def _signed(dim: int) -> int:
@@ -227,7 +230,10 @@ def _is_same(a: Tensor, b: Any) -> bool:
     """Whether `b` holds the elements of `a`: the same tensor, another view of it, or its difference computed again."""
     if a is b:
         return True
-    if not isinstance(b, Tensor) or not b.requires_grad or a.dtype != b.dtype or _layout(a) != _layout(b):
+    if not isinstance(b, Tensor):
+        return False
+    a, b = plain(a), plain(b)
+    if not b.requires_grad or a.dtype != b.dtype or _layout(a) != _layout(b):
         return False
     first, second = _behind_views(a.grad_fn), _behind_views(b.grad_fn)
     if first is second:

@@ -24,6 +24,7 @@ from newtonopt._convexity import Label, Output, convex_parts, labelled
 from newtonopt._graph import Held, SavedTensors, chained, reached
 from newtonopt._losses import CONVEX_LOSSES, LOG_PROBABILITY_LOSSES, mean_over
 from newtonopt._squares import ROOTS, SQUARES, first_operand, own_view, root, root_operand, square
+from newtonopt._subclasses import alike, is_wrapper, plain
 
 _LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
 _RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
@@ -125,6 +126,7 @@ class Tap(TorchFunctionMode):
         self.terms = 0
         self.called_backward = False
         self.losses_seen: list[str] = []
+        self.wrappers: list[str] = []
         self.has_marks = False
         self.convex: set[int] = set()
         self._total: Tensor | None = None
@@ -164,7 +166,7 @@ class Tap(TorchFunctionMode):
         """Hand a loss over; without `keep` its graph may go."""
         if loss.numel() != 1:
             raise RuntimeError(f"The loss has shape {tuple(loss.shape)}: return a scalar, such as loss.mean().")
-        loss = loss.reshape(())
+        loss = plain(loss).reshape(())
         keep = keep or self._keep
         self.terms += 1
         self._total = loss.detach() if self._total is None else self._total + loss.detach()
@@ -272,11 +274,14 @@ class Tap(TorchFunctionMode):
         if output is None:
             return z
         into.append(output)
-        return output.tensor
+        return alike(output.tensor, z)
 
     def _output(self, z: Any) -> Output | None:
         number = self._numbered(lambda: z)
         if not isinstance(z, Tensor) or not z.is_floating_point() or not z.requires_grad:
+            return None
+        if is_wrapper(z):
+            self.wrappers.append(type(z).__name__)
             return None
         return Output(own_view(z), number)
 
@@ -284,7 +289,7 @@ class Tap(TorchFunctionMode):
         output = self._output(z)
         if output is None:
             return func(z, *args, **kwargs)
-        log_probabilities = func(output.tensor, *args, **kwargs)
+        log_probabilities = func(alike(output.tensor, z), *args, **kwargs)
         self._log_softmax[log_probabilities.grad_fn] = output
         return log_probabilities
 

@@ -34,6 +34,7 @@ from newtonopt._discovery import (
     generator_state,
     set_generator_state,
 )
+from newtonopt._subclasses import copied
 
 
 class Isolation:
@@ -134,7 +135,7 @@ class Isolation:
 
     def _starting_buffers(self, module: nn.Module) -> dict[str, Tensor]:
         if id(module) not in self._buffers:
-            copies = {name: b.detach().clone() for name, b in module._buffers.items() if b is not None}
+            copies = {name: copied(b) for name, b in module._buffers.items() if b is not None}
             self._buffers[id(module)] = module, copies
         return self._buffers[id(module)][1]
 
@@ -162,7 +163,7 @@ class _Swapped:
         self._attributes = {name: value for name, value in vars(module).items() if name not in MODULE_INTERNALS}
         vars(module).update({name: _copied(value) for name, value in self._attributes.items()})
         self._buffers = {name: module._buffers[name] for name in starting_buffers if name in module._buffers}
-        module._buffers.update({name: starting_buffers[name].clone() for name in self._buffers})
+        module._buffers.update({name: copied(starting_buffers[name]) for name in self._buffers})
         if isinstance(module, DistributedDataParallel):
             # Nothing that waits for other processes; the flags are for a call that has begun already.
             vars(module).update(
@@ -215,9 +216,9 @@ class _Visits:
         self._open.append((module, met))
         for name, buffer in met.items():
             with torch.no_grad():
-                _, start = self._starts.setdefault(id(buffer), (buffer, buffer.clone()))
+                _, start = self._starts.setdefault(id(buffer), (buffer, copied(buffer)))
                 if self._lend:
-                    module._buffers[name] = self._current.setdefault(id(buffer), start.clone())
+                    module._buffers[name] = self._current.setdefault(id(buffer), copied(start))
         if self._lend:
             self.own(module)
 
@@ -246,7 +247,7 @@ def _copied(value: Any) -> Any:
     if type(value) in CONTAINERS:
         return value.copy()
     if isinstance(value, Tensor) and value.is_leaf and not isinstance(value, nn.Parameter):
-        return value.detach().clone().requires_grad_(value.requires_grad)
+        return copied(value).requires_grad_(value.requires_grad)
     return value
 
 

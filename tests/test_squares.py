@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,3 +239,26 @@ def test_hessian_free_takes_squares_as_it_takes_mse_loss() -> None:
                 optimizer.step(net.closure(loss))
     for p, q in zip(by_hand.params, built_in.params, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+def test_squares_of_a_users_own_class_keep_its_attributes() -> None:
+    net = Net()
+    seen: list[str] = []
+
+    class Labelled(Tensor):
+        label: str
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is Tensor.square:
+                seen.append(args[0].label)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    def loss(z: Tensor) -> Tensor:
+        residual = (z - Y).as_subclass(Labelled)
+        residual.label = "u"
+        return residual.square().mean().as_subclass(Tensor)
+
+    G = gauss_newton(evaluate(net.closure(loss), net.params)).dense()
+    assert error(G, net.dense_gauss_newton(lambda z: (z - Y).square().mean())) < 1e-10
+    assert seen == ["u"]
