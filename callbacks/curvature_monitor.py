@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from newtonopt._checks import check_flag, check_whole
+from newtonopt._checks import check_flag, check_whole, explains_arguments
 from newtonopt.curvature.measure import take
 from newtonopt.curvature.measurement import Layers, Matrix, Measurement, Settings
 from newtonopt.curvature.sharpness import Kind
@@ -26,6 +26,15 @@ from .schedule import Allowance, Schedule
 
 # What checkpoints hold of the monitors, by prefix.
 _STATE = "CurvatureMonitor"
+# What other callbacks and libraries call an argument, and what it is called here.
+_ELSEWHERE = {
+    **dict.fromkeys(("every", "every_n_steps", "every_n_batches", "log_every_n_steps"), "every_n_train_steps"),
+    **dict.fromkeys(("k", "top_k", "top_n", "n_eigenvalues", "num_eigenvalues"), "top"),
+    **dict.fromkeys(("loader", "dataloaders", "train_dataloaders", "val_dataloaders", "batches"), "dataloader"),
+    "every_n_train_epochs": "every_n_epochs",
+    "params": "parameters",
+    "radius": "sharpness_radius",
+}
 
 
 class CurvatureMonitor(Callback):
@@ -91,9 +100,9 @@ class CurvatureMonitor(Callback):
             eigenvectors of the last one, with a quarter of `max_products` or a little more, and certify nothing:
             `curvature/certified` is 0, and the bounds enclose some eigenvalue, perhaps not the extreme one. Between
             measurements vectors are kept, `top + bottom + 1` times the parameters. Default 10.
-        max_overhead: What measuring may add to the time of training, as a share of it, above zero: measurements that
-            would exceed it are left out, but for the first of each kind and those at the start and the end. None
-            (default): no bound.
+        max_overhead: What measuring may add to the time of training, as a share of it, above 0 and at most 1, such as
+            0.15 for 15 %: measurements that would exceed it are left out, but for the first of each kind and those at
+            the start and the end. None (default): no bound.
         seed: Of the random start vectors. Default 0.
         prefix: The tags' group. Default "curvature". Two monitors in one run need two.
 
@@ -105,6 +114,7 @@ class CurvatureMonitor(Callback):
         UserWarning: A fit ends without a measurement, or one fails, or has nothing to be `preconditioned` by.
     """
 
+    @explains_arguments(_ELSEWHERE)
     def __init__(
         self,
         every_n_train_steps: int | None = None,

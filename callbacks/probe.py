@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,9 +14,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size as batch_size
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from newtonopt._checks import check_whole
+from newtonopt._checks import check_whole, shown
 from newtonopt.isolation import Isolation
 
 
@@ -28,8 +30,8 @@ class Probe:
         device: Where batches are kept; None: where training has them.
 
     Raises:
-        ValueError: `num_batches` is below one, or `dataloader` cannot be gone through again and again, or there is no
-            such device.
+        ValueError: `num_batches` is below one, or `dataloader` is none, is empty, or cannot be gone through again and
+            again, or there is no such device.
     """
 
     def __init__(self, num_batches: int, dataloader: Iterable[Any] | None, device: str | None) -> None:
@@ -110,10 +112,27 @@ class Probe:
 
 
 def _check_loader(dataloader: object) -> None:
+    if dataloader is None:
+        return
+    must = "dataloader must be a loader or a list of batches, or None"
     if isinstance(dataloader, Iterator):
-        raise ValueError("dataloader is an iterator, which ends after one pass: give the loader itself, or a list.")
-    if dataloader is not None and (not isinstance(dataloader, Iterable) or isinstance(dataloader, (str, Mapping))):
-        raise ValueError(f"dataloader is {dataloader!r}: give a loader or a list of batches, or None.")
+        raise ValueError(f"{must}, got an iterator, which ends after one pass. Write the loader itself, or a list.")
+    one = isinstance(dataloader, (Tensor, np.ndarray, Mapping))
+    if one or (isinstance(dataloader, tuple) and all(isinstance(entry, Tensor) for entry in dataloader)):
+        raise ValueError(f"{must}, got {shown(dataloader)}, which is one batch. Write [batch].")
+    if not isinstance(dataloader, Iterable) or isinstance(dataloader, (str, nn.Module)):
+        remedy = " Write DataLoader(dataset, batch_size)." if isinstance(dataloader, Dataset) else ""
+        raise ValueError(f"{must}, got {shown(dataloader)}.{remedy}")
+    if isinstance(dataloader, Sized) and _length(dataloader) == 0:
+        raise ValueError(f"dataloader must hold one batch at least, got {shown(dataloader)} of length 0.")
+
+
+def _length(dataloader: Sized) -> int | None:
+    """Return the number of batches, None where that is not known."""
+    try:
+        return len(dataloader)
+    except (TypeError, NotImplementedError):  # of an iterable dataset
+        return None
 
 
 def _device(name: str | None) -> torch.device | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from newtonopt._checks import check_flag, check_positive, check_whole
+from newtonopt._checks import check_flag, check_positive_share, check_whole
 
 
 def passes_multiple(before: int, now: int, every: int) -> bool:
@@ -67,12 +67,12 @@ class Allowance:
         max_overhead: The share, of training's own time; None: no bound.
 
     Raises:
-        ValueError: It is not positive and finite.
+        ValueError: It is not above zero and at most one.
     """
 
     def __init__(self, max_overhead: float | None) -> None:
         if max_overhead is not None:
-            check_positive("max_overhead", max_overhead)
+            check_positive_share("max_overhead", max_overhead)
         self._share = max_overhead
         self.restart()
 

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from newtonopt._checks import check_whole
+from newtonopt._checks import check_whole, explains_arguments
 from newtonopt.optimizers.base import NewtonOptimizer
 from newtonopt.optimizers.report import StepReport
 
@@ -28,6 +28,7 @@ class StepMonitor(Callback):
         ValueError: `every_n_train_steps` is below one.
     """
 
+    @explains_arguments(dict.fromkeys(("every", "every_n_steps", "log_every_n_steps"), "every_n_train_steps"))
     def __init__(self, every_n_train_steps: int = 1) -> None:
         check_whole("every_n_train_steps", every_n_train_steps, 1)
         self.every_n_train_steps = every_n_train_steps

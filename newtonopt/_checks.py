@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import ParamSpec, TypeGuard, get_args
 
+import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from newtonopt.evaluation import Products
+
+P = ParamSpec("P")
 
 # Files in which a warning's cause is not the user's: this package, and torch, which wraps the step.
 _NOT_THE_USERS = tuple(str(Path(module).parent) for module in (__file__, torch.__file__))
@@ -25,21 +33,94 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+def shown(value: object) -> str:
+    """Return what an error message shows of a value: itself if that is short, else its kind."""
+    text = repr(value)
+    if len(text) <= 60 and "\n" not in text:
+        return text
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+_CLOSURE = "a function of no argument that computes the loss, calls backward and returns the loss"
+# A module that was given no forward pass of its own has one of these, which only raises.
+_NO_FORWARD = ("_forward_unimplemented", "LightningModule.forward")
+
+
 def check_closure(closure: object, name: str = "closure") -> None:
-    """Refuse what cannot be called with a TypeError."""
-    if not callable(closure):
+    """Refuse what cannot be called without arguments with a TypeError: a module and a loss function take some."""
+    if not callable(closure) or isinstance(closure, type):
+        remedy = " Give the function itself, not the loss that it returns." if isinstance(closure, Tensor) else ""
+        raise TypeError(f"{name} must be {_CLOSURE}, got {shown(closure)}.{remedy}")
+    needed = _needed(closure)
+    if needed and isinstance(closure, nn.Module):
         raise TypeError(
-            f"{name} is a {type(closure).__name__}: give a function of no argument that computes the loss, calls "
-            "backward and returns the loss."
+            f"{name} must be {_CLOSURE}, got the module {type(closure).__name__}. Write such a function around it: "
+            "loss = F.mse_loss(model(inputs), targets); loss.backward(); return loss."
         )
+    if needed:
+        raise TypeError(
+            f"{name} must be {_CLOSURE}, got {shown(closure)}, which takes {', '.join(needed)}. Bind what it takes: "
+            f"functools.partial(function, {', '.join(needed)})."
+        )
+
+
+def _needed(closure: Callable[..., object]) -> list[str]:
+    """Return the names of the arguments that a call must give."""
+    if isinstance(closure, nn.Module):
+        # Wrappers take any arguments and pass them on: of several processes or devices, and of torch.compile.
+        wraps = isinstance(closure, (DistributedDataParallel, nn.DataParallel))
+        inner = dict(closure.named_children()).get("module" if wraps else "_orig_mod")
+        if inner is not None:
+            return _needed(inner)
+    called = closure.forward if isinstance(closure, nn.Module) else closure
+    if getattr(called, "__qualname__", "") in _NO_FORWARD:
+        return ["input"]
+    try:
+        parameters = inspect.signature(called).parameters.values()
+    except (TypeError, ValueError):  # builtin functions have none
+        return []
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in optional]
+
+
+def explains_arguments(elsewhere: Mapping[str, str]) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Decorate an `__init__` so that the error for an argument it does not have says which one is meant.
+
+    Args:
+        elsewhere: What takes the place of arguments that other libraries have: the name of an argument here, or a
+            sentence.
+    """
+
+    def decorate(init: Callable[P, None]) -> Callable[P, None]:
+        names = [name for name in inspect.signature(init).parameters if name != "self"]
+        owner = init.__qualname__.split(".")[0]
+
+        @functools.wraps(init)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+            for name, value in kwargs.items():
+                if name not in names:
+                    raise TypeError(f"{owner} takes no {name}, got {name}={shown(value)}. {_instead(name, names)}")
+            init(*args, **kwargs)
+
+        return checked
+
+    def _instead(name: str, names: Sequence[str]) -> str:
+        meant = elsewhere.get(name, "")
+        if " " in meant:
+            return meant
+        close = [meant] if meant in names else difflib.get_close_matches(name, names, 1)
+        return f"Write {close[0]}=..." if close else f"Its arguments are {', '.join(names)}."
+
+    return decorate
 
 
 def check_weight(weight: object) -> None:
     """Refuse a weight that is not positive with a ValueError; True is no number."""
     if weight is None:
         return
-    if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 < weight < math.inf:
-        raise ValueError(f"weight is {weight!r}: give a finite number (int or float) above zero, or None.")
+    if not _is_number(weight) or not 0.0 < weight < math.inf:
+        raise ValueError(f"weight must be positive and finite, or None, got {shown(weight)}.{_plain(weight)}")
 
 
 def check_products(products: str) -> None:
@@ -51,25 +132,47 @@ def check_products(products: str) -> None:
 def check_whole(name: str, value: object, least: int) -> None:
     """Refuse what is no whole number, or a smaller one, with a ValueError; True and False are none."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number and at least {least}, got {value!r}")
+        raise ValueError(f"{name} must be a whole number and at least {least}, got {shown(value)}.{_plain(value)}")
 
 
 def check_share(name: str, value: object) -> None:
     """Refuse what is not strictly between zero and one with a ValueError."""
-    if not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
-        raise ValueError(f"{name} must be in (0, 1), got {value!r}")
+    if not _is_number(value) or not 0.0 < value < 1.0:
+        raise ValueError(f"{name} must be in (0, 1), got {shown(value)}.{_as_share(value)}{_plain(value)}")
+
+
+def check_positive_share(name: str, value: object) -> None:
+    """Refuse what is not above zero and at most one with a ValueError."""
+    if not _is_number(value) or not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {shown(value)}.{_as_share(value)}{_plain(value)}")
 
 
 def check_positive(name: str, value: object) -> None:
     """Refuse what is not positive and finite with a ValueError; True is no number."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    if not _is_number(value) or not 0.0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {shown(value)}.{_plain(value)}")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Return whether it is a number of Python's; True and False are none, nor is np.float32, which would round."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _as_share(value: object) -> str:
+    """Say how a percentage is written as a share."""
+    return f" Write {value / 100:g} for {value:g} %." if _is_number(value) and 1.0 < value <= 100.0 else ""
+
+
+def _plain(value: object) -> str:
+    """Say how a scalar of NumPy's or a tensor of one entry is made a number of Python's."""
+    is_scalar = isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1)
+    return " Write a Python number: .item() gives it." if is_scalar else ""
 
 
 def check_flag(name: str, value: object) -> None:
     """Refuse what is neither True nor False with a ValueError."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
+        raise ValueError(f"{name} must be True or False, got {shown(value)}.{_plain(value)}")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:

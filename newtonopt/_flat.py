@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,10 +98,7 @@ def check_parameters(params: Sequence[Tensor]) -> None:
             `fully_shard`.
     """
     if not params:
-        raise ValueError(
-            "params is empty, or nothing in it requires a gradient: give at least one tensor with requires_grad=True, "
-            "such as those of model.parameters()."
-        )
+        raise ValueError("params must hold one tensor at least, got none. Write model.parameters().")
     if any(nn.parameter.is_lazy(p) for p in params):
         raise ValueError(
             "A parameter is uninitialized, as a lazy module's are until it has seen data: run the model once on a "
@@ -132,15 +129,38 @@ def check_parameters(params: Sequence[Tensor]) -> None:
             )
 
 
-def listed(name: str, items: Any, such_as: str) -> list[Any]:
-    """All of an iterable; a single tensor is none.
+def listed(name: str, items: Any, holds: str, such_as: str) -> list[Any]:
+    """Return all entries of an iterable.
+
+    Args:
+        name: Of the argument.
+        items: What was given for it.
+        holds: What its entries should be.
+        such_as: What a user would write for it.
 
     Raises:
-        TypeError: Something else.
+        TypeError: It is no iterable, or one of another kind: a tensor, a module, a mapping, a string, a set.
+        ValueError: It is an iterator that gave nothing.
     """
-    if isinstance(items, Tensor) or not isinstance(items, Iterable):
-        raise TypeError(f"{name} is a {type(items).__name__}: give an iterable, such as {such_as}.")
-    return list(items)
+    if not isinstance(items, Iterable) or isinstance(items, (Tensor, nn.Module, Mapping, str, set, frozenset)):
+        remedies = {Tensor: "a list for a single one", Mapping: f"{such_as}, or a list of what the mapping holds"}
+        remedies[set] = "a list, which has an order"
+        remedy = next((words for kind, words in remedies.items() if isinstance(items, kind)), such_as)
+        raise TypeError(f"{name} must be an iterable of {holds}, got {_kind(items)}. Write {remedy}.")
+    given = list(items)
+    if not given and isinstance(items, Iterator):
+        raise ValueError(
+            f"{name} must hold one entry at least, got {_kind(items)} that gave none. It ends after one pass, and was "
+            f"gone through before, or has nothing to give: write {such_as} anew, or keep a list of it."
+        )
+    return given
+
+
+def _kind(value: object) -> str:
+    name = type(value).__name__
+    if value is None:
+        return "None"
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 def trained_parameters(params: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -150,12 +170,49 @@ def trained_parameters(params: Iterable[Tensor]) -> tuple[Tensor, ...]:
         TypeError: Something else than an iterable of tensors, such as a module or a single tensor.
         ValueError: As `check_parameters`.
     """
-    given = listed("params", params, "model.parameters()")
+    given = listed("params", params, "tensors", "model.parameters()")
     for p in given:
         if not isinstance(p, Tensor):
-            raise TypeError(
-                f"params holds a {type(p).__name__}: give tensors only, such as those of model.parameters()."
-            )
+            raise TypeError(f"params must hold tensors only, got {_kind(p)} in it. Write model.parameters().")
     trained = tuple(dict.fromkeys(p for p in given if p.requires_grad))
+    if given and not trained:
+        raise ValueError(
+            "params must hold one tensor at least that requires a gradient, got none among its "
+            f"{len(given)}. Unfreeze a model with model.requires_grad_()."
+        )
     check_parameters(trained)
     return trained
+
+
+def listed_groups(params: Any) -> list[Any]:
+    """Return what an optimizer is given as a list of parameter groups.
+
+    Raises:
+        TypeError: It is neither an iterable of tensors, or of pairs of a name and a tensor, nor one of groups.
+        ValueError: It is empty.
+    """
+    given = listed("params", params, "tensors or of parameter groups", "model.parameters()")
+    if not given:
+        raise ValueError(f"params must hold one tensor at least, got {params!r}. Write model.parameters().")
+    return given if isinstance(given[0], dict) else [{"params": given}]
+
+
+def listed_group(group: Any) -> dict[str, Any]:
+    """Return a copy of a parameter group with its parameters as a list.
+
+    Raises:
+        TypeError: It is no group, or its parameters are of another kind.
+    """
+    if not isinstance(group, dict) or "params" not in group:
+        what = f"one with {', '.join(map(str, group)) or 'nothing'}" if isinstance(group, dict) else _kind(group)
+        raise TypeError(
+            f"A parameter group must be a dict with an entry 'params', got {what}. Write "
+            "{'params': model.parameters(), 'lr': 0.5}."
+        )
+    one = isinstance(group["params"], Tensor)
+    given = [group["params"]] if one else listed("params", group["params"], "tensors", "model.parameters()")
+    for entry in given:
+        p = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry  # a name and a tensor
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params must hold tensors only, got {_kind(p)} in it. Write model.parameters().")
+    return {**group, "params": given}

@@ -328,8 +328,12 @@ def test_clipping_is_seen_and_accumulation_is_an_error() -> None:
 
 
 def test_bad_parameters_are_refused() -> None:
-    with pytest.raises(ValueError, match="params is empty, or nothing in it requires a gradient"):
+    with pytest.raises(
+        ValueError, match=r"params must hold one tensor at least, got none\. Write model\.parameters\(\)"
+    ):
         evaluate(lambda: torch.zeros(()), [])
+    with pytest.raises(ValueError, match="one tensor at least that requires a gradient, got none among its 2"):
+        evaluate(lambda: torch.zeros(()), [torch.zeros(1), torch.zeros(1)])
     with pytest.raises(ValueError, match=r"several devices.*cpu, meta"):
         evaluate(
             lambda: torch.zeros(()),
@@ -338,13 +342,13 @@ def test_bad_parameters_are_refused() -> None:
     for dtype in (torch.float16, torch.complex64):
         with pytest.raises(ValueError, match=r"Keep the weights in float32.*bf16-mixed"):
             evaluate(lambda: torch.zeros(()), [torch.zeros(1, dtype=dtype, requires_grad=True)])
-    with pytest.raises(TypeError, match=r"params is a Linear.*model\.parameters\(\)"):
+    with pytest.raises(TypeError, match=r"iterable of tensors, got a Linear\. Write model\.parameters\(\)"):
         evaluate(lambda: torch.zeros(()), nn.Linear(1, 1))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="params is a Tensor"):
+    with pytest.raises(TypeError, match=r"params must be an iterable of tensors, got a Tensor. Write a list"):
         evaluate(lambda: torch.zeros(()), torch.zeros(1, requires_grad=True))
-    with pytest.raises(TypeError, match="params holds a tuple"):
+    with pytest.raises(TypeError, match=r"params must hold tensors only, got a tuple in it"):
         evaluate(lambda: torch.zeros(()), nn.Linear(1, 1).named_parameters())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="closure is a Tensor"):
+    with pytest.raises(TypeError, match=r"closure must be a function of no argument .*, got tensor"):
         evaluate(torch.zeros(()), [torch.zeros(1, requires_grad=True)])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="products is 'exact'"):
         evaluate(lambda: torch.zeros(()), [torch.zeros(1, requires_grad=True)], products="exact")  # type: ignore[arg-type]

@@ -90,7 +90,7 @@ def _depth(names: Sequence[str]) -> int:
 def _trained(named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     """Those that require a gradient, each once."""
     first: dict[int, tuple[str, Tensor]] = {}
-    for pair in listed("named_parameters", named_parameters, "model.named_parameters()"):
+    for pair in listed("named_parameters", named_parameters, "pairs", "model.named_parameters()"):
         if not is_named(pair):
             raise TypeError(
                 f"named_parameters holds a {type(pair).__name__}: give pairs of a name and a tensor, such as "

@@ -138,7 +138,7 @@ def measure(
     check_weight(weight)
     if last is not None and not isinstance(last, Measurement):
         raise TypeError(f"last is a {type(last).__name__}: give the Measurement of the last call, or None.")
-    given = listed("params", params, "model.parameters()")
+    given = listed("params", params, "tensors", "model.parameters()")
     named = [pair for pair in given if is_named(pair)]
     if layers is not None and len(named) < len(given):
         raise ValueError("layers are told by names: give model.named_parameters() as params.")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from newtonopt._checks import check_closure, warn
-from newtonopt._flat import check_parameters
+from newtonopt._flat import check_parameters, listed_group, listed_groups
 from newtonopt._shards import is_sharded
 from newtonopt.evaluation import Evaluation
 from newtonopt.linear_operator import LinearOperator
@@ -43,7 +43,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
 
     def __init__(self, params: ParamsT, settings: dict[str, Any]) -> None:
         self._check(settings)
-        super().__init__(params, settings)
+        super().__init__(listed_groups(params), settings)
         self.last_step: StepReport | None = None
         self._warned_of_clipping = False
         self._fell_back = False
@@ -81,8 +81,10 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         """Add a group with its own `lr` and `weight_decay`; every other setting is the optimizer's.
 
         Raises:
+            TypeError: It is no group of tensors.
             ValueError: Another setting differs, or the parameters cannot share one flat vector with the others.
         """
+        param_group = listed_group(param_group)
         settings = self.param_groups[0] if self.param_groups else self.defaults
         shared = shared_settings(settings, self.defaults)
         check_group(param_group, shared)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from newtonopt._checks import check_whole
+from newtonopt._checks import check_whole, explains_arguments
 from newtonopt._shards import is_sharded
 from newtonopt.evaluation import Evaluation, Products
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.operators import diagonal_blocks
 from newtonopt.optimizers.base import NewtonOptimizer
 from newtonopt.optimizers.matrices import blocks_fit, check_decomposition, finite_dense
-from newtonopt.optimizers.settings import check_choices, check_number, damping_rule
+from newtonopt.optimizers.settings import ELSEWHERE, check_choices, check_number, damping_rule
 from newtonopt.optimizers.trials import Proposal
 from newtonopt.solvers.dense import solve_absolute, solve_clamped, solve_shifted
 
@@ -70,6 +70,7 @@ class DampedNewton(NewtonOptimizer):
 
     control = "damping"
 
+    @explains_arguments(ELSEWHERE)
     def __init__(
         self,
         params: ParamsT,

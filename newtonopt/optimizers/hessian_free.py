@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from newtonopt._checks import check_whole
+from newtonopt._checks import check_whole, explains_arguments
 from newtonopt.evaluation import Evaluation, Products
 from newtonopt.globalization import LOW_RATIO, undamped_decrease
 from newtonopt.linear_operator import LinearOperator
@@ -25,7 +25,7 @@ from newtonopt.optimizers.preconditioning import (
     worked,
 )
 from newtonopt.optimizers.rates import scaled
-from newtonopt.optimizers.settings import check_number, damping_rule, is_number
+from newtonopt.optimizers.settings import ELSEWHERE, check_number, damping_rule, is_number
 from newtonopt.optimizers.trials import Outcome, Proposal
 from newtonopt.solvers.cg import conjugate_gradients
 from newtonopt.solvers.preconditioners import Preconditioner
@@ -91,6 +91,7 @@ class HessianFree(NewtonOptimizer):
 
     control = "damping"
 
+    @explains_arguments(ELSEWHERE)
     def __init__(
         self,
         params: ParamsT,

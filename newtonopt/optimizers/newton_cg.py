@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from newtonopt._checks import check_whole
+from newtonopt._checks import check_whole, explains_arguments
 from newtonopt.evaluation import Evaluation, Products
 from newtonopt.objective import Objective
 from newtonopt.optimizers.base import NewtonOptimizer
@@ -22,7 +22,7 @@ from newtonopt.optimizers.preconditioning import (
     worked,
 )
 from newtonopt.optimizers.rates import scaled
-from newtonopt.optimizers.settings import check_choices
+from newtonopt.optimizers.settings import ELSEWHERE, check_choices
 from newtonopt.optimizers.trials import Outcome, Proposal, search, shortened, wolfe_search
 from newtonopt.solvers.cg import conjugate_gradients, forcing_sequence
 from newtonopt.solvers.solution import Iterate
@@ -75,6 +75,7 @@ class NewtonCG(NewtonOptimizer):
 
     control = None
 
+    @explains_arguments(ELSEWHERE)
     def __init__(
         self,
         params: ParamsT,

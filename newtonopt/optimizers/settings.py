@@ -14,6 +14,28 @@ from newtonopt._checks import check_choice, check_products, check_whole
 
 # Settings that a parameter group may have of its own.
 PER_GROUP = ("lr", "weight_decay")
+# What takes the place of settings that other optimizers have: a setting here, or a sentence.
+_FIRST_ORDER = "Leave it out: a Newton step takes the curvature instead."
+_KERNELS = "Leave it out: it chooses among the implementations of torch's own optimizers."
+_CONTROLS = (
+    "Steps are bounded by damping=... in HessianFree and DampedNewton, by radius=... in TrustRegionNewton, by "
+    "sigma=... in CubicNewton, and by a line search in NewtonCG."
+)
+ELSEWHERE = {
+    **dict.fromkeys(("momentum", "nesterov", "dampening", "betas", "beta1", "beta2", "alpha", "rho"), _FIRST_ORDER),
+    **dict.fromkeys(("eps", "amsgrad", "centered", "lr_decay", "momentum_decay"), _FIRST_ORDER),
+    **dict.fromkeys(("foreach", "fused", "capturable", "differentiable"), _KERNELS),
+    "history_size": "Leave it out: products with the curvature take the place of a history of gradients.",
+    "maximize": "Leave it out, and let the closure return the negative loss.",
+    "max_iter": "Write steps_per_call=... for the Newton steps of one call, which torch.optim.LBFGS names so, or "
+    "max_iterations=... for the iterations within one step, where there are any.",
+    "max_eval": "max_trials",
+    "tolerance_grad": "tolerance_gradient",
+    "tolerance_change": "tolerance_step",
+    "line_search_fn": "line_search",
+    "learning_rate": "lr",
+    **dict.fromkeys(("damping", "radius", "sigma"), _CONTROLS),
+}
 # Of learning rates: LinearLR, for one, goes from 1 to -2e-17 where it should end at zero.
 _ROUNDING = 1e-12
 

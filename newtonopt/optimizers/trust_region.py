@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from newtonopt import globalization
+from newtonopt._checks import explains_arguments
 from newtonopt.evaluation import Evaluation, Products
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective
 from newtonopt.optimizers.base import NewtonOptimizer
 from newtonopt.optimizers.matrices import check_decomposition, spectrum
 from newtonopt.optimizers.regions import bounded, check_subproblem, judge, refuse_exact
+from newtonopt.optimizers.settings import ELSEWHERE
 from newtonopt.optimizers.trials import Outcome, Proposal
 from newtonopt.solvers import secular
 from newtonopt.solvers.cg import conjugate_gradients, forcing_sequence, shortened
@@ -69,6 +71,7 @@ class TrustRegionNewton(NewtonOptimizer):
 
     control = "radius"
 
+    @explains_arguments(ELSEWHERE)
     def __init__(
         self,
         params: ParamsT,

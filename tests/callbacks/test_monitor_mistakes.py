@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning_problems import BATCHES, OPTIMIZERS, Classifier, loader, quiet_trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from newtonopt.callbacks import CurvatureMonitor
+from newtonopt.callbacks import CurvatureMonitor, StepMonitor
 
 
 def quick(**settings: Any) -> CurvatureMonitor:
@@ -42,6 +45,74 @@ def test_what_the_module_has_not_is_an_error_before_training(settings: dict[str,
     with pytest.raises(ValueError, match=words):
         quiet_trainer(callbacks=[quick(**settings)]).fit(model, loader())
     assert model.calls.batches == []
+
+
+@pytest.mark.parametrize(
+    ("dataloader", "words"),
+    [
+        (
+            torch.ones(4, 2),
+            "must be a loader or a list of batches, or None, got a Tensor, which is one batch. Write [b",
+        ),
+        (np.ones((4, 20)), "got a ndarray, which is one batch. Write [batch]."),
+        ((torch.ones(4, 2), torch.ones(4)), "which is one batch. Write [batch]."),
+        ({"x": torch.ones(4, 20)}, "which is one batch. Write [batch]."),
+        ([], "must hold one batch at least, got [] of length 0."),
+        (DataLoader(TensorDataset(torch.ones(0, 2))), "must hold one batch at least, got a DataLoader of length 0."),
+        (TensorDataset(torch.ones(4, 2)), "got a TensorDataset. Write DataLoader(dataset, batch_size)."),
+        (nn.Sequential(nn.Linear(2, 1)), "or None, got a Sequential."),
+    ],
+)
+def test_what_is_no_loader_is_refused(dataloader: Any, words: str) -> None:
+    with pytest.raises(ValueError, match="^dataloader .*" + re.escape(words)):
+        CurvatureMonitor(dataloader=dataloader)
+
+
+class Endless(IterableDataset[Tensor]):
+    """Its length is not known."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield torch.ones(2)
+
+
+def test_a_loader_of_unknown_length_is_taken() -> None:
+    CurvatureMonitor(dataloader=DataLoader(Endless()))
+    CurvatureMonitor(dataloader=Endless())
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        (15, "max_overhead must be above 0 and at most 1, got 15. Write 0.15 for 15 %."),
+        (-0.1, "got -0.1."),
+        (True, "got True."),
+        ("15", "got '15'."),
+        (math.nan, "got nan."),
+        (math.inf, "got inf."),
+        (torch.tensor(0.1), "got tensor(0.1000). Write a Python number: .item() gives it."),
+    ],
+)
+def test_an_overhead_is_a_share(share: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        CurvatureMonitor(max_overhead=share)
+    CurvatureMonitor(max_overhead=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "remedy"),
+    [
+        (CurvatureMonitor, "every_n_steps", "Write every_n_train_steps=..."),
+        (StepMonitor, "every_n_steps", "Write every_n_train_steps=..."),
+        (CurvatureMonitor, "every_n_train_epochs", "Write every_n_epochs=..."),
+        (CurvatureMonitor, "top_k", "Write top=..."),
+        (CurvatureMonitor, "sharpness_radios", "Write sharpness_radius=..."),
+        (StepMonitor, "zzz", "Its arguments are every_n_train_steps."),
+    ],
+)
+def test_an_argument_of_another_callback_is_told_what_it_is_called_here(kind: Any, name: str, remedy: str) -> None:
+    words = re.escape(f"{kind.__name__} takes no {name}, got {name}=3. {remedy}")
+    with pytest.raises(TypeError, match=f"^{words}"):
+        kind(**{name: 3})
 
 
 class Lazy(Classifier):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -69,13 +71,29 @@ def _direction(*entries: float) -> Tensor:
         (lambda p: measure(p.closure, p.params, [p.model]), TypeError, "optimizer is [Linear"),
         (lambda p: measure(p.closure, p.params, last=3), TypeError, "last is a int: give the Measurement"),
         (lambda p: measure(p.closure, p.params, last={}), TypeError, "last is a dict: give the Measurement"),
-        (lambda p: measure(p.params, p.closure), TypeError, "closure is a list: give a function"),
-        (lambda p: measure(p.closure, p.closure), TypeError, "params is a method: give an iterable, such as model.p"),
-        (lambda p: measure(p.closure, p.model), TypeError, "params is a Linear: give an iterable, such as model.p"),
-        (lambda p: measure(p.closure, nn.Sequential(p.model)), TypeError, "params holds a Linear: give tensors only"),
-        (lambda p: measure(p.closure, p.params[0]), TypeError, "params is a Parameter: give an iterable"),
-        (lambda p: measure(p.closure, [(1, p.params[0])]), TypeError, "params holds a tuple: give tensors only"),
-        (lambda p: measure(p.closure, p.params, weight="a"), ValueError, "weight is 'a': give a finite number"),
+        (
+            lambda p: measure(p.params, p.closure),
+            TypeError,
+            "closure must be a function of no argument that computes the loss",
+        ),
+        (lambda p: measure(p.closure, p.closure), TypeError, "params must be an iterable of tensors, got a method"),
+        (lambda p: measure(p.closure, p.model), TypeError, "params must be an iterable of tensors, got a Linear"),
+        (
+            lambda p: measure(p.closure, nn.Sequential(p.model)),
+            TypeError,
+            "params must be an iterable of tensors, got a Seq",
+        ),
+        (lambda p: measure(p.closure, p.params[0]), TypeError, "params must be an iterable of tensors, got a Par"),
+        (
+            lambda p: measure(p.closure, [(1, p.params[0])]),
+            TypeError,
+            "params must hold tensors only, got a tuple in it",
+        ),
+        (
+            lambda p: measure(p.closure, p.params, weight="a"),
+            ValueError,
+            "weight must be positive and finite, or None, got",
+        ),
         (
             lambda p: measure(p.closure, p.params, top=True),
             ValueError,
@@ -94,7 +112,11 @@ def _direction(*entries: float) -> Tensor:
             "max_seconds must be positive and finite, got True",
         ),
         (lambda p: measure(p.closure, p.params, tolerance="a"), ValueError, "tolerance must be in (0, 1), got 'a'"),
-        (lambda p: evaluate(p.closure, p.params, weight=True), ValueError, "weight is True: give a finite number"),
+        (
+            lambda p: evaluate(p.closure, p.params, weight=True),
+            ValueError,
+            "weight must be positive and finite, or None, got T",
+        ),
         (lambda p: p.hessian() @ torch.tensor(1.0), ValueError, "v has shape (): a vector for this 4 x 4"),
         (
             lambda p: critical_point(evaluate(p.closure, p.params), spectrum=3),  # type: ignore[arg-type]
@@ -153,13 +175,96 @@ def _direction(*entries: float) -> Tensor:
         (
             lambda p: blocks(p.hessian(), p.model),
             TypeError,
-            "named_parameters is a Linear: give an iterable, such as m",
+            "named_parameters must be an iterable of pairs, got a Linear. Write model.named_parameters()",
         ),
     ],
 )
 def test_errors_name_argument_value_and_remedy(call: Call, kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match="^" + re.escape(words)):
         call(Problem())
+
+
+class Unwritten(nn.Module):
+    """A module without a forward pass."""
+
+
+USERS = {
+    "evaluate": evaluate,
+    "measure": measure,
+    "sharpness": sharpness,
+    "loss_slice": lambda closure, params: loss_slice(closure, params, torch.ones(N)),
+}
+
+
+@pytest.mark.parametrize("use", USERS.values(), ids=USERS)
+def test_what_takes_arguments_is_no_closure(use: Callable[..., object]) -> None:
+    problem = Problem()
+    calls = (problem.model, nn.DataParallel(problem.model), nn.MSELoss(), Unwritten())
+    for module in calls:
+        with pytest.raises(TypeError, match=f"got the module {type(module).__name__}. Write such a function around it"):
+            use(module, problem.params)
+    with pytest.raises(TypeError, match=r"which takes input, target. Bind what it takes: functools.partial"):
+        use(nn.functional.mse_loss, problem.params)
+    with pytest.raises(TypeError, match=r"got <class 'torch.nn.modules.loss.MSELoss'>"):
+        use(nn.MSELoss, problem.params)
+    with pytest.raises(TypeError, match=r"got a Tensor. Give the function itself, not the loss that it returns"):
+        use(problem.closure(), problem.params)
+
+
+@pytest.mark.parametrize("use", USERS.values(), ids=USERS)
+def test_parameters_that_are_used_up_or_of_another_kind_are_named(use: Callable[..., object]) -> None:
+    problem = Problem()
+    used = problem.model.parameters()
+    list(used)
+    with pytest.raises(
+        ValueError, match=r"params must hold one entry at least, got a generator that gave none. It ends"
+    ):
+        use(problem.closure, used)
+    with pytest.raises(TypeError, match=r"got a dict. Write model.parameters\(\), or a list of what the mapping holds"):
+        use(problem.closure, dict(problem.model.named_parameters()))
+    with pytest.raises(TypeError, match=r"got a set. Write a list, which has an order"):
+        use(problem.closure, set(problem.params))
+    for entry, kind in (([1], "a list"), ({"params": [1]}, "a dict"), (None, "None")):
+        with pytest.raises(TypeError, match=f"params must hold tensors only, got {kind} in it"):
+            use(problem.closure, [entry])
+
+
+class Penalty(nn.Module):
+    """A loss of its own parameters: a module that is a closure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.ones(2))
+
+    def forward(self) -> Tensor:
+        return self.theta.square().sum()
+
+
+def test_a_module_or_function_that_needs_no_argument_is_a_closure() -> None:
+    penalty = Penalty()
+    optional = lambda scale=2.0: scale * penalty()  # noqa: E731
+    for closure in (penalty, nn.DataParallel(penalty), optional, functools.partial(lambda x: x(), penalty)):
+        assert hessian(evaluate(closure, penalty.parameters())).dense()[0, 0] in (2.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda H: extreme_eigenvalues(H, confidence=99), "confidence must be in (0, 1), got 99. Write 0.99 for 99 %."),
+        (lambda H: trace(H, tolerance=5), "tolerance must be in (0, 1), got 5. Write 0.05 for 5 %."),
+        (lambda H: trace(H, tolerance=500), "tolerance must be in (0, 1), got 500."),
+        (
+            lambda H: trace(H, tolerance=torch.tensor(0.5)),
+            "got tensor(0.5000). Write a Python number: .item() gives it",
+        ),
+        (lambda H: trace(H, tolerance=np.float32(0.5)), "got np.float32(0.5). Write a Python number: .item() gives it"),
+        (lambda H: trace(H, max_products=np.int64(9)), "got np.int64(9). Write a Python number: .item() gives it"),
+        (lambda H: trace(H, seed=torch.tensor(3)), "got tensor(3). Write a Python number: .item() gives it."),
+    ],
+)
+def test_a_percentage_and_a_tensor_are_told_how_to_be_written(call: Callable[[Any], object], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        call(Problem().hessian())
 
 
 def test_a_density_takes_a_list_of_places() -> None:

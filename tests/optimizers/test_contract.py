@@ -455,7 +455,7 @@ def test_accumulation_across_closures_is_an_error(build: Build) -> None:
 
 
 def test_a_tensor_is_no_closure(build: Build) -> None:
-    with pytest.raises(TypeError, match="closure is a Tensor"):
+    with pytest.raises(TypeError, match=r"closure must be a function of no argument .*, got tensor"):
         build([torch.zeros(2, requires_grad=True)]).step(torch.zeros(()))  # type: ignore[arg-type]
 
 
@@ -575,7 +575,7 @@ def test_all_frozen_is_an_error(build: Build) -> None:
 
 def test_parameters_that_cannot_be_one_vector(build: Build) -> None:
     one = torch.zeros(1, requires_grad=True)
-    with pytest.raises(ValueError, match="empty parameter list"):
+    with pytest.raises(ValueError, match="params must hold one tensor at least, got"):
         build([])
     with pytest.raises(ValueError, match="complex64: newtonopt needs float32"):
         build([one, torch.zeros(1, dtype=torch.complex64, requires_grad=True)])
