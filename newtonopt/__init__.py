@@ -1,5 +1,9 @@
 """Second-order optimizers for PyTorch, and curvature you can trust."""
 
+import importlib
+from types import ModuleType
+
+from newtonopt import curvature as curvature
 from newtonopt.evaluation import Evaluation
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective, evaluate, mark_outputs
@@ -24,3 +28,10 @@ __all__ = [
     "jacobian",
     "mark_outputs",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import `newtonopt.callbacks`, which needs Lightning, when it is asked for."""
+    if name == "callbacks":
+        return importlib.import_module("newtonopt.callbacks")
+    raise AttributeError(f"module 'newtonopt' has no attribute {name!r}")

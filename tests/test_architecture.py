@@ -83,7 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "optimizers",
         "curvature",
     },
-    "newtonopt": {"evaluation", "linear_operator", "objective", "operators", "optimizers"},
+    "newtonopt": {"curvature", "evaluation", "linear_operator", "objective", "operators", "optimizers"},
 }
 PURE = {"solvers", "globalization"}
 CALLBACKS_ONLY = {"lightning", "lightning_utilities", "tensorboard"}
@@ -198,12 +198,26 @@ def test_package_imports_without_lightning_and_matplotlib() -> None:
         "import sys\n"
         "for name in ('lightning', 'pytorch_lightning', 'lightning_utilities', 'tensorboard', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"
-        "import newtonopt, newtonopt.curvature, newtonopt.optimizers\n"
-        "assert newtonopt.HessianFree and newtonopt.curvature.extreme_eigenvalues\n"
+        "import newtonopt\n"
+        "assert newtonopt.optimizers.HessianFree and newtonopt.curvature.extreme_eigenvalues\n"
         "assert 'newtonopt.callbacks' not in sys.modules\n"
+        "for statement in ('newtonopt.callbacks', 'from newtonopt.callbacks import StepMonitor'):\n"
+        "    try:\n"
+        "        exec(statement)\n"
+        "    except ImportError as error:\n"
+        "        assert 'lightning is not installed: pip install lightning tensorboard' in str(error), error\n"
+        "    else:\n"
+        "        raise AssertionError(statement)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_callbacks_are_an_attribute_that_is_imported_when_asked_for() -> None:
+    package = importlib.import_module("newtonopt")
+    assert package.__getattr__("callbacks") is importlib.import_module("newtonopt.callbacks")
+    with pytest.raises(AttributeError, match="module 'newtonopt' has no attribute 'callback'"):
+        _ = package.callback
 
 
 def public_names() -> list[str]:
