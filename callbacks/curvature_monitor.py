@@ -45,6 +45,8 @@ class CurvatureMonitor(Callback):
     state, metrics and logs stay as they were to the bit. A measurement that fails warns once and is left out; training
     goes on.
 
+    Under the Trainer's `fast_dev_run` it measures once, at the end, if not before.
+
     Values go to every logger, under `curvature/`, and to `trainer.callback_metrics`. TensorBoard's custom-scalars page
     gets a category of charts.
 
@@ -221,7 +223,7 @@ class CurvatureMonitor(Callback):
         self._begin()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._subject.check(pl_module, self._settings.layers)
+        self._subject.check(pl_module, self._settings)
         self._enabled = pl_module.automatic_optimization or self._subject.step != "training_step"
         if not self._enabled:
             rank_zero_warn(
@@ -258,10 +260,11 @@ class CurvatureMonitor(Callback):
             self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._schedule.at_end:
-            self._look(trainer, pl_module)
+        # A trial run is to find out whether all works, and ends before a measurement is due.
         is_trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        if self._enabled and self._measured_at is None and not is_trial:
+        if self._schedule.at_end or (is_trial and self._measured_at is None):
+            self._look(trainer, pl_module)
+        if self._enabled and self._measured_at is None:
             why = self._probe.lack() if self._lacked_batches else self._schedule.lack(trainer.global_step)
             rank_zero_warn(f"CurvatureMonitor measured nothing in this fit: {why}, or set at_end=True.")
 

@@ -14,9 +14,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from newtonopt._checks import check_choice
-from newtonopt.curvature.measurement import Layers
+from newtonopt.curvature.eigenvalues import check_count
+from newtonopt.curvature.measurement import Settings
 
 from .probe import Probe
 
@@ -54,8 +56,9 @@ class Subject:
                 "parameters' names, such as '^encoder', or None for all."
             ) from error
 
-    def check(self, module: LightningModule, layers: Layers) -> None:
-        """Refuse a module that has no such method, no parameter of such a name, or none that a layer's pattern fits.
+    def check(self, module: LightningModule, settings: Settings) -> None:
+        """Refuse a module that has no such method, no parameter of such a name, none that a layer's pattern fits, or
+        fewer parameters than eigenvalues are asked for.
 
         What is frozen counts, for it may be trained later.
 
@@ -74,11 +77,18 @@ class Subject:
                 f"parameters is {self.parameters!r}, which is found in no name of a parameter of "
                 f"{type(module).__name__}: {', '.join(every) or 'none'}."
             )
+        layers = settings.layers
         for pattern in () if layers in (None, "parts") else layers or ():
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
                     f"layers: {pattern!r} fits no name of the parameters looked at: {', '.join(names) or 'none'}."
                 )
+
+        looked_at = [p for name, p in module.named_parameters() if self._takes(name)]
+        if not any(isinstance(p, UninitializedParameter) for p in looked_at):
+            size = sum(p.numel() for p in looked_at)
+            check_count("top", settings.top, size)
+            check_count("bottom", settings.bottom, size)
 
     def trained(self, module: LightningModule) -> list[tuple[str, Tensor]]:
         """The parameters with `requires_grad`, and their names.

@@ -23,6 +23,10 @@ _VECTORS = 120
 _BOTTOM_WEIGHT = 0.3
 
 
+# So many may be asked for of the smallest operator too, which has fewer: the defaults do.
+_FEW = 5
+
+
 @dataclass(frozen=True, eq=False)
 class Eigenvalue:
     """One eigenvalue with its multiplicity counted: equal eigenvalues are separate entries.
@@ -101,8 +105,8 @@ def extreme_eigenvalues(
 
     Args:
         operator: Symmetric `(n, n)`. With `operator.psd` zero is used as a lower bound.
-        top: How many of the largest, >= 0; at most n are returned.
-        bottom: How many of the smallest, >= 0, or >= 1 where `top` is 0; at most n are returned.
+        top: How many of the largest, from 0 to n, or to 5 where n is below that; at most n are returned.
+        bottom: How many of the smallest, as `top`, and >= 1 where `top` is 0.
         tolerance: Width of an interval relative to its value, in (0, 1), or to `tolerance` times the largest magnitude
             where the value is smaller than that: a value that is zero within `tolerance**2` of the norm, such as the
             smallest one of a Gauss-Newton matrix, does not use up the budget. Widths at the level of rounding, 64 eps
@@ -170,6 +174,12 @@ def check_spectrum(name: str, spectrum: object) -> None:
         raise TypeError(f"{name} is a {type(spectrum).__name__}: give a Spectrum of extreme_eigenvalues, or None.")
 
 
+def check_count(name: str, count: int, rows: int) -> None:
+    """Refuse more eigenvalues than there are with a ValueError, but for as few as the defaults ask for."""
+    if count > max(rows, _FEW):
+        raise ValueError(f"{name} must be at most {rows}, for there are as many parameters, got {count!r}.")
+
+
 def _start_vector(operator: LinearOperator, start: Spectrum | None, tolerance: float) -> Tensor | None:
     """Where to track the last measurement's vectors from; None for a random start."""
     if start is None:
@@ -205,6 +215,8 @@ def _request(
     rows = check_operator(operator)
     for name, count, least in (("top", top, 0), ("bottom", bottom, 0), ("max_products", max_products, 1)):
         check_whole(name, count, least)
+    for name, count in (("top", top), ("bottom", bottom)):
+        check_count(name, count, rows)
     if top == bottom == 0:
         raise ValueError("top and bottom are both 0: ask for one eigenvalue at least")
     for name, share in (("tolerance", tolerance), ("confidence", confidence)):

@@ -36,6 +36,8 @@ def quick(**settings: Any) -> CurvatureMonitor:
             r"parameters is '\^encoder', which is found in no name of a parameter of Classifier: layers\.0\.weight, ",
         ),
         ({"layers": ["layers.*", "decoder.*"]}, r"layers: 'decoder\.\*' fits no name of .*: layers\.0\.weight, "),
+        ({"top": 1000}, "top must be at most [0-9]+, for there are as many parameters, got 1000"),
+        ({"bottom": 7, "parameters": "4.bias"}, "bottom must be at most 3, for there are as many parameters, got 7"),
         ({"layers": ["layers.0.*"], "parameters": "4"}, r"'layers\.0\.\*' fits no name .*: layers\.4\.weight, "),
     ],
 )

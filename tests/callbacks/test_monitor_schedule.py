@@ -31,6 +31,13 @@ class Validated(Classifier):
     test_step = validation_step
 
 
+class Broken(Validated):
+    """Its own loss for measurements fails."""
+
+    def broken(self, batch: Any, batch_idx: int) -> Tensor:
+        raise ArithmeticError("no loss here")
+
+
 def measured_steps(folder: Path, monitor: CurvatureMonitor, **settings: Any) -> list[int]:
     trainer = quiet_trainer(callbacks=[monitor], logger=both_loggers(folder), **settings)
     trainer.fit(Validated("SGD"), loader(), loader())
@@ -74,7 +81,23 @@ def test_a_fit_without_a_measurement_says_why(
     with pytest.warns(UserWarning, match=f"measured nothing in this fit: .*{why}") as caught:
         assert measured_steps(tmp_path, quick(**monitor), **{"max_epochs": 1, **settings}) == []
     assert sum("measured nothing" in str(warning.message) for warning in caught) == 1
-    quiet_trainer(callbacks=[quick(**monitor)], fast_dev_run=True).fit(Validated("SGD"), loader(), loader())
+
+
+@pytest.mark.parametrize("monitor", [{}, {"num_batches": 7}, {"every_n_epochs": 2}, {"max_overhead": 1e-9}], ids=str)
+@pytest.mark.parametrize("batches", [True, 2])
+def test_a_trial_run_measures_once(monitor: dict[str, Any], batches: Any) -> None:
+    """Whoever asks for one wants to know whether all works."""
+    callback = quick(**monitor)
+    trainer = quiet_trainer(callbacks=[callback], fast_dev_run=batches)
+    trainer.fit(Validated("SGD"), loader(), loader())
+    assert float(trainer.callback_metrics["curvature/lambda_max"]) > 0.0
+    assert callback._measured_at == trainer.global_step == int(batches)
+
+
+def test_a_trial_run_shows_a_failure() -> None:
+    trainer = quiet_trainer(callbacks=[quick(step="broken")], fast_dev_run=True)
+    with pytest.warns(UserWarning, match="CurvatureMonitor could not measure at step 1, .*: no loss here"):
+        trainer.fit(Broken("SGD"), loader(), loader())
 
 
 def test_intervals_exclude_each_other() -> None:

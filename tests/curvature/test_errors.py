@@ -267,6 +267,20 @@ def test_a_percentage_and_a_tensor_are_told_how_to_be_written(call: Callable[[An
         call(Problem().hessian())
 
 
+def test_more_eigenvalues_than_there_are_are_refused() -> None:
+    H = Problem().hessian()
+    for counts in ({"top": 1000}, {"bottom": 6}):
+        (name, count), *_ = counts.items()
+        with pytest.raises(
+            ValueError, match=f"^{name} must be at most {N}, for there are as many parameters, got {count}"
+        ):
+            extreme_eigenvalues(H, **counts)
+    assert len(extreme_eigenvalues(H).top) == N  # the defaults ask for five
+    problem = Problem()
+    with pytest.raises(ValueError, match=f"top must be at most {N}, for there are as many parameters, got 1000"):
+        measure(problem.closure, problem.params, top=1000)
+
+
 def test_a_density_takes_a_list_of_places() -> None:
     found = spectral_density(Problem().hessian())
     assert torch.equal(found.density([0.0, 0.5]), found.density(torch.tensor([0.0, 0.5])))
