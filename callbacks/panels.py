@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer
 from torch.utils.tensorboard import SummaryWriter
 
 from newtonopt.curvature.density import SpectralDensity
+from newtonopt.curvature.figures import drawing
 from newtonopt.curvature.measurement import Measurement
 
 from .logs import tensorboard_writers
@@ -33,10 +34,13 @@ def add_figures(trainer: Trainer, measurement: Measurement) -> None:
             _add_histogram(
                 writer, f"{measurement.prefix}/eigenvalues_log_count", measurement.density, trainer.global_step
             )
-            figure = measurement.density.plot()
+            figure, (axes,) = drawing(1)
+            measurement.density.plot(ax=axes)
             writer.add_figure(f"{measurement.prefix}/spectral_density", figure, trainer.global_step)
         if measurement.slice is not None:
-            writer.add_figure(f"{measurement.prefix}/loss_slice", measurement.slice.figure(), trainer.global_step)
+            figure, panels = drawing(measurement.slice.losses.dim())
+            measurement.slice.plot(ax=panels)
+            writer.add_figure(f"{measurement.prefix}/loss_slice", figure, trainer.global_step)
 
 
 def _add_histogram(writer: SummaryWriter, tag: str, density: SpectralDensity, step: int) -> None:

@@ -17,6 +17,7 @@ from newtonopt.linear_operator import LinearOperator
 from newtonopt.solvers.lanczos import lanczos
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Width of the kernel, as a share of the spectrum's: narrow enough to part outliers from the bulk, wide enough
@@ -80,18 +81,23 @@ class SpectralDensity:
             return torch.zeros_like(low[0])
         return self._error(0.5 * (low + high)) + 0.5 * (high - low).mean(0)
 
-    def plot(self, width: float | None = None) -> Figure:
-        """The density on a logarithmic scale, with a band of one standard error up, and as far down on that scale.
+    def plot(self, width: float | None = None, ax: Axes | None = None) -> Figure:
+        """Draw the density on a logarithmic scale, with a band of one standard error up, and as far down on that scale.
 
         Args:
             width: Of the kernel, as for `density`.
+            ax: The axes of matplotlib's to draw in; None (default): a new figure, which `plt.show()` shows.
+
+        Returns:
+            The figure.
 
         Raises:
             ImportError: matplotlib is missing.
+            TypeError: `ax` is something else than axes.
         """
         from newtonopt.curvature.figures import density_figure
 
-        return density_figure(self, width)
+        return density_figure(self, width, ax)
 
     def span(self) -> float:
         """Of the nodes, from the lowest to the highest; the size of the only value, or one, where they are equal."""

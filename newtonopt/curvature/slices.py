@@ -18,6 +18,7 @@ from newtonopt.objective import Objective
 from newtonopt.operators import hessian
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -46,15 +47,23 @@ class LossSlice:
     products: int
     names: tuple[str, ...]
 
-    def figure(self) -> Figure:
-        """Loss and model as two lines; in two dimensions as contours side by side.
+    def plot(self, ax: Axes | Sequence[Axes] | None = None) -> Figure:
+        """Draw loss and model as two lines; in two dimensions as contours side by side.
+
+        Args:
+            ax: The axes of matplotlib's to draw in, two of them in two dimensions; None (default): a new figure, which
+                `plt.show()` shows.
+
+        Returns:
+            The figure.
 
         Raises:
             ImportError: matplotlib is missing.
+            TypeError: `ax` is something else, or another number of axes.
         """
         from newtonopt.curvature.figures import slice_figure
 
-        return slice_figure(self)
+        return slice_figure(self, ax)
 
 
 @torch.inference_mode(False)

@@ -366,5 +366,5 @@ def test_words_for_no_curvature_at_all() -> None:
 def test_a_slice_is_labelled_by_its_eigenvectors(settings: dict[str, Any], names: list[str]) -> None:
     p = nn.Parameter(torch.ones(3))
     found = measure(lambda: (p**4 * torch.arange(1, 4)).sum(), [p], sharpness=None, **settings)
-    axes = found.slice.figure().axes[0]
+    axes = found.slice.plot().axes[0]
     assert [axes.get_xlabel(), axes.get_ylabel()] == [name.replace("the ", "step along the ") for name in names]

@@ -270,15 +270,15 @@ def test_a_slice_of_a_whole_data_set() -> None:
 def test_figures_of_slices() -> None:
     theta = torch.tensor([0.3, -0.2]).double().requires_grad_()
     axes = torch.eye(2).double()
-    line = loss_slice(lambda: (theta**4).sum(), [theta], axes[0], points=5).figure()
+    line = loss_slice(lambda: (theta**4).sum(), [theta], axes[0], points=5).plot()
     assert [text.get_text() for text in line.axes[0].get_legend().get_texts()] == ["loss", "quadratic model"]
-    square = loss_slice(lambda: (theta**4).sum(), [theta], axes, points=5).figure()
+    square = loss_slice(lambda: (theta**4).sum(), [theta], axes, points=5).plot()
     assert [panel.get_title() for panel in square.axes[:2]] == ["loss", "quadratic model"]
     assert [line.axes[0].get_xlabel(), square.axes[0].get_ylabel()] == [
         "step along the direction",
         "step along the second direction",
     ]
-    assert loss_slice(lambda: 0 * theta.sum(), [theta], axes, points=3).figure().axes
+    assert loss_slice(lambda: 0 * theta.sum(), [theta], axes, points=3).plot().axes
 
 
 @pytest.mark.parametrize(
