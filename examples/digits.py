@@ -10,8 +10,10 @@ The data are scikit-learn's 1797 real 8 x 8 images. Everything else is Lightning
 from __future__ import annotations
 
 import itertools
+import shlex
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 import lightning as L
@@ -161,14 +163,31 @@ class DigitsCLI(LightningCLI):
         """Print accuracy, loss, curvature where a monitor measured it, and where to look further."""
         if not self.trainer.is_global_zero:
             return
-        table = Table("", "value", "bounds", title="At the end of training")
-        for row in itertools.chain(_scores(self.model, self.datamodule), _curvature(self.trainer.callback_metrics)):
-            table.add_row(*row)
+        metrics = self.trainer.callback_metrics
         console = Console()
-        console.print(table)
+        console.print(table_of([*_scores(self.model, self.datamodule), *_curvature(metrics)], metrics))
         if self.trainer.log_dir is not None:
             console.print(f"Logs: {self.trainer.log_dir}", soft_wrap=True, highlight=False)
-            console.print(f"See them: tensorboard --logdir {self.trainer.log_dir}", soft_wrap=True, highlight=False)
+            console.print(f"See them: {tensorboard_command(self.trainer.log_dir)}", soft_wrap=True, highlight=False)
+
+
+def table_of(rows: Iterable[tuple[str, ...]], metrics: Mapping[str, Tensor]) -> Table:
+    """The rows as a table, with what the last measurement's intervals hold: bounds only if it was certified."""
+    followed = float(metrics.get("curvature/certified", 1.0)) == 0.0
+    table = Table("", "value", "interval" if followed else "bounds", title="At the end of training")
+    if followed:
+        table.caption = (
+            "The last measurement followed the one before: its intervals hold some eigenvalue each, perhaps "
+        )
+        table.caption += "not the extreme one."
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def tensorboard_command(folder: str) -> str:
+    """A command that works outside the virtual environment as well, where there is no program `tensorboard`."""
+    return shlex.join([sys.executable, "-m", "tensorboard.main", "--logdir", folder])
 
 
 @torch.no_grad()

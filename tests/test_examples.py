@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import runpy
 import subprocess
@@ -53,6 +54,24 @@ def test_the_plain_loop_logs_what_it_measures(tmp_path: Path, monkeypatch: pytes
     assert [event.value for event in events.Scalars("curvature/certified")] == [1.0, 0.0, 0.0]
 
 
+def test_the_table_calls_bounds_what_is_certified_only() -> None:
+    table_of = runpy.run_path(str(ROOT / "examples/digits.py"))["table_of"]
+    for certified, heading in ((1.0, "bounds"), (0.0, "interval")):
+        table = table_of([("largest", "2", "1 to 3")], {"curvature/certified": torch.tensor(certified)})
+        assert table.columns[-1].header == heading
+        assert ("perhaps not the extreme one" in (table.caption or "")) is (certified == 0.0)
+
+
+def test_the_command_for_tensorboard_works_in_any_shell(tmp_path: Path) -> None:
+    command = runpy.run_path(str(ROOT / "examples/digits.py"))["tensorboard_command"](str(tmp_path / "two words"))
+    outside = {name: value for name, value in os.environ.items() if name != "PATH"}
+    run = subprocess.run(
+        ["/bin/sh", "-c", f"{command} --version"], env=outside, capture_output=True, text=True, timeout=100
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^\d+\.\d+", run.stdout, re.MULTILINE)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "least"),
@@ -70,7 +89,7 @@ def test_every_configuration_trains_and_reports(config: str, least: float, tmp_p
     accuracy = re.search(r"test accuracy\s*│\s*([\d.]+)%", printed)
     assert accuracy is not None and float(accuracy[1]) >= least
     assert re.search(r"largest Hessian eigenvalue\s*│\s*\S+\s*│\s*\S+ to \S+", printed)
-    assert f"tensorboard --logdir logs/{config}/version_0" in printed
+    assert f"{sys.executable} -m tensorboard.main --logdir logs/{config}/version_0" in printed
 
 
 @pytest.mark.slow
