@@ -18,7 +18,10 @@ from .schedule import passes_multiple
 
 
 class StepMonitor(Callback):
-    """Log a Newton optimizer's damping, radius or sigma, and ratio, iterations, products and norms, under `newton/`.
+    """Log a Newton optimizer's damping, radius or sigma, and ratios, iterations, products and norms, under `newton/`.
+
+    `newton/ratio` is the actual over the predicted decrease of the step taken; `newton/first_ratio` that of the step as
+    proposed, before a line search shortened it, which adapts the damping, radius or sigma.
 
     Args:
         every_n_train_steps: Optimizer steps between log entries, one or more. Default 1: a Newton step is dear, and its
@@ -67,6 +70,7 @@ def _tags(report: StepReport) -> dict[str, float]:
         "radius": report.radius,
         "sigma": report.sigma,
         "ratio": report.ratio,
+        "first_ratio": report.first_ratio,
         "iterations": float(report.iterations),
         "products": float(report.products),
         "accepted": float(report.accepted),
@@ -81,6 +85,6 @@ def _charts(report: StepReport) -> Charts:
     controls = {"Damping": report.damping, "Radius": report.radius, "Sigma": report.sigma}
     return {
         **{t: ("Multiline", [f"newton/{t.lower()}$"]) for t, value in controls.items() if value is not None},
-        "Actual over predicted decrease": ("Multiline", ["newton/ratio$"]),
+        "Actual over predicted decrease": ("Multiline", ["newton/ratio$", "newton/first_ratio$"]),
         "Conjugate gradient iterations": ("Multiline", ["newton/iterations$"]),
     }

@@ -95,8 +95,8 @@ def cubic_weight(sigma: float, ratio: float, *, minimum: float, maximum: float) 
 
 @dataclass(frozen=True)
 class LinePoint:
-    """Where a line search ended: `t`, zero if nowhere; the loss there and at `t = 1`; how many trials it took; and the
-    last `t` tried.
+    """Where a line search ended: `t`, zero if nowhere; the loss there and at `t = 1`; how many trials it took; the last
+    `t` tried, and the loss there.
     """
 
     t: float
@@ -104,6 +104,7 @@ class LinePoint:
     first: float
     trials: int
     last: float
+    last_value: float
 
 
 def strong_wolfe(
@@ -131,13 +132,13 @@ def strong_wolfe(
         if not sufficient_decrease(loss, value, t * slope, eps) or value > low[1] + 10 * eps * abs(loss):
             high = here
         elif abs(slope_there) <= 0.9 * abs(slope):
-            return LinePoint(t, value, first, trial, t)
+            return LinePoint(t, value, first, trial, t, value)
         else:
             if slope_there * ((math.inf if high is None else high[0]) - low[0]) >= 0:
                 high = low
             low = here
         t = 2 * t if high is None else _between(low, high)
-    return LinePoint(low[0], low[1], first, max_trials, here[0])
+    return LinePoint(low[0], low[1], first, max_trials, here[0], here[1])
 
 
 def _between(one: tuple[float, float, float], other: tuple[float, float, float]) -> float:

@@ -234,7 +234,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             outcome = self._judge(objective, evaluation.gradient, proposal, loss, evaluation.eps)
             trials += outcome.trials
             used = self._controls
-            self._adapt(outcome.ratio, proposal.length)
+            self._adapt(outcome.first_ratio, proposal.length)
             turns -= 1
             if outcome.accepted or turns == 0 or proposal.shrink is None or self.control is None:
                 break
@@ -251,6 +251,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             trial_loss=outcome.loss,
             predicted_decrease=outcome.predicted,
             ratio=outcome.ratio,
+            first_ratio=outcome.first_ratio,
             iterations=proposal.iterations,
             products=proposal.products,
             form=form,
@@ -277,7 +278,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         """A loss, gradient or curvature not finite moves nothing; it tightens the control, and soon an error."""
         memory = self._memory
         memory["failures"] += 1
-        self._report(loss, norm, ratio=-math.inf, reason=f"the {what} is not finite")
+        self._report(loss, norm, first_ratio=-math.inf, reason=f"the {what} is not finite")
         self._adapt(-math.inf)
         if memory["failures"] >= _MAX_FAILURES:
             raise RuntimeError(

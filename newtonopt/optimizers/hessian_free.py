@@ -188,7 +188,7 @@ class HessianFree(NewtonOptimizer):
         outcome = super()._judge(objective, gradient, proposal, loss, eps)
         if not self._seeks_damping or proposal.follows_negative_curvature:
             return outcome
-        if outcome.ratio >= LOW_RATIO:
+        if outcome.first_ratio >= LOW_RATIO:
             self._memory["found_damping"] = True
         elif outcome.accepted:
             return replace(outcome, accepted=False, refusal="the first damping was too low")

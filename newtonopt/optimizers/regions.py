@@ -73,7 +73,7 @@ def judge(objective: Objective, proposal: Proposal, loss: float, eps: float, lea
     step, predicted = proposal.steps[0], proposal.decreases[0]
     trial = objective.loss_at(step)
     ratio = globalization.reduction_ratio(loss, trial, predicted, eps)
-    return Outcome(step, predicted, trial, ratio, ratio >= least, 1)
+    return Outcome(step, predicted, trial, ratio, ratio, ratio >= least, 1)
 
 
 def check_subproblem(settings: dict[str, Any], *choices: str) -> None:

@@ -14,12 +14,14 @@ class StepReport:
         loss: The objective at the step's start, weight decay included.
         gradient_norm: Euclidean, of the objective's gradient.
         reason: Why the inner solver stopped, or why there was no step, in words.
-        trial_loss: The objective at the best trial; equal to `loss` if none was made.
+        trial_loss: The objective at the step taken, or at the last one tried; equal to `loss` if none was tried.
         damping: Used in this step; None (default) for an optimizer without.
         radius: Of the trust region used in this step; None (default) for an optimizer without.
         sigma: The cubic term's weight used in this step; None (default) for an optimizer without.
-        predicted_decrease: What the undamped quadratic model promised for that trial.
-        ratio: Actual over predicted decrease, before any shortening of the step; near one where the model is right.
+        predicted_decrease: What the undamped quadratic model promised for that step.
+        ratio: Actual over predicted decrease of that step; near one where the model is right.
+        first_ratio: The same for the step as it was proposed, before a line search shortened or doubled it. This ratio
+            adapts the damping, radius or sigma; minus infinity where a loss was not finite.
         iterations: Of the inner solver, over all steps of the call.
         products: Curvature products of the call, those for the preconditioner included.
         form: How they were formed: "cached", "streamed" or "finite_difference".
@@ -38,6 +40,7 @@ class StepReport:
     sigma: float | None = None
     predicted_decrease: float = 0.0
     ratio: float = math.nan
+    first_ratio: float = math.nan
     iterations: int = 0
     products: int = 0
     form: str = "cached"

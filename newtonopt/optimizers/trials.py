@@ -45,12 +45,24 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The step to take or to reject, and why: its model decrease, its loss, and the ratio that adapts the control."""
+    """The step to take or to reject, and why.
+
+    Attributes:
+        step: The step taken, or the last one tried.
+        predicted: The undamped model's decrease at that step.
+        loss: The loss there.
+        ratio: The actual decrease at that step over the predicted one.
+        first_ratio: The ratio of the proposed step, before it was shortened or doubled: it adapts the control.
+        accepted: Whether the step is to be taken.
+        trials: Evaluations of the loss.
+        refusal: Why the step is rejected, in words.
+    """
 
     step: Tensor
     predicted: float
     loss: float
     ratio: float
+    first_ratio: float
     accepted: bool
     trials: int
     refusal: str = "no trial decreased the loss"
@@ -78,9 +90,9 @@ def search(
     It is shortened, or doubled, `max_changes` times at most: halved at first, then by interpolation, for a step may be
     too long by any factor where the curvature is nearly zero.
 
-    The ratio, which adapts the control, is that of the step before it was shortened: a good short step does not excuse
-    a bad long one. A step along negative curvature must decrease the loss by a part of what its curvature promises too
-    (McCormick 1977), and is doubled as often while that helps.
+    The first ratio, which adapts the control, is that of the step before it was shortened: a good short step does not
+    excuse a bad long one. A step along negative curvature must decrease the loss by a part of what its curvature
+    promises too (McCormick 1977), and is doubled as often while that helps.
     """
     step, predicted, best = proposal.steps[0], proposal.decreases[0], math.inf
     trials = 0
@@ -91,7 +103,7 @@ def search(
             step, predicted, best = candidate, decrease, trial
         elif best < loss:
             break
-    ratio = globalization.reduction_ratio(loss, best, predicted, eps)
+    first_ratio = ratio = globalization.reduction_ratio(loss, best, predicted, eps)
     slope = float(gradient @ step)
     bend = -2 * (predicted + slope)  # s'As, from the model's value at the whole step
     follows = proposal.follows_negative_curvature
@@ -112,7 +124,8 @@ def search(
         t, best = 2 * t, further
     if t != 1.0:
         step, predicted = t * step, -(t * slope + 0.5 * t * t * bend)
-    return Outcome(step, predicted, best, ratio, accepted, trials)
+        ratio = globalization.reduction_ratio(loss, best, predicted, eps)
+    return Outcome(step, predicted, best, ratio, first_ratio, accepted, trials)
 
 
 def wolfe_search(
@@ -127,10 +140,10 @@ def wolfe_search(
         return trial, float(there @ step)
 
     found = globalization.strong_wolfe(along, loss, slope, eps, max_trials)
-    ratio = globalization.reduction_ratio(loss, found.first, predicted, eps)
-    t = found.t
-    if t == 0.0:
-        return Outcome(found.last * step, predicted, found.first, ratio, False, found.trials)
+    first_ratio = globalization.reduction_ratio(loss, found.first, predicted, eps)
     bend = -2 * (predicted + slope)
+    accepted = found.t > 0.0
+    t, value = (found.t, found.value) if accepted else (found.last, found.last_value)
     predicted = -(t * slope + 0.5 * t * t * bend)
-    return Outcome(step if t == 1.0 else t * step, predicted, found.value, ratio, True, found.trials)
+    ratio = globalization.reduction_ratio(loss, value, predicted, eps)
+    return Outcome(step if t == 1.0 else t * step, predicted, value, ratio, first_ratio, accepted, found.trials)

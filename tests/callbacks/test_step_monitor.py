@@ -24,7 +24,7 @@ from lightning_problems import (
 from newtonopt import StepReport
 from newtonopt.callbacks import StepMonitor
 
-TAGS = ("ratio", "iterations", "products", "accepted", "gradient_norm", "step_norm")
+TAGS = ("ratio", "first_ratio", "iterations", "products", "accepted", "gradient_norm", "step_norm")
 
 
 class Reports(L.Callback):
@@ -72,7 +72,7 @@ def test_its_charts_name_tags_that_were_written(optimizer: str, control: list[st
     assert list(page) == ["Newton steps"]
     written = from_events(tmp_path)
     tags = [tag for chart in page["Newton steps"].values() for tag in chart_tags(chart)]
-    expected = {f"newton/{name}" for name in (*control, "ratio", "iterations")}
+    expected = {f"newton/{name}" for name in (*control, "ratio", "first_ratio", "iterations")}
     assert set(tags) == expected <= set(written)
 
 
