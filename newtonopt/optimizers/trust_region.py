@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -123,6 +124,7 @@ class TrustRegionNewton(NewtonOptimizer):
             radius=radius,
             max_iterations=settings["max_iterations"],
             residual_tolerance=tolerance,
+            rounding=gradient.numel() * torch.finfo(gradient.dtype).eps,
             keep_path=settings["max_trials"] > 1,
         )
         if solution.reason == "non-finite product":

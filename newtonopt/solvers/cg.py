@@ -44,7 +44,8 @@ def conjugate_gradients(
             iterations is below `k` times this (Martens 2010, sec. 4.4, uses 5e-4).
         residual_tolerance: End when the residual's norm is at most this times the gradient's (see `forcing_sequence`).
         rounding: Curvature `|d'Ad| / |d|^2` of at most this times the largest `|Ad| / |d|` met counts as zero: a step
-            by the rounding of products could have any length.
+            by the rounding of products could have any length. With a radius the step along such a direction is as long
+            as that much curvature would make it.
         keep_path: Keep the iterates on a growing grid, for backtracking.
 
     Returns:
@@ -136,9 +137,15 @@ def _iterate(
         iteration += 1
         if not math.isfinite(bend):
             return Solution(s, decrease, iteration, "non-finite product", tuple(path))
-        bend = 0.0 if sizes and stop.is_rounding(bend, *sizes) else bend
-        if bend <= 0.0:
+        if sizes and stop.is_rounding(bend, *sizes):
             path += [Iterate(s, decrease)] * keep_path
+            if math.isfinite(radius) and stop.floor > 0.0:
+                tau = min(_to_boundary(size, along, length, radius), rho_now / (stop.floor * sizes[0] ** 2))
+                return Solution(s + tau * d, decrease + tau * rho_now, iteration, "no curvature", tuple(path))
+            bend = 0.0
+        elif bend <= 0.0:
+            path += [Iterate(s, decrease)] * keep_path
+        if bend <= 0.0:
             return _negative_curvature(g, s, d, decrease, rho_now, bend, radius, (size, along, length), iteration, path)
         size_new = size + 2 * alpha_now * along + alpha_now * alpha_now * length
         if math.isfinite(radius) and math.sqrt(max(size_new, 0.0)) >= radius:
@@ -210,15 +217,15 @@ class _Stop:
         self._decreases: list[float] = []
         self._target = 0.0
         self.rounding = rounding
-        self._largest = 0.0
+        self.floor = 0.0  # curvature below this is rounding
 
     def begin(self, decrease: float, gradient_norm: float) -> None:
         self._decreases = [decrease]
         self._target = max(self._residual or 0.0, self._floor) * gradient_norm
 
     def is_rounding(self, bend: float, length: float, product: float) -> bool:
-        self._largest = max(self._largest, product / length)
-        return abs(bend) / length <= self.rounding * self._largest * length
+        self.floor = max(self.floor, self.rounding * product / length)
+        return abs(bend) / length <= self.floor * length
 
     def check(self, iteration: int, decrease: float, residual_norm: float) -> str | None:
         self._decreases.append(decrease)

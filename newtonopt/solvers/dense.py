@@ -20,7 +20,8 @@ def solve_shifted(A: Tensor, gradient: Tensor, damping: float, eigh: Eigh = torc
     """Minimise `g's + s'(A + c I)s / 2` with `c = damping`, or as much more as makes the matrix positive definite.
 
     By Cholesky factorisation if `damping` is enough; otherwise by eigenvectors, with `c` such that the lowest
-    eigenvalue becomes `damping`, or the rounding of the eigenvalues if that is more.
+    eigenvalue becomes `damping`. A damping below the rounding of the eigenvalues counts as that much: less would scale
+    up noise where the matrix is singular.
 
     Args:
         A: Symmetric, `(n, n)`.
@@ -32,15 +33,14 @@ def solve_shifted(A: Tensor, gradient: Tensor, damping: float, eigh: Eigh = torc
     Returns:
         The solution; `decrease` is that of the model with `A + c I`.
     """
+    damping = max(damping, _rounding(A))
     damped = A.clone()
     damped.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(damped)
     reason = "Cholesky"
     if bool(failed):
-        # A damping below the rounding of the eigenvalues could fail again, and would scale up noise.
         values, vectors = eigh(A)
-        rounding = A.shape[0] * torch.finfo(A.dtype).eps * values.abs().max()
-        lifted = values - values[0].clamp(max=0) + rounding.clamp(min=damping)
+        lifted = values - values[0].clamp(max=0) + damping
         step = -vectors @ ((vectors.T @ gradient) / lifted)
         reason = "shifted past the lowest eigenvalue"
     else:
@@ -51,7 +51,8 @@ def solve_shifted(A: Tensor, gradient: Tensor, damping: float, eigh: Eigh = torc
 def solve_absolute(A: Tensor, gradient: Tensor, damping: float, eigh: Eigh = torch.linalg.eigh) -> Solution:
     """Minimise `g's + s'(|A| + damping I)s / 2`: saddle-free Newton (Dauphin et al. 2014).
 
-    By Cholesky factorisation if `A` is positive definite, some ten times as fast as by eigenvectors.
+    By Cholesky factorisation if `A` is positive definite, some ten times as fast as by eigenvectors. Eigenvalues below
+    their rounding count as that much.
 
     Args:
         A: Symmetric, `(n, n)`.
@@ -62,11 +63,14 @@ def solve_absolute(A: Tensor, gradient: Tensor, damping: float, eigh: Eigh = tor
     Returns:
         The solution; `decrease` is that of the model with `|A| + damping I`.
     """
-    if not bool(torch.linalg.cholesky_ex(A).info):
+    floor = _rounding(A)
+    lowered = A.clone()
+    lowered.diagonal().sub_(floor)
+    if not bool(torch.linalg.cholesky_ex(lowered).info):
         solution = solve_shifted(A, gradient, damping)
         return Solution(solution.step, solution.decrease, 1, "positive definite")
     values, vectors = eigh(A)
-    step = -vectors @ ((vectors.T @ gradient) / (values.abs() + damping))
+    step = -vectors @ ((vectors.T @ gradient) / (values.abs().clamp(min=floor) + damping))
     return Solution(step, float(-(gradient @ step) / 2), 1, "eigenvalues replaced by their absolute value")
 
 
@@ -86,7 +90,7 @@ def solve_clamped(A: Tensor, gradient: Tensor, damping: float, eigh: Eigh = torc
     Returns:
         The solution; `decrease` is that of the model with `B`.
     """
-    floor = max(damping, A.shape[0] * torch.finfo(A.dtype).eps * float(A.norm()))
+    floor = max(damping, _rounding(A))
     lowered = A.clone()
     lowered.diagonal().sub_(floor)
     if bool(torch.linalg.cholesky_ex(lowered).info):
@@ -129,8 +133,14 @@ def solve_cubic(values: Tensor, vectors: Tensor, gradient: Tensor, sigma: float)
     return _solve(values, vectors, gradient, functools.partial(secular.cubic, sigma=sigma))
 
 
+def _rounding(A: Tensor) -> float:
+    """Return `n eps |A|`, by which computed eigenvalues are uncertain."""
+    return A.shape[0] * torch.finfo(A.dtype).eps * float(A.norm())
+
+
 def _solve(values: Tensor, vectors: Tensor, gradient: Tensor, minimise: Minimise) -> Solution:
     slopes = vectors.T @ gradient
+    values, slopes = secular.above_rounding(values, slopes, torch.finfo(values.dtype).eps)
     y, reason = minimise(values, slopes)
     decrease = -float(slopes.double().cpu() @ y + values.double().cpu() @ y.square() / 2)
     return Solution(vectors @ y.to(vectors), decrease, 1, reason)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from newtonopt.solvers.lanczos import LanczosResult, Tridiagonal, lanczos
-from newtonopt.solvers.secular import Minimise
+from newtonopt.solvers.secular import Minimise, above_rounding
 from newtonopt.solvers.solution import Matrix, Solution
 
 # The tridiagonal problem is solved again when the space has grown by this factor: its eigenvectors take k^3.
@@ -32,30 +32,31 @@ def krylov_space(
     Raises:
         FloatingPointError: A product is not finite.
     """
-    norm, due = float(gradient.norm()), 1
+    due = 1
 
     def is_enough(tridiagonal: Tridiagonal) -> bool:
         nonlocal due
         if tridiagonal.size < due:
             return False
         due = max(tridiagonal.size + 1, int(_GROWTH * tridiagonal.size))
-        coordinates, _, _ = _solve(tridiagonal, norm, minimise)
+        coordinates, _, _ = _solve(tridiagonal, gradient, minimise)
         # What is left of A s + m s + g is along the next Lanczos vector (their eq. 5.7).
-        return float(tridiagonal.betas[-1] * coordinates[-1].abs()) <= residual_tolerance * norm
+        return float(tridiagonal.betas[-1] * coordinates[-1].abs()) <= residual_tolerance * float(gradient.norm())
 
     return lanczos(A, gradient, max_products, stop=is_enough)
 
 
 def minimise_in(space: LanczosResult, gradient: Tensor, minimise: Minimise) -> Solution:
     """The model's minimiser in a space that `krylov_space` made of the same gradient: no product more."""
-    coordinates, decrease, reason = _solve(space.tridiagonal, float(gradient.norm()), minimise)
+    coordinates, decrease, reason = _solve(space.tridiagonal, gradient, minimise)
     step = space.vectors(coordinates.unsqueeze(1))[0]
     return Solution(step, decrease, space.tridiagonal.size, reason)
 
 
-def _solve(tridiagonal: Tridiagonal, norm: float, minimise: Minimise) -> tuple[Tensor, float, str]:
+def _solve(tridiagonal: Tridiagonal, gradient: Tensor, minimise: Minimise) -> tuple[Tensor, float, str]:
     """The minimiser's coordinates in the Lanczos basis, its decrease, and which case it was."""
     values, vectors = tridiagonal.ritz()
-    slopes = norm * vectors[0]
+    slopes = float(gradient.norm()) * vectors[0]
+    values, slopes = above_rounding(values, slopes, torch.finfo(gradient.dtype).eps)
     y, reason = minimise(values, slopes)
     return vectors @ y, -float(torch.dot(slopes, y) + torch.dot(values, y.square()) / 2), reason

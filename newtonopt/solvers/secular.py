@@ -13,6 +13,23 @@ Minimise = Callable[[Tensor, Tensor], tuple[Tensor, str]]
 _MAX_ITERATIONS = 100
 
 
+def above_rounding(values: Tensor, slopes: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues with those of at most `k eps |A|` by absolute value raised to that, and the slopes.
+
+    Computed eigenvalues are uncertain by as much: a singular matrix has small ones of either sign, along which a step
+    would have any length. Slopes of at most `k eps |c|` along them are rounding too, and become zero.
+
+    Args:
+        values: Eigenvalues `(k,)`, ascending.
+        slopes: `c`, `(k,)`, the gradient in the eigenvectors' coordinates.
+        eps: Of the dtype in which the matrix or its products were computed.
+    """
+    rounding = values.shape[0] * eps
+    floor = rounding * float(values.abs().max())
+    flat = values.abs() <= floor
+    return values.masked_fill(flat, floor), slopes.masked_fill(flat & (slopes.abs() <= rounding * slopes.norm()), 0.0)
+
+
 def ball(values: Tensor, slopes: Tensor, radius: float) -> tuple[Tensor, str]:
     """Minimise `c'y + y'Ly / 2` in `|y| <= radius`, `L` diagonal: More & Sorensen 1983, hard case included.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from newtonopt.solvers.dense import solve_ball, solve_cubic
 from newtonopt.solvers.krylov import krylov_space, minimise_in
-from newtonopt.solvers.secular import ball, cubic
+from newtonopt.solvers.secular import above_rounding, ball, cubic
 
 models = settings(max_examples=150, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -183,3 +183,13 @@ def test_sizes_whose_powers_leave_the_range_of_numbers(exponent: int) -> None:
 def test_a_cubic_term_that_is_rounding_leaves_newtons_step() -> None:
     values, slopes = torch.tensor([2.0, 4.0]).double(), torch.tensor([1e-300, 0.0]).double()
     torch.testing.assert_close(cubic(values, slopes, 1e-16)[0], -slopes / values, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("tiny", [-1e-17, 0.0, 1e-17])
+def test_eigenvalues_and_slopes_at_rounding_count_as_such(tiny: float) -> None:
+    values = torch.tensor([-3.0, tiny, tiny, 2.0], dtype=torch.float64)
+    slopes = torch.tensor([0.0, 1e-17, 0.5, 1.0], dtype=torch.float64)
+    floor = 4 * torch.finfo(torch.float64).eps * 3.0
+    raised, kept = above_rounding(values, slopes, torch.finfo(torch.float64).eps)
+    assert raised.tolist() == [-3.0, floor, floor, 2.0]
+    assert kept.tolist() == [0.0, 0.0, 0.5, 1.0]
