@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -73,8 +74,8 @@ class HessianFree(NewtonOptimizer):
         max_iterations: Of conjugate gradients in a step, one or more. Default 1000, see benchmarks/NOTES.md.
         progress_tolerance: Martens' stop (2010, sec. 4.4): relative progress per iteration, from 0 to below 1. Default
             1e-2, see benchmarks/NOTES.md; Martens used 5e-4 without a sketch.
-        warm_start: Conjugate gradients start from the last solution times this, from 0 to below 1. Default 0.95
-            (Martens & Sutskever 2012).
+        warm_start: Conjugate gradients start from the last solution times this, from 0 to below 1, but from zero where
+            they meet negative curvature. Default 0.95 (Martens & Sutskever 2012).
         damping_factor: Of the Levenberg-Marquardt rule, above one. Default 3/2 (Martens 2010, sec. 4.1).
         min_damping: Lower bound, above zero. Default 1e-16: below the rounding of float64.
         max_damping: Upper bound. Default 1e10.
@@ -150,15 +151,21 @@ class HessianFree(NewtonOptimizer):
     ) -> Proposal:
         settings, memory = self.param_groups[0], self._memory
         damped = A.shift(damping)
-        solution = conjugate_gradients(
+        solve = functools.partial(
+            conjugate_gradients,
             damped,
             gradient,
-            start=start,
             preconditioner=precondition(damping),
             max_iterations=settings["max_iterations"],
             progress_tolerance=settings["progress_tolerance"],
             keep_path=True,
         )
+        solution = solve(start=start)
+        if start is not None and solution.negative_curvature is not None:
+            # A model without a minimum says nothing of a start's use: taken from step to step, each a part of the last,
+            # it would lead to a point that is not stationary.
+            iterations += solution.iterations
+            solution = solve()
         if solution.reason == "non-finite product":
             raise FloatingPointError("A curvature product is not finite.")
         memory["direction"] = solution.step
@@ -246,6 +253,9 @@ def _along(d: Tensor, start: Iterate, damped: LinearOperator, gradient: Tensor, 
     """From `start` along `d`, as far as slope and size of curvature say, at most as far as the damping alone allows."""
     slope = float(d @ (gradient + damped @ start.step))
     bend = float(d @ (damped @ d))
-    longest = max(float(start.step.norm()), float(gradient.norm()) / damping) / float(d.norm())
+    length = float(d.norm())
+    if length == 0.0:  # its square underflows
+        return start
+    longest = max(float(start.step.norm()), float(gradient.norm()) / damping) / length
     t = math.copysign(min(abs(slope) / abs(bend) if bend else math.inf, longest), -slope)
     return Iterate(start.step + t * d, start.decrease - t * slope - 0.5 * t * t * bend)

@@ -250,3 +250,33 @@ def test_an_unrecognised_loss_leaves_everything_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="mark_outputs"):
         optimizer.step(lambda: theta.cosh().sum())
     assert torch.equal(theta, torch.ones(2))
+
+
+WAVES = {
+    "sine": (lambda x: x.sin().sum(), [[20.4204], [1.6, 20.4]]),
+    "cosine": (lambda x: (x.cos() + 0.1 * (2.3 * x).sin()).sum(), [[6.2, 0.2]]),
+    # Conjugate gradients meet a residual whose square underflows far out here.
+    "well": (
+        lambda x: (1e-3 * x.square() - (-x.square() / 2).exp()).sum(),
+        [[-3.380625729173567, -2.2910656842800936]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WAVES)
+def test_a_stale_warm_start_is_not_followed_along_negative_curvature(name: str) -> None:
+    """From 20.4204 on the sine each step was 0.95 of the last, to a point where the slope is 0.97."""
+    value, starts = WAVES[name]
+    for start in starts:
+        x = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+        optimizer = HessianFree([x], curvature="hessian")
+
+        def closure(x: torch.Tensor = x) -> torch.Tensor:
+            x.grad = None
+            loss = value(x)
+            loss.backward()
+            return loss
+
+        for _ in range(50):
+            optimizer.step(closure)
+        assert optimizer.last_step.gradient_norm < 1e-6, start
