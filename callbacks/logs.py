@@ -26,7 +26,7 @@ def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
     """
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=trainer.global_step)
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+    trainer.callback_metrics.update({name: torch.tensor(value, device="cpu") for name, value in values.items()})
 
 
 def add_charts(trainer: Trainer, category: str, charts: Charts) -> None:

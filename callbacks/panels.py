@@ -47,9 +47,9 @@ def _add_histogram(writer: SummaryWriter, tag: str, density: SpectralDensity, st
     """How many eigenvalues lie in each of equal ranges, as log10(1 + count): nearly all lie next to zero."""
     nodes, shares = density.nodes, density.weights
     low, high = float(nodes.min()), float(nodes.max())
-    edges = torch.linspace(low, low + density.span(), _BINS + 1, dtype=torch.float64)
+    edges = torch.linspace(low, low + density.span(), _BINS + 1, dtype=torch.float64, device="cpu")
     bins = torch.bucketize(nodes, edges[1:-1], right=True)
-    counts = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bins, shares * density.size)
+    counts = torch.zeros(_BINS, dtype=torch.float64, device="cpu").index_add_(0, bins, shares * density.size)
     heights, middles = torch.log10(1.0 + counts), 0.5 * (edges[1:] + edges[:-1])
     total, first, second = (float((heights * middles**power).sum()) for power in (0, 1, 2))
     writer.add_histogram_raw(tag, low, high, total, first, second, edges[1:].tolist(), heights.tolist(), step)

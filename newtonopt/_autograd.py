@@ -132,4 +132,4 @@ def _load_forward_mode() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         with forward_ad.dual_level():
-            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+            forward_ad.make_dual(torch.zeros((), device="cpu"), torch.zeros((), device="cpu"))

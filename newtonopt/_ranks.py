@@ -37,7 +37,7 @@ class Ranks:
         """
         if self.count == 1:
             return _row(compute())[None]
-        row = torch.zeros(3, dtype=torch.float64)
+        row = torch.zeros(3, dtype=torch.float64, device="cpu")
         error: Exception | None = None
         try:
             row[:2] = _row(compute())
@@ -112,4 +112,4 @@ def _pass_on(error: Exception | None, failed: bool) -> None:
 
 
 def _row(values: Sequence[float | Tensor]) -> Tensor:
-    return torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu().reshape(()) for v in values])
+    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu").detach().reshape(()) for v in values])

@@ -226,7 +226,7 @@ class Tap(TorchFunctionMode):
             return self._on_log_softmax(func, *args, **kwargs)
         if func in _RECURRENT:
             # cuDNN's recurrent networks have no double backward.
-            with torch.backends.cudnn.flags(enabled=False):
+            with _without_cudnn():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -306,6 +306,17 @@ class Tap(TorchFunctionMode):
         if all(logits is not z for z in self._recognised):
             self._recognised.append(logits)
         return (logits,)
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    # torch.backends.cudnn.flags sets the precision too, and fails where the user has set that for one kind of layer.
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def _apart(marked: list[Output], recognised: list[Output]) -> list[Output]:

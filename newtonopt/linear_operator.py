@@ -89,7 +89,7 @@ class LinearOperator:
 
     def shift(self, c: float | Tensor) -> LinearOperator:
         """`A + c I`, or `A + diag(c)` for `c` of shape `(n,)`, sharing this operator's count of products."""
-        psd = self.psd and bool(torch.as_tensor(c).min() >= 0)
+        psd = self.psd and bool((c.min() if isinstance(c, Tensor) else c) >= 0)
         rows = self._rows
         shifted = None if rows is None else lambda V: _plus(rows(V), c, V)
         return self._derived(

@@ -72,7 +72,7 @@ class Objective:
         self._ranks = Ranks(self.point)
         if not self._sharded:
             self._ranks.check_same(self.point)
-        self._shares = torch.full((self._ranks.count,), 1 / self._ranks.count, dtype=torch.float64)
+        self._shares = torch.full((self._ranks.count,), 1 / self._ranks.count, dtype=torch.float64, device="cpu")
 
     def record(self) -> Evaluation:
         """Run the closure for real, once: its `backward` runs, its traces stay.

@@ -77,10 +77,10 @@ class Ball:
         # Orthonormal coordinates: the rows of `turn @ rows`.
         sizes, axes = torch.linalg.eigh((gram / lengths / lengths[:, None])[kept][:, kept])
         full = sizes > len(kept) * torch.finfo(rows.dtype).eps
-        turn = torch.zeros(int(full.sum()), len(rows), dtype=torch.float64)
+        turn = torch.zeros(int(full.sum()), len(rows), dtype=torch.float64, device="cpu")
         turn[:, kept] = (axes[:, full] / sizes[full].sqrt()).T / lengths[kept]
         parts = turn @ gram
-        values = torch.tensor([e.value for e in eigenvalues], dtype=torch.float64)
+        values = torch.tensor([e.value for e in eigenvalues], dtype=torch.float64, device="cpu")
         spread, frame = torch.linalg.eigh(-(parts[:, 1:] * values) @ parts[:, 1:].T)
         best = solve_ball(spread, frame, -parts[:, 0], self.radius).step
         coordinates = [best @ turn]

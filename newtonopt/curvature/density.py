@@ -120,7 +120,10 @@ class SpectralDensity:
 
     def _per_run(self, pieces: Tensor) -> Tensor:
         count = self._count()
-        return torch.zeros(count, pieces.shape[1], dtype=torch.float64).index_add_(0, self.runs, pieces) * count
+        return (
+            torch.zeros(count, pieces.shape[1], dtype=torch.float64, device="cpu").index_add_(0, self.runs, pieces)
+            * count
+        )
 
     def _cumulatives(self, grid: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
         """Bounds of each run's share at or below each place, `(runs, g)`."""
@@ -129,7 +132,7 @@ class SpectralDensity:
         for run in range(self._count()):
             mine = self.runs == run
             nodes, weights = self.nodes[mine], self.weights[mine] * self._count()
-            below = torch.cat([torch.zeros(1, dtype=torch.float64), weights.cumsum(0)])
+            below = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), weights.cumsum(0)])
             at = torch.searchsorted(nodes, points, right=True)
             if self.exact:
                 lows.append(below[at])
@@ -189,8 +192,8 @@ def spectral_density(operator: LinearOperator, steps: int = 50, starts: int = 5,
     check_whole("starts", starts, 1)
     check_whole("seed", seed, 0)
     if starts * steps >= size:
-        weights = torch.full((size,), 1.0 / size, dtype=torch.float64)
-        runs = torch.zeros(size, dtype=torch.int64)
+        weights = torch.full((size,), 1.0 / size, dtype=torch.float64, device="cpu")
+        runs = torch.zeros(size, dtype=torch.int64, device="cpu")
         return SpectralDensity(eigenvalues(operator), weights, runs, size, True, size)
     generator = torch.Generator().manual_seed(seed)
     nodes, weights_of, numbers = [], [], []
@@ -199,6 +202,6 @@ def spectral_density(operator: LinearOperator, steps: int = 50, starts: int = 5,
         values, coordinates = tridiagonal.ritz()
         nodes.append(values)
         weights_of.append(coordinates[0].square() / starts)
-        numbers.append(torch.full((tridiagonal.size,), number))
+        numbers.append(torch.full((tridiagonal.size,), number, device="cpu"))
     total = sum(len(values) for values in nodes)
     return SpectralDensity(torch.cat(nodes), torch.cat(weights_of), torch.cat(numbers), size, False, total)

@@ -149,7 +149,7 @@ def _bounds(tridiagonal: Tridiagonal, damping: float, eps: float) -> tuple[float
         coupling = beta**2 / pivot if pivot > 0.0 else math.inf
     if not math.isfinite(coupling):
         return 0.0, high
-    last = torch.tensor([node + coupling], dtype=torch.float64)
+    last = torch.tensor([node + coupling], dtype=torch.float64, device="cpu")
     radau = Tridiagonal(torch.cat([tridiagonal.alphas, last]), torch.cat([tridiagonal.betas, last * 0.0]), 0.0)
     values, coordinates = radau.ritz()
     return max(0.0, _share(values, coordinates[0], damping)), high

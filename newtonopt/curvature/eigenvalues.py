@@ -239,7 +239,7 @@ def _room(wanted: int, max_vectors: int | None) -> int:
 
 def _nothing(operator: LinearOperator) -> Knowledge:
     rows = operator.like
-    block = RitzBlock(torch.zeros(0, dtype=torch.float64), rows, rows)
+    block = RitzBlock(torch.zeros(0, dtype=torch.float64, device="cpu"), rows, rows)
     whole = Range(0.0 if operator.psd else -math.inf, math.inf)
     return Knowledge(block, block.pairs(), whole, whole)
 

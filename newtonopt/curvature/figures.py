@@ -33,7 +33,7 @@ def density_figure(measured: SpectralDensity, width: float | None = None, ax: Ax
     (axes,) = _panels(ax, 1)
     margin = 0.05 * measured.span()
     low, high = float(measured.nodes.min()) - margin, float(measured.nodes.max()) + margin
-    grid = torch.linspace(low, high, 1000, dtype=torch.float64)
+    grid = torch.linspace(low, high, 1000, dtype=torch.float64, device="cpu")
     density = measured.density(grid, width)
     floor = float(density.max()) * 10.0**-_DECADES
     density = density.clamp_min(floor)

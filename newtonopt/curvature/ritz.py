@@ -29,7 +29,7 @@ class RitzPairs:
     def joined(self, values: Tensor, couplings: Tensor) -> RitzPairs:
         """With the Ritz pairs of one Lanczos run added, whose residuals are `couplings` times one unit vector."""
         old, new = self.gram.shape[0], couplings.shape[0]
-        gram = torch.zeros(old + new, old + new, dtype=torch.float64)
+        gram = torch.zeros(old + new, old + new, dtype=torch.float64, device="cpu")
         gram[:old, :old] = self.gram
         gram[old:, old:] = couplings[:, None] * couplings
         return RitzPairs(torch.cat([self.values, values]), gram)
@@ -61,7 +61,7 @@ class RitzPairs:
             return sorted([*self.values.tolist(), *[rest] * (count - block)], reverse=True)[:count]
         weights, axes = torch.linalg.eigh(self.gram)
         root = axes * weights.clamp_min(0.0).sqrt()
-        corner = rest * torch.eye(block, dtype=torch.float64)
+        corner = rest * torch.eye(block, dtype=torch.float64, device="cpu")
         bordered = torch.cat([torch.cat([self.values.diag(), root], 1), torch.cat([root.T, corner], 1)])
         bounds = [*torch.linalg.eigvalsh(bordered).tolist(), *[rest] * (size - 2 * block)]
         return sorted(bounds, reverse=True)[:count]

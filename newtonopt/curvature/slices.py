@@ -110,20 +110,20 @@ def loss_slice(
     evaluation = objective.evaluate()
     H = hessian(evaluation)
     curved = [H @ axis for axis in axes]
-    slopes = torch.tensor([dot(evaluation.gradient, axis) for axis in axes], dtype=torch.float64)
-    curvatures = torch.tensor([[dot(a, Hb) for Hb in curved] for a in axes], dtype=torch.float64)
+    slopes = torch.tensor([dot(evaluation.gradient, axis) for axis in axes], dtype=torch.float64, device="cpu")
+    curvatures = torch.tensor([[dot(a, Hb) for Hb in curved] for a in axes], dtype=torch.float64, device="cpu")
     loss = float(evaluation.loss)
     del H
     evaluation.free()
     objective.check_replay(evaluation)
-    steps = torch.linspace(-radius, radius, points, dtype=torch.float64)
+    steps = torch.linspace(-radius, radius, points, dtype=torch.float64, device="cpu")
     grid = torch.cartesian_prod(*[steps] * len(axes)).reshape(-1, len(axes))
     losses = [objective.loss_at(_combined(place, axes)) for place in grid.tolist()]
     shape = (points,) * len(axes)
     model = loss + grid @ slopes + 0.5 * ((grid @ curvatures) * grid).sum(1)
     return LossSlice(
         steps,
-        torch.tensor(losses, dtype=torch.float64).reshape(shape),
+        torch.tensor(losses, dtype=torch.float64, device="cpu").reshape(shape),
         model.reshape(shape),
         loss,
         slopes,

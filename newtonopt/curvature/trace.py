@@ -213,7 +213,7 @@ def _find_range(
         generator: Of the vectors g.
         samples: From what is known and the products left to the drop's worth and the number of samples to come.
     """
-    found = _Range(operator.like, torch.zeros(0, 0, dtype=torch.float64))
+    found = _Range(operator.like, torch.zeros(0, 0, dtype=torch.float64, device="cpu"))
     history: list[tuple[float, float, float]] = []
     while found.products + 2 + LEAST_SAMPLES <= max_products:
         grown, seen = _grow(operator, found, generator)
@@ -250,7 +250,7 @@ def _grow(
     check_finite(dot(a, a), found.products + 2)
     border, corner = _float64(found.rows @ a), dot(q, a)
     drop = 2.0 * dot(a, a) - 2.0 * float(border @ border) - corner**2
-    column = torch.cat([border, torch.tensor([corner], dtype=torch.float64)])
+    column = torch.cat([border, torch.tensor([corner], dtype=torch.float64, device="cpu")])
     core = torch.cat([torch.cat([found.core, border[None]]), column[:, None]], 1)
     rows = torch.cat([found.rows, q.unsqueeze(0)])
     return _Range(rows, core, found.square + drop, found.products + 2), (level, rest, drop)

@@ -132,7 +132,11 @@ def joined(state_dict: dict[str, Any], params: Sequence[Tensor]) -> dict[str, An
 
 def _as_tensor(value: Any) -> Tensor:
     real = isinstance(value, float)
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64 if real else torch.int64)
+    return (
+        value
+        if isinstance(value, Tensor)
+        else torch.tensor(value, dtype=torch.float64 if real else torch.int64, device="cpu")
+    )
 
 
 def _as_numbers(value: Any) -> Any:

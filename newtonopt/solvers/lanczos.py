@@ -297,7 +297,7 @@ def _dot(left: Tensor, right: Tensor) -> float:
 
 
 def _float64(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _check_finite(alpha: float, products: int) -> None:
