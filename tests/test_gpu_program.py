@@ -23,7 +23,11 @@ def program() -> ModuleType:
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     sys.modules["gpu_program"] = module
-    specification.loader.exec_module(module)
+    sys.path.insert(0, str(PROGRAM.parent))
+    try:
+        specification.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(PROGRAM.parent))
     return module
 
 
