@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import DEVICES
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning_problems import BATCHES, both_loggers, from_csv, from_events, loader, points, quiet_trainer
@@ -330,7 +331,7 @@ def test_trains_with_bfloat16_weights(optimizer: Any) -> None:
 
 
 @NEWTON
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_float16_with_a_gradient_scaler_is_refused_with_advice(optimizer: Any, device: str) -> None:
     plugin = MixedPrecision("16-mixed", device, torch.amp.GradScaler(device))
     accelerator = "gpu" if device == "cuda" else "cpu"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import DEVICES
 from problems import build, models
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -254,7 +255,7 @@ def test_kl_div_is_taken_at_the_logits() -> None:
     torch.testing.assert_close(gauss_newton(by_kl).dense(), gauss_newton(by_cross_entropy).dense())
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_fused_attention_and_recurrent_networks_have_products(device: str) -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import DEVICES
 from problems import Case, build, losses, models
 from torch import nn
 
@@ -12,7 +13,6 @@ from newtonopt import evaluate, gauss_newton, hessian, jacobian
 from newtonopt.objective import Evaluation
 
 PAIRS = [(model, "cross_entropy") for model in models()] + [("mlp", loss) for loss in losses(3, 6)] + [("odd", "mse")]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
