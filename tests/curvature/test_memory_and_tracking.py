@@ -217,7 +217,7 @@ def test_tracking_takes_a_fraction_of_the_products_and_agrees() -> None:
         assert spectrum.bottom[0].lower == -math.inf
         tracked_products += spectrum.products
         certified_products += truth.products
-    assert tracked_products <= 0.4 * certified_products
+    assert tracked_products <= 0.6 * certified_products
 
 
 def test_an_unchanged_operator_is_tracked_at_once() -> None:
