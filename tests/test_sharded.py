@@ -192,7 +192,7 @@ def vectors(rank: int) -> dict[str, Any]:
         found[f"vectors of {build.__name__}"] = torch.stack([e.vector for e in spectrum.top]).abs()
         found[f"products with {build.__name__}"] = torch.tensor(spectrum.products)
     for kind in ("ball", "adaptive_ball", "average"):
-        found[kind] = torch.tensor(sharpness(closure, model.parameters(), kind).value)
+        found[kind] = torch.tensor(sharpness(closure, model.parameters(), kind, max_gradients=30, samples=6).value)
     found["unchanged"] = torch.tensor(bits(model) == before and all(p.grad is None for p in model.parameters()))
     return {name: x.full_tensor() if isinstance(x, Sharded) else x for name, x in found.items()}
 

@@ -144,7 +144,7 @@ def test_no_process_holds_a_whole_vector() -> None:
 SETTINGS = [
     {"preconditioner": "nystrom", "rank": 4},
     {"preconditioner": "hutchinson", "probes": 3},
-    {"preconditioner": "empirical_fisher"},
+    pytest.param({"preconditioner": "empirical_fisher"}, marks=pytest.mark.slow),
 ]
 
 
@@ -185,7 +185,7 @@ def resumed(rank: int, settings: dict[str, Any], folder: str, of_torch: bool) ->
     return whole(model)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s["preconditioner"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: settings["preconditioner"])
 @pytest.mark.parametrize(
     "of_torch", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["state_dict", "get_optimizer_state_dict"]
 )

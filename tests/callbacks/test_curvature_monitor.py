@@ -75,7 +75,7 @@ def fitted(optimizer: str, folder: Path, *callbacks: L.Callback) -> dict[str, An
     return everything(model, trainer, folder)
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "HessianFree"])
+@pytest.mark.parametrize("optimizer", [pytest.param("SGD", marks=pytest.mark.slow), "Adam", "HessianFree"])
 def test_measuring_changes_nothing(optimizer: str, tmp_path: Path) -> None:
     without = fitted(optimizer, tmp_path / "without")
     everything_else = {"at_start": True, "trace": True, "density": True, "layers": ["layers.0.*"], "loss_slice": 1}
