@@ -55,7 +55,7 @@ def fit(rank: int, folder: str, epochs: int, checkpoint: str | None) -> tuple[di
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    trainer.fit(Regression(), ckpt_path=checkpoint, weights_only=False)
+    trainer.fit(Regression(), ckpt_path=checkpoint)
     trainer.save_checkpoint(f"{folder}/{epochs}.ckpt")
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return metrics, int(trainer.optimizers[0].state_dict()["state"][0]["steps"])
