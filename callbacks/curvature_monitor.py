@@ -19,7 +19,7 @@ from newtonopt.evaluation import Products
 
 from .charts import curvature_charts
 from .logs import Charts, add_charts, log_values
-from .measuring import Subject
+from .measuring import Subject, at_rest
 from .panels import add_figures, add_text
 from .probe import Probe
 from .schedule import Allowance, Schedule
@@ -326,7 +326,12 @@ class CurvatureMonitor(Callback):
             closure, samples = self._subject.loss_over(self._probe, trainer, pl_module)
             named = self._subject.trained(pl_module)
             last = None if self._certifies() else self._last
-            values = take(closure, [p for _, p in named], trainer.optimizers, settings, samples, named, last)
+            params = [p for _, p in named]
+            values = at_rest(
+                lambda: take(closure, params, trainer.optimizers, settings, samples, named, last),
+                params,
+                trainer.optimizers,
+            )
         self._last = values
         self._followed = 0 if values.read("certified") == 1.0 else self._followed + 1
         # What has no second derivative now has none the next time.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,12 +15,17 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
 
 from newtonopt._checks import check_choice
+from newtonopt._flat import flatten, place, put_back
 from newtonopt.curvature.eigenvalues import check_count
 from newtonopt.curvature.measurement import Settings
+from newtonopt.objective import ParametersMovedError
 
 from .probe import Probe
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -160,3 +165,40 @@ class Subject:
         cast = f" and the autocast of {plugin.precision}" if isinstance(plugin, MixedPrecision) else ""
         numbers = f"in {dtypes}{cast if self.precision == 'training' else ''}"
         return f"It is the loss of `{self.step}` in {self.mode} mode, {numbers}."
+
+
+def at_rest(measure: Callable[[], Result], params: Sequence[Tensor], optimizers: Sequence[Optimizer]) -> Result:
+    """Measure where a `training_step` that clamps parameters puts them, and put them back.
+
+    Args:
+        measure: Leaves `params` as they are, or raises if the step moves them.
+        params: The parameters looked at.
+        optimizers: Those that train; the step may clamp others of their parameters too.
+    """
+    known = {id(p) for p in params}
+    others = [
+        p
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if id(p) not in known and p.is_floating_point() and p.device == params[0].device and type(p) is type(params[0])
+    ]
+    with torch.no_grad():
+        here = flatten(params, params).clone()
+        elsewhere = flatten(others, others).clone() if others else here
+    try:
+        try:
+            result = measure()
+        except ParametersMovedError as moved:
+            place(moved.point, params)
+            result = measure()
+        if others:
+            moved_to = put_back(elsewhere, others)
+            if moved_to is not None:
+                place(moved_to, others)
+                result = measure()
+    finally:
+        place(here, params)
+        if others:
+            place(elsewhere, others)
+    return result

@@ -75,18 +75,33 @@ def place(vector: Tensor, params: Sequence[Tensor]) -> None:
             part.copy_(piece.view(part.shape))
 
 
-def put_back(vector: Tensor, params: Sequence[Tensor]) -> bool:
-    """Write a flat vector into the parameters where they are no longer equal to it; returns whether that was so."""
+def put_back(vector: Tensor, params: Sequence[Tensor]) -> Tensor | None:
+    """Write a flat vector into the parameters where they are no longer equal to it.
+
+    Returns:
+        Where they were, `(n,)`; None if nothing had changed.
+    """
     pairs = [(local_part(p).detach(), piece) for p, piece in zip(params, local_pieces(vector, params), strict=True)]
-    changed = any(_differs(part, piece.view(part.shape).to(part.dtype)) for part, piece in pairs)
-    if changed:
-        place(vector, params)
-    return changed
+    if not any(_differs(part, piece.view(part.shape).to(part.dtype)) for part, piece in pairs):
+        return None
+    with torch.no_grad():
+        left = flatten(params, params).clone()
+    place(vector, params)
+    return left
 
 
 def _differs(a: Tensor, b: Tensor) -> bool:
     # The first is quick, and does not take NaN for equal to itself.
     return not torch.equal(a, b) and bool(((a != b) & ~(a.isnan() & b.isnan())).any())
+
+
+def is_rounding(a: Tensor, b: Tensor, params: Sequence[Tensor]) -> bool:
+    """Whether two flat vectors are equal up to the rounding of the parameters' dtypes, each parameter on its own."""
+    for p, x, y in zip(params, local_pieces(a, params), local_pieces(b, params), strict=True):
+        eps = torch.finfo(p.dtype).eps
+        if x.numel() and not bool(((x - y).abs() <= 8 * eps * y.abs().max()).all()):
+            return False
+    return True
 
 
 def check_parameters(params: Sequence[Tensor]) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from newtonopt._autograd import grad
-from newtonopt._flat import add_flat, flatten, put_back
+from newtonopt._flat import add_flat, flatten
 from newtonopt._graph import reaches
 from newtonopt._shards import accumulate
 from newtonopt._subclasses import detached
@@ -34,6 +33,7 @@ class Recording:
         output_sizes: How many entries the recorded outputs have, by their numbers, in the order of these.
         outside: Whether the loss depends on the parameters other than through the outputs; None: not known.
         returned: What the closure returned, detached when it is a tensor.
+        versions: Sets the parameters' versions to those of the last loss kept, else to those at the start.
     """
 
     loss: Tensor
@@ -50,6 +50,7 @@ class Recording:
         self._related = False
         self._sizes: dict[int, int] = {}
         self._products = True
+        self.versions = kept_versions(params)
         if not cached:
             self.outside = False
             self.gradient = flatten([None] * len(params), params)
@@ -65,6 +66,7 @@ class Recording:
         self._products = self._products and _is_product(term.loss)
         if self._cached:
             self._kept.append(term.loss)
+            self.versions = kept_versions(self._params)
             return
         self._sizes.update({number: z.numel() for number, z in zip(term.numbers, term.outputs, strict=True)})
         self.outside = self.outside or leaves_outside(term.loss, term.outputs, self._params)
@@ -96,19 +98,30 @@ class Recording:
         self._sizes = {z.number: z.tensor.numel() for z in outputs}
 
 
-@contextmanager
-def unchanged(params: Sequence[Tensor], point: Tensor) -> Iterator[None]:
-    """Refuse a run that changes the parameters, and put them back to the flat vector `point`."""
-    try:
-        yield
-    finally:
-        changed = put_back(point, params)
-    if changed:
-        raise RuntimeError(
-            "The closure changed the parameters, and they were put back: it must only compute the loss and its "
-            "gradient. Clamp or normalise weights after the step, or inside the model by "
-            "torch.nn.utils.parametrize; an Embedding takes no max_norm."
-        )
+class ParametersMovedError(RuntimeError):
+    """The closure moved the parameters, which were put back.
+
+    Attributes:
+        point: Where it left them, `(n,)`.
+    """
+
+    def __init__(self, message: str, point: Tensor) -> None:
+        super().__init__(message)
+        self.point = point
+
+
+def kept_versions(params: Sequence[Tensor]) -> Callable[[], None]:
+    """Return a function that lets autograd take the parameters for unchanged since this call.
+
+    A closure that clamps them counts them up even where it changes no entry.
+    """
+    kept = [torch.autograd._unsafe_preserve_version_counter(p) for p in params]  # type: ignore[attr-defined]
+
+    def restore() -> None:
+        for version in kept:
+            version.__exit__(None, None, None)
+
+    return restore
 
 
 def is_clipped(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
@@ -167,3 +180,23 @@ def _refuse_gradient_scaler(total: float, returned: float) -> None:
             "scaler.scale(loss).backward() of a GradScaler, and a second-order step would take that for the loss. Call "
             "loss.backward(), without a scaler, and use bfloat16 autocast, which needs none."
         )
+
+
+MOVED = (
+    "The closure changed the parameters, and they were put back, because an evaluation leaves them where they are. If "
+    "it clamps or normalises them, call closure() once first: that puts them where it wants them."
+)
+MOVED_BEYOND = (
+    "The closure changes the parameters at a point close by, as one that clamps them does where one lies on a bound, "
+    'so there are no finite differences across it: use products="cached" or "streamed".'
+)
+RESTLESS = (
+    "The closure changed the parameters, and changed them again when it was called from where it had left them; they "
+    "were put back. It may clamp or normalise them, so that a second call finds nothing to do, but not train them: do "
+    "that after the step."
+)
+MOVED_IN_A_GROUP = (
+    "The closure changed the parameters, and they were put back: with several processes it must not, for each of them "
+    "might put its own elsewhere. Clamp or normalise weights after the step, or inside the model by "
+    "torch.nn.utils.parametrize; an Embedding takes no max_norm."
+)

@@ -11,16 +11,34 @@ from torch import Tensor
 
 from newtonopt._autograd import forward_mode, grad
 from newtonopt._checks import check_closure, check_products, check_weight
-from newtonopt._flat import add_flat, flatten, place, trained_parameters, unflatten
+from newtonopt._flat import add_flat, flatten, is_rounding, place, put_back, trained_parameters, unflatten
 from newtonopt._progress import progress
 from newtonopt._ranks import Ranks
-from newtonopt._recording import Recording, is_clipped, unchanged
+from newtonopt._recording import (
+    MOVED,
+    MOVED_BEYOND,
+    MOVED_IN_A_GROUP,
+    RESTLESS,
+    ParametersMovedError,
+    Recording,
+    is_clipped,
+    kept_versions,
+)
 from newtonopt._shards import check_sharding, is_sharded, resharded, supported
 from newtonopt._tap import OnTerm, Tap, Term, mark_outputs, tapped
 from newtonopt.evaluation import Evaluation, Products, decay_term, decays
 from newtonopt.isolation import Isolation
 
-__all__ = ["Closure", "Evaluation", "Objective", "Products", "evaluate", "mark_outputs"]
+__all__ = [
+    "RESTLESS",
+    "Closure",
+    "Evaluation",
+    "Objective",
+    "ParametersMovedError",
+    "Products",
+    "evaluate",
+    "mark_outputs",
+]
 
 Closure = Callable[[], Any]
 Result = TypeVar("Result")
@@ -29,7 +47,11 @@ Result = TypeVar("Result")
 class Objective:
     """The closure as a function of a step from the current parameters. Lives for one optimizer step.
 
-    Whatever is evaluated elsewhere, the parameters are put back bit for bit; only `move` sets new ones.
+    Whatever is evaluated elsewhere, the parameters are put back bit for bit; only `move` sets new ones, and `record`
+    where the closure does.
+
+    A closure may clamp or normalise parameters: it is then evaluated where it leaves them, and must leave them there
+    when it is called again.
 
     With several processes of `torch.distributed` the objective is the mean of theirs, weighted by what their losses are
     means over where these are losses of `torch.nn.functional`, else equally. All methods are then collective calls.
@@ -67,6 +89,7 @@ class Objective:
         self._isolation = Isolation(closure, self.params)
         with torch.no_grad():
             self.point = flatten(self.params, self.params).clone()
+        self._moves = False
         self._terms: int | None = None
         self._may_release, self._has_released = True, False
         self._ranks = Ranks(self.point)
@@ -77,11 +100,22 @@ class Objective:
     def record(self) -> Evaluation:
         """Run the closure for real, once: its `backward` runs, its traces stay.
 
+        If it moves the parameters, they stay there, and the evaluation is the one at that point.
+
         Raises:
-            RuntimeError: The closure gives no loss, or `.grad` holds more than this closure's gradient.
+            RuntimeError: The closure gives no loss, `.grad` holds more than this closure's gradient, or the closure
+                moves the parameters each time.
         """
         with self._isolation.recorded():
-            recording, tap = self._run(backward=True, release=False)
+            recording, tap, left = self._run(backward=True, release=False)
+        if left is not None:
+            # What was differentiated may mix two points.
+            self._moves = True
+            self.return_to(left)
+            try:
+                return self.evaluate()
+            except ParametersMovedError as error:
+                raise RuntimeError(RESTLESS) from error
         evaluation = self._evaluation(lambda: (recording, tap))
         if tap.called_backward:
             evaluation.clipped = is_clipped(self.params, self._averages(evaluation, recording.gradient))
@@ -92,17 +126,25 @@ class Objective:
         self._isolation.rewind()
 
     def evaluate(self) -> Evaluation:
-        """The same without a trace: `backward` is left out, and all but the parameters is put back."""
+        """The same without a trace: `backward` is left out, and all is put back.
+
+        Raises:
+            ParametersMovedError: The closure moves the parameters from where they are.
+        """
 
         def attempt(release: bool) -> tuple[Recording, Tap]:
             with self._isolation.isolated():
-                return self._run(backward=False, release=release)
+                recording, tap, left = self._run(backward=False, release=release)
+            # A weight that is normalised twice may differ by rounding.
+            if left is not None and not is_rounding(left, self.point, self.params):
+                raise ParametersMovedError(MOVED, left)
+            return recording, tap
 
         return self._evaluation(lambda: self._released(attempt))
 
     def loss_at(self, step: Tensor) -> float:
         """The objective at `point + step`, `(n,)`: one forward pass, without a trace."""
-        return self._value(lambda: self.visit(None, step), step)
+        return self._value(lambda: self._at_rest(self.point + step))
 
     def check_replay(self, evaluation: Evaluation) -> None:
         """See that the closure computes the same loss when it runs again: one forward pass, without a trace.
@@ -115,9 +157,16 @@ class Objective:
     def gradient_at(self, step: Tensor) -> tuple[float, Tensor]:
         """The objective and its gradient at `point + step`: one forward and one backward pass, without a trace."""
         gradient = torch.zeros_like(self.point)
-        loss = self._value(lambda: self.add_gradient(gradient, step), step)
-        gradient = self.mean(lambda: gradient)
-        return loss, gradient + self._decay * (self.point + step) if decays(self._decay) else gradient
+        found: list[Tensor] = []
+
+        def compute() -> tuple[Tensor, Tensor]:
+            loss, point = self._at_rest(self.point + step, gradient)
+            found.append(point)
+            return loss, point
+
+        loss = self._value(compute)
+        mean = self.mean(lambda: gradient)
+        return loss, mean + self._decay * found[0] if decays(self._decay) else mean
 
     def visit(self, on_term: OnTerm | None, step: Tensor | None = None, *, outputs: bool = True) -> Tensor:
         """Run the closure at `point + step` without a trace, and hand its losses over one by one.
@@ -129,10 +178,51 @@ class Objective:
 
         Returns:
             Their sum, on this process.
-        """
 
-        def attempt(release: bool) -> Tensor:
-            with self._moved(step), self._isolation.isolated(), progress(self._terms) as tick:
+        Raises:
+            ParametersMovedError: The closure moves the parameters from there.
+        """
+        loss, left = self._pass(on_term, None if step is None else self.point + step, outputs=outputs)
+        if left is not None and not is_rounding(left, self.point if step is None else self.point + step, self.params):
+            raise ParametersMovedError(MOVED if step is None else MOVED_BEYOND, left)
+        return loss
+
+    def _at_rest(self, point: Tensor, gradient: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Run the closure at `point`, and again where it leaves the parameters, until it leaves them in place.
+
+        Args:
+            point: The parameters' values, `(n,)`.
+            gradient: Where to write this process's gradient; None: nowhere.
+
+        Returns:
+            The loss on this process, and the parameters' values there.
+
+        Raises:
+            RuntimeError: The closure moves the parameters each time.
+        """
+        for _ in range(3):
+            if gradient is not None:
+                gradient.zero_()
+            loss, left = self._pass(None if gradient is None else self._adding_to(gradient), point)
+            if left is None:
+                return loss, point
+            self._moves, before, point = True, point, left
+        if is_rounding(point, before, self.params):
+            return loss, before
+        raise RuntimeError(RESTLESS)
+
+    def _pass(
+        self, on_term: OnTerm | None, point: Tensor | None, *, outputs: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the closure at `point`, where the parameters are if None; the loss, and where it left them if elsewhere.
+
+        Raises:
+            RuntimeError: It left them elsewhere, and there are several processes.
+        """
+        at = self.point if point is None else point
+
+        def attempt(release: bool) -> tuple[Tensor, Tensor | None]:
+            with self._placed(point), self._isolation.isolated(), progress(self._terms) as tick:
 
                 def take(term: Term) -> None:
                     self._has_released = release
@@ -141,10 +231,20 @@ class Objective:
                     tick()
 
                 tap = Tap(self.params, on_term=take, release=release, outputs=outputs and on_term is not None)
+                unchanged = kept_versions(self.params)
                 returned = self._call(tap)
-            return tap.total(returned)
+                unchanged()
+                left = self._left(at)
+            return tap.total(returned), left
 
         return self._released(attempt)
+
+    def _left(self, point: Tensor) -> Tensor | None:
+        """Where the closure left the parameters, if that is not `point`; puts them there."""
+        left = put_back(point, self.params)
+        if left is not None and self._ranks.count > 1:
+            raise RuntimeError(MOVED_IN_A_GROUP)
+        return left
 
     def push(self, v: Tensor, numbers: Container[int]) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the closure in forward mode along `v`, `(n,)`, without a graph and without a trace.
@@ -153,21 +253,25 @@ class Objective:
             The sum of its losses on this process, and `J v` for the outputs of these numbers, by number.
 
         Raises:
-            RuntimeError: The closure differentiates inside, or an operation has no forward mode.
+            RuntimeError: The closure differentiates inside or writes to the parameters, which changes their tangents,
+                or an operation has no forward mode.
         """
         tangents: dict[int, Tensor] = {}
         with self._isolation.isolated(), progress(self._terms) as tick, forward_mode(self.params, v):
             tap = Tap(self.params, on_term=lambda term: tick(), tangents=tangents, wanted=numbers)
+            versions, unchanged = [p._version for p in self.params], kept_versions(self.params)
             returned = self._call(tap)
+            if [p._version for p in self.params] != versions:
+                unchanged()
+                raise RuntimeError("The closure writes to the parameters, and so changes their tangents.")
         return tap.total(returned), tangents
 
     def add_gradient(self, gradient: Tensor, step: Tensor) -> Tensor:
         """Add this process's gradient at `point + step` to `gradient` in place; returns its loss there."""
+        return self.visit(self._adding_to(gradient), step, outputs=False)
 
-        def add(term: Term) -> None:
-            add_flat(gradient, grad(term.loss, self.params, keep=term.keep), self.params)
-
-        return self.visit(add, step, outputs=False)
+    def _adding_to(self, gradient: Tensor) -> OnTerm:
+        return lambda term: add_flat(gradient, grad(term.loss, self.params, keep=term.keep), self.params)
 
     def mean(self, compute: Callable[[], Tensor], like: Tensor | None = None) -> Tensor:
         """The mean over the processes of what they compute, shaped as `like`, `(n,)` if None: one all-reduce."""
@@ -179,8 +283,9 @@ class Objective:
         return self._ranks.sum(lambda: share * compute(), like)
 
     def move(self, step: Tensor) -> None:
-        """Make `point + step` the new point, on all processes the same to the bit."""
-        self.return_to(self.point + step if self._sharded else self._ranks.first(self.point + step))
+        """Make `point + step` the new point, or where the closure puts it, on all processes the same to the bit."""
+        point = self.point + step if self._sharded else self._ranks.first(self.point + step)
+        self.return_to(self._at_rest(point)[1] if self._moves else point)
 
     def return_to(self, point: Tensor) -> None:
         """Make an earlier point, `(n,)`, the new one, to the bit."""
@@ -203,15 +308,16 @@ class Objective:
         return attempt(False)
 
     @contextmanager
-    def _moved(self, step: Tensor | None) -> Iterator[None]:
-        if step is None:
-            yield
-            return
-        self._place(self.point + step)
+    def _placed(self, point: Tensor | None) -> Iterator[None]:
+        if point is not None:
+            self._place(point)
         try:
             yield
         finally:
-            self._place(self.point)
+            if point is not None:
+                self._place(self.point)
+            else:
+                put_back(self.point, self.params)
 
     def _place(self, point: Tensor) -> None:
         # Autograd does not see the change, which is taken back: an evaluation made before stays usable.
@@ -228,8 +334,8 @@ class Objective:
                 tap.take(returned)
         return returned
 
-    def _run(self, *, backward: bool, release: bool) -> tuple[Recording, Tap]:
-        """The closure once, with what an evaluation needs of it."""
+    def _run(self, *, backward: bool, release: bool) -> tuple[Recording, Tap, Tensor | None]:
+        """The closure once, with what an evaluation needs of it, and where it left the parameters if elsewhere."""
         cached = self.products in ("auto", "cached")
         recording = Recording(self.params, cached=cached, accumulates=backward and self._sharded)
         tap = Tap(
@@ -241,11 +347,16 @@ class Objective:
             release=release and not cached,
             weigh=self._ranks.count > 1 and self._weight is None,
         )
-        with unchanged(self.params, self.point):
+        try:
             returned = self._call(tap)
-        recording.finish(tap, returned)
+            recording.versions()
+            left = self._left(self.point)
+            if left is None or not backward:
+                recording.finish(tap, returned)
+        finally:
+            put_back(self.point, self.params)
         self._terms = tap.terms
-        return recording, tap
+        return recording, tap, left
 
     def _evaluation(self, run: Callable[[], tuple[Recording, Tap]]) -> Evaluation:
         done: list[tuple[Recording, Tap]] = []
@@ -283,16 +394,17 @@ class Objective:
         evaluation.convex = not tap.has_marks and tap.convex.issuperset(recording.output_sizes)
         return evaluation
 
-    def _value(self, compute: Callable[[], Tensor], step: Tensor) -> float:
-        dtypes: list[torch.dtype] = []
+    def _value(self, compute: Callable[[], tuple[Tensor, Tensor]]) -> float:
+        """The objective from this process's loss and the point where it was computed."""
+        found: list[tuple[torch.dtype, Tensor]] = []
 
         def loss() -> tuple[Tensor, float]:
-            value = compute()
-            dtypes.append(value.dtype)
+            value, point = compute()
+            found.append((value.dtype, point))
             return value, 0.0
 
         losses = self._ranks.gather(loss)[:, 0]
-        return float(self._mean_loss(losses, dtypes[0], self.point + step))
+        return float(self._mean_loss(losses, *found[0]))
 
     def _mean_loss(self, losses: Tensor, dtype: torch.dtype, point: Tensor) -> Tensor:
         mean = (self._shares @ losses).to(dtype)

@@ -76,6 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callbacks": {
         "newtonopt",
         "_checks",
+        "_flat",
         "evaluation",
         "isolation",
         "objective",

@@ -102,8 +102,10 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
     def step(self, closure: Callable[[], Any] | None = None, curvature_closure: Callable[[], Any] | None = None) -> Any:
         """Take `steps_per_call` Newton steps, fewer where one ends at a tolerance, a minimum, or is not finite.
 
-        All of them are steps on one function, with the same random numbers. What the closure leaves behind, such as
-        `.grad`, BatchNorm's statistics, the random state and logs, is as after one run of it at the starting point.
+        All of them are steps on one function, with the same random numbers. What the closure leaves behind,
+        such as `.grad`, BatchNorm's statistics, the random state and logs, is as after one run of it at the starting
+        point. A closure may clamp or normalise parameters: the starting point and each trial are then where it leaves
+        them.
 
         Args:
             closure: Clears the gradients, computes the loss, calls `backward` and returns the loss, as for
@@ -120,7 +122,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             TypeError: `closure` or `curvature_closure` cannot be called.
             ValueError: A setting in `param_groups` is out of its range by now.
             MemoryError: What must be held of the curvature would not fit; nothing was evaluated.
-            RuntimeError: No closure, a closure without a loss or with one of other parameters or that changes the
+            RuntimeError: No closure, a closure without a loss or with one of other parameters or that trains the
                 parameters, gradients accumulated across closures, every parameter frozen, or a loss, gradient or
                 curvature that was not finite in five calls running. An error of any kind puts parameters and state
                 back to where the call began; `.grad` stays as the closure's last run for real left it.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from newtonopt._flat import unflatten
 from newtonopt.evaluation import Evaluation, Products
-from newtonopt.objective import Objective
+from newtonopt.objective import RESTLESS, Objective, ParametersMovedError
 from newtonopt.optimizers.rates import per_entry
 from newtonopt.optimizers.settings import rate_of
 
@@ -68,10 +68,18 @@ class Call:
         if self._curved is self.objective:
             evaluation = basis = self._evaluated()
         else:
-            self._curved.point = self.objective.point
             # First, so that an error finds everything as it was.
-            basis = self._curvature()
+            first = self._curvature()
             evaluation = self._evaluated()
+            if first is not None and self._curved.point is self.objective.point:
+                return evaluation, first
+            # The closure has moved the parameters.
+            if first is not None:
+                first.free()
+            again = self._curvature()
+            if again is None:
+                raise RuntimeError(f"The curvature_closure failed. {RESTLESS}")
+            basis = again
         return evaluation, basis
 
     def _evaluated(self) -> Evaluation:
@@ -83,9 +91,13 @@ class Call:
         self._returned = evaluation.loss if evaluation.returned is None else evaluation.returned
         return evaluation
 
-    def _curvature(self) -> Evaluation:
+    def _curvature(self) -> Evaluation | None:
+        """None if the curvature's closure moves the parameters."""
+        self._curved.point = self.objective.point
         try:
             return self._curved.evaluate()
+        except ParametersMovedError:
+            return None
         except RuntimeError as error:
             raise RuntimeError(f"The curvature_closure failed. {error}") from error
 
