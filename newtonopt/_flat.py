@@ -104,16 +104,19 @@ def is_rounding(a: Tensor, b: Tensor, params: Sequence[Tensor]) -> bool:
     return True
 
 
+def check_any(params: Sequence[Tensor]) -> None:
+    """Raise a ValueError if there are no parameters."""
+    if not params:
+        raise ValueError("params must hold one tensor at least, got none. Write model.parameters().")
+
+
 def check_parameters(params: Sequence[Tensor]) -> None:
     """Refuse parameters that no flat vector can hold.
 
     Raises:
-        ValueError: No parameters, one given twice or made under `torch.inference_mode`, several devices,
-            a dtype that curvature cannot be computed in, or parameters shared out among processes other than by
-            `fully_shard`.
+        ValueError: One given twice or made under `torch.inference_mode`, several devices, a dtype that curvature cannot
+            be computed in, or parameters shared out among processes other than by `fully_shard`.
     """
-    if not params:
-        raise ValueError("params must hold one tensor at least, got none. Write model.parameters().")
     if any(nn.parameter.is_lazy(p) for p in params):
         raise ValueError(
             "A parameter is uninitialized, as a lazy module's are until it has seen data: run the model once on a "
@@ -137,6 +140,12 @@ def check_parameters(params: Sequence[Tensor]) -> None:
         )
     check_sharding(params)
     for p in params:
+        if p.is_complex():
+            raise ValueError(
+                f"A parameter is {p.dtype}: newtonopt needs real parameters. Keep the real and imaginary parts as one "
+                "parameter with a last dimension of 2, torch.view_as_real(p.detach()), and use "
+                "torch.view_as_complex of it in the forward pass."
+            )
         if p.dtype not in (torch.float32, torch.float64, torch.bfloat16):
             raise ValueError(
                 f"A parameter is {p.dtype}: newtonopt needs float32, float64 or bfloat16 parameters. Keep the weights "
@@ -195,6 +204,7 @@ def trained_parameters(params: Iterable[Tensor]) -> tuple[Tensor, ...]:
             "params must hold one tensor at least that requires a gradient, got none among its "
             f"{len(given)}. Unfreeze a model with model.requires_grad_()."
         )
+    check_any(trained)
     check_parameters(trained)
     return trained
 

@@ -12,14 +12,22 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from newtonopt._checks import check_closure, warn
-from newtonopt._flat import check_parameters, listed_group, listed_groups
+from newtonopt._flat import check_any, check_parameters, flatten, listed_group, listed_groups
 from newtonopt._shards import is_sharded
 from newtonopt.evaluation import Evaluation
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective
 from newtonopt.operators import gauss_newton, hessian
 from newtonopt.optimizers.call import Call, not_finite, skips_backward, unrounded
-from newtonopt.optimizers.checkpoints import check_layout, completed, joined, spread
+from newtonopt.optimizers.checkpoints import (
+    check_kind,
+    check_layout,
+    follow,
+    home,
+    layout_now,
+    packed,
+    unpacked,
+)
 from newtonopt.optimizers.escape import critical, leave
 from newtonopt.optimizers.rates import is_everywhere
 from newtonopt.optimizers.report import StepReport, following
@@ -44,12 +52,10 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
     def __init__(self, params: ParamsT, settings: dict[str, Any]) -> None:
         self._check(settings)
         super().__init__(listed_groups(params), settings)
+        check_any(self._params)
         self.last_step: StepReport | None = None
         self._warned_of_clipping = False
         self._fell_back = False
-        if is_sharded(self._params):
-            # Without a state, torch.distributed.checkpoint takes a step to get one.
-            _ = self._memory
 
     def _check(self, settings: dict[str, Any]) -> None:
         """Refuse settings out of their range with a ValueError: when they are given, and again in every step."""
@@ -127,6 +133,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
                 curvature that was not finite in five calls running. An error of any kind puts parameters and state
                 back to where the call began; `.grad` stays as the closure's last run for real left it.
         """
+        if closure is None and self._only_a_state_is_wanted():
+            return None
         if closure is None:
             raise RuntimeError(
                 f"{type(self).__name__}.step() needs a closure that computes the loss and calls backward: "
@@ -136,12 +144,13 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         check_closure(closure)
         check_closure(closure if curvature_closure is None else curvature_closure, "curvature_closure")
         check_groups(self.param_groups, self.defaults, self._check)
+        check_parameters(self._params)
         if skips_backward(closure):
             return self._run_without_backward(closure)
         call = Call(closure, curvature_closure, self.param_groups, falls_back=self._fell_back)
-        before = {p: dict(memory) for p, memory in self.state.items()}
+        before = {key: dict(value) if isinstance(value, dict) else value for key, value in self.state.items()}
         try:
-            self._forget_if_changed(call.params)
+            self._follow_parameters(call.params)
             self._check_room(call.params)
             self._take_steps(call)
         except BaseException:
@@ -299,23 +308,43 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
 
     @property
     def _memory(self) -> dict[str, Any]:
-        """The state, kept under the first parameter as torch's LBFGS keeps its own."""
-        memory: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
-        if not memory:
-            memory.update(steps=0, failures=0, settled_loss=math.inf, settled_norm=math.inf)
-            if self.control is not None:
-                memory[self.control] = float(self.param_groups[0][self.control])
+        """The state, kept under one parameter as torch's LBFGS keeps its own: the first one trained."""
+        params = self._params
+        key = home(self.state, params)
+        if key is not None:
+            memory: dict[str, Any] = self.state[key]
+            return memory
+        memory = self.state[next((p for p in params if p.requires_grad), params[0])]
+        memory.update(steps=0, failures=0, settled_loss=math.inf, settled_norm=math.inf)
+        if self.control is not None:
+            memory[self.control] = float(self.param_groups[0][self.control])
         return memory
 
-    def _forget_if_changed(self, params: Sequence[Tensor]) -> None:
-        """Drop vectors from earlier steps when other parameters are frozen now than then."""
-        trained = {id(p) for p in params}
-        memory, layout = self._memory, [p.numel() if id(p) in trained else 0 for p in self._params]
-        if memory.get("layout", layout) != layout:
+    def _follow_parameters(self, params: Sequence[Tensor]) -> None:
+        """Bring vectors from earlier steps to the parameters' device and precision; drop them when other parameters are
+        frozen now than then, and before the first step, when they are zeros to load into.
+        """
+        memory, layout = self._memory, layout_now(self._params)
+        if memory["steps"] == 0 or memory.get("layout", layout) != layout:
             for name in [name for name, value in memory.items() if isinstance(value, Tensor)]:
                 del memory[name]
             memory.update(settled_loss=math.inf, settled_norm=math.inf)
         memory["layout"] = layout
+        follow(memory, params)
+
+    def _only_a_state_is_wanted(self) -> bool:
+        """Make a state to load into, with vectors of zeros, if a `step` without a closure asks for nothing else.
+
+        `torch.distributed.checkpoint` takes such a step where an optimizer has no state: with gradients and learning
+        rates of zero.
+        """
+        idle = all(float(group["lr"]) == 0.0 for group in self.param_groups)
+        if self.state or not idle or any(p.grad is not None and bool((p.grad != 0).any()) for p in self._params):
+            return False
+        trained = [p for p in self._params if p.requires_grad and p.numel()]
+        blank = self._blank(flatten([None] * len(trained), trained)) if trained else {}
+        self._memory.update(layout=layout_now(self._params), **blank)
+        return True
 
     def _blank(self, like: Tensor) -> dict[str, Any]:
         """What the state may hold besides, with vectors of zeros made from the flat vector `like`."""
@@ -328,10 +357,24 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         `torch.distributed.checkpoint` can save them and load them on any number of processes. All that the state may
         hold is there then, zeros for what is not known yet, and a new optimizer's can be loaded into.
         """
-        state_dict: dict[str, Any] = super().state_dict()
-        if is_sharded(self._params):
-            state_dict["state"] = spread(self._memory, self._blank, self._params)
+        # Before the user's own hooks, which see what is saved.
+        hook = self.register_state_dict_post_hook(lambda _, state_dict: self._pack(state_dict), prepend=True)
+        try:
+            state_dict: dict[str, Any] = super().state_dict()
+        finally:
+            hook.remove()
         return state_dict
+
+    def _pack(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        params, state = self._params, state_dict["state"]
+        key = home(self.state, params)
+        if key is None and not is_sharded(params):
+            return state_dict
+        memory = self._memory
+        number = next(number for number, p in enumerate(params) if p is key) if key is not None else None
+        others = {name: value for name, value in state.items() if name != number}
+        ours = packed(memory, self._blank, params)
+        return {**state_dict, "state": {**others, **{n: {**others.get(n, {}), **mine} for n, mine in ours.items()}}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by `state_dict`, settings included, as torch's optimizers do.
@@ -339,12 +382,37 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             ValueError: The state is that of another kind of optimizer, or of another model.
         """
-        complete = completed(state_dict, self.defaults, type(self).__name__)
-        check_layout(complete, self._params)
-        super().load_state_dict(joined(complete, self._params))
+        memory: dict[str, Any] = {}
+
+        def take(optimizer: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            check_kind(given, tuple(self.defaults), type(self).__name__)
+            check_layout(given, self._params)
+            ours, others = unpacked(given, self._params)
+            memory.update(ours)
+            return {**given, "state": others}
+
+        def put(optimizer: torch.optim.Optimizer) -> None:
+            if memory:
+                self._memory.update(memory)
+                follow(self._memory, self._params)
+
+        # After the user's own hooks, which may repair a state, and before those that see what was loaded. In between
+        # torch would round vectors to the parameters' precision.
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("last_step", "_warned_of_clipping", "_fell_back")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("last_step", None)
-        self.__dict__.setdefault("_warned_of_clipping", False)
-        self.__dict__.setdefault("_fell_back", False)
+        # Torch's own, which is no setting of ours.
+        self.defaults.pop("differentiable", None)

@@ -133,7 +133,6 @@ class HessianFree(NewtonOptimizer):
 
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
         settings, memory = self.param_groups[0], self._memory
-        memory.setdefault("found_damping", "direction" in memory)  # in states saved before there was a search
         A, gradient = self._curvature(evaluation), evaluation.gradient
         precondition = prepared(A, gradient, settings, memory)
         start = settings["warm_start"] * memory["direction"] if "direction" in memory else None

@@ -466,23 +466,6 @@ def test_parameters_of_another_model_are_an_error(build: Build) -> None:
         optimizer.step(training.closure)
 
 
-def test_a_state_from_before_the_tolerances_loads(build: Build) -> None:
-    training = Training()
-    optimizer = build(training.model.parameters())
-    optimizer.step(training.closure)
-    state = copy.deepcopy(optimizer.state_dict())
-    for name in ("tolerance_gradient", "tolerance_step"):
-        for group in state["param_groups"]:
-            del group[name]
-    for name in ("settled_loss", "settled_norm"):
-        del state["state"][0][name]
-    other = build(training.model.parameters())
-    other.load_state_dict(state)
-    assert other.param_groups[0]["tolerance_gradient"] == 0.0
-    other.step(training.closure)
-    assert other.last_step is not None
-
-
 def test_an_error_in_a_step_leaves_the_state_as_it_was(build: Build) -> None:
     training = Training()
     optimizer = build(training.model.parameters())
@@ -550,7 +533,7 @@ def test_parameters_that_cannot_be_one_vector(build: Build) -> None:
     one = torch.zeros(1, requires_grad=True)
     with pytest.raises(ValueError, match="params must hold one tensor at least, got"):
         build([])
-    with pytest.raises(ValueError, match="complex64: newtonopt needs float32"):
+    with pytest.raises(ValueError, match=r"complex64.*torch\.view_as_complex"):
         build([one, torch.zeros(1, dtype=torch.complex64, requires_grad=True)])
     optimizer = build([one])
     with pytest.raises(ValueError, match="several devices"):

@@ -19,7 +19,7 @@ from torch.optim import lr_scheduler, swa_utils
 from torch.optim.lr_scheduler import LRScheduler
 
 import newtonopt
-from newtonopt import DampedNewton, HessianFree
+from newtonopt import HessianFree
 from newtonopt.optimizers.base import NewtonOptimizer
 
 INPUTS = torch.tensor([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 3.0]])
@@ -347,75 +347,6 @@ def test_a_closure_that_raises_half_way_leaves_all_as_before(build: Build, call:
     for _ in range(steps + 1):
         twin_optimizer.step(twin.closure)
     assert same(problem.everything(optimizer), twin.everything(twin_optimizer))
-
-
-# As version 0.1.0 wrote them after two steps, and where the third went.
-OF_DAMPED_NEWTON: dict[str, Any] = {
-    "state": {0: {"steps": 2, "failures": 0, "damping": 4 / 9, "layout": [2]}},
-    "param_groups": [
-        {
-            "curvature": "hessian",
-            "damping": 1.0,
-            "products": "auto",
-            "eigenvalues": "absolute",
-            "damping_factor": 1.5,
-            "min_damping": 1e-16,
-            "max_damping": 1e10,
-            "lr": 1.0,
-            "weight_decay": 0.0,
-            "params": [0],
-        }
-    ],
-}
-OF_HESSIAN_FREE: dict[str, Any] = {
-    "state": {
-        0: {
-            **OF_DAMPED_NEWTON["state"][0],
-            "sketch_vectors": torch.tensor([[0.2898, 0.9571], [0.9571, -0.2898]]),
-            "sketch_values": torch.tensor([3.5352, 1.1315]),
-            "sketch_age": 2,
-            "direction": torch.tensor([0.3793, 0.1724]),
-        }
-    },
-    "param_groups": [
-        {
-            "curvature": "gauss_newton",
-            "damping": 1.0,
-            "products": "auto",
-            "preconditioner": "nystrom",
-            "rank": 50,
-            "refresh_every": 200,
-            "max_iterations": 1000,
-            "progress_tolerance": 0.01,
-            "warm_start": 0.95,
-            "damping_factor": 1.5,
-            "min_damping": 1e-16,
-            "max_damping": 1e10,
-            "seed": 0,
-            "lr": 1.0,
-            "weight_decay": 0.0,
-            "params": [0],
-        }
-    ],
-}
-
-
-@pytest.mark.parametrize(("kind", "state"), [(HessianFree, OF_HESSIAN_FREE), (DampedNewton, OF_DAMPED_NEWTON)])
-def test_states_of_the_first_version_load_and_go_on(kind: Any, state: dict[str, Any]) -> None:
-    theta = torch.tensor([1.2529, 1.1149], requires_grad=True)
-    optimizer = kind([theta])
-    optimizer.load_state_dict(copy.deepcopy(state))
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), torch.tensor([1.0, 2.0, 3.0])
-        loss = F.mse_loss(x @ theta, y)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    torch.testing.assert_close(theta.detach(), torch.tensor([1.3930, 1.1206]), rtol=1e-3, atol=0.0)
-    assert optimizer.last_step.damping == pytest.approx(4 / 9)
 
 
 def test_the_command_line_builds_each_from_its_configuration() -> None:
