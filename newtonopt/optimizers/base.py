@@ -28,7 +28,7 @@ from newtonopt.optimizers.checkpoints import (
     packed,
     unpacked,
 )
-from newtonopt.optimizers.escape import critical, leave
+from newtonopt.optimizers.escape import STALLED, critical, is_stalled, leave, note_progress, settle
 from newtonopt.optimizers.rates import is_everywhere
 from newtonopt.optimizers.report import StepReport, following
 from newtonopt.optimizers.settings import PER_GROUP, check_group, check_groups, check_settings, shared_settings
@@ -193,7 +193,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
                 # The model's slope is the loss's.
                 basis.gradient = basis.data_gradient = evaluation.gradient
                 with unrounded(basis.gradient):
-                    proposal = self._proposed(basis, call.rates, loss, norm)
+                    proposal, searching = self._proposed(basis, call.rates, loss, norm)
         except FloatingPointError:
             broken = "curvature"
         finally:
@@ -208,38 +208,40 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         if basis.may_fall_back and basis.form == "finite_difference":
             self._fell_back = True
             call.fall_back()
-        spent = {"iterations": proposal.iterations, "products": proposal.products, "form": basis.form}
+        spent = {"iterations": proposal.iterations, "products": searching + proposal.products, "form": basis.form}
         if not proposal.steps:
             self._report(loss, norm, reason=proposal.reason, **spent)
             return False
         if float(proposal.steps[0].abs().max()) <= self.param_groups[0]["tolerance_step"]:
+            memory["stalls"] = memory.get("stalls", 0) + 1
             reason = f"no entry of the step is above tolerance_step; {proposal.reason}"
             self._report(loss, norm, predicted_decrease=proposal.decreases[0], reason=reason, **spent)
             return False
         if memory["steps"] == 1:
             call.objective.check_replay(evaluation)
-        return self._try(call.objective, evaluation, proposal, loss, norm, basis.form)
+        return self._try(call.objective, evaluation, proposal, basis.form, searching)
 
-    def _proposed(self, basis: Evaluation, rates: float | Tensor, loss: float, norm: float) -> Proposal:
-        """A proposal, without a step where none is to be taken."""
+    def _proposed(self, basis: Evaluation, rates: float | Tensor, loss: float, norm: float) -> tuple[Proposal, int]:
+        """A proposal, without a step where none is to be taken; and the products of a search that found nothing."""
         memory = self._memory
         place = critical(basis.gradient, norm, self.param_groups[0]["tolerance_gradient"])
         if is_everywhere(rates, 0.0):
-            return Proposal([], [], 0, 0, "the learning rate is zero")
-        if not place:
-            return self._propose(basis, rates)
-        if (loss, norm) == (memory.get("settled_loss"), memory.get("settled_norm")):
-            searched = self.param_groups[0]["curvature"] == "hessian"
-            return Proposal([], [], 0, 0, place + ", and no negative curvature was found here before" * searched)
-        proposal = leave(self._curvature(basis), basis.gradient, rates, place, self._length_along)
-        if not proposal.steps:
-            memory.update(settled_loss=loss, settled_norm=norm)
-        return proposal
+            return Proposal([], [], 0, 0, "the learning rate is zero"), 0
+        searched = self.param_groups[0]["curvature"] == "hessian"
+        if place and (loss, norm) == (memory.get("settled_loss"), memory.get("settled_norm")):
+            return Proposal([], [], 0, 0, place + ", and no negative curvature was found here before" * searched), 0
+        if not (place or (searched and is_stalled(memory, loss))):
+            return self._propose(basis, rates), 0
+        away = leave(self._curvature(basis), basis.gradient, rates, place or STALLED, self._length_along)
+        if not away.steps:
+            settle(memory, loss, norm)
+        if away.steps or place:
+            return away, 0
+        return self._propose(basis, rates), away.products
 
-    def _try(
-        self, objective: Objective, evaluation: Evaluation, proposal: Proposal, loss: float, norm: float, form: str
-    ) -> bool:
+    def _try(self, objective: Objective, evaluation: Evaluation, proposal: Proposal, form: str, searching: int) -> bool:
         """Try a proposal, and shorter ones while that is rejected; move, report, adapt. Returns as `_take_step`."""
+        loss, norm = float(evaluation.loss), float(evaluation.gradient.norm())
         trials, turns = 0, self.param_groups[0].get("max_trials", 1)
         while True:
             outcome = self._judge(objective, evaluation.gradient, proposal, loss, evaluation.eps)
@@ -254,6 +256,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
                     proposal = proposal.shrink(self._memory[self.control])
             except FloatingPointError:
                 break
+        note_progress(self._memory, outcome, proposal.leaves, loss, norm, evaluation.eps)
         if outcome.accepted:
             objective.move(outcome.step)
         self._report(
@@ -264,7 +267,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             ratio=outcome.ratio,
             first_ratio=outcome.first_ratio,
             iterations=proposal.iterations,
-            products=proposal.products,
+            products=searching + proposal.products,
             form=form,
             trials=trials,
             step_norm=float(outcome.step.norm()) if outcome.accepted else 0.0,
@@ -315,7 +318,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             memory: dict[str, Any] = self.state[key]
             return memory
         memory = self.state[next((p for p in params if p.requires_grad), params[0])]
-        memory.update(steps=0, failures=0, settled_loss=math.inf, settled_norm=math.inf)
+        memory.update(steps=0, failures=0, stalls=0, patience=1, settled_loss=math.inf, settled_norm=math.inf)
         if self.control is not None:
             memory[self.control] = float(self.param_groups[0][self.control])
         return memory

@@ -1,17 +1,64 @@
-"""Away from saddles and maxima, where the gradient says nothing."""
+"""Away from saddles and maxima, where the gradient says nothing.
+
+A search for negative curvature is made where the gradient is zero or below the tolerance, and where steps have stalled:
+the loss, in its precision, can no longer tell their decrease. A run towards a minimum stalls too, so that a search
+which finds nothing is remembered with its loss, and the next one waits for twice as many stalled steps.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.optimizers.rates import ray, scaled
-from newtonopt.optimizers.trials import Proposal
+from newtonopt.optimizers.trials import Outcome, Proposal
 from newtonopt.solvers.negative_curvature import negative_curvature
 from newtonopt.solvers.solution import Iterate
+
+STALLED = "steps no longer change the loss"
+"""In words, why negative curvature is searched for where the gradient is not zero."""
+
+# A loss that differs by a smaller part from that of a fruitless search is of the same stationary point.
+_SAME = 1e-6
+
+
+def is_stalled(memory: dict[str, Any], loss: float) -> bool:
+    """Whether a search is due: steps stalled often enough, and at another point than the last fruitless search."""
+    if memory.get("stalls", 0) < memory.get("patience", 1):
+        return False
+    settled = memory.get("settled_loss", math.inf)
+    return not (math.isfinite(settled) and abs(loss - settled) <= _SAME * abs(settled))
+
+
+def settle(memory: dict[str, Any], loss: float, norm: float) -> None:
+    """Remember that a search found nothing here."""
+    memory.update(settled_loss=loss, settled_norm=norm, stalls=0, patience=2 * memory.get("patience", 1))
+
+
+def note_progress(memory: dict[str, Any], outcome: Outcome, leaves: bool, loss: float, norm: float, eps: float) -> None:
+    """Count steps whose predicted or actual decrease is below the rounding of the loss.
+
+    Args:
+        memory: The optimizer's state.
+        outcome: Of the step.
+        leaves: Whether the step was one along negative curvature that a search found.
+        loss: At the step's start.
+        norm: The gradient's, there.
+        eps: Of the dtype in which the loss was computed.
+    """
+    tells = min(outcome.predicted, abs(loss - outcome.loss)) > 10 * eps * abs(loss)
+    if not leaves:
+        memory["stalls"] = 0 if tells else memory.get("stalls", 0) + 1
+    elif outcome.accepted and tells:
+        memory.update(stalls=0, patience=1)
+    elif outcome.accepted:
+        # Negative curvature so small that following it changes nothing.
+        settle(memory, loss, norm)
 
 
 def critical(gradient: Tensor, norm: float, tolerance: float) -> str:
@@ -67,6 +114,7 @@ def leave(
             f"{place}: left along negative curvature",
             length=length,
             follows_negative_curvature=True,
+            leaves=True,
             shrink=lambda _: propose(length_along(slope, bend)),
         )
 

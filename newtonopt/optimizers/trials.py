@@ -15,6 +15,8 @@ from newtonopt.solvers.solution import Iterate
 
 # Of a step, before it is shortened faster.
 _HALVINGS = 10
+# Of a step whose length is a guess.
+_MOST_CHANGES = 25
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Proposal:
         reason: Why the inner solver stopped.
         length: Of the first step before learning rates were applied.
         follows_negative_curvature: Whether the first step does, so that it may be worth going further.
+        leaves: Whether it leaves a point where the gradient says nothing, by a length that is a guess: more trials.
         shrink: From a tighter control to a shorter proposal, whose iterations and products count those before; None if
             there is none.
     """
@@ -40,6 +43,7 @@ class Proposal:
     reason: str
     length: float = 0.0
     follows_negative_curvature: bool = False
+    leaves: bool = False
     shrink: Callable[[float], Proposal] | None = None
 
 
@@ -87,8 +91,8 @@ def search(
 ) -> Outcome:
     """Try the steps until one decreases the loss and the next is no better (Martens 2010, sec. 4.6); else shorten it.
 
-    It is shortened, or doubled, `max_changes` times at most: halved at first, then by interpolation, for a step may be
-    too long by any factor where the curvature is nearly zero.
+    It is shortened, or doubled, `max_changes` times at most (25 times where its length is a guess): halved at first,
+    then by interpolation, for a step may be too long by any factor where the curvature is nearly zero.
 
     The first ratio, which adapts the control, is that of the step before it was shortened: a good short step does not
     excuse a bad long one. A step along negative curvature must decrease the loss by a part of what its curvature
@@ -96,6 +100,7 @@ def search(
     """
     step, predicted, best = proposal.steps[0], proposal.decreases[0], math.inf
     trials = 0
+    max_changes = max(max_changes, _MOST_CHANGES) if proposal.leaves else max_changes
     for candidate, decrease in zip(proposal.steps, proposal.decreases, strict=True):
         trial = objective.loss_at(candidate)
         trials += 1

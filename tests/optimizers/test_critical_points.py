@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from optimizer_db import OPTIMIZERS
 from torch import Tensor
 
+from newtonopt.optimizers import escape
 from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.solvers.negative_curvature import negative_curvature
 
 ESCAPING = {
     name: build
@@ -102,3 +104,70 @@ def test_a_loss_whose_gradient_has_no_square_in_float32_is_to_be_scaled(name: st
     assert optimizer.last_step is not None
     assert re.search("(multiply|divide) the loss by a constant", optimizer.last_step.reason)
     assert theta.tolist() == [1.0, 2.0]
+
+
+def sums(x: Tensor) -> Tensor:
+    """Four unknowns with given sums of their powers: with equal entries a saddle, and the gradient keeps them equal."""
+    return sum((x.pow(k).sum() - b) ** 2 for k, b in enumerate((8.0, 18.0, 44.0, 114.0), 1))
+
+
+def network(x: Tensor) -> Tensor:
+    """Units that begin alike stay alike."""
+    t = torch.linspace(-2, 2, 20, dtype=x.dtype)[:, None]
+    return ((t * x[:3] + x[3:6]).tanh() @ x[6:] - (2 * t[:, 0]).sin() - 0.5).square().mean()
+
+
+SYMMETRIC = {"sums": (sums, [0.7] * 4, 1e-1), "network": (network, [0.5] * 3 + [0.1] * 3 + [0.2] * 3, 0.3)}
+SEARCHING = {
+    name: build for name, build in OPTIMIZERS.items() if "gauss_newton" not in name and name != "newton_cg_nystrom"
+}
+
+
+@pytest.mark.parametrize(
+    ("problem", "dtype"),
+    [
+        ("sums", torch.float64),
+        pytest.param("sums", torch.float32, marks=pytest.mark.slow),
+        pytest.param("network", torch.float64, marks=pytest.mark.slow),
+        pytest.param("network", torch.float32, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("name", SEARCHING)
+def test_a_saddle_reached_along_a_symmetry_is_left(name: str, problem: str, dtype: torch.dtype) -> None:
+    value, start, low = SYMMETRIC[problem]
+    x = torch.tensor(start, dtype=dtype, requires_grad=True)
+    settings = {"curvature": "hessian"} if "free" in name else {}
+    optimizer = SEARCHING[name]([x], **settings)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = value(x)
+        loss.backward()
+        return loss
+
+    for _ in range(150):
+        optimizer.step(closure)
+        if optimizer.last_step.loss < low:
+            break
+    assert optimizer.last_step.loss < low
+
+
+@pytest.mark.parametrize("steps_per_call", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", SEARCHING)
+def test_a_minimum_costs_one_search(name: str, steps_per_call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    searches = []
+    monkeypatch.setattr(escape, "negative_curvature", lambda *args: (searches.append(1), negative_curvature(*args))[1])
+    x = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64, requires_grad=True)
+    settings = {"curvature": "hessian"} if "free" in name else {}
+    optimizer = SEARCHING[name]([x], steps_per_call=steps_per_call, **settings)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = x.cosh().sum() + x.sum().square() + x[0] * x[1]
+        loss.backward()
+        return loss
+
+    for _ in range(60 // steps_per_call):
+        optimizer.step(closure)
+    assert optimizer.last_step.gradient_norm < 1e-7
+    assert len(searches) == 1
