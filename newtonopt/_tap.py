@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
+from newtonopt._advice import CALLED, LINEAR, ends_of
 from newtonopt._convexity import Label, Output, convex_parts, labelled
 from newtonopt._graph import Held, SavedTensors, chained, reached
 from newtonopt._losses import CONVEX_LOSSES, LOG_PROBABILITY_LOSSES, mean_over
@@ -27,6 +28,8 @@ from newtonopt._squares import ROOTS, SQUARES, first_operand, own_view, root, ro
 from newtonopt._subclasses import alike, is_wrapper, plain
 
 _LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
+_SOFTMAX = frozenset({F.softmax, torch.softmax, Tensor.softmax})
+_UNRECOGNISED = frozenset(getattr(F, name) for name in CALLED) - LOG_PROBABILITY_LOSSES
 _RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 
 
@@ -120,6 +123,7 @@ class Tap(TorchFunctionMode):
         self._wanted = wanted
         self._met = 0
         self._log_softmax: dict[Node, Output] = {}
+        self._softmax: dict[Node, Output] = {}
         self._marked: list[Output] = []
         self._recognised: list[Output] = []
         self.saved: SavedTensors | None = SavedTensors() if release else None
@@ -127,6 +131,7 @@ class Tap(TorchFunctionMode):
         self.called_backward = False
         self.losses_seen: list[str] = []
         self.wrappers: list[str] = []
+        self.ends: set[str] = set()
         self.has_marks = False
         self.convex: set[int] = set()
         self._total: Tensor | None = None
@@ -172,7 +177,9 @@ class Tap(TorchFunctionMode):
         self._total = loss.detach() if self._total is None else self._total + loss.detach()
         if self._finds_outputs:
             self._recognised.extend(self._squares_in(loss))
-        recorded = {z.tensor.grad_fn for z in (*self._marked, *self._recognised)}
+        if not (self._marked or self._recognised):
+            self.ends |= ends_of(loss)
+        recorded = {z.tensor.grad_fn for z in (*self._marked, *self._recognised, *self._softmax.values())}
         met = set() if self._keep else reached(loss.grad_fn, recorded)
         if self._on_term is not None:
             marked = [z for z in self._marked if z.tensor.grad_fn in met]
@@ -185,6 +192,7 @@ class Tap(TorchFunctionMode):
         self._marked = [z for z in self._marked if z.tensor.grad_fn not in met]
         self._recognised = [z for z in self._recognised if z.tensor.grad_fn not in met]
         self._log_softmax = {n: z for n, z in self._log_softmax.items() if z.tensor.grad_fn not in met}
+        self._softmax = {n: z for n, z in self._softmax.items() if z.tensor.grad_fn not in met}
         if self.saved is not None:
             self.saved.release(loss)
 
@@ -223,7 +231,11 @@ class Tap(TorchFunctionMode):
             number = self._numbered(lambda: root_operand(func, args, kwargs))
             return func(*args, **kwargs) if self.is_forward else root(func, args, kwargs, number)
         if func in _LOG_SOFTMAX:
-            return self._on_log_softmax(func, *args, **kwargs)
+            return self._on_softmax(self._log_softmax, func, *args, **kwargs)
+        if func in _SOFTMAX and _is_over_classes(*args, **kwargs):
+            return self._on_softmax(self._softmax, func, *args, **kwargs)
+        if func in _UNRECOGNISED:
+            self.losses_seen.append(func.__name__)
         if func in _RECURRENT:
             # cuDNN's recurrent networks have no double backward.
             with _without_cudnn():
@@ -247,8 +259,7 @@ class Tap(TorchFunctionMode):
                 p.grad = torch.zeros_like(p)
 
     def _note(self, loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if loss not in LOG_PROBABILITY_LOSSES:
-            self.losses_seen.append(loss.__name__)
+        self.losses_seen.append(loss.__name__)
         if self._weigh:
             self._counts.append(mean_over(loss, inspect.signature(loss).bind(*args, **kwargs).arguments))
 
@@ -285,19 +296,25 @@ class Tap(TorchFunctionMode):
             return None
         return Output(own_view(z), number)
 
-    def _on_log_softmax(self, func: Callable[..., Any], z: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _on_softmax(
+        self, into: dict[Node, Output], func: Callable[..., Any], z: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         output = self._output(z)
         if output is None:
             return func(z, *args, **kwargs)
-        log_probabilities = func(alike(output.tensor, z), *args, **kwargs)
-        self._log_softmax[log_probabilities.grad_fn] = output
-        return log_probabilities
+        result = func(alike(output.tensor, z), *args, **kwargs)
+        into[result.grad_fn] = output
+        return result
 
     def _on_log_probabilities(self, log_probabilities: Tensor) -> tuple[Output, ...]:
         """Record the logits behind log-probabilities, and return them; none if they are not to be found."""
         # Back through reshapes and selections, each with a single input, to the softmax.
         node = log_probabilities.grad_fn
+        passed: list[str] = []
         while node is not None and node not in self._log_softmax:
+            if node in self._softmax:
+                return self._on_log_of_softmax(self._softmax[node], passed)
+            passed.append(node.name())
             following = [n for n, _ in node.next_functions if n is not None]
             node = following[0] if len(following) == 1 else None
         if node is None:
@@ -307,6 +324,17 @@ class Tap(TorchFunctionMode):
             self._recognised.append(logits)
         return (logits,)
 
+    def _on_log_of_softmax(self, output: Output, passed: list[str]) -> None:
+        others = {name for name in passed if name not in LINEAR}
+        if (
+            passed.count("LogBackward0") != 1
+            or others != {"LogBackward0"}
+            or any(output is z for z in self._recognised)
+        ):
+            return
+        self._recognised.append(output)
+        # The logarithm of a probability plus a small number is not convex in the logits where that is the larger.
+        self.has_marks = self.has_marks or "AddBackward0" in passed
 
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
@@ -317,6 +345,15 @@ def _without_cudnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.enabled = before
+
+
+
+def _is_over_classes(z: Any, dim: int | None = None, *args: Any, **kwargs: Any) -> bool:
+    """Whether a softmax is taken over the dimension of `nll_loss`'s classes; that of attention is over the last."""
+    if "input" in kwargs or not isinstance(z, Tensor) or z.dim() == 0:
+        return False
+    classes = min(1, z.dim() - 1)
+    return dim in (classes, classes - z.dim())
 
 
 def _apart(marked: list[Output], recognised: list[Output]) -> list[Output]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from newtonopt._advice import unrecognised
 from newtonopt._autograd import forward_mode, grad
 from newtonopt._checks import check_closure, check_products, check_weight
 from newtonopt._flat import add_flat, flatten, is_rounding, place, put_back, trained_parameters, unflatten
@@ -389,7 +390,7 @@ class Objective:
             evaluation.loss = self._mean_loss(losses, recording.loss.dtype, self.point).to(self.point.device)
         evaluation.returned = recording.returned
         evaluation.may_fall_back = self.products == "auto"
-        evaluation.unrecognised_advice = _advice(tap)
+        evaluation.unrecognised_advice = unrecognised(tap.losses_seen, tap.ends, tap.wrappers)
         evaluation.output_sizes, evaluation.outside = recording.output_sizes, recording.outside
         evaluation.convex = not tap.has_marks and tap.convex.issuperset(recording.output_sizes)
         return evaluation
@@ -453,14 +454,3 @@ def evaluate(
     check_closure(closure)
     check_weight(weight)
     return Objective(closure, trained_parameters(params), products=products, weight=weight).evaluate()
-
-
-def _advice(tap: Tap) -> str:
-    seen = f"The closure called {', '.join(dict.fromkeys(tap.losses_seen))}. " if tap.losses_seen else ""
-    return (
-        f"No model output was recorded for the Gauss-Newton matrix. {seen}The losses recognised are cross_entropy, "
-        "log_softmax followed by nll_loss or kl_div, mse_loss, huber_loss, smooth_l1_loss, binary_cross_entropy (also "
-        "with logits), poisson_nll_loss and the soft margin losses of torch.nn.functional, and sums of squares written "
-        "by hand, with weights that are not negative and do not depend on the outputs. For any other loss call "
-        '`z = newtonopt.mark_outputs(z)` on the model\'s output inside the closure, or use curvature="hessian".'
-    )
