@@ -60,12 +60,17 @@ ENDS.update(
     dict.fromkeys(("AddmmBackward0", "MmBackward0", "MvBackward0", "BmmBackward0", "ConvolutionBackward0"), _LAYER)
 )
 
+
 # Nodes through which a loss is linear, or a choice of entries.
-_LINEAR_OPERATIONS = """
-    Add Alias AsStrided Cat Clone Copy Cumsum Div Dot Expand Gather Index IndexSelect Mean Mul Neg Permute Reshape
-    ReshapeAlias Rsub Select Slice Split Squeeze Stack Sub Sum T ToCopy Transpose Unbind UnsafeView Unsqueeze View Where
-"""
-LINEAR = frozenset(f"{name}Backward{number}" for name in _LINEAR_OPERATIONS.split() for number in range(3))
+def _nodes(operations: str) -> frozenset[str]:
+    return frozenset(f"{name}Backward{number}" for name in operations.split() for number in range(3))
+
+
+SELECTIONS = _nodes(
+    "Alias Clone Copy Expand Gather Index IndexSelect Permute Reshape ReshapeAlias Select Slice Split Squeeze T ToCopy "
+    "Transpose Unbind UnsafeView Unsqueeze View"
+)
+LINEAR = SELECTIONS | _nodes("Add AsStrided Cat Cumsum Div Dot Mean Mul Neg Rsub Stack Sub Sum Where")
 _MOST_NODES = 200
 
 

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
-from newtonopt._advice import CALLED, LINEAR, ends_of
+from newtonopt._advice import CALLED, LINEAR, SELECTIONS, ends_of
 from newtonopt._convexity import Label, Output, convex_parts, labelled
 from newtonopt._graph import Held, SavedTensors, chained, reached
 from newtonopt._losses import CONVEX_LOSSES, LOG_PROBABILITY_LOSSES, mean_over
@@ -324,17 +324,15 @@ class Tap(TorchFunctionMode):
             self._recognised.append(logits)
         return (logits,)
 
-    def _on_log_of_softmax(self, output: Output, passed: list[str]) -> None:
+    def _on_log_of_softmax(self, output: Output, passed: list[str]) -> tuple[Output, ...]:
         others = {name for name in passed if name not in LINEAR}
-        if (
-            passed.count("LogBackward0") != 1
-            or others != {"LogBackward0"}
-            or any(output is z for z in self._recognised)
-        ):
-            return
-        self._recognised.append(output)
-        # The logarithm of a probability plus a small number is not convex in the logits where that is the larger.
-        self.has_marks = self.has_marks or "AddBackward0" in passed
+        if passed.count("LogBackward0") != 1 or others != {"LogBackward0"}:
+            return ()
+        if all(output is not z for z in self._recognised):
+            self._recognised.append(output)
+        # The logarithm of a sum, of probabilities or of one and a small number, is not concave in the logits.
+        return (output,) if SELECTIONS.issuperset({*passed} - {"LogBackward0"}) else ()
+
 
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
@@ -345,7 +343,6 @@ def _without_cudnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.enabled = before
-
 
 
 def _is_over_classes(z: Any, dim: int | None = None, *args: Any, **kwargs: Any) -> bool:

@@ -144,3 +144,16 @@ def test_nll_of_the_log_of_a_softmax_is_taken_at_the_logits(kind: str, eps: floa
     torch.testing.assert_close(A.dense(), B.dense(), rtol=1e-5, atol=1e-6 if eps else 1e-8)
     # With a summand in the logarithm the loss is not convex where probabilities are smaller still.
     assert A.psd == (eps is None)
+
+
+def test_the_logarithm_of_summed_probabilities_is_not_called_convex() -> None:
+    network = model()
+
+    def loss(z: Tensor) -> Tensor:
+        p = F.softmax(z, dim=1)
+        return F.nll_loss(torch.stack([p[:, :2].sum(1), p[:, 2]], dim=1).log(), LABELS % 2)
+
+    with pytest.raises(RuntimeError, match="nll_loss was given"):
+        gauss_newton(evaluate(closure_of(network, loss), network.parameters()))
+    pairs = lambda z: F.nll_loss(F.softmax(z, dim=1).view(6, 3).cumsum(1).log(), LABELS)  # noqa: E731
+    assert not gauss_newton(evaluate(closure_of(network, pairs), network.parameters())).psd
