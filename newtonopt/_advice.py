@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor
-from torch.autograd.graph import Node
-
 _HESSIAN = 'use curvature="hessian"'
 _PIECEWISE = f"is piecewise linear, so its Gauss-Newton matrix is zero or undefined: {_HESSIAN}"
 _PROBABILITIES = (
@@ -61,46 +58,12 @@ ENDS.update(
 )
 
 
-# Nodes through which a loss is linear, or a choice of entries.
-def _nodes(operations: str) -> frozenset[str]:
-    return frozenset(f"{name}Backward{number}" for name in operations.split() for number in range(3))
-
-
-SELECTIONS = _nodes(
-    "Alias Clone Copy Expand Gather Index IndexSelect Permute Reshape ReshapeAlias Select Slice Split Squeeze T ToCopy "
-    "Transpose Unbind UnsafeView Unsqueeze View"
-)
-LINEAR = SELECTIONS | _nodes("Add AsStrided Cat Cumsum Div Dot Mean Mul Neg Rsub Stack Sub Sum Where")
-_MOST_NODES = 200
-
-
-def ends_of(loss: Tensor) -> frozenset[str]:
-    """Return the names of the first nodes behind a live loss through which it is not linear."""
-    ends: set[str] = set()
-    seen: set[Node] = set()
-    waiting = [loss.grad_fn]
-    while waiting and len(seen) < _MOST_NODES:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        inputs = [following for following, _ in node.next_functions if following is not None]
-        if node.name() == "MulBackward0" and len(inputs) == 2:
-            # A product of two outputs, a square if they are one.
-            ends.add("PowBackward0" if inputs[0] is inputs[1] else node.name())
-        elif node.name() in LINEAR:
-            waiting.extend(inputs)
-        else:
-            ends.add(node.name())
-    return frozenset(ends)
-
-
 def unrecognised(called: Iterable[str], ends: Iterable[str], wrappers: Iterable[str] = ()) -> str:
     """Return what was seen of a loss without recorded outputs, and what to write instead.
 
     Args:
         called: The names of the loss functions called, in order.
-        ends: As `ends_of` gives them.
+        ends: The names of the nodes that the losses are computed from, through linear operations alone.
         wrappers: The names of classes that wrap other tensors, of outputs that recognised losses were given.
     """
     called, ends, wrappers = (list(dict.fromkeys(names)) for names in (called, ends, wrappers))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from newtonopt._autograd import grad
+from newtonopt._convexity import Output
 from newtonopt._flat import add_flat, flatten
 from newtonopt._graph import reaches
 from newtonopt._shards import accumulate
@@ -38,7 +39,7 @@ class Recording:
 
     loss: Tensor
     gradient: Tensor
-    outputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Output, ...] = ()
     outside: bool | None = None
     returned: Any = None
 
@@ -68,8 +69,8 @@ class Recording:
             self._kept.append(term.loss)
             self.versions = kept_versions(self._params)
             return
-        self._sizes.update({number: z.numel() for number, z in zip(term.numbers, term.outputs, strict=True)})
-        self.outside = self.outside or leaves_outside(term.loss, term.outputs, self._params)
+        self._sizes.update({z.number: z.tensor.numel() for z in term.outputs})
+        self.outside = self.outside or leaves_outside(term.loss, term.tensors, self._params)
         gradients = grad(term.loss, self._params, keep=term.keep)
         refuse_sparse(gradients)
         self._related = self._related or any(g is not None for g in gradients)
@@ -93,9 +94,8 @@ class Recording:
             for loss in self._kept[1:]:
                 self.loss = self.loss + loss
         self.gradient = local_gradient(self.loss, self._params)
-        outputs = tap.outputs()
-        self.outputs = tuple(z.tensor for z in outputs)
-        self._sizes = {z.number: z.tensor.numel() for z in outputs}
+        self.outputs = tap.outputs_of(self.loss)
+        self._sizes = {z.number: z.tensor.numel() for z in self.outputs}
 
 
 class ParametersMovedError(RuntimeError):

@@ -6,9 +6,7 @@ here at each call; `_convexity` finds out later which of the squares enter the l
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -17,13 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from newtonopt._convexity import Label, Output, labelled
-from newtonopt._graph import notes
+from newtonopt._convexity import Label, Output, RootLabel, kind_of
 from newtonopt._subclasses import alike, is_wrapper, plain
 
 _Functions = frozenset[Callable[..., Any]]
-# The node that computed a root carries a note of it, which lives as long as the graph.
-_ROOT = "newtonopt: root of a sum of squares"
 
 # What torch calls the first operand, and the second.
 _FIRST = ("input", "self", "a", "x")
@@ -71,57 +66,71 @@ def first_operand(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
     return args[0] if args else next((kwargs[name] for name in _FIRST if name in kwargs), None)
 
 
-@dataclass(frozen=True)
-class Root:
-    """A tensor that is the root of a sum of squares.
+def square(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], number: int
+) -> tuple[Any, Label | None]:
+    """Call one of `SQUARES`; where it squares its first operand, on a view that only this call uses.
 
-    Attributes:
-        number: The number of the tensor that was squared, among all that the closure's run met.
-        squared: Returns that tensor.
-        dims: The dimensions summed over; None: all of them; empty: none, for an absolute value.
-        keep: Whether the result keeps these dimensions.
+    Returns:
+        The result, and the label for its node; None if the call is no square.
     """
-
-    number: int
-    squared: Callable[[], Tensor]
-    dims: tuple[int, ...] | None
-    keep: bool
-
-
-def root(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], number: int) -> Any:
-    """Call one of `ROOTS`, and note at the result what it is the root of."""
-    result = func(*args, **kwargs)
-    node: Any = result.grad_fn if isinstance(result, Tensor) else None
-    if node is None or not _may_be_output(plain(result)):
-        return result
-    kind = node.name().partition("Backward")[0]
-    squared = functools.partial(root_operand, func, args, kwargs)
-    if kind == "Abs":
-        notes(node)[_ROOT] = Root(number, squared, (), False)
-    power = getattr(node, "_saved_ord" if kind == "LinalgVectorNorm" else "_saved_p", 2)
-    if kind in ("LinalgVectorNorm", "Norm", "Dist") and power in (None, 2):
-        dims = tuple(_signed(dim) for dim in getattr(node, "_saved_dim", None) or ()) or None
-        notes(node)[_ROOT] = Root(number, squared, dims, bool(getattr(node, "_saved_keepdim", False)))
-    return result
-
-
-def square(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], number: int) -> Any:
-    """Call one of `SQUARES`; where it squares its operand, on a view of the operand's own, and label the result."""
     operand = first_operand(func, args, kwargs)
-    found = None
-    if isinstance(operand, Tensor) and torch.is_grad_enabled() and _may_be_output(plain(operand)):
-        found = _squaring(func, args, kwargs, operand)
+    if not may_be_output(operand):
+        return func(*args, **kwargs), None
+    found = _squaring(func, args, kwargs, operand)
     if found is None:
-        return func(*args, **kwargs)
+        return func(*args, **kwargs), None
     call, diagonal = found
-    known: Root | None = None if operand.grad_fn is None else notes(operand.grad_fn).get(_ROOT)
-    if known is not None:
-        result = _square_of_root(known, operand, call)
-        if result is not None:
-            return result
     view = own_view(operand)
-    result = call(alike(torch.view_as_complex(view) if operand.is_complex() else view, operand))
-    return labelled(result, Label((Output(view, number),), is_square=True, diagonal=diagonal))
+    result = call(_as_given(view, operand))
+    return result, Label((Output(view, number),), is_square=True, diagonal=diagonal)
+
+
+def root(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], number: int
+) -> tuple[Any, RootLabel | None]:
+    """Call one of `ROOTS`; where it computes the root of a sum of squares, on a view that only this call uses.
+
+    Returns:
+        The result, and the label for its node; None if the call is no such root.
+    """
+    if not may_be_output(first_operand(func, args, kwargs)) or not may_be_output(
+        operand := root_operand(func, args, kwargs)
+    ):
+        return func(*args, **kwargs), None
+    view = own_view(operand)
+    given = _as_given(view, operand)
+    if func in _DISTANCES:
+        result, distance = _norm_as_distance(func, args, kwargs, given), func(*args, **kwargs)
+        if result is None or not torch.equal(result, distance):
+            return distance, None
+    elif args:
+        result = func(given, *args[1:], **kwargs)
+    else:
+        result = func(**{name: given if value is operand else value for name, value in kwargs.items()})
+    node: Any = plain(result).grad_fn
+    kind = kind_of(node)
+    power = getattr(node, "_saved_ord", getattr(node, "_saved_p", 2))
+    if kind == "Abs":
+        return result, RootLabel((Output(view, number),), dims=())
+    if kind not in ("LinalgVectorNorm", "Norm") or power not in (None, 2):
+        return result, None
+    dims = tuple(_signed(dim) for dim in getattr(node, "_saved_dim", None) or ()) or None
+    return result, RootLabel((Output(view, number),), dims=dims, keep=bool(getattr(node, "_saved_keepdim", False)))
+
+
+def _norm_as_distance(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], difference: Tensor
+) -> Tensor | None:
+    """Return a distance as the norm of a difference; None if it is another norm than the Euclidean one."""
+    given = _given_to_distance(func, args, kwargs)
+    if given.get("p", 2) != 2:
+        return None
+    of_rows = func is F.pairwise_distance
+    norm: Tensor = torch.linalg.vector_norm(
+        difference, dim=-1 if of_rows else None, keepdim=bool(given.get("keepdim", False))
+    )
+    return norm
 
 
 def own_view(z: Tensor) -> Tensor:
@@ -130,33 +139,24 @@ def own_view(z: Tensor) -> Tensor:
     return torch.view_as_real(z.resolve_conj()) if z.is_complex() else z.view_as(z)
 
 
+def _as_given(view: Tensor, operand: Tensor) -> Tensor:
+    """Return an own view of `operand` as a tensor of the operand's kind."""
+    return alike(torch.view_as_complex(view) if operand.is_complex() else view, operand)
+
+
 def root_operand(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Return the tensor whose squares a call of one of `ROOTS` sums up; a distance is the norm of a difference."""
     if func not in _DISTANCES:
         return kwargs["A"] if "A" in kwargs else first_operand(func, args, kwargs)
-    names = ("x1", "x2", "p", "eps") if func is F.pairwise_distance else ("input", "other", "p")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    difference = given[names[0]] - given[names[1]]
-    return difference + given.get("eps", 1e-6) if func is F.pairwise_distance else difference
+    given = _given_to_distance(func, args, kwargs)
+    if func is F.pairwise_distance:
+        return given["x1"] - given["x2"] + given.get("eps", 1e-6)
+    return given["input"] - given["other"]
 
 
-def _square_of_root(known: Root, operand: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Return `operand` squared, differentiated as the sum of squares that it is: a norm has no derivative at zero."""
-    squared = known.squared()
-    view = own_view(squared)
-    if not view.requires_grad:
-        return None
-    squares = view.to(operand.dtype).square()
-    if squared.is_complex():
-        squares = squares.sum(-1)
-    if known.dims != ():
-        dims = list(range(squares.dim())) if known.dims is None else list(known.dims)
-        squares = squares.sum(dims, keepdim=known.keep)
-    if squares.shape != operand.shape:
-        return None
-    squares.data.copy_(call(operand.detach()))  # the number that the closure computes, to the bit
-    result: Tensor = labelled(squares, Label((Output(view, known.number),), is_square=True))
-    return result
+def _given_to_distance(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("x1", "x2", "p", "eps", "keepdim") if func is F.pairwise_distance else ("input", "other", "p")
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _squaring(
@@ -180,6 +180,8 @@ def _squaring(
         return ((lambda v: func(v, v.conj(), **more)), False) if squares_modulus else None
     if func in _MATRIX_PRODUCTS and base.dim() > 1:
         return ((lambda v: func(v, v.mT, **more)), True) if other.dim() > 1 and _is_same(base, other.mT) else None
+    if func in _INNER_PRODUCTS and base.dim() > 2:
+        return None
     if func is torch.tensordot and more.get("dims", 2) != base.dim():
         return None
     if not _is_same(base, other):
@@ -197,10 +199,14 @@ def _further(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {"dims": args[2], **more} if len(args) > 2 else more
 
 
-def _may_be_output(z: Tensor) -> bool:
-    """Whether `z` has a graph, and is neither sparse nor a wrapper nor inside a transform of torch.func."""
-    dense = z.requires_grad and z.layout == torch.strided and (z.is_floating_point() or z.is_complex())
-    return dense and not is_wrapper(z) and not torch._C._functorch.is_functorch_wrapped_tensor(z)
+def may_be_output(z: Any) -> bool:
+    """Whether `z` is a tensor of numbers with a graph: not inside a transform of torch.func, sparse or a wrapper."""
+    if not isinstance(z, Tensor) or not torch.is_grad_enabled():
+        return False
+    z = plain(z)
+    dense = z.requires_grad and z.layout == torch.strided and not z.is_nested
+    numbers = z.is_floating_point() or z.is_complex()
+    return dense and numbers and not is_wrapper(z) and not torch._C._functorch.is_functorch_wrapped_tensor(z)
 
 
 def _signed(dim: int) -> int:
@@ -209,7 +215,8 @@ def _signed(dim: int) -> int:
 
 def _is_two(exponent: Any) -> bool:
     if isinstance(exponent, Tensor):
-        return exponent.dim() == 0 and not exponent.requires_grad and float(exponent) == 2.0
+        plain_number = exponent.dim() == 0 and not torch._C._functorch.is_functorch_wrapped_tensor(exponent)
+        return plain_number and not exponent.requires_grad and float(exponent) == 2.0
     return isinstance(exponent, Real) and float(exponent) == 2.0
 
 
@@ -220,8 +227,9 @@ def _einsum(args: Sequence[Any]) -> tuple[Callable[[Tensor], Any], bool] | None:
         return None
     inputs, _, output = equation.replace(" ", "").partition("->")
     one, _, other = inputs.partition(",")
+    letters = one.replace(".", "")
     # Without an arrow the result has no dimension left where both operands have the same letters.
-    if one != other or len(set(one)) < len(one) or "." in one or not set(output) <= set(one):
+    if one != other or len(set(letters)) < len(letters) or not set(output) <= set(one):
         return None
     return (lambda v: torch.einsum(equation, v, v)), False
 
@@ -235,9 +243,9 @@ def _is_same(a: Tensor, b: Any) -> bool:
     a, b = plain(a), plain(b)
     if not b.requires_grad or a.dtype != b.dtype or _layout(a) != _layout(b):
         return False
-    first, second = _behind_views(a.grad_fn), _behind_views(b.grad_fn)
-    if first is second:
-        return first is not None and a.data_ptr() == b.data_ptr()
+    first, second = _behind_views(a.grad_fn, a.output_nr), _behind_views(b.grad_fn, b.output_nr)
+    if first == second:
+        return first[0] is not None and a.data_ptr() == b.data_ptr()
     # Differences from constants, which are equal too. Any other operation may differ elsewhere.
     return _is_repeated(first, second) and torch.equal(a.detach(), b.detach())
 
@@ -252,28 +260,36 @@ def _layout(z: Tensor) -> tuple[object, ...]:
     return z.shape, z.storage_offset(), strides, z.is_conj(), z.is_neg()
 
 
-def _behind_views(node: Node | None) -> Node | None:
+def _behind_views(node: Node | None, number: int) -> tuple[Node | None, int]:
+    """The node and the number of its result that a view is of."""
     while node is not None and node.name() in _VIEWS:
-        node = node.next_functions[0][0]
-    return node
+        node, number = node.next_functions[0]
+    return node, number
 
 
-def _is_repeated(first: Node | None, second: Node | None) -> bool:
-    """Whether two nodes are the same sum, difference, absolute value or view of the same."""
-    if first is second or first is None or second is None:
-        return first is second
-    if first.name() != second.name() or first.name() not in _VIEWS | _DIFFERENCES:
-        return False
-    pairs = zip(first.next_functions, second.next_functions, strict=True)
-    return _settings(first) == _settings(second) and all(i == j and _is_repeated(m, n) for (m, i), (n, j) in pairs)
+def _is_repeated(first: tuple[Node | None, int], second: tuple[Node | None, int]) -> bool:
+    """Whether two results are the same sum, difference, norm, absolute value or view of the same."""
+    waiting = [(first, second)]
+    while waiting:
+        (m, i), (n, j) = waiting.pop()
+        if m is n and i == j:
+            continue
+        if m is None or n is None or i != j or m.name() != n.name() or m.name() not in _VIEWS | _REPEATABLE:
+            return False
+        if _settings(m) != _settings(n):
+            return False
+        waiting.extend(zip(m.next_functions, n.next_functions, strict=True))
+    return True
 
 
 def _settings(node: Node) -> dict[str, Any]:
-    saved = {name: getattr(node, name) for name in dir(node) if name.startswith("_saved_")}
-    return {name: value for name, value in saved.items() if not isinstance(value, Tensor)}
+    """What an operation was given besides tensors."""
+    tensors = ("_saved_self", "_saved_other", "_saved_result")
+    names = (name for name in dir(node) if name.startswith("_saved_") and name not in tensors)
+    return {name: getattr(node, name) for name in names}
 
 
-_DIFFERENCES = frozenset({"SubBackward0", "AddBackward0", "RsubBackward1", "AbsBackward0"})
+_REPEATABLE = frozenset({"SubBackward0", "AddBackward0", "RsubBackward1", "AbsBackward0", "LinalgVectorNormBackward0"})
 _VIEWS = frozenset(
     {
         *(

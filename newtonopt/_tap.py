@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Container, Iterator, Sequence
+import weakref
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,9 +23,9 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
-from newtonopt._advice import CALLED, LINEAR, SELECTIONS, ends_of
-from newtonopt._convexity import Label, Output, convex_parts, labelled
-from newtonopt._graph import Held, SavedTensors, chained, reached
+from newtonopt._advice import CALLED
+from newtonopt._convexity import LINEAR, SELECTIONS, Found, Label, Output, find, kind_of
+from newtonopt._graph import Held, SavedTensors, all_behind, reached
 from newtonopt._losses import CONVEX_LOSSES, LOG_PROBABILITY_LOSSES, mean_over
 from newtonopt._squares import ROOTS, SQUARES, first_operand, own_view, root, root_operand, square
 from newtonopt._subclasses import alike, is_wrapper, plain
@@ -63,15 +66,18 @@ class Term:
 
     Attributes:
         loss: A live scalar.
-        outputs: The recorded outputs that it is computed from.
-        numbers: Theirs, among all that the closure's run met; the same in every run.
+        outputs: The recorded outputs that it is computed from; an output has the same number in every run.
         keep: Whether the graph must outlive the call that this is given to.
     """
 
     loss: Tensor
-    outputs: tuple[Tensor, ...]
-    numbers: tuple[int, ...]
+    outputs: tuple[Output, ...]
     keep: bool
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The outputs themselves."""
+        return [z.tensor for z in self.outputs]
 
 
 OnTerm = Callable[[Term], None]
@@ -80,36 +86,36 @@ OnTerm = Callable[[Term], None]
 class Tap(TorchFunctionMode):
     """Hands over the losses that a closure calls `backward` on, one by one, with the outputs they are computed from.
 
+    An output is known by the place in the user's code where it was met, so that calls made in one run and not in
+    another, as for a log, do no harm. Which of the tensors met are outputs is found out in the run that is recorded;
+    later runs are told.
+
     Args:
         params: The parameters.
+        numbers: The number of each place where an output may be met. Added to.
+        wanted: The numbers of the outputs that the losses are handed over with; None: to be found.
         backward: Whether `backward` runs or is left out.
         pulled: Whether `on_term` does what `backward` would do.
         on_term: Called with each loss before its `backward`; None if only the sum of the losses is wanted.
         keep: Whether all graphs are kept.
         release: Whether a loss's graph is emptied where `backward` would have emptied it, for closures with several.
         weigh: Whether to count what the losses are means over.
-        outputs: Whether the losses are handed over with their outputs.
         tangents: Where to put the tangents of the outputs, by number, in a run in forward mode.
-        wanted: The numbers of these outputs.
-
-    Attributes:
-        convex: The numbers of the outputs that the losses are convex functions of: sums, with weights that are not
-            negative, of recognised losses and squares.
     """
 
     def __init__(
         self,
         params: Sequence[Tensor],
         *,
+        numbers: dict[object, int],
+        wanted: Collection[int] | None = None,
         backward: bool = False,
         pulled: bool = False,
         on_term: OnTerm | None = None,
         keep: bool = False,
         release: bool = False,
         weigh: bool = False,
-        outputs: bool = True,
         tangents: dict[int, Tensor] | None = None,
-        wanted: Container[int] = (),
     ) -> None:
         super().__init__()
         self._params = params
@@ -118,10 +124,12 @@ class Tap(TorchFunctionMode):
         self._on_term = on_term
         self._keep = keep
         self._weigh = weigh
-        self._finds_outputs = outputs and on_term is not None and tangents is None
         self._tangents = tangents
+        self._numbers = numbers
         self._wanted = wanted
-        self._met = 0
+        self._met: Counter[object] = Counter()
+        self._labels: list[weakref.ref[Label]] = []
+        self._stops: list[Node] = []
         self._log_softmax: dict[Node, Output] = {}
         self._softmax: dict[Node, Output] = {}
         self._marked: list[Output] = []
@@ -133,7 +141,8 @@ class Tap(TorchFunctionMode):
         self.wrappers: list[str] = []
         self.ends: set[str] = set()
         self.has_marks = False
-        self.convex: set[int] = set()
+        self._convex: set[int] = set()
+        self._other: set[int] = set()
         self._total: Tensor | None = None
         self._counts: list[Tensor | float | None] = []
 
@@ -160,12 +169,23 @@ class Tap(TorchFunctionMode):
         known = [float(count) for count in self._counts if count is not None]
         return sum(known) if len(known) == len(self._counts) else 0.0
 
-    def outputs(self) -> list[Output]:
-        """The recorded outputs, in the order in which the closure produced them.
+    def run(self, closure: Callable[[], Any]) -> Any:
+        """Run the closure; the places of outputs are looked for in the calls from here on."""
+        return closure()
 
-        A recognised loss that is fed from marked ones adds none of its own.
+    def outputs_of(self, loss: Tensor) -> tuple[Output, ...]:
+        """Return the outputs that the sum of all losses, whose graphs were kept, is computed from, in their order.
+
+        A recognised loss that is fed from marked outputs adds none of its own.
         """
-        return sorted(_apart(self._marked, self._recognised), key=lambda z: z.number)
+        self._look_at(loss)
+        return tuple(sorted(_apart(self._marked, self._recognised), key=lambda z: z.number))
+
+    def is_convex(self, numbers: Iterable[int]) -> bool:
+        """Whether the losses are sums, with weights that are not negative, of convex functions of these outputs."""
+        met = {z.tensor.grad_fn: z.number for z in self._recognised}
+        other = {met[node] for node in reached(self._stops, set(met))} if self._stops and met else set()
+        return (self._convex - self._other - other).issuperset(numbers)
 
     def take(self, loss: Tensor, *, keep: bool = False) -> None:
         """Hand a loss over; without `keep` its graph may go."""
@@ -175,39 +195,54 @@ class Tap(TorchFunctionMode):
         keep = keep or self._keep
         self.terms += 1
         self._total = loss.detach() if self._total is None else self._total + loss.detach()
-        if self._finds_outputs:
-            self._recognised.extend(self._squares_in(loss))
-        if not (self._marked or self._recognised):
-            self.ends |= ends_of(loss)
+        if self._keep or self.is_forward:
+            self._hand_over(loss, [], keep)
+            return
+        found = self._look_at(loss) if self._wanted is None else Found()
         recorded = {z.tensor.grad_fn for z in (*self._marked, *self._recognised, *self._softmax.values())}
-        met = set() if self._keep else reached(loss.grad_fn, recorded)
-        if self._on_term is not None:
-            marked = [z for z in self._marked if z.tensor.grad_fn in met]
-            outputs = _apart(marked, [z for z in self._recognised if z.tensor.grad_fn in met])
-            tensors, numbers = tuple(z.tensor for z in outputs), tuple(z.number for z in outputs)
-            self._on_term(Term(loss, tensors, numbers, keep or (self.runs_backward and not self._pulled)))
+        behind = all_behind([loss.grad_fn]) if recorded or self._labels else set()
+        met = recorded & behind
+        marked = [z for z in self._marked if z.tensor.grad_fn in met]
+        outputs = _apart(marked, [z for z in self._recognised if z.tensor.grad_fn in met])
+        self._other.update(z.number for z in outputs if z.number not in found.convex)
+        self._hand_over(loss, outputs, keep)
         if keep:
+            self._stops.extend(found.stops)
             return
         # What `backward` would have let go.
         self._marked = [z for z in self._marked if z.tensor.grad_fn not in met]
         self._recognised = [z for z in self._recognised if z.tensor.grad_fn not in met]
         self._log_softmax = {n: z for n, z in self._log_softmax.items() if z.tensor.grad_fn not in met}
         self._softmax = {n: z for n, z in self._softmax.items() if z.tensor.grad_fn not in met}
+        self._let_go({node._sequence_nr() for node in behind})
         if self.saved is not None:
             self.saved.release(loss)
 
-    def _squares_in(self, loss: Tensor) -> list[Output]:
-        """Return the outputs of the squares written by hand that the loss is a weighted sum of."""
-        parts = convex_parts(loss)
-        known = {z.number for z in self._recognised}
-        squares = {z.number: z for label in parts if label.is_square for z in label.outputs if z.number not in known}
-        self.convex.update(z.number for label in parts for z in label.outputs)
-        nodes = [z.tensor.grad_fn for z in (*self._marked, *self._recognised, *squares.values())]
-        if not squares or len(nodes) == 1:
-            return list(squares.values())
-        # A derivative by an output and by what that is computed from would count twice.
-        behind, before = chained(nodes)
-        return [z for z in squares.values() if z.tensor.grad_fn not in behind | before]
+    def _hand_over(self, loss: Tensor, outputs: Sequence[Output], keep: bool) -> None:
+        if self._on_term is not None:
+            self._on_term(Term(loss, tuple(outputs), keep or (self.runs_backward and not self._pulled)))
+
+    def _look_at(self, loss: Tensor) -> Found:
+        """Record the squares written by hand that the loss is a weighted sum of, and what it is convex in."""
+        found = find(loss, self._params, [*self._marked, *self._recognised])
+        self._recognised.extend(found.outputs)
+        self._convex |= found.convex
+        if not (self._marked or self._recognised):
+            self.ends.update(node.name() for node in found.stops)
+        return found
+
+    def _let_go(self, sequence: set[int]) -> None:
+        labels = [(ref, label) for ref in self._labels if (label := ref()) is not None]
+        for _, label in labels:
+            if label.sequence in sequence:
+                label.outputs = ()
+        self._labels = [ref for ref, label in labels if label.outputs]
+
+    def _attach(self, label: Label | None, result: Any) -> Any:
+        if label is not None:
+            label.attach(result)
+            self._labels.append(weakref.ref(label))
+        return result
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -217,25 +252,21 @@ class Tap(TorchFunctionMode):
             return self._on_backward(func, *args, **kwargs)
         if func is mark_outputs:
             self.has_marks = True
-            return self._own_view(args[0], self._marked)
-        if func in CONVEX_LOSSES:
-            return self._on_convex_loss(func, *args, **kwargs)
-        if func in LOG_PROBABILITY_LOSSES:
-            self._note(func, args, kwargs)
-            outputs = self._on_log_probabilities(args[0])
-            return labelled(func(*args, **kwargs), Label(outputs))
-        if func in SQUARES:
-            number = self._numbered(lambda: first_operand(func, args, kwargs))
-            return func(*args, **kwargs) if self.is_forward else square(func, args, kwargs, number)
-        if func in ROOTS:
-            number = self._numbered(lambda: root_operand(func, args, kwargs))
-            return func(*args, **kwargs) if self.is_forward else root(func, args, kwargs, number)
-        if func in _LOG_SOFTMAX:
-            return self._on_softmax(self._log_softmax, func, *args, **kwargs)
-        if func in _SOFTMAX and _is_over_classes(*args, **kwargs):
-            return self._on_softmax(self._softmax, func, *args, **kwargs)
-        if func in _UNRECOGNISED:
-            self.losses_seen.append(func.__name__)
+        if self._finds_outputs:
+            if func is mark_outputs:
+                return self._own_view(args[0], self._marked)
+            if func in CONVEX_LOSSES:
+                return self._on_convex_loss(func, *args, **kwargs)
+            if func in LOG_PROBABILITY_LOSSES:
+                return self._on_log_probability_loss(func, *args, **kwargs)
+            if func in SQUARES or func in ROOTS:
+                return self._on_square_or_root(func, *args, **kwargs)
+            if func in _LOG_SOFTMAX:
+                return self._on_softmax(self._log_softmax, func, *args, **kwargs)
+            if func in _SOFTMAX and _is_over_classes(*args, **kwargs):
+                return self._on_softmax(self._softmax, func, *args, **kwargs)
+            if func in _UNRECOGNISED:
+                self.losses_seen.append(func.__name__)
         if func in _RECURRENT:
             # cuDNN's recurrent networks have no double backward.
             with _without_cudnn():
@@ -263,24 +294,47 @@ class Tap(TorchFunctionMode):
         if self._weigh:
             self._counts.append(mean_over(loss, inspect.signature(loss).bind(*args, **kwargs).arguments))
 
+    @property
+    def _finds_outputs(self) -> bool:
+        """Whether this run looks for outputs: not one for the loss alone, or its gradient."""
+        return self._wanted is None or bool(self._wanted)
+
     def _on_convex_loss(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._note(func, args, kwargs)
         first, places = len(self._recognised), CONVEX_LOSSES[func]
         args = tuple(self._own_view(a, self._recognised) if i in places else a for i, a in enumerate(args))
-        return labelled(func(*args, **kwargs), Label(tuple(self._recognised[first:])))
+        return self._attach(Label(tuple(self._recognised[first:])), func(*args, **kwargs))
+
+    def _on_log_probability_loss(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._note(func, args, kwargs)
+        outputs = self._on_log_probabilities(args[0])
+        return self._attach(Label(outputs), func(*args, **kwargs))
+
+    def _on_square_or_root(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        is_square = func in SQUARES
+        number = self._numbered(lambda: (first_operand if is_square else root_operand)(func, args, kwargs))
+        if self.is_forward or not (self._wanted is None or number in self._wanted):
+            return func(*args, **kwargs)
+        result, label = (square if is_square else root)(func, args, kwargs, number)
+        if self._wanted is None:
+            return self._attach(label, result)
+        if label is not None:
+            self._recognised.append(label.output_at(result))
+        return result
 
     def _numbered(self, operand: Callable[[], Any]) -> int:
-        """Return the next number; in forward mode note the tangent of what has it, if that is wanted."""
-        number = self._met
-        self._met += 1
-        if self._tangents is not None and number in self._wanted:
+        """Return the number of the place of this call; in forward mode note the operand's tangent, if it is wanted."""
+        place = _place()
+        number = self._numbers.setdefault((place, self._met[place]), len(self._numbers))
+        self._met[place] += 1
+        if self._tangents is not None and self._wanted is not None and number in self._wanted:
             z = own_view(operand())
             tangent = forward_ad.unpack_dual(z).tangent
             self._tangents[number] = torch.zeros_like(z) if tangent is None else tangent
         return number
 
     def _own_view(self, z: Any, into: list[Output]) -> Any:
-        """A view of `z` that only its consumer uses, so that a derivative by it is that consumer's alone."""
+        """Return a view of `z` that only its consumer uses, so that a derivative by it is that consumer's alone."""
         output = self._output(z)
         if output is None:
             return z
@@ -293,6 +347,8 @@ class Tap(TorchFunctionMode):
             return None
         if is_wrapper(z):
             self.wrappers.append(type(z).__name__)
+            return None
+        if self._wanted is not None and number not in self._wanted:
             return None
         return Output(own_view(z), number)
 
@@ -307,14 +363,14 @@ class Tap(TorchFunctionMode):
         return result
 
     def _on_log_probabilities(self, log_probabilities: Tensor) -> tuple[Output, ...]:
-        """Record the logits behind log-probabilities, and return them; none if they are not to be found."""
+        """Record the logits behind log-probabilities; return them if the loss is known to be convex in them."""
         # Back through reshapes and selections, each with a single input, to the softmax.
         node = log_probabilities.grad_fn
         passed: list[str] = []
         while node is not None and node not in self._log_softmax:
             if node in self._softmax:
                 return self._on_log_of_softmax(self._softmax[node], passed)
-            passed.append(node.name())
+            passed.append(kind_of(node))
             following = [n for n, _ in node.next_functions if n is not None]
             node = following[0] if len(following) == 1 else None
         if node is None:
@@ -322,16 +378,30 @@ class Tap(TorchFunctionMode):
         logits = self._log_softmax[node]
         if all(logits is not z for z in self._recognised):
             self._recognised.append(logits)
-        return (logits,)
+        return (logits,) if SELECTIONS.issuperset(passed) else ()
 
     def _on_log_of_softmax(self, output: Output, passed: list[str]) -> tuple[Output, ...]:
-        others = {name for name in passed if name not in LINEAR}
-        if passed.count("LogBackward0") != 1 or others != {"LogBackward0"}:
+        if passed.count("Log") != 1 or not (LINEAR | {"Log"}).issuperset(passed):
             return ()
         if all(output is not z for z in self._recognised):
             self._recognised.append(output)
         # The logarithm of a sum, of probabilities or of one and a small number, is not concave in the logits.
-        return (output,) if SELECTIONS.issuperset({*passed} - {"LogBackward0"}) else ()
+        return (output,) if (SELECTIONS | {"Log"}).issuperset(passed) else ()
+
+
+def _place() -> tuple[object, ...]:
+    """Return where in the user's code a call was made: the innermost lines of it, as positions in their functions."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    place: list[object] = []
+    while frame is not None and frame.f_code is not Tap.run.__code__ and len(place) < _DEPTH:
+        place.append((frame.f_code.co_filename, frame.f_code.co_firstlineno, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(place)
+
+
+_DEPTH = 12
 
 
 @contextmanager

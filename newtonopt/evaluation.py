@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from newtonopt._autograd import CHANGED, grad
+from newtonopt._convexity import Output
 from newtonopt._flat import flatten
 from newtonopt._graph import reaches
 from newtonopt._tap import OnTerm
@@ -21,17 +22,16 @@ Products = Literal["auto", "cached", "streamed", "finite_difference"]
 class Source(Protocol):
     """What an evaluation was made from and can be made from again: an `Objective`."""
 
-    def visit(self, on_term: OnTerm | None, step: Tensor | None = None, *, outputs: bool = True) -> Tensor:
-        """Run the closure at the current point, or a step from it, and hand its losses over one by one.
-
-        Without `outputs` they are handed over alone, which saves the search for these.
+    def visit(self, on_term: OnTerm | None, step: Tensor | None = None, *, numbers: Collection[int] = ()) -> Tensor:
+        """Run the closure at the current point, or a step from it, and hand its losses over one by one, with the
+        outputs of these numbers.
 
         Returns:
             Their sum, on this process.
         """
         ...
 
-    def push(self, v: Tensor, numbers: Container[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    def push(self, v: Tensor, numbers: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the closure in forward mode: the sum of its losses, and `J v` for the outputs of these numbers."""
         ...
 
@@ -76,7 +76,7 @@ class Evaluation:
         self,
         loss: Tensor,
         params: Iterable[Tensor],
-        outputs: Sequence[Tensor] = (),
+        outputs: Sequence[Output] = (),
         decay: float | Tensor = 0.0,
         *,
         gradient: Tensor | None = None,
@@ -92,9 +92,9 @@ class Evaluation:
         self.clipped = False
         self.convex = True
         self.unrecognised_advice = ""
-        self.output_sizes = {number: z.numel() for number, z in enumerate(outputs)}
+        self.output_sizes = {z.number: z.tensor.numel() for z in outputs}
         self.outside: bool | None = None
-        self._graph: tuple[Tensor, tuple[Tensor, ...]] | None = (loss, tuple(outputs))
+        self._graph: tuple[Tensor, tuple[Output, ...]] | None = (loss, tuple(outputs))
         self._alive = True
         self._versions = [p._version for p in self.params]
         self.data_gradient = local_gradient(loss, self.params) if gradient is None else gradient
@@ -111,7 +111,7 @@ class Evaluation:
         return f"Evaluation(loss={float(self.loss):.6g}, n={self.gradient.numel()}, form={self.form!r})"
 
     @property
-    def graph(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def graph(self) -> tuple[Tensor, tuple[Output, ...]]:
         """The live loss and outputs.
 
         Raises:
@@ -176,7 +176,8 @@ class Evaluation:
     def part_outside_outputs(self) -> bool:
         """Whether the loss depends on the parameters other than through the outputs, as an explicit penalty does."""
         if self.outside is None:
-            self.outside = leaves_outside(*self.graph, self.params)
+            loss, outputs = self.graph
+            self.outside = leaves_outside(loss, [z.tensor for z in outputs], self.params)
         return self.outside
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -92,6 +92,7 @@ class Objective:
             self.point = flatten(self.params, self.params).clone()
         self._moves = False
         self._terms: int | None = None
+        self._numbers: dict[object, int] = {}
         self._may_release, self._has_released = True, False
         self._ranks = Ranks(self.point)
         if not self._sharded:
@@ -169,13 +170,13 @@ class Objective:
         mean = self.mean(lambda: gradient)
         return loss, mean + self._decay * found[0] if decays(self._decay) else mean
 
-    def visit(self, on_term: OnTerm | None, step: Tensor | None = None, *, outputs: bool = True) -> Tensor:
+    def visit(self, on_term: OnTerm | None, step: Tensor | None = None, *, numbers: Collection[int] = ()) -> Tensor:
         """Run the closure at `point + step` without a trace, and hand its losses over one by one.
 
         Args:
             on_term: Called with each loss; None if only their sum is wanted.
             step: `(n,)`; None: no step.
-            outputs: Whether the losses are handed over with their outputs.
+            numbers: The numbers of the outputs that are handed over with the losses.
 
         Returns:
             Their sum, on this process.
@@ -183,7 +184,7 @@ class Objective:
         Raises:
             ParametersMovedError: The closure moves the parameters from there.
         """
-        loss, left = self._pass(on_term, None if step is None else self.point + step, outputs=outputs)
+        loss, left = self._pass(on_term, None if step is None else self.point + step, numbers)
         if left is not None and not is_rounding(left, self.point if step is None else self.point + step, self.params):
             raise ParametersMovedError(MOVED if step is None else MOVED_BEYOND, left)
         return loss
@@ -213,7 +214,7 @@ class Objective:
         raise RuntimeError(RESTLESS)
 
     def _pass(
-        self, on_term: OnTerm | None, point: Tensor | None, *, outputs: bool = False
+        self, on_term: OnTerm | None, point: Tensor | None, numbers: Collection[int] = ()
     ) -> tuple[Tensor, Tensor | None]:
         """Run the closure at `point`, where the parameters are if None; the loss, and where it left them if elsewhere.
 
@@ -231,7 +232,7 @@ class Objective:
                         on_term(term)
                     tick()
 
-                tap = Tap(self.params, on_term=take, release=release, outputs=outputs and on_term is not None)
+                tap = Tap(self.params, on_term=take, release=release, numbers=self._numbers, wanted=numbers)
                 unchanged = kept_versions(self.params)
                 returned = self._call(tap)
                 unchanged()
@@ -247,7 +248,7 @@ class Objective:
             raise RuntimeError(MOVED_IN_A_GROUP)
         return left
 
-    def push(self, v: Tensor, numbers: Container[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    def push(self, v: Tensor, numbers: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the closure in forward mode along `v`, `(n,)`, without a graph and without a trace.
 
         Returns:
@@ -259,7 +260,9 @@ class Objective:
         """
         tangents: dict[int, Tensor] = {}
         with self._isolation.isolated(), progress(self._terms) as tick, forward_mode(self.params, v):
-            tap = Tap(self.params, on_term=lambda term: tick(), tangents=tangents, wanted=numbers)
+            tap = Tap(
+                self.params, on_term=lambda term: tick(), numbers=self._numbers, wanted=numbers, tangents=tangents
+            )
             versions, unchanged = [p._version for p in self.params], kept_versions(self.params)
             returned = self._call(tap)
             if [p._version for p in self.params] != versions:
@@ -269,7 +272,7 @@ class Objective:
 
     def add_gradient(self, gradient: Tensor, step: Tensor) -> Tensor:
         """Add this process's gradient at `point + step` to `gradient` in place; returns its loss there."""
-        return self.visit(self._adding_to(gradient), step, outputs=False)
+        return self.visit(self._adding_to(gradient), step)
 
     def _adding_to(self, gradient: Tensor) -> OnTerm:
         return lambda term: add_flat(gradient, grad(term.loss, self.params, keep=term.keep), self.params)
@@ -329,7 +332,7 @@ class Objective:
     def _call(self, tap: Tap) -> Any:
         """Run the closure under a tap, which takes a live loss that is returned if `backward` was not called."""
         with tapped(tap), resharded(self.params, trace=tap.runs_backward):
-            returned = self._closure()
+            returned = tap.run(self._closure)
             tap.called_backward = tap.terms > 0
             if tap.terms == 0 and isinstance(returned, Tensor) and (returned.requires_grad or tap.is_forward):
                 tap.take(returned)
@@ -344,6 +347,7 @@ class Objective:
             backward=backward,
             pulled=self._sharded,
             on_term=recording.take,
+            numbers=self._numbers,
             keep=cached,
             release=release and not cached,
             weigh=self._ranks.count > 1 and self._weight is None,
@@ -392,7 +396,7 @@ class Objective:
         evaluation.may_fall_back = self.products == "auto"
         evaluation.unrecognised_advice = unrecognised(tap.losses_seen, tap.ends, tap.wrappers)
         evaluation.output_sizes, evaluation.outside = recording.output_sizes, recording.outside
-        evaluation.convex = not tap.has_marks and tap.convex.issuperset(recording.output_sizes)
+        evaluation.convex = not tap.has_marks and tap.is_convex(recording.output_sizes)
         return evaluation
 
     def _value(self, compute: Callable[[], tuple[Tensor, Tensor]]) -> float:

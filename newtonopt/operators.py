@@ -162,7 +162,7 @@ def jacobian(evaluation: Evaluation) -> LinearOperator:
 
 
 def _cached_push(evaluation: Evaluation) -> Product:
-    push = products.push_of(evaluation.graph[1], evaluation.params)
+    push = products.push_of([z.tensor for z in evaluation.graph[1]], evaluation.params)
     return lambda v: torch.cat([piece.reshape(-1).to(v.dtype) for piece in push(v)])
 
 
@@ -175,7 +175,7 @@ def _joined_push(push: products.Push, evaluation: Evaluation) -> Product:
 
 
 def _cached_pull(evaluation: Evaluation) -> Product:
-    outputs, params = evaluation.graph[1], evaluation.params
+    outputs, params = [z.tensor for z in evaluation.graph[1]], evaluation.params
     return lambda u: flatten(grad(outputs, params, unflatten(u, outputs), keep=True), params)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from newtonopt._autograd import Gradients, NoSecondDerivativeError, grad, grad_with_graph
 from newtonopt._batches import batches, one_by_one
 from newtonopt._checks import warn
+from newtonopt._convexity import Output, Root
 from newtonopt._flat import add_flat, flatten, unflatten, unflatten_rows
 from newtonopt._graph import bytes_handed_on
 from newtonopt._tap import OnTerm, Term
@@ -22,11 +25,11 @@ Product = Callable[[Tensor], Tensor]
 Push = Callable[[Tensor], dict[int, Tensor]]
 # From a loss, its outputs, the parameters, and whether the graph must outlive the products, to `v -> A v` in pieces.
 # Rows `(k, n)` give pieces with a first dimension of `k`.
-Build = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], bool], Callable[[Tensor], Gradients]]
+Build = Callable[[Tensor, Sequence[Output], Sequence[Tensor], bool], Callable[[Tensor], Gradients]]
 
 
 def hessian_of(
-    loss: Tensor, _: Sequence[Tensor], params: Sequence[Tensor], keep: bool
+    loss: Tensor, _: Sequence[Output], params: Sequence[Tensor], keep: bool
 ) -> Callable[[Tensor], Gradients]:
     """`v -> H v` with a loss's Hessian, by a second differentiation."""
     gradients = grad_with_graph(loss, params)
@@ -44,11 +47,12 @@ def hessian_of(
 
 
 def gauss_newton_of(
-    loss: Tensor, outputs: Sequence[Tensor], params: Sequence[Tensor], keep: bool
+    loss: Tensor, outputs: Sequence[Output], params: Sequence[Tensor], keep: bool
 ) -> Callable[[Tensor], Gradients]:
     """`v -> J' H_L J v`: `J` the outputs' Jacobian, `H_L` the loss's Hessian in the outputs."""
-    push, curve = push_of(outputs, params), curve_of(loss, outputs)
-    return lambda v: grad(outputs, params, curve(push(v)), keep=keep, batched=v.dim() == 2)
+    tensors = [z.tensor for z in outputs]
+    push, curve = push_of(tensors, params), curve_of(loss, outputs)
+    return lambda v: grad(tensors, params, curve(push(v)), keep=keep, batched=v.dim() == 2)
 
 
 def push_of(outputs: Sequence[Tensor], params: Sequence[Tensor]) -> Callable[[Tensor], list[Tensor]]:
@@ -68,23 +72,58 @@ def push_of(outputs: Sequence[Tensor], params: Sequence[Tensor]) -> Callable[[Te
     return push
 
 
-def curve_of(loss: Tensor, outputs: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+def curve_of(loss: Tensor, outputs: Sequence[Output]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """`t -> H_L t`, in the outputs."""
-    gradients = grad_with_graph(loss, outputs)
-    live = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+    scales = _squared_roots(loss, outputs)
+    others = [i for i, z in enumerate(outputs) if z.root is None]
+    tensors = [outputs[i].tensor for i in others]
+    gradients = grad_with_graph(loss, tensors) if tensors else ()
+    live = [(i, g) for i, g in zip(others, gradients, strict=True) if g is not None and g.requires_grad]
 
     def curve(pushed: Sequence[Tensor]) -> list[Tensor]:
         along = [pushed[i] for i, _ in live]
-        before = pushed[0].shape[: pushed[0].dim() - outputs[0].dim()]
+        before = pushed[0].shape[: pushed[0].dim() - outputs[0].tensor.dim()]
+        curved: list[Tensor | None] = [scale * pushed[i] for i, scale in scales.items()]
         # Without any, the loss is linear in the outputs.
-        curved = (
-            grad([g for _, g in live], outputs, along, keep=True, batched=len(before) == 1)
-            if live
-            else (None,) * len(outputs)
-        )
-        return _filled(curved, outputs, before)
+        if live:
+            curved += grad([g for _, g in live], tensors, along, keep=True, batched=len(before) == 1)
+        else:
+            curved += [None] * len(tensors)
+        found = dict(zip([*scales, *others], curved, strict=True))
+        return _filled(tuple(found[i] for i in range(len(outputs))), [z.tensor for z in outputs], before)
 
     return curve
+
+
+def _squared_roots(loss: Tensor, outputs: Sequence[Output]) -> dict[int, Tensor]:
+    """By its place, for each output that the loss takes the root of and squares again, the diagonal of `H_L`.
+
+    The loss is quadratic in such a root, whose own derivative does not exist at zero.
+    """
+    roots = {i: z.root for i, z in enumerate(outputs) if z.root is not None}
+    if not roots:
+        return {}
+    edges: Any = [GradientEdge(root.node, 0) for root in roots.values()]
+    slopes = grad_with_graph(loss, edges)
+    total = sum((slope.sum() for slope in slopes if slope is not None), torch.zeros((), dtype=loss.dtype))
+    bends = grad(total, edges, keep=True) if total.requires_grad else (None,) * len(edges)
+    scales = {}
+    for (i, root), bend in zip(roots.items(), bends, strict=True):
+        z = outputs[i].tensor
+        scales[i] = z.new_zeros(()) if bend is None else _spread(bend.to(z.dtype), root, z)
+    return scales
+
+
+def _spread(bend: Tensor, root: Root, z: Tensor) -> Tensor:
+    """A value for each root, for each of the entries of `z` that the root is of."""
+    if root.dims is not None and not root.keep:
+        count = bend.dim() + len(root.dims)
+        for dim in sorted(d % count for d in root.dims):
+            bend = bend.unsqueeze(dim)
+    elif root.dims is None:
+        bend = bend.reshape(())
+    # A complex entry has two real ones, in a last dimension.
+    return bend.unsqueeze(-1) if bend.dim() and bend.dim() < z.dim() else bend
 
 
 def _pieces(v: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
@@ -146,8 +185,8 @@ def gauss_newton_from(push: Push, evaluation: Evaluation) -> Product:
 
         def add(term: Term) -> None:
             if term.outputs:
-                along = curve_of(term.loss, term.outputs)([pushed[number] for number in term.numbers])
-                add_flat(result, grad(term.outputs, params, along, keep=term.keep), params)
+                along = curve_of(term.loss, term.outputs)([pushed[z.number] for z in term.outputs])
+                add_flat(result, grad(term.tensors, params, along, keep=term.keep), params)
 
         _visit(evaluation, add)
         return result
@@ -165,9 +204,8 @@ def pull_from(evaluation: Evaluation) -> Product:
 
         def add(term: Term) -> None:
             if term.outputs:
-                numbered = zip(term.numbers, term.outputs, strict=True)
-                along = [pieces[number].view(z.shape).to(z.dtype) for number, z in numbered]
-                add_flat(result, grad(term.outputs, params, along, keep=term.keep), params)
+                along = [pieces[z.number].view(z.tensor.shape).to(z.tensor.dtype) for z in term.outputs]
+                add_flat(result, grad(term.tensors, params, along, keep=term.keep), params)
 
         _visit(evaluation, add)
         return result
@@ -194,7 +232,8 @@ def streamed_push(evaluation: Evaluation) -> Push:
 
         def add(term: Term) -> None:
             if term.outputs:
-                pushed.update(zip(term.numbers, push_of(term.outputs, params)(v), strict=True))
+                numbers = [z.number for z in term.outputs]
+                pushed.update(zip(numbers, push_of(term.tensors, params)(v), strict=True))
 
         _visit(evaluation, add)
         return pushed
@@ -241,9 +280,9 @@ def differenced_push(evaluation: Evaluation) -> Push:
         found: dict[int, Tensor] = {}
 
         def take(term: Term) -> None:
-            found.update(zip(term.numbers, (z.detach().clone() for z in term.outputs), strict=True))
+            found.update({z.number: z.tensor.detach().clone() for z in term.outputs})
 
-        source.visit(take, step)
+        source.visit(take, step, numbers=evaluation.output_sizes)
         return found
 
     def push(v: Tensor) -> dict[int, Tensor]:
@@ -278,7 +317,7 @@ def displacement(params: Sequence[Tensor]) -> float:
 
 def _visit(evaluation: Evaluation, on_term: OnTerm) -> None:
     evaluation.check_unchanged()
-    loss = float(_source(evaluation).visit(on_term))
+    loss = float(_source(evaluation).visit(on_term, numbers=evaluation.output_sizes))
     evaluation.check_same_function(loss, math.sqrt(evaluation.eps))
 
 

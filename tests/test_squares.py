@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from problems import Held, error
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from newtonopt import HessianFree, evaluate, gauss_newton, jacobian
 
@@ -124,6 +126,8 @@ OTHERS: dict[str, Loss] = {
     "other powers": lambda z: ((z - Y) ** 4).mean() + ((z - Y) ** 3).mean(),
     "cube of a modulus": lambda z: (z - Y).abs().pow(3).mean(),
     "product of different factors": lambda z: ((z - Y) * (z + Y)).mean(),
+    "in place on a part": lambda z: (lambda s: s[:, 0].log_().sum() + s.sum())((z - Y) ** 2),
+    "inner products of matrices": lambda z: torch.inner(z[None], z[None])[0, 1, 0, 0],
     "entries beside the diagonal": lambda z: (z.T @ z).sum(),
     "conjugate left out": lambda z: (c(z) * c(z)).real.mean(),
     "in place": lambda z: (z - Y).pow_(2).mean(),
@@ -262,3 +266,110 @@ def test_squares_of_a_users_own_class_keep_its_attributes() -> None:
     G = gauss_newton(evaluate(net.closure(loss), net.params)).dense()
     assert error(G, net.dense_gauss_newton(lambda z: (z - Y).square().mean())) < 1e-10
     assert seen == ["u"]
+
+
+def test_calls_made_in_one_run_only_move_no_number() -> None:
+    net = Net()
+    truth = net.dense_gauss_newton(lambda z: F.mse_loss(z, Y))
+    for products in ("cached", "streamed", "finite_difference"):
+        runs = itertools.count()
+
+        def loss(z: Tensor, runs: Iterator[int] = runs) -> Tensor:
+            if next(runs) == 0:
+                _ = (z * z).norm().square(), F.mse_loss(z, Y)  # for a log, in the first run
+            return F.mse_loss(z, Y)
+
+        G = gauss_newton(evaluate(net.closure(loss), net.params, products=products))
+        assert error(G.dense(), truth) < 1e-6
+
+
+def test_norms_squared_twice_scaled_and_contracted_are_the_sums_of_squares_they_are() -> None:
+    net = Net()
+    for loss in (
+        lambda z: (lambda n: (n**2).mean() + (3 * n**2).sum())((z - Y).norm(dim=1)),
+        lambda z: ((z - Y).norm() / Y.norm()) ** 2,
+        lambda z: (lambda n: n @ n)((z - Y).norm(dim=1)),
+        lambda z: torch.einsum("ij,ij->i", (z - Y).abs(), (z - Y).abs()).mean(),
+        lambda z: (z - Y).norm()[None].double() ** 2,
+        lambda z: (z - Y).norm() * (z - Y).norm(),
+    ):
+        G = gauss_newton(evaluate(net.closure(lambda z, loss=loss: loss(z).sum()), net.params))
+        assert error(G.dense(), net.dense_gauss_newton(lambda z, loss=loss: loss(z).sum())) < 1e-10
+        assert G.psd
+
+
+def test_a_norm_changed_in_place_since_is_no_norm_any_more() -> None:
+    net = Net()
+
+    def loss(z: Tensor) -> Tensor:
+        e = (z - Y).abs()
+        with torch.no_grad():
+            e.clamp_(max=0.5)
+        return (e**2).mean()
+
+    evaluation = evaluate(net.closure(loss), net.params)
+    plain = torch.autograd.grad(loss(net.model(net.x)), net.params)
+    assert error(evaluation.gradient, torch.cat([g.reshape(-1) for g in plain])) < 1e-12
+    assert error(gauss_newton(evaluation).dense(), net.dense_gauss_newton(lambda z: F.mse_loss(z, Y))) < 1e-10
+
+
+@pytest.mark.parametrize("products", ["cached", "streamed", "finite_difference"])
+def test_squares_inside_a_checkpoint_change_nothing(products: Any) -> None:
+    net = Net()
+    body: Loss = lambda z: z / (1 + z.abs() ** 2 + z.norm(dim=1, keepdim=True) ** 2)  # noqa: E731
+    plain = evaluate(net.closure(lambda z: F.mse_loss(body(z), Y)), net.params)
+    inside = net.closure(lambda z: F.mse_loss(checkpoint(body, z, use_reentrant=False), Y))
+    evaluation = evaluate(inside, net.params, products=products)
+    assert error(evaluation.gradient, plain.gradient) < 1e-12
+    assert error(gauss_newton(evaluation).dense(), gauss_newton(plain).dense()) < 1e-6
+
+
+def test_long_recurrences_and_grids_take_no_time() -> None:
+    net = Net()
+
+    def discounted(z: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for _ in range(1500):
+            total = 0.99 * total + ((z - Y) ** 2).mean()
+        return total
+
+    def grid(z: Tensor) -> Tensor:
+        costs = [[((z - Y) ** 2).mean()] * 15 for _ in range(15)]
+        for i in range(1, 15):
+            for j in range(1, 15):
+                costs[i][j] = 0.5 * costs[i - 1][j] + 0.5 * costs[i][j - 1] + costs[0][0]
+        return costs[-1][-1]
+
+    for loss in (discounted, grid):
+        assert gauss_newton(evaluate(net.closure(loss), net.params)).psd
+
+
+def test_a_weight_may_depend_on_an_input_that_is_differentiated_by() -> None:
+    net = Net()
+    x = net.x.clone().requires_grad_()
+    closure = lambda: (torch.exp(-x[:, :1]) * x[:, 1:2] ** 2 * (net.model(x) - Y) ** 2).mean()  # noqa: E731
+    truth = net.dense_gauss_newton(lambda z: (torch.exp(-net.x[:, :1]) * net.x[:, 1:2] ** 2 * (z - Y) ** 2).mean())
+    assert error(gauss_newton(evaluate(closure, net.params)).dense(), truth) < 1e-10
+
+
+def test_a_weight_that_changes_its_sign_nearby_does_not_disturb_differences() -> None:
+    net, weight = Net(), nn.Parameter(torch.zeros((), dtype=torch.float64))
+    closure = net.closure(lambda z: F.mse_loss(z, Y) + weight * ((z[:, 0] - 1) ** 2).mean())
+    for products in ("cached", "streamed", "finite_difference"):
+        with pytest.warns(UserWarning, match="leaves that part out"):
+            G = gauss_newton(evaluate(closure, [*net.params, weight], products=products)).dense()
+        assert error(G[:-1, :-1], net.dense_gauss_newton(lambda z: F.mse_loss(z, Y))) < 1e-6
+
+
+@pytest.mark.parametrize("products", ["cached", "streamed"])
+def test_a_loss_taken_twice_is_convex_only_if_both_are(products: Any) -> None:
+    net = Net()
+
+    def closure() -> None:
+        loss = ((net.model(net.x) - Y) ** 2).mean()
+        loss.backward(retain_graph=True)
+        (-0.5 * loss).backward()
+
+    evaluation = evaluate(closure, net.params, products=products)
+    assert gauss_newton(evaluation).psd == (products == "cached")  # half the loss as a sum, of which streaming sees two
+    assert torch.linalg.eigvalsh(gauss_newton(evaluation).dense())[0] > -1e-12
