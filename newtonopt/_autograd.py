@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -86,7 +87,7 @@ def _differentiating() -> Iterator[None]:
             yield
     except RuntimeError as error:  # NotImplementedError is one
         text = str(error)
-        if "derivative for" in text and "not implemented" in text:
+        if isinstance(error, NotImplementedError) or _WITHOUT.search(text):
             raise NoSecondDerivativeError(
                 "An operation of the model has no second derivative, so there are no exact curvature products through "
                 f"it: {text}"
@@ -104,6 +105,12 @@ def _differentiating() -> Iterator[None]:
             vars(module)["_in_fabric_backward"] = flag
 
 
+# In the words of torch and of its extensions.
+_WITHOUT = re.compile(
+    r"derivative for .* not implemented|differentiate twice|once_differentiable|double.?backward|"
+    r"not (twice differentiable|differentiable twice)|no autograd formula was registered",
+    re.IGNORECASE | re.DOTALL,
+)
 _FABRIC = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
 CHANGED = (
     "The parameters, or something else that the loss was computed from, changed after this evaluation was made, as an "

@@ -144,19 +144,21 @@ class Evaluation:
         if [p._version for p in self.params] != self._versions:
             raise RuntimeError(CHANGED)
 
-    def check_same_function(self, loss: float, tolerance: float, bend: float = 0.0) -> None:
+    def check_same_function(self, loss: float, tolerance: float, bend: float = 0.0, slack: float = 0.0) -> None:
         """Refuse a closure that computed another loss at a later call.
 
         Args:
             loss: Of that call, on this process.
             tolerance: Relative.
             bend: By how much it should differ.
+            slack: By how much more it may.
 
         Raises:
             RuntimeError: It differs by another amount.
         """
         expected = self.local_loss
-        if abs(loss - expected - bend) > tolerance * (abs(expected) + abs(bend)):  # false where one is not finite
+        allowed = tolerance * (abs(expected) + abs(bend)) + slack
+        if abs(loss - expected - bend) > allowed:  # false where one is not finite
             raise RuntimeError(
                 f"The closure computed the loss {loss:.9g} where it had computed {expected:.9g} at the same "
                 f"parameters. {SAME_FUNCTION}"
