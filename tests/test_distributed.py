@@ -286,6 +286,26 @@ def test_processes_with_different_parameters_are_an_error() -> None:
         assert "Wrap the model in DistributedDataParallel" in message
 
 
+def clamp_in_the_closure(rank: int) -> str:
+    theta = nn.Parameter(torch.full((2,), 3.0))
+
+    def closure() -> Tensor:
+        theta.data.clamp_(-1, 1)
+        return F.mse_loss(theta, torch.zeros(2))
+
+    try:
+        HessianFree([theta]).step(closure)
+    except RuntimeError as error:
+        return f"{error} {theta.tolist()}"
+    return "no error"
+
+
+@pytest.mark.slow
+def test_a_closure_that_clamps_weights_is_an_error() -> None:
+    for message in run(clamp_in_the_closure):
+        assert "with several processes it must not" in message and message.endswith("[3.0, 3.0]")
+
+
 def penalise_by_hand(rank: int, weight: bool) -> Tensor:
     """A loss that says nothing of what it is a mean over."""
     theta, x = nn.Parameter(torch.ones(2, dtype=torch.float64)), torch.arange(6.0, dtype=torch.float64)

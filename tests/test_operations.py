@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -252,7 +253,7 @@ def test_a_few_steps_decrease_the_loss(name: str, optimizer: Any) -> None:
     trained = optimizer([case.p])
     losses = [float(trained.step(case.closure)) for _ in range(4)]
     assert losses[-1] < losses[0]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(losses))
 
 
 def test_differences_of_a_perfect_fit_on_a_kink_are_not_taken_for_other_data() -> None:

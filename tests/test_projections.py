@@ -79,7 +79,7 @@ def test_the_minimum_inside_the_bounds_is_found_from_outside(optimizer: Any, pla
 def test_on_a_bound_every_step_taken_decreases_the_loss(place: str, by_data: bool, products: Any) -> None:
     problem = Bounded((0.5, 0.1), (0.0, 1.5), place, by_data)
     trained = HessianFree([problem.p], products=products)
-    losses = [float(trained.step(problem.closure)) for _ in range(20)]
+    losses = [float(trained.step(problem.closure)) for _ in range(12)]
     assert losses == sorted(losses, reverse=True)
     assert problem.p[0] == 1.5 and losses[-1] < 0.3 * losses[0]
 
