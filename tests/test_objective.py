@@ -356,8 +356,12 @@ def test_bad_parameters_are_refused() -> None:
             lambda: torch.zeros(()),
             [torch.zeros(1, requires_grad=True), torch.zeros(1, device="meta", requires_grad=True)],
         )
-    with pytest.raises(ValueError, match=r"Keep the weights in float32.*bf16-mixed"):
-        evaluate(lambda: torch.zeros(()), [torch.zeros(1, dtype=torch.float16, requires_grad=True)])
+    for dtype, advice in {
+        torch.float16: r"Keep the weights in float32.*bf16-mixed",
+        torch.complex64: r"real parameters.*torch\.view_as_complex",
+    }.items():
+        with pytest.raises(ValueError, match=advice):
+            evaluate(lambda: torch.zeros(()), [torch.zeros(1, dtype=dtype, requires_grad=True)])
     with pytest.raises(TypeError, match=r"iterable of tensors, got a Linear\. Write model\.parameters\(\)"):
         evaluate(lambda: torch.zeros(()), nn.Linear(1, 1))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"params must be an iterable of tensors, got a Tensor. Write a list"):

@@ -368,7 +368,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             hook.remove()
         return state_dict
 
-    def _pack(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _packed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         params, state = self._params, state_dict["state"]
         key = home(self.state, params)
         if key is None and not is_sharded(params):

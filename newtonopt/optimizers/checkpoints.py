@@ -12,7 +12,7 @@ from newtonopt._flat import flat_dtype, flatten, local_pieces
 from newtonopt._sharded import Sharded
 from newtonopt._shards import as_parameters, is_sharded, layout_of, local_part, taken_back
 
-# An entry of every optimizer's state. Torch keeps states by parameter; the one with this entry is the optimizer's.
+# An entry that every optimizer's state has. Torch keeps states by parameter: the one with this entry is ours.
 _ALWAYS = "steps"
 # Under this name the saved state lists which of its entries are pieces of vectors, one for each trained parameter.
 _VECTORS = "vectors"
@@ -77,7 +77,7 @@ def packed(
     """
     layout = memory.get("layout") or layout_now(params)
     trained = [number for number, size in enumerate(layout) if size]
-    # torch.distributed.checkpoint does not load the state of a frozen parameter, and misses that of a trained one.
+    # torch.distributed.checkpoint loads no state of a frozen parameter, and misses that of a trained one.
     now = [number for number, p in enumerate(params) if p.requires_grad] or [0]
     like = [params[number] for number in trained]
     # torch.distributed.checkpoint flattens no lists, and wants all tensors on one device.
