@@ -28,7 +28,7 @@ MEMBERS = {
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip()[:40])
 def test_each_set_up_is_held_up_by_a_test(row: str) -> None:
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row.split("|")[-2])
+    named = re.findall(r"`((?:\w+/)?test_\w+\.py)::(test_\w+)`", row.split("|")[-2])
     assert named, "the row names no test"
     for file, name in named:
         functions = [

@@ -18,7 +18,7 @@ from newtonopt.evaluation import Evaluation
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective
 from newtonopt.operators import gauss_newton, hessian
-from newtonopt.optimizers.call import Call, not_finite, skips_backward, unrounded
+from newtonopt.optimizers.call import Call, not_finite, refuse_skipped_batches, skips_backward, unrounded
 from newtonopt.optimizers.checkpoints import (
     check_kind,
     check_layout,
@@ -31,13 +31,28 @@ from newtonopt.optimizers.checkpoints import (
 from newtonopt.optimizers.escape import STALLED, critical, is_stalled, leave, note_progress, settle
 from newtonopt.optimizers.rates import is_everywhere
 from newtonopt.optimizers.report import StepReport, following
-from newtonopt.optimizers.settings import PER_GROUP, check_group, check_groups, check_settings, shared_settings
+from newtonopt.optimizers.settings import (
+    PER_GROUP,
+    check_group,
+    check_groups,
+    check_settings,
+    shared_settings,
+    warn_of_small_rates,
+)
 from newtonopt.optimizers.trials import Outcome, Proposal, search
 
 _MAX_FAILURES = 5
 _CLIPPING = (
     "The closure clips gradients. newtonopt takes the gradient of the loss itself: clipping has no effect on its "
     "step, which is bounded by other means. Remove gradient_clip_val (or clip_grad_norm_) to silence this."
+)
+_NO_CLOSURE = (
+    "step() needs a closure that computes the loss and calls backward: optimizer.step(closure). Lightning gives one, "
+    'except with precision="16-mixed", whose gradient scaler calls step() without it: use precision="bf16-mixed" or '
+    '"32-true". Training loops that call backward themselves and then step(), such as those of the Hugging Face '
+    "Trainer, ignite's create_supervised_trainer, Pyro's SVI and BoTorch's fit_gpytorch_mll_torch, give none: write "
+    "the loop yourself with optimizer.step(closure), as docs/setups.md shows for each, or let "
+    "optimizer.register_step_pre_hook give the closure."
 )
 
 
@@ -53,6 +68,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         self._check(settings)
         super().__init__(listed_groups(params), settings)
         check_any(self._params)
+        warn_of_small_rates(self.param_groups)
         self.last_step: StepReport | None = None
         self._warned_of_clipping = False
         self._fell_back = False
@@ -136,15 +152,12 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         if closure is None and self._only_a_state_is_wanted():
             return None
         if closure is None:
-            raise RuntimeError(
-                f"{type(self).__name__}.step() needs a closure that computes the loss and calls backward: "
-                'optimizer.step(closure). Lightning gives one, except with precision="16-mixed", whose gradient '
-                'scaler calls step() without it: use precision="bf16-mixed" or "32-true".'
-            )
+            raise RuntimeError(f"{type(self).__name__}.{_NO_CLOSURE}")
         check_closure(closure)
         check_closure(closure if curvature_closure is None else curvature_closure, "curvature_closure")
         check_groups(self.param_groups, self.defaults, self._check)
         check_parameters(self._params)
+        refuse_skipped_batches()
         if skips_backward(closure):
             return self._run_without_backward(closure)
         call = Call(closure, curvature_closure, self.param_groups, falls_back=self._fell_back)

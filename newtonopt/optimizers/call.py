@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -127,6 +129,30 @@ def skips_backward(closure: Callable[[], Any]) -> bool:
         and getattr(host, "_backward_fn", host) is None
         for host in hosts
     )
+
+
+def refuse_skipped_batches() -> None:
+    """Raise a RuntimeError if accelerate, which calls the step, leaves out all closures but every n-th.
+
+    Its optimizer runs no closure while it accumulates gradients, so that a step would see one micro-batch of n.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_WRAPPERS):
+        if frame is None:
+            return
+        if frame.f_globals.get("__name__") == "accelerate.optimizer":
+            count = frame.f_locals["self"].gradient_state.num_steps
+            if count > 1:
+                raise RuntimeError(
+                    f"Accelerator(gradient_accumulation_steps={count}) runs the closure of every {count}. batch only, "
+                    "so that a step would leave out the others: set it to 1, and loop over the micro-batches inside "
+                    "one closure, calling backward for each."
+                )
+        frame = frame.f_back
+
+
+# Frames of hooks, decorators and schedulers between a caller of `step` and its body, at most.
+_WRAPPERS = 10
 
 
 def _put_gradients(params: Sequence[Tensor], gradient: Tensor) -> None:
