@@ -49,6 +49,19 @@ ENDS: dict[str, tuple[str, str]] = {
     "ClampMinBackward0": ("a hinge", _HESSIAN),
     "ClampBackward1": ("a hinge", _HESSIAN),
 }
+ENDS.update(
+    dict.fromkeys(
+        (
+            *("MseLossBackward0", "NllLossBackward0", "NllLoss2DBackward0", "HuberLossBackward0"),
+            *("SmoothL1LossBackward0", "SoftMarginLossBackward0", "BinaryCrossEntropyBackward0"),
+            "BinaryCrossEntropyWithLogitsBackward0",
+        ),
+        (
+            "a loss of torch.nn.functional that was called outside of the closure",
+            "call the model and the loss inside the closure, each time it runs",
+        ),
+    )
+)
 _LAYER = (
     "the model's output itself, as a critic's does",
     f"it is linear in the output, so that there is no Gauss-Newton matrix: {_HESSIAN}",

@@ -42,6 +42,11 @@ __all__ = [
 ]
 
 Closure = Callable[[], Any]
+_CONSTANT = (
+    "The loss is the same to the last bit wherever the parameters are, so no step can be tried: the closure must run "
+    "the forward pass itself, each time it is called. Move the call of the model and of the loss function into the "
+    "closure, before loss.backward(), and keep no loss, output or parametrized weight from an earlier call."
+)
 Result = TypeVar("Result")
 
 
@@ -91,6 +96,7 @@ class Objective:
         with torch.no_grad():
             self.point = flatten(self.params, self.params).clone()
         self._moves = False
+        self._evaluated: tuple[Tensor, Tensor] | None = None
         self._terms: int | None = None
         self._numbers: dict[object, int] = {}
         self._may_release, self._has_released = True, False
@@ -390,6 +396,7 @@ class Objective:
             source=self,
             form="cached" if self.products == "auto" else self.products,
         )
+        self._evaluated = losses, evaluation.data_gradient
         if self._ranks.count > 1:
             evaluation.loss = self._mean_loss(losses, recording.loss.dtype, self.point).to(self.point.device)
         evaluation.returned = recording.returned
@@ -409,7 +416,28 @@ class Objective:
             return value, 0.0
 
         losses = self._ranks.gather(loss)[:, 0]
+        self._check_varies(losses, found[0][1])
         return float(self._mean_loss(losses, *found[0]))
+
+    def _check_varies(self, losses: Tensor, point: Tensor) -> None:
+        """Raise a RuntimeError if the losses of a first trial and of one far away are those of the evaluation to the
+        bit, where there is a gradient: the closure does not run the forward pass.
+        """
+        if self._evaluated is None:
+            return
+        (before, gradient), self._evaluated = self._evaluated, None
+        if not bool((losses == before).any()) or torch.equal(point, self.point) or not bool(gradient.any()):
+            return
+        # Near a minimum a short step may leave every bit; a random one as long as the parameters does not.
+        noise = self.point.new_empty(self.point.shape[0], dtype=torch.float64, device="cpu")
+        noise = noise.normal_(generator=torch.Generator().manual_seed(0)).to(self.point)
+        far = 0.1 * (1 + self.point.abs()) * noise
+        try:
+            there = self._ranks.gather(lambda: (self.visit(None, far), 0.0))[:, 0]
+        except Exception:
+            return  # without a value there, the loss is not the same
+        if bool(((losses == before) & (there == before)).any()):
+            raise RuntimeError(_CONSTANT)
 
     def _mean_loss(self, losses: Tensor, dtype: torch.dtype, point: Tensor) -> Tensor:
         mean = (self._shares @ losses).to(dtype)

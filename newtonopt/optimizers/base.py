@@ -374,7 +374,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         hold is there then, zeros for what is not known yet, and a new optimizer's can be loaded into.
         """
         # Before the user's own hooks, which see what is saved.
-        hook = self.register_state_dict_post_hook(lambda _, state_dict: self._pack(state_dict), prepend=True)
+        hook = self.register_state_dict_post_hook(lambda _, state_dict: self._packed(state_dict), prepend=True)
         try:
             state_dict: dict[str, Any] = super().state_dict()
         finally:

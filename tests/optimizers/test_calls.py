@@ -318,3 +318,106 @@ def test_curvature_that_is_not_finite_moves_nothing(build: Build) -> None:
     with pytest.raises(RuntimeError, match="curvature_closure's loss was not finite in 5 steps in a row"):
         optimizer.step(problem.closure, curvature_closure=broken)
     assert torch.equal(problem.flat(), start)
+
+
+class Outside:
+    """A loss computed in different places, and closures that use it."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+        self.x, self.y = torch.randn(8, 3).double(), torch.randn(8, 1).double()
+        self.outputs = self.model(self.x)
+        self.loss = F.mse_loss(self.outputs, self.y)
+        self.kept: Tensor | None = None
+
+    def backward_only(self) -> Tensor:
+        self.model.zero_grad()
+        self.loss.backward(retain_graph=True)
+        return self.loss
+
+    def returns_it(self) -> Tensor:
+        return self.loss
+
+    def outputs_from_outside(self) -> Tensor:
+        self.model.zero_grad()
+        loss = F.mse_loss(self.outputs, self.y)
+        loss.backward(retain_graph=True)
+        return loss
+
+    def kept_from_the_first_call(self) -> Tensor:
+        self.model.zero_grad()
+        if self.kept is None:
+            self.kept = F.mse_loss(self.model(self.x), self.y)
+        self.kept.backward(retain_graph=True)
+        return self.kept
+
+    def inside(self) -> Tensor:
+        self.model.zero_grad()
+        loss = F.mse_loss(self.model(self.x), self.y)
+        loss.backward()
+        return loss
+
+    def flat(self) -> Tensor:
+        return torch.cat([p.detach().reshape(-1) for p in self.model.parameters()])
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("where", ["backward_only", "returns_it", "outputs_from_outside", "kept_from_the_first_call"])
+def test_a_forward_pass_outside_the_closure_is_an_error(build: Build, where: str, weight_decay: float) -> None:
+    problem = Outside()
+    optimizer = build(problem.model.parameters(), weight_decay=weight_decay)
+    before = problem.flat()
+    with pytest.raises(RuntimeError, match=r"Move the call of the model .* into the|call the model and the loss inside the closure"):
+        optimizer.step(getattr(problem, where))
+    assert torch.equal(problem.flat(), before) and not optimizer.state
+    optimizer.step(problem.inside)
+    assert not torch.equal(problem.flat(), before)
+
+
+@pytest.mark.parametrize("products", ["cached", "streamed", pytest.param("finite_difference", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("where", ["backward_only", "outputs_from_outside"])
+def test_a_forward_pass_outside_the_closure_is_an_error_however_products_are_formed(where: str, products: str) -> None:
+    problem = Outside()
+    optimizer = HessianFree(problem.model.parameters(), curvature="hessian", products=products)
+    before = problem.flat()
+    with pytest.raises(RuntimeError, match="same to the last bit"):
+        optimizer.step(getattr(problem, where))
+    assert torch.equal(problem.flat(), before)
+
+
+def test_the_returned_number_may_be_an_old_one(build: Build) -> None:
+    problem = Outside()
+    optimizer = build(problem.model.parameters())
+    old, before = problem.loss.item(), problem.flat()
+    assert optimizer.step(lambda: (problem.inside(), old)[1]) == old
+    assert not torch.equal(problem.flat(), before)
+
+
+def test_a_loss_that_no_longer_changes_is_no_error(build: Build) -> None:
+    """At a minimum whose loss is far above zero trials differ from it by less than its last bit."""
+    theta = nn.Parameter(torch.ones(2))
+
+    def closure() -> Tensor:
+        theta.grad = None
+        loss = 1.0 + F.mse_loss(theta, torch.full((2,), 1.0001))
+        loss.backward()
+        return loss
+
+    optimizer = build([theta])
+    for _ in range(3):
+        assert float(optimizer.step(closure)) == 1.0
+
+
+def test_a_loss_without_a_value_far_away_is_no_error(build: Build) -> None:
+    theta = nn.Parameter(torch.ones(2))
+
+    def closure() -> Tensor:
+        if float((theta.detach() - 1).abs().max()) > 0.01:
+            raise ValueError("out of range")
+        theta.grad = None
+        loss = 1.0 + F.mse_loss(theta, torch.full((2,), 1.0001))
+        loss.backward()
+        return loss
+
+    assert float(build([theta]).step(closure)) == 1.0
