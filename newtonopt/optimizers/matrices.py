@@ -10,6 +10,7 @@ from torch import Tensor
 from newtonopt._flat import flat_dtype
 from newtonopt._memory import check_room, fits
 from newtonopt.linear_operator import LinearOperator
+from newtonopt.solvers.secular import above_rounding
 
 # A matrix, its eigenvectors, and twice as much for LAPACK's divide and conquer to work in (syevd).
 _COPIES = 4
@@ -53,6 +54,11 @@ def finite_dense(A: LinearOperator) -> Tensor:
 
 
 def spectrum(A: LinearOperator) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of the whole matrix; a FloatingPointError if it has entries that are not finite."""
-    values, vectors = torch.linalg.eigh(finite_dense(A))
-    return values, vectors
+    """Return eigenvalues above their rounding and eigenvectors of the whole matrix.
+
+    Raises:
+        FloatingPointError: The matrix has entries that are not finite.
+    """
+    matrix = finite_dense(A)
+    values, vectors = torch.linalg.eigh(matrix)
+    return above_rounding(values, vectors, matrix, torch.finfo(matrix.dtype).eps), vectors

@@ -20,8 +20,7 @@ def solve_shifted(A: Tensor, gradient: Tensor, damping: float, eigh: Eigh = torc
     """Minimise `g's + s'(A + c I)s / 2` with `c = damping`, or as much more as makes the matrix positive definite.
 
     By Cholesky factorisation if `damping` is enough; otherwise by eigenvectors, with `c` such that the lowest
-    eigenvalue becomes `damping`. A damping below the rounding of the eigenvalues counts as that much: less would scale
-    up noise where the matrix is singular.
+    eigenvalue becomes `damping`, or the rounding of the eigenvalues if that is more.
 
     Args:
         A: Symmetric, `(n, n)`.
@@ -33,14 +32,13 @@ def solve_shifted(A: Tensor, gradient: Tensor, damping: float, eigh: Eigh = torc
     Returns:
         The solution; `decrease` is that of the model with `A + c I`.
     """
-    damping = max(damping, _rounding(A))
     damped = A.clone()
     damped.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(damped)
     reason = "Cholesky"
     if bool(failed):
         values, vectors = eigh(A)
-        lifted = values - values[0].clamp(max=0) + damping
+        lifted = values - values[0].clamp(max=0) + max(damping, _rounding(A))
         step = -vectors @ ((vectors.T @ gradient) / lifted)
         reason = "shifted past the lowest eigenvalue"
     else:
@@ -63,14 +61,11 @@ def solve_absolute(A: Tensor, gradient: Tensor, damping: float, eigh: Eigh = tor
     Returns:
         The solution; `decrease` is that of the model with `|A| + damping I`.
     """
-    floor = _rounding(A)
-    lowered = A.clone()
-    lowered.diagonal().sub_(floor)
-    if not bool(torch.linalg.cholesky_ex(lowered).info):
+    if not bool(torch.linalg.cholesky_ex(A).info):
         solution = solve_shifted(A, gradient, damping)
         return Solution(solution.step, solution.decrease, 1, "positive definite")
     values, vectors = eigh(A)
-    step = -vectors @ ((vectors.T @ gradient) / (values.abs().clamp(min=floor) + damping))
+    step = -vectors @ ((vectors.T @ gradient) / (values.abs().clamp(min=_rounding(A)) + damping))
     return Solution(step, float(-(gradient @ step) / 2), 1, "eigenvalues replaced by their absolute value")
 
 
@@ -140,7 +135,6 @@ def _rounding(A: Tensor) -> float:
 
 def _solve(values: Tensor, vectors: Tensor, gradient: Tensor, minimise: Minimise) -> Solution:
     slopes = vectors.T @ gradient
-    values, slopes = secular.above_rounding(values, slopes, torch.finfo(values.dtype).eps)
     y, reason = minimise(values, slopes)
     decrease = -float(slopes.double().cpu() @ y + values.double().cpu() @ y.square() / 2)
     return Solution(vectors @ y.to(vectors), decrease, 1, reason)

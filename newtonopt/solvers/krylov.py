@@ -57,6 +57,6 @@ def _solve(tridiagonal: Tridiagonal, gradient: Tensor, minimise: Minimise) -> tu
     """The minimiser's coordinates in the Lanczos basis, its decrease, and which case it was."""
     values, vectors = tridiagonal.ritz()
     slopes = float(gradient.norm()) * vectors[0]
-    values, slopes = above_rounding(values, slopes, torch.finfo(gradient.dtype).eps)
+    values = above_rounding(values, vectors, tridiagonal.dense(), torch.finfo(gradient.dtype).eps)
     y, reason = minimise(values, slopes)
     return vectors @ y, -float(torch.dot(slopes, y) + torch.dot(values, y.square()) / 2), reason

@@ -13,21 +13,22 @@ Minimise = Callable[[Tensor, Tensor], tuple[Tensor, str]]
 _MAX_ITERATIONS = 100
 
 
-def above_rounding(values: Tensor, slopes: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues with those of at most `k eps |A|` by absolute value raised to that, and the slopes.
+def above_rounding(values: Tensor, vectors: Tensor, matrix: Tensor, eps: float) -> Tensor:
+    """Return the eigenvalues with those that rounding may have made raised to their rounding.
 
-    Computed eigenvalues are uncertain by as much: a singular matrix has small ones of either sign, along which a step
-    would have any length. Slopes of at most `k eps |c|` along them are rounding too, and become zero.
+    Entries of the matrix are uncertain by `eps |A_ij|`, and the eigenvalue of `u` by about `k eps |u|'|A||u|`: a
+    singular matrix has small eigenvalues of either sign, which are no negative curvature, and along which a step would
+    have any length. A badly scaled matrix may have small eigenvalues to many digits; these stay.
 
     Args:
         values: Eigenvalues `(k,)`, ascending.
-        slopes: `c`, `(k,)`, the gradient in the eigenvectors' coordinates.
+        vectors: Eigenvectors as columns, `(k, k)`.
+        matrix: The symmetric matrix `A`, `(k, k)`.
         eps: Of the dtype in which the matrix or its products were computed.
     """
-    rounding = values.shape[0] * eps
-    floor = rounding * float(values.abs().max())
-    flat = values.abs() <= floor
-    return values.masked_fill(flat, floor), slopes.masked_fill(flat & (slopes.abs() <= rounding * slopes.norm()), 0.0)
+    sizes = vectors.abs()
+    rounding = values.shape[0] * eps * (sizes * (matrix.abs() @ sizes)).sum(0)
+    return torch.where(values.abs() <= rounding, rounding, values)
 
 
 def ball(values: Tensor, slopes: Tensor, radius: float) -> tuple[Tensor, str]:

@@ -185,11 +185,14 @@ def test_a_cubic_term_that_is_rounding_leaves_newtons_step() -> None:
     torch.testing.assert_close(cubic(values, slopes, 1e-16)[0], -slopes / values, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("tiny", [-1e-17, 0.0, 1e-17])
-def test_eigenvalues_and_slopes_at_rounding_count_as_such(tiny: float) -> None:
-    values = torch.tensor([-3.0, tiny, tiny, 2.0], dtype=torch.float64)
-    slopes = torch.tensor([0.0, 1e-17, 0.5, 1.0], dtype=torch.float64)
-    floor = 4 * torch.finfo(torch.float64).eps * 3.0
-    raised, kept = above_rounding(values, slopes, torch.finfo(torch.float64).eps)
-    assert raised.tolist() == [-3.0, floor, floor, 2.0]
-    assert kept.tolist() == [0.0, 0.0, 0.5, 1.0]
+@pytest.mark.parametrize("tiny", [-1e-16, 0.0, 1e-16])
+def test_eigenvalues_at_rounding_count_as_such(tiny: float) -> None:
+    """Of a matrix with entries of one size; of a badly scaled one a small eigenvalue is kept."""
+    eps = torch.finfo(torch.float64).eps
+    vectors = torch.tensor([[1.0, 1.0], [-1.0, 1.0]], dtype=torch.float64) / math.sqrt(2)
+    values = torch.tensor([tiny, 2.0], dtype=torch.float64)
+    raised = above_rounding(values, vectors, torch.ones(2, 2, dtype=torch.float64), eps)
+    assert raised.tolist() == pytest.approx([4 * eps, 2.0], rel=1e-6)
+    graded = torch.tensor([tiny, 2.0], dtype=torch.float64)
+    kept = above_rounding(graded, torch.eye(2, dtype=torch.float64), graded.diag(), eps)
+    assert kept.tolist() == [tiny, 2.0]
