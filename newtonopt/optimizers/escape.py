@@ -27,6 +27,11 @@ STALLED = "steps no longer change the loss"
 _SAME = 1e-6
 
 
+def is_settled(memory: dict[str, Any], loss: float, norm: float) -> bool:
+    """Whether a search found nothing at this very point."""
+    return (loss, norm) == (memory.get("settled_loss"), memory.get("settled_norm"))
+
+
 def is_stalled(memory: dict[str, Any], loss: float) -> bool:
     """Whether a search is due: steps stalled often enough, and at another point than the last fruitless search."""
     if memory.get("stalls", 0) < memory.get("patience", 1):
@@ -51,7 +56,7 @@ def note_progress(memory: dict[str, Any], outcome: Outcome, leaves: bool, loss: 
         norm: The gradient's, there.
         eps: Of the dtype in which the loss was computed.
     """
-    tells = min(outcome.predicted, abs(loss - outcome.loss)) > 10 * eps * abs(loss)
+    tells = min(abs(outcome.predicted), abs(loss - outcome.loss)) > 10 * eps * abs(loss)
     if not leaves:
         memory["stalls"] = 0 if tells else memory.get("stalls", 0) + 1
     elif outcome.accepted and tells:

@@ -137,8 +137,10 @@ def test_a_sketch_saves_iterations_and_changes_no_solution(curvature: Any) -> No
             iterations[preconditioner] += optimizer.last_step.iterations
             products[preconditioner] += optimizer.last_step.products
         torch.testing.assert_close(layer.weight[0].detach(), exact, rtol=1e-5, atol=1e-7)
-    assert products["nystrom"] - iterations["nystrom"] == (20 if curvature == "gauss_newton" else 40)
-    assert products[None] == iterations[None]
+    # With the Hessian, negative curvature is searched for once, where the loss no longer tells a decrease.
+    searches = (0, 60) if curvature == "hessian" else (0,)
+    assert products[None] - iterations[None] in searches
+    assert products["nystrom"] - iterations["nystrom"] - (20 if curvature == "gauss_newton" else 40) in searches
     assert iterations["nystrom"] < 0.5 * iterations[None]
 
 
