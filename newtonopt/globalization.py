@@ -16,7 +16,8 @@ def reduction_ratio(loss: float, trial_loss: float, predicted: float, eps: float
     """The actual decrease over the predicted one, insensitive to rounding.
 
     Near a minimum both decreases drown in the rounding of the loss; both get `10 eps |loss|` added, so that their ratio
-    tends to one there (Conn, Gould & Toint 2000, sec. 17.4.2).
+    tends to one there (Conn, Gould & Toint 2000, sec. 17.4.2). A loss that is the same to the last bit, where little
+    more than that was promised, says nothing against the model: the step was lost in the rounding of the parameters.
 
     Args:
         loss: At the start of the step.
@@ -30,6 +31,8 @@ def reduction_ratio(loss: float, trial_loss: float, predicted: float, eps: float
     if not math.isfinite(trial_loss):
         return -math.inf
     rounding = 10 * eps * abs(loss)
+    if trial_loss == loss and abs(predicted) <= 10 * rounding:
+        return 1.0
     if predicted + rounding <= 0:
         return -math.inf if trial_loss > loss else 1.0
     return (loss - trial_loss + rounding) / (predicted + rounding)
@@ -65,6 +68,31 @@ def levenberg_marquardt(damping: float, ratio: float, *, factor: float, minimum:
     elif ratio > 0.75:
         damping /= factor
     return min(max(damping, minimum), maximum)
+
+
+def run_of(run: int, ratio: float) -> int:
+    """Count ratios in a row within a tenth of one."""
+    return run + 1 if abs(ratio - 1) <= 0.1 else 0
+
+
+def hastened(control: float, usual: float, run: int, matters: float, eps: float) -> float:
+    """Return the next damping or weight, lowered faster where the present one is of another scale than the problem.
+
+    A first control may be any number of orders above what the loss asks for, and the usual factor takes as many steps.
+    From the third ratio near one in a row on the factor is squared each time, until the control is of the curvature's
+    size. The control is not lowered below the rounding of the curvature, where it has no effect.
+
+    Args:
+        control: The present one.
+        usual: The next one by the usual rule.
+        run: How many ratios in a row were near one.
+        matters: The control whose effect on the step is as large as the curvature's.
+        eps: Of the dtype of the gradient.
+    """
+    if usual >= control:
+        return usual
+    fast: float = control * (usual / control) ** min(2 ** max(run - 2, 0), 64)
+    return max(fast, min(usual, matters), min(control, eps * matters))
 
 
 def trust_radius(radius: float, ratio: float, length: float, *, minimum: float, maximum: float) -> float:

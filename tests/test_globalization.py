@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from newtonopt.globalization import (
     cubic_weight,
+    hastened,
     levenberg_marquardt,
     reduction_ratio,
+    run_of,
     shortening,
     strong_wolfe,
     sufficient_decrease,
@@ -171,3 +173,34 @@ def test_a_step_is_shortened_to_the_minimum_of_a_parabola_within_bounds() -> Non
     assert shortening(1e9, -1.0) == 0.1
     assert shortening(math.inf, -1.0) == shortening(math.nan, -1.0) == 0.1
     assert shortening(-0.9, -1.0) == shortening(-2.0, -1.0) == shortening(1.0, 2.0) == 0.5
+
+
+def test_agreements_in_a_row_are_counted() -> None:
+    run = 0
+    for ratio, expected in (
+        (1.0, 1),
+        (0.95, 2),
+        (1.09, 3),
+        (1.2, 0),
+        (1.0, 1),
+        (0.5, 0),
+        (-math.inf, 0),
+        (math.nan, 0),
+    ):
+        run = run_of(run, ratio)
+        assert run == expected
+
+
+def test_a_control_is_lowered_faster_after_agreements_as_far_as_the_curvature() -> None:
+    assert hastened(1.0, 0.5, 2, 1e-9, EPS) == 0.5
+    assert hastened(1.0, 0.5, 3, 1e-9, EPS) == 0.25
+    assert hastened(1.0, 0.5, 5, 1e-9, EPS) == 0.5**8
+    assert hastened(1.0, 0.5, 9, 1e-9, EPS) == 1e-9  # no further at once
+    assert hastened(1.0, 0.5, 9, 10.0, EPS) == 0.5  # below the curvature's size by the usual rule
+    assert hastened(1e-20, 1e-21, 9, 1.0, EPS) == 1e-20  # not below the curvature's rounding
+    assert hastened(1.0, 2.0, 9, 1e-9, EPS) == 2.0
+
+
+def test_a_loss_that_stays_the_same_to_the_last_bit_does_not_speak_against_the_model() -> None:
+    assert reduction_ratio(3.0, 3.0, 40 * EPS * 3.0, EPS) == 1.0
+    assert reduction_ratio(3.0, 3.0, 1e4 * EPS * 3.0, EPS) < 0.01

@@ -15,20 +15,13 @@ from newtonopt._checks import check_closure, warn
 from newtonopt._flat import check_any, check_parameters, flatten, listed_group, listed_groups
 from newtonopt._shards import is_sharded
 from newtonopt.evaluation import Evaluation
+from newtonopt.globalization import hastened, run_of
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective
 from newtonopt.operators import gauss_newton, hessian
 from newtonopt.optimizers.call import Call, not_finite, refuse_skipped_batches, skips_backward, unrounded
-from newtonopt.optimizers.checkpoints import (
-    check_kind,
-    check_layout,
-    follow,
-    home,
-    layout_now,
-    packed,
-    unpacked,
-)
-from newtonopt.optimizers.escape import STALLED, critical, is_stalled, leave, note_progress, settle
+from newtonopt.optimizers.checkpoints import check_kind, check_layout, follow, home, layout_now, packed, unpacked
+from newtonopt.optimizers.escape import STALLED, critical, is_settled, is_stalled, leave, note_progress, settle
 from newtonopt.optimizers.rates import is_everywhere
 from newtonopt.optimizers.report import StepReport, following
 from newtonopt.optimizers.settings import (
@@ -240,17 +233,15 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         place = critical(basis.gradient, norm, self.param_groups[0]["tolerance_gradient"])
         if is_everywhere(rates, 0.0):
             return Proposal([], [], 0, 0, "the learning rate is zero"), 0
-        searched = self.param_groups[0]["curvature"] == "hessian"
-        if place and (loss, norm) == (memory.get("settled_loss"), memory.get("settled_norm")):
-            return Proposal([], [], 0, 0, place + ", and no negative curvature was found here before" * searched), 0
-        if not (place or (searched and is_stalled(memory, loss))):
+        searches = self.param_groups[0]["curvature"] == "hessian"
+        if place and is_settled(memory, loss, norm):
+            return Proposal([], [], 0, 0, place + ", and no negative curvature was found here before" * searches), 0
+        if not (place or (searches and is_stalled(memory, loss))):
             return self._propose(basis, rates), 0
         away = leave(self._curvature(basis), basis.gradient, rates, place or STALLED, self._length_along)
         if not away.steps:
             settle(memory, loss, norm)
-        if away.steps or place:
-            return away, 0
-        return self._propose(basis, rates), away.products
+        return (away, 0) if away.steps or place else (self._propose(basis, rates), away.products)
 
     def _try(self, objective: Objective, evaluation: Evaluation, proposal: Proposal, form: str, searching: int) -> bool:
         """Try a proposal, and shorter ones while that is rejected; move, report, adapt. Returns as `_take_step`."""
@@ -260,7 +251,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             outcome = self._judge(objective, evaluation.gradient, proposal, loss, evaluation.eps)
             trials += outcome.trials
             used = self._controls
-            self._adapt(outcome.first_ratio, proposal.length)
+            self._adapt(outcome.first_ratio, proposal, evaluation.gradient)
             turns -= 1
             if outcome.accepted or turns == 0 or proposal.shrink is None or self.control is None:
                 break
@@ -297,9 +288,20 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
     def _controls(self) -> dict[str, float]:
         return {} if self.control is None else {self.control: self._memory[self.control]}
 
-    def _adapt(self, ratio: float, length: float = 0.0) -> None:
-        if self.control is not None:
-            self._memory[self.control] = self._next_control(self._memory[self.control], ratio, length)
+    def _adapt(self, ratio: float, proposal: Proposal | None = None, gradient: Tensor | None = None) -> None:
+        if self.control is None:
+            return
+        memory, control = self._memory, self._memory[self.control]
+        memory["agreements"] = run_of(memory.get("agreements", 0), ratio)
+        new = self._next_control(control, ratio, 0.0 if proposal is None else proposal.length)
+        if proposal is not None and gradient is not None and (matters := self._matters(proposal, gradient)):
+            new = hastened(control, new, memory["agreements"], matters, torch.finfo(gradient.dtype).eps)
+        low, high = (self.param_groups[0][f"{bound}_{self.control}"] for bound in ("min", "max"))
+        memory[self.control] = min(max(new, low), high)
+
+    def _matters(self, proposal: Proposal, gradient: Tensor) -> float:
+        """From about which value the control, not the curvature, sets the length of a step; zero: it always may."""
+        return 0.0
 
     def _fail(self, loss: float, norm: float, what: str) -> None:
         """A loss, gradient or curvature not finite moves nothing; it tightens the control, and soon an error."""

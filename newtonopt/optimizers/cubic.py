@@ -19,7 +19,7 @@ from newtonopt.optimizers.base import NewtonOptimizer
 from newtonopt.optimizers.matrices import check_decomposition, spectrum
 from newtonopt.optimizers.regions import bounded, check_subproblem, judge, refuse_exact
 from newtonopt.optimizers.settings import ELSEWHERE
-from newtonopt.optimizers.trials import Outcome, Proposal
+from newtonopt.optimizers.trials import Outcome, Proposal, curvature_along
 from newtonopt.solvers import secular
 from newtonopt.solvers.cg import forcing_sequence
 from newtonopt.solvers.dense import solve_cubic
@@ -60,7 +60,8 @@ class CubicNewton(NewtonOptimizer):
         max_trials: How often a step is tried, with `sigma` raised after each rejection, one or more. Default 1: a
             rejection ends the step. Further trials take one forward pass each and no product.
         max_iterations: Of the Lanczos process in a step, one or more. Default 1000, as for `HessianFree`.
-        min_sigma: Lower bound, above zero. Default 1e-16: below the rounding of float64.
+        min_sigma: Lower bound, above zero. Default 1e-30: none in practice, for it is not lowered below the rounding of
+            the curvature along a step.
         max_sigma: Upper bound. Default 1e100: none in practice.
         tolerance_gradient: No step is taken where no entry of the gradient is larger, unless along negative curvature.
             Default 0: only a gradient of zero ends it (`torch.optim.LBFGS` has 1e-7).
@@ -87,7 +88,7 @@ class CubicNewton(NewtonOptimizer):
         subproblem: Literal["lanczos", "exact"] = "lanczos",
         max_trials: int = 1,
         max_iterations: int = 1000,
-        min_sigma: float = 1e-16,
+        min_sigma: float = 1e-30,
         max_sigma: float = 1e100,
         tolerance_gradient: float = 0.0,
         tolerance_step: float = 0.0,
@@ -128,6 +129,9 @@ class CubicNewton(NewtonOptimizer):
         settings = self.param_groups[0]
         low, high = settings["min_sigma"], settings["max_sigma"]
         return globalization.cubic_weight(control, ratio, minimum=low, maximum=high)
+
+    def _matters(self, proposal: Proposal, gradient: Tensor) -> float:
+        return curvature_along(proposal, gradient) / proposal.length if proposal.length else 0.0
 
     def _length_along(self, slope: float, bend: float) -> float:
         sigma: float = self._memory["sigma"]

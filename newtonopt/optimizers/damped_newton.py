@@ -19,7 +19,7 @@ from newtonopt.operators import diagonal_blocks
 from newtonopt.optimizers.base import NewtonOptimizer
 from newtonopt.optimizers.matrices import blocks_fit, check_decomposition, finite_dense
 from newtonopt.optimizers.settings import ELSEWHERE, check_choices, check_number, damping_rule
-from newtonopt.optimizers.trials import Proposal
+from newtonopt.optimizers.trials import Proposal, curvature_along
 from newtonopt.solvers.dense import solve_absolute, solve_clamped, solve_shifted
 
 _SOLVERS = {"absolute": solve_absolute, "shifted": solve_shifted, "clamped": solve_clamped}
@@ -55,8 +55,9 @@ class DampedNewton(NewtonOptimizer):
             with blocks="parameter".
         damping_factor: Of the Levenberg-Marquardt rule, above one. Default 3 (Nielsen 1999 lowers by as much): it took
             a sixth fewer steps than Martens' 3/2 on the classical test functions, see benchmarks/NOTES.md.
-        min_damping: Lower bound, above zero. Default 1e-16: below the rounding of float64.
-        max_damping: Upper bound. Default 1e10.
+        min_damping: Lower bound, above zero. Default 1e-30: none in practice, for the damping is not lowered below the
+            rounding of the curvature along a step.
+        max_damping: Upper bound. Default 1e30: none in practice.
         tolerance_gradient: No step is taken where no entry of the gradient is larger, unless along negative curvature.
             Default 0: only a gradient of zero ends it (`torch.optim.LBFGS` has 1e-7).
         tolerance_step: A step without a larger entry is not taken. Default 0 (`torch.optim.LBFGS` has 1e-9).
@@ -83,8 +84,8 @@ class DampedNewton(NewtonOptimizer):
         blocks: Literal["whole", "parameter"] = "whole",
         max_trials: int = 1,
         damping_factor: float = 3.0,
-        min_damping: float = 1e-16,
-        max_damping: float = 1e10,
+        min_damping: float = 1e-30,
+        max_damping: float = 1e30,
         tolerance_gradient: float = 0.0,
         tolerance_step: float = 0.0,
         steps_per_call: int = 1,
@@ -147,3 +148,6 @@ class DampedNewton(NewtonOptimizer):
 
     def _next_control(self, control: float, ratio: float, length: float) -> float:
         return damping_rule(self.param_groups[0], control, ratio)
+
+    def _matters(self, proposal: Proposal, gradient: Tensor) -> float:
+        return curvature_along(proposal, gradient)

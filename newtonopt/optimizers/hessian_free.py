@@ -27,7 +27,7 @@ from newtonopt.optimizers.preconditioning import (
 )
 from newtonopt.optimizers.rates import scaled
 from newtonopt.optimizers.settings import ELSEWHERE, check_number, damping_rule, is_number
-from newtonopt.optimizers.trials import Outcome, Proposal
+from newtonopt.optimizers.trials import Outcome, Proposal, curvature_along
 from newtonopt.solvers.cg import conjugate_gradients
 from newtonopt.solvers.preconditioners import Preconditioner
 from newtonopt.solvers.solution import Iterate, Solution
@@ -77,8 +77,9 @@ class HessianFree(NewtonOptimizer):
         warm_start: Conjugate gradients start from the last solution times this, from 0 to below 1, but from zero where
             they meet negative curvature. Default 0.95 (Martens & Sutskever 2012).
         damping_factor: Of the Levenberg-Marquardt rule, above one. Default 3/2 (Martens 2010, sec. 4.1).
-        min_damping: Lower bound, above zero. Default 1e-16: below the rounding of float64.
-        max_damping: Upper bound. Default 1e10.
+        min_damping: Lower bound, above zero. Default 1e-30: none in practice, for the damping is not lowered below the
+            rounding of the curvature along a step.
+        max_damping: Upper bound. Default 1e30: none in practice.
         tolerance_gradient: No step is taken where no entry of the gradient is larger, unless along negative curvature.
             Default 0: only a gradient of zero ends it (`torch.optim.LBFGS` has 1e-7).
         tolerance_step: A step without a larger entry is not taken. Default 0 (`torch.optim.LBFGS` has 1e-9).
@@ -110,8 +111,8 @@ class HessianFree(NewtonOptimizer):
         progress_tolerance: float = 1e-2,
         warm_start: float = 0.95,
         damping_factor: float = 1.5,
-        min_damping: float = 1e-16,
-        max_damping: float = 1e10,
+        min_damping: float = 1e-30,
+        max_damping: float = 1e30,
         tolerance_gradient: float = 0.0,
         tolerance_step: float = 0.0,
         steps_per_call: int = 1,
@@ -205,6 +206,9 @@ class HessianFree(NewtonOptimizer):
         if self._seeks_damping and ratio < LOW_RATIO:
             return min(_FIRST_FACTOR * control, float(settings["max_damping"]))
         return damping_rule(settings, control, ratio)
+
+    def _matters(self, proposal: Proposal, gradient: Tensor) -> float:
+        return curvature_along(proposal, gradient)
 
     @property
     def _seeks_damping(self) -> bool:

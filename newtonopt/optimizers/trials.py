@@ -72,6 +72,13 @@ class Outcome:
     refusal: str = "no trial decreased the loss"
 
 
+def curvature_along(proposal: Proposal, gradient: Tensor) -> float:
+    """Return `|s'As| / |s|^2` for the first step, from its slope and decrease."""
+    step, square = proposal.steps[0], float(proposal.steps[0] @ proposal.steps[0])
+    bend = 2 * abs(proposal.decreases[0] + float(gradient @ step))
+    return bend / square if square > 0.0 and math.isfinite(bend) else 0.0
+
+
 def shortened(proposal: Proposal, gradient: Tensor, longest: float) -> Proposal:
     """The proposal of one step, with that at most so long."""
     length = float(proposal.steps[0].norm())
