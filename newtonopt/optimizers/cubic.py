@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -28,6 +29,8 @@ from newtonopt.solvers.solution import Solution
 
 # A step is taken if it keeps this part of the promise (Cartis, Gould & Toint 2011, sec. 7).
 _LEAST_RATIO = 0.1
+# Of the weight, until a first ratio is high enough.
+_FIRST_FACTOR = 10.0
 
 
 class CubicNewton(NewtonOptimizer):
@@ -50,7 +53,9 @@ class CubicNewton(NewtonOptimizer):
         lr: Scales the step, zero or more. Default 1: the model's minimiser.
         curvature: "hessian" (default): exact; "gauss_newton": positive semi-definite, needs a recognised loss or
             `mark_outputs`.
-        sigma: The first weight of the cubic term, above zero. Default 1 (Cartis, Gould & Toint 2011, sec. 7).
+        sigma: The first weight of the cubic term, above zero. Default 1 (Cartis, Gould & Toint 2011, sec. 7). Until a
+            first ratio reaches 1/4 steps are refused and it is multiplied by ten, as `HessianFree` does: too long a
+            first step ends on plateaus.
         weight_decay: Coefficient of `|theta|^2 / 2` in the objective, zero or more. Default 0.
         products: How products are formed, "auto" (default), "cached", "streamed" or
             "finite_difference": see `evaluate`.
@@ -128,6 +133,8 @@ class CubicNewton(NewtonOptimizer):
     def _next_control(self, control: float, ratio: float, length: float) -> float:
         settings = self.param_groups[0]
         low, high = settings["min_sigma"], settings["max_sigma"]
+        if self._seeks_sigma and ratio < globalization.LOW_RATIO:
+            return min(_FIRST_FACTOR * control, float(high))
         return globalization.cubic_weight(control, ratio, minimum=low, maximum=high)
 
     def _matters(self, proposal: Proposal, gradient: Tensor) -> float:
@@ -138,4 +145,21 @@ class CubicNewton(NewtonOptimizer):
         return (math.hypot(bend, 2 * math.sqrt(sigma) * math.sqrt(-slope)) - bend) / (2 * sigma)
 
     def _judge(self, objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> Outcome:
-        return judge(objective, proposal, loss, eps, _LEAST_RATIO)
+        if not self._seeks_sigma or proposal.leaves:
+            return judge(objective, proposal, loss, eps, _LEAST_RATIO)
+        outcome = judge(objective, proposal, loss, eps, globalization.LOW_RATIO)
+        if outcome.accepted:
+            self._memory["found_sigma"] = True
+        elif outcome.ratio >= _LEAST_RATIO:
+            return replace(outcome, refusal="the first sigma was too low")
+        return outcome
+
+    @property
+    def _seeks_sigma(self) -> bool:
+        """Whether no step has confirmed the first weight, which is a guess."""
+        memory = self._memory
+        found = memory.get("found_sigma", False)
+        return not found and memory["sigma"] < self.param_groups[0]["max_sigma"]
+
+    def _blank(self, like: Tensor) -> dict[str, Any]:
+        return {"found_sigma": False}

@@ -137,3 +137,25 @@ def test_a_gradient_of_1e150_has_a_step() -> None:
 
     optimizer.step(closure)
     assert optimizer.last_step is not None and optimizer.last_step.trials > 0
+
+
+@pytest.mark.parametrize("subproblem", ["lanczos", "exact"])
+def test_a_first_weight_that_is_too_low_is_raised_before_a_step_is_taken(subproblem: str) -> None:
+    """NIST's BoxBOD: with the first weight of 1 the first step went 98 far, to a plateau with a loss of 9771."""
+    t = torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0, 10.0], dtype=torch.float64)
+    y = torch.tensor([109.0, 149.0, 149.0, 191.0, 213.0, 224.0], dtype=torch.float64)
+    b = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    optimizer = CubicNewton([b], subproblem=subproblem)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (y - b[0] * (1 - torch.exp(-b[1] * t))).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    report = optimizer.last_step
+    assert report is not None and not report.accepted and report.ratio < 0.25
+    for _ in range(80):
+        optimizer.step(closure)
+    assert optimizer.last_step.loss == pytest.approx(1168.0088766, rel=1e-8)
