@@ -67,7 +67,8 @@ def sketch(A: Curvature, rank: int, generator: torch.Generator, like: Tensor) ->
     Raises:
         FloatingPointError: A product was not finite.
     """
-    return (_nystrom if A.psd else _range_finder)(A, _orthonormal(like, rank, generator))
+    # Each makes the random vectors itself: Python 3.10 keeps a function's arguments alive until the function returns.
+    return (_nystrom if A.psd else _range_finder)(A, rank, generator, like)
 
 
 def _orthonormal(like: Tensor, rank: int, generator: torch.Generator) -> Tensor:
@@ -85,10 +86,11 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.empty_like(like, dtype=torch.float64, device="cpu").normal_(generator=generator).to(like)
 
 
-def _nystrom(A: Matrix, test: Tensor) -> Sketch:
+def _nystrom(A: Matrix, rank: int, generator: torch.Generator, like: Tensor) -> Sketch:
     """Algorithm 2.1 of Frangella, Tropp & Udell 2023. The shift `sqrt(n) eps |Y|` keeps the Cholesky factorisation
     stable, and is taken off again; it is raised where rounding in the products makes the small core indefinite.
     """
+    test = _orthonormal(like, rank, generator)
     n, rank = test.shape
     Y = _products(A, test)
     norm = float(Y.norm())
@@ -112,10 +114,9 @@ def _nystrom(A: Matrix, test: Tensor) -> Sketch:
     return Sketch((basis @ vectors).mul_(used), (singular.square() - shift).clamp(min=0))
 
 
-def _range_finder(A: Matrix, test: Tensor) -> Sketch:
+def _range_finder(A: Matrix, rank: int, generator: torch.Generator, like: Tensor) -> Sketch:
     """For an indefinite matrix: eigenvalues on the range of `A test` (Halko, Martinsson & Tropp 2011, sec. 5.3)."""
-    image = _products(A, test)
-    del test
+    image = _products(A, _orthonormal(like, rank, generator))
     used = _used(image)
     basis, _ = torch.linalg.qr(image)
     del image
