@@ -234,11 +234,17 @@ def _placed(
     elif name == "permute":
         place = [dim % before for dim in args[1]].index(place)
     else:
-        dim = int(_bound(func, args, kwargs)["dim"]) % max(before, after)
-        if dim == place and after <= before:
+        given = _bound(func, args, kwargs)
+        dim = int(given["dim"]) % max(before, after)
+        if dim == place and after <= before and not (name == "slice" and _is_everything(given, x.shape[place])):
             raise _refusal(func, "it selects or joins entries that other processes hold")
         place += (dim <= place) * (after - before)
     return [Sharded(y, layout, place - after) for y in results]
+
+
+def _is_everything(given: dict[str, Any], length: int) -> bool:
+    """Whether a slice is `[:]`, which older versions of torch call for in `columns[:, index]`."""
+    return not given["start"] and given["step"] == 1 and (given["end"] is None or given["end"] >= length)
 
 
 def _expand(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sharded:

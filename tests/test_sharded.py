@@ -94,6 +94,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "addmv": lambda v, w, rows, columns: v.clone().addmv_(rows.T, rows @ w, alpha=-1.0),
     "addmm": lambda v, w, rows, columns: v.new_zeros(3, SIZE).addmm_(rows @ columns, rows),
     "shapes": lambda v, w, rows, columns: torch.cat([torch.stack([v, w]), rows[1:], columns.T[:1], rows[[2, 0]]])[3],
+    "everything": lambda v, w, rows, columns: torch.ops.aten.slice.Tensor(columns, 0, 0, 2**63 - 1),
     "columns": lambda v, w, rows, columns: torch.stack([2 * c for c in columns.unbind(1)], dim=1)[:, [1, 0, 2]],
     "row_by_row": lambda v, w, rows, columns: row_by_row(rows, v),
     "triangular": lambda v, w, rows, columns: torch.linalg.solve_triangular((rows @ rows.T).tril(), rows, upper=False),
