@@ -62,7 +62,7 @@ def main(folder: Path) -> dict[str, float]:
         axes.set(title=f"d outputs / d {variables}", xlabel=f"entry of the {variables}", ylabel="output of the batch")
     figure.colorbar(drawn, ax=[left, middle], shrink=0.8)
     errors = (numeric - analytic).abs()
-    right.loglog(steps, (errors / analytic.abs()).clamp_min(1e-17), label=("dh/dx", "dh/dy"))
+    right.loglog(steps.numpy(), (errors / analytic.abs()).clamp_min(1e-17).numpy(), label=("dh/dx", "dh/dy"))
     right.set(title="h = tanh(ax + by) by central differences", xlabel="step", ylabel="relative error")
     right.legend(frameon=False)
     folder.mkdir(parents=True, exist_ok=True)

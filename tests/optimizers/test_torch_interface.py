@@ -151,6 +151,8 @@ def test_every_scheduler_of_torch_is_tried() -> None:
     assert there == set(SCHEDULERS)
 
 
+# torch 2.8's SequentialLR calls what torch warns of.
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
 def test_every_scheduler_sets_the_rate_of_the_step(build: Build) -> None:
     theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
 
