@@ -42,8 +42,8 @@ def test_there_are_seven() -> None:
 
 def test_batch_jacobian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = run("batch_jacobian", tmp_path, monkeypatch)
-    assert numbers["jacobians differ by"] < 1e-14
-    assert numbers["chain rule"] < 1e-15
+    assert numbers["jacobians differ by"] < 1e-12
+    assert numbers["chain rule"] < 1e-13
     assert numbers["best differences"] < 1e-10
 
 
@@ -71,9 +71,9 @@ def test_the_spectrum_is_read_in_words(values: list[float], said: str) -> None:
 
 def test_quadratic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = run("quadratic", tmp_path, monkeypatch)
-    assert numbers["products against A + A'"] < 1e-14
-    assert numbers["dense against A + A'"] < 1e-14
-    assert numbers["products against their transpose"] < 1e-14
+    assert numbers["products against A + A'"] < 1e-12
+    assert numbers["dense against A + A'"] < 1e-12
+    assert numbers["products against their transpose"] < 1e-12
     assert numbers["A against its transpose"] > 1
 
 

@@ -84,7 +84,7 @@ def test_a_call_leaves_what_one_run_leaves(build: Build, curvature: str) -> None
     for a, b in zip(problem.model.buffers(), twin.model.buffers(), strict=True):
         assert torch.equal(a, b)
     for p, q in zip(problem.model.parameters(), twin.model.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
     torch.manual_seed(5)
     shorter = build(once.model.parameters(), steps_per_call=2)
     shorter.step(once.closure, curvature_closure=None if curvature == "closure" else once.part)

@@ -248,7 +248,7 @@ def test_weight_decay_is_the_penalty_in_the_loss() -> None:
             optimizer.step(closure)
         results.append((training.flat(), optimizer.last_step))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-9, atol=1e-11)
-    assert results[0][1].loss == pytest.approx(results[1][1].loss, rel=1e-12)
+    assert results[0][1].loss == pytest.approx(results[1][1].loss, rel=1e-10)
 
 
 def test_the_learning_rate_scales_the_step_and_its_prediction(build: Build) -> None:

@@ -146,7 +146,7 @@ def test_scaling_the_loss_scales_damping_and_sigma_and_nothing_else(name: str, s
         torch.testing.assert_close(other.flat(), one.flat(), rtol=1e-8, atol=1e-10)
         if plain.control is not None:
             factor = 1.0 if plain.control == "radius" else scale
-            assert getattr(after, plain.control) == pytest.approx(factor * getattr(before, plain.control), rel=1e-12)
+            assert getattr(after, plain.control) == pytest.approx(factor * getattr(before, plain.control), rel=1e-7)
 
 
 def test_a_smaller_loss_is_solved_more_tightly_by_the_forcing_sequence() -> None:

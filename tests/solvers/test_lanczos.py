@@ -59,7 +59,7 @@ def test_deflated_run_sees_the_compressed_matrix() -> None:
     # P A P has four more eigenvalues, zero, along U.
     full = np.sort(np.append(result.ritz_values().numpy(), np.zeros(4)))
     np.testing.assert_allclose(full, scipy.linalg.eigvalsh((P @ A @ P).numpy()), atol=1e-11)
-    torch.testing.assert_close(result.basis @ U.T, torch.zeros(26, 4, dtype=torch.float64), rtol=0.0, atol=1e-13)
+    torch.testing.assert_close(result.basis @ U.T, torch.zeros(26, 4, dtype=torch.float64), rtol=0.0, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -107,7 +107,7 @@ def test_start_is_left_alone_and_memory_follows_iterations() -> None:
 
 def test_noise_measures_what_symmetry_forbids() -> None:
     A = _symmetric(40)
-    assert lanczos(A, _vector(40), 20).tridiagonal.noise < 1e-13
+    assert lanczos(A, _vector(40), 20).tridiagonal.noise < 1e-11
     skew = _symmetric(40, seed=9).triu(1)
     tilted = A + 1e-4 * (skew - skew.T)
     assert 1e-5 < lanczos(tilted, _vector(40), 20).tridiagonal.noise < 1e-2

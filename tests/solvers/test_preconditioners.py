@@ -215,7 +215,7 @@ def test_estimate_is_the_diagonals_size_where_there_is_nothing_else() -> None:
     for probes in (1, 3):
         A = Known(torch.diag(values), psd=False)
         found = estimated_diagonal(A, probes, torch.Generator().manual_seed(0), values)
-        torch.testing.assert_close(found, values.abs(), rtol=1e-14, atol=0)
+        torch.testing.assert_close(found, values.abs(), rtol=1e-12, atol=0)
         assert A.products == probes
 
 
