@@ -325,7 +325,8 @@ def test_autograd_may_be_off_around_a_measurement(
     problem = Problem()
     with mode():
         inside = call(problem, products=products)
-    assert inside == call(problem, products=products)
+    # Inference mode may run other kernels.
+    assert inside == pytest.approx(call(problem, products=products), rel=1e-9)
 
 
 def test_what_was_made_in_inference_mode_serves_outside() -> None:

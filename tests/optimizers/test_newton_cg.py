@@ -54,7 +54,7 @@ def test_negative_curvature_is_followed_downhill(line_search: str, start: list[f
         return loss
 
     losses = [float(optimizer.step(closure)) for _ in range(15)]
-    assert losses == sorted(losses, reverse=True)
+    assert all(after <= before + 1e-12 for before, after in pairwise(losses))
     torch.testing.assert_close(theta.detach().abs(), torch.tensor([0.0, 0.5**0.5]).double(), atol=1e-7, rtol=0)
 
 
