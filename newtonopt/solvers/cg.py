@@ -56,9 +56,9 @@ def conjugate_gradients(
         ValueError: A radius that is not positive, or a start together with a finite radius.
     """
     if not radius > 0:
-        raise ValueError(f"radius is {radius}: give a positive number, or math.inf for no bound.")
+        raise ValueError(f"radius must be positive, got {radius!r}. Write math.inf for no bound.")
     if start is not None and math.isfinite(radius):
-        raise ValueError("start was given together with a finite radius: Steihaug's method starts from zero.")
+        raise ValueError(f"start must be None for a finite radius, with which Steihaug starts at zero, got {radius!r}.")
     limit = gradient.numel() if max_iterations is None else max_iterations
     stop = _Stop(progress_tolerance, residual_tolerance, torch.finfo(gradient.dtype).eps, rounding)
     return _iterate(A, gradient, start, preconditioner, radius, limit, stop, keep_path)

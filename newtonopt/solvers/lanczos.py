@@ -174,7 +174,7 @@ def lanczos(
         FloatingPointError: A product is not finite.
     """
     if max_products < 1:
-        raise ValueError(f"max_products must be at least 1, got {max_products}")
+        raise ValueError(f"max_products must be at least 1, got {max_products!r}.")
     size = start.shape[0] - (0 if deflate is None else deflate.shape[0])
     room = max_products if restarts is None else min(restarts.room, max_products)
     fixed = [] if deflate is None or deflate.shape[0] == 0 else [deflate]
@@ -273,7 +273,10 @@ def _first(start: Tensor, fixed: list[Tensor]) -> Tensor:
     after = math.sqrt(_dot(vector, vector))
     # Projection leaves rounding of the size of the vector it started from: below that nothing is left.
     if not after > 100.0 * torch.finfo(vector.dtype).eps * before:
-        raise ValueError(f"start must be finite and have a part outside the deflated space, norms {before}, {after}")
+        raise ValueError(
+            f"start must be finite and have a part outside the deflated space, got one of norm {before:g}, {after:g} "
+            "outside."
+        )
     vector /= after
     return vector
 
@@ -305,5 +308,5 @@ def _check_finite(alpha: float, products: int) -> None:
         raise FloatingPointError(
             f"product number {products} with the operator is not finite, so nothing can be said of its eigenvalues; "
             "check that loss and gradient are finite at this point, and compute products in float32 or float64 rather "
-            "than under autocast"
+            "than under autocast."
         )

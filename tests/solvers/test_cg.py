@@ -308,12 +308,12 @@ def test_non_finite_product_keeps_the_last_good_iterate(value: float) -> None:
 
 @pytest.mark.parametrize("radius", [0.0, -1.0, math.nan])
 def test_radius_is_positive(radius: float) -> None:
-    with pytest.raises(ValueError, match=f"radius is {radius}: give a positive number"):
+    with pytest.raises(ValueError, match=f"radius must be positive, got {radius}. Write math.inf for no bound"):
         conjugate_gradients(definite(2), vector(2, 1), radius=radius)
 
 
 def test_start_and_radius_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="start was given together with a finite radius"):
+    with pytest.raises(ValueError, match="start must be None for a finite radius"):
         conjugate_gradients(definite(2), vector(2, 1), start=vector(2, 2), radius=1.0)
 
 
