@@ -88,7 +88,7 @@ def _mlp(widths: tuple[int, ...], nonlinearity: type[nn.Module]) -> nn.Sequentia
 
 def _conv(channels: tuple[int, ...], nonlinearity: type[nn.Module]) -> nn.Sequential:
     if not 1 <= len(channels) <= 3:
-        raise ValueError(f"hidden={channels}: an 8 x 8 image can be halved three times: give one to three channels")
+        raise ValueError(f"hidden must be one to three channels, for 8 x 8 images are halved for each, got {channels}.")
     blocks = [
         layer
         for pair in itertools.pairwise((1, *channels))
@@ -116,9 +116,9 @@ class DigitsData(L.LightningDataModule):
     def __init__(self, batch_size: int = 0, test_fraction: float = 0.2, standardize: bool = False, seed: int = 0):
         super().__init__()
         if batch_size < 0:
-            raise ValueError(f"batch_size={batch_size}: give a positive number, or 0 for all images at once")
+            raise ValueError(f"batch_size must be zero or positive, got {batch_size}. Write 0 for all images at once.")
         if not 0 <= test_fraction < 1:
-            raise ValueError(f"test_fraction={test_fraction}: give a number in [0, 1)")
+            raise ValueError(f"test_fraction must be in [0, 1), got {test_fraction}.")
         images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
         train, held_out = _split(labels, test_fraction, seed)
         if standardize:

@@ -21,6 +21,8 @@ from newtonopt.evaluation import Products
 
 P = ParamSpec("P")
 
+# How many seeds a generator of torch's tells apart: the whole numbers below.
+SEEDS = 2**64
 # Files in which a warning's cause is not the user's: this package, and torch, which wraps the step.
 _NOT_THE_USERS = tuple(str(Path(module).parent) for module in (__file__, torch.__file__))
 
@@ -123,16 +125,21 @@ def check_weight(weight: object) -> None:
         raise ValueError(f"weight must be positive and finite, or None, got {shown(weight)}.{_plain(weight)}")
 
 
-def check_products(products: str) -> None:
+def check_products(products: object) -> None:
     """Refuse an unknown way to form products with a ValueError."""
-    if products not in get_args(Products):
-        raise ValueError(f"products is {products!r}: choose {', '.join(map(repr, get_args(Products)))}.")
+    check_choice("products", products, get_args(Products))
 
 
 def check_whole(name: str, value: object, least: int) -> None:
     """Refuse what is no whole number, or a smaller one, with a ValueError; True and False are none."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number and at least {least}, got {shown(value)}.{_plain(value)}")
+
+
+def check_seed(seed: object) -> None:
+    """Refuse what no generator of torch's takes as a seed, and negative numbers, with a ValueError."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < SEEDS:
+        raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {shown(seed)}.{_plain(seed)}")
 
 
 def check_share(name: str, value: object) -> None:
@@ -151,6 +158,24 @@ def check_positive(name: str, value: object) -> None:
     """Refuse what is not positive and finite with a ValueError; True is no number."""
     if not _is_number(value) or not 0.0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {shown(value)}.{_plain(value)}")
+
+
+def check_not_negative(name: str, value: object) -> None:
+    """Refuse what is negative or not finite with a ValueError; True is no number."""
+    if not _is_number(value) or not 0.0 <= value < math.inf:
+        raise ValueError(f"{name} must be zero or positive, and finite, got {shown(value)}.{_plain(value)}")
+
+
+def check_above_one(name: str, value: object) -> None:
+    """Refuse what is not above one and finite with a ValueError."""
+    if not _is_number(value) or not 1.0 < value < math.inf:
+        raise ValueError(f"{name} must be above 1 and finite, got {shown(value)}.{_plain(value)}")
+
+
+def check_below_one(name: str, value: object) -> None:
+    """Refuse what is negative, or one and above, with a ValueError."""
+    if not _is_number(value) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {shown(value)}.{_as_share(value)}{_plain(value)}")
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -177,5 +202,20 @@ def check_flag(name: str, value: object) -> None:
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """Refuse what is none of the values allowed with a ValueError."""
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}: choose {' or '.join(map(repr, allowed))}.")
+    # Compared with values of its own type only, for an array compares entry by entry.
+    if not any(isinstance(value, type(one)) and value == one for one in allowed):
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {shown(value)}.")
+
+
+def check_kind(name: str, value: object, kind: type, what: str, remedy: str) -> None:
+    """Refuse what is no instance of a class with a TypeError.
+
+    Args:
+        name: Name of the argument.
+        value: Value given for it.
+        kind: Class that it must be an instance of.
+        what: Description of the class, with its article.
+        remedy: Sentence that says what to write.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {what}, got {shown(value)}. {remedy}")

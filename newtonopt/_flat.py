@@ -119,37 +119,38 @@ def check_parameters(params: Sequence[Tensor]) -> None:
     """
     if any(nn.parameter.is_lazy(p) for p in params):
         raise ValueError(
-            "A parameter is uninitialized, as a lazy module's are until it has seen data: run the model once on a "
-            "batch, and then give its parameters."
+            "params must be initialized, got an uninitialized one, as a lazy module's are until it has seen data. Run "
+            "the model once on a batch, and then give its parameters."
         )
     if len({id(p) for p in params}) < len(params):
         raise ValueError(
-            "A parameter is given twice, and the step would count it as two: give each one once, as model.parameters() "
-            "gives tied ones."
+            "params must hold each parameter once, got one that is given twice, which the step would count as two. "
+            "Write model.parameters(), which gives tied ones once."
         )
     if any(p.is_inference() for p in params):
         raise ValueError(
-            "A parameter was made under torch.inference_mode, and has no derivatives: make the model outside of it, or "
+            "params must have derivatives, got one made under torch.inference_mode. Make the model outside of it, or "
             "copy it outside with copy.deepcopy(model)."
         )
     devices = {str(p.device) for p in params}
     if len(devices) > 1:
         raise ValueError(
-            f"The parameters are on several devices, {', '.join(sorted(devices))}: curvature couples all parameters, "
-            "so they must share one. Move the model with model.to(...) or give the parameters to separate optimizers."
+            "params must be on one device, for curvature couples them all, got several devices, "
+            f"{', '.join(sorted(devices))}. Move the model with model.to(...), or give the parameters to separate "
+            "optimizers."
         )
     check_sharding(params)
     for p in params:
         if p.is_complex():
             raise ValueError(
-                f"A parameter is {p.dtype}: newtonopt needs real parameters. Keep the real and imaginary parts as one "
+                f"params must be real, got {p.dtype}. Keep the real and imaginary parts as one "
                 "parameter with a last dimension of 2, torch.view_as_real(p.detach()), and use "
                 "torch.view_as_complex of it in the forward pass."
             )
         if p.dtype not in (torch.float32, torch.float64, torch.bfloat16):
             raise ValueError(
-                f"A parameter is {p.dtype}: newtonopt needs float32, float64 or bfloat16 parameters. Keep the weights "
-                'in float32, and for speed use bfloat16 autocast (precision="bf16-mixed" in Lightning).'
+                f"params must be float32, float64 or bfloat16, got {p.dtype}. Keep the weights in float32, and for "
+                'speed use bfloat16 autocast (precision="bf16-mixed" in Lightning).'
             )
 
 
@@ -174,8 +175,8 @@ def listed(name: str, items: Any, holds: str, such_as: str) -> list[Any]:
     given = list(items)
     if not given and isinstance(items, Iterator):
         raise ValueError(
-            f"{name} must hold one entry at least, got {_kind(items)} that gave none. It ends after one pass, and was "
-            f"gone through before, or has nothing to give: write {such_as} anew, or keep a list of it."
+            f"{name} must hold one entry at least, got {_kind(items)} that gave none: it ends after one pass, and was "
+            f"gone through before, or has nothing to give. Write {such_as} anew, or keep a list of it."
         )
     return given
 

@@ -45,13 +45,14 @@ def check_sharding(params: Sequence[Tensor]) -> None:
     for p in params:
         if getattr(p, "ds_id", None) is not None:
             raise ValueError(
-                "A parameter is partitioned by DeepSpeed, whose engine runs backward and steps itself: shard the model "
-                "with torch.distributed.fsdp.fully_shard instead."
+                "params must be plain or sharded by fully_shard, got one partitioned by DeepSpeed, whose engine runs "
+                "backward and steps itself. Shard the model with torch.distributed.fsdp.fully_shard instead."
             )
         if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
             raise ValueError(
-                "A parameter belongs to FullyShardedDataParallel (FSDP1), which shows no shards of single parameters: "
-                "shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead."
+                "params must be plain or sharded by fully_shard, got one of FullyShardedDataParallel (FSDP1), which "
+                "shows no shards of single parameters. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) "
+                "instead."
             )
     kind = _dtensor()
     if kind is None:
@@ -59,16 +60,16 @@ def check_sharding(params: Sequence[Tensor]) -> None:
     sharded: list[Any] = [p for p in params if isinstance(p, kind)]
     if sharded and len(sharded) < len(params):
         raise ValueError(
-            f"{len(params) - len(sharded)} of {len(params)} parameters are plain tensors and the others are sharded: "
-            "call fully_shard on the whole model too, which shards what is left, without ignored_params."
+            f"params must be all sharded or all plain, got {len(sharded)} sharded and {len(params) - len(sharded)} "
+            "plain ones. Call fully_shard on the whole model too, which shards what is left, without ignored_params."
         )
     for p in sharded:
         names = [type(placement).__name__ for placement in p.placements]
         if names != ["Shard"] or p.placements[0].dim != 0 or p.device_mesh.size() != dist.get_world_size():
             raise ValueError(
-                f"A parameter of shape {tuple(p.shape)} is placed as {p.placements} on {p.device_mesh}: newtonopt "
-                "needs parameters sharded by fully_shard in dimension 0 over all processes (a mesh of one dimension), "
-                "without tensor parallelism or replication."
+                "params must be sharded by fully_shard in dimension 0 over all processes (a mesh of one dimension), "
+                "without tensor parallelism or replication, got one of shape "
+                f"{tuple(p.shape)} placed as {p.placements} on {p.device_mesh}."
             )
 
 
@@ -225,8 +226,8 @@ def supported(products: str) -> Literal["finite_difference"]:
     """
     if products not in ("auto", "finite_difference"):
         raise ValueError(
-            f"products is {products!r}, and modules sharded by fully_shard cannot be differentiated twice: choose "
-            '"auto" or "finite_difference".'
+            "products must be 'auto' or 'finite_difference' for modules sharded by fully_shard, which cannot be "
+            f"differentiated twice, got {products!r}."
         )
     return "finite_difference"
 

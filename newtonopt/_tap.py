@@ -53,7 +53,7 @@ def mark_outputs(z: Tensor) -> Tensor:
         TypeError: `z` is no tensor.
     """
     if not isinstance(z, Tensor):
-        raise TypeError(f"z is a {type(z).__name__}: give the model's output, a tensor.")
+        raise TypeError(f"z must be a tensor, got a value of type {type(z).__name__}. Give the model's output.")
     if has_torch_function_unary(z):
         marked: Tensor = handle_torch_function(mark_outputs, (z,), z)
         return marked

@@ -75,11 +75,11 @@ class LinearOperator:
             ValueError: `v` has another length, or only one of it and the operator is sharded.
         """
         if not isinstance(v, Tensor):
-            raise TypeError(f"v is a {type(v).__name__}: give a tensor of shape ({self.shape[1]},).")
+            raise TypeError(f"v must be a tensor of shape ({self.shape[1]},), got a value of type {type(v).__name__}.")
         if v.dim() not in (1, 2) or v.shape[0] != self.shape[1]:
             raise ValueError(
-                f"v has shape {tuple(v.shape)}: a vector for this {self.shape[0]} x {self.shape[1]} operator has shape "
-                f"({self.shape[1]},)."
+                f"v must be of shape ({self.shape[1]},) or ({self.shape[1]}, k) for this {self.shape[0]} x "
+                f"{self.shape[1]} operator, got shape {tuple(v.shape)}."
             )
         self._check_kind(v)
         if v.dim() == 2:
@@ -148,10 +148,10 @@ class LinearOperator:
 
     def _check_kind(self, v: Tensor) -> None:
         if isinstance(v, Sharded) != isinstance(self.like, Sharded):
-            own = "" if isinstance(self.like, Sharded) else "not "
+            own, given = ("sharded", "whole") if isinstance(self.like, Sharded) else ("whole", "sharded")
             raise ValueError(
-                f"v is a {type(v).__name__}, and the operator's parameters are {own}sharded: multiply by vectors made "
-                "from those of the evaluation, such as evaluation.gradient."
+                f"v must be {own}, as the operator's parameters are, got a {given} vector. Make it from a vector of "
+                "the evaluation, such as evaluation.gradient."
             )
 
     def _derived(self, other: LinearOperator) -> LinearOperator:

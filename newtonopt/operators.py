@@ -10,7 +10,7 @@ from torch import Tensor
 
 from newtonopt import products
 from newtonopt._autograd import grad
-from newtonopt._checks import warn
+from newtonopt._checks import check_kind, warn
 from newtonopt._flat import flatten, local_pieces, unflatten
 from newtonopt._shards import is_sharded
 from newtonopt.evaluation import Evaluation, Form, decays
@@ -179,12 +179,8 @@ def _cached_pull(evaluation: Evaluation) -> Product:
     return lambda u: flatten(grad(outputs, params, unflatten(u, outputs), keep=True), params)
 
 
-def _check(evaluation: object) -> None:
-    if not isinstance(evaluation, Evaluation):
-        raise TypeError(
-            f"evaluation is a {type(evaluation).__name__}: give an Evaluation, as newtonopt.evaluate(closure, params) "
-            "returns it."
-        )
+def _check(evaluation: Evaluation) -> None:
+    check_kind("evaluation", evaluation, Evaluation, "an Evaluation", "Write newtonopt.evaluate(closure, params).")
     evaluation.check_alive()
 
 

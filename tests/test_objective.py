@@ -370,7 +370,7 @@ def test_bad_parameters_are_refused() -> None:
         evaluate(lambda: torch.zeros(()), nn.Linear(1, 1).named_parameters())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"closure must be a function of no argument .*, got tensor"):
         evaluate(torch.zeros(()), [torch.zeros(1, requires_grad=True)])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="products is 'exact'"):
+    with pytest.raises(ValueError, match=r"products must be 'auto' or .*, got 'exact'"):
         evaluate(lambda: torch.zeros(()), [torch.zeros(1, requires_grad=True)], products="exact")  # type: ignore[arg-type]
 
 
@@ -421,7 +421,9 @@ def test_an_evaluation_outlives_trials_and_says_when_the_parameters_moved() -> N
 def test_operators_are_made_from_evaluations() -> None:
     case = build("mlp", "mse")
     for make in (hessian, gauss_newton, jacobian):
-        with pytest.raises(TypeError, match=r"evaluation is a method: give an Evaluation.*newtonopt\.evaluate"):
+        with pytest.raises(
+            TypeError, match=r"evaluation must be an Evaluation, got a method\. Write newtonopt\.evaluate"
+        ):
             make(case.closure)  # type: ignore[arg-type]
 
 
@@ -445,7 +447,7 @@ def test_mark_outputs_is_an_identity_anywhere() -> None:
 
 
 def test_mark_outputs_names_what_is_no_tensor() -> None:
-    with pytest.raises(TypeError, match="z is a str: give the model's output"):
+    with pytest.raises(TypeError, match=r"z must be a tensor, got a value of type str. Give the model's output"):
         mark_outputs("x")  # type: ignore[arg-type]
 
 
