@@ -7,8 +7,10 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
+from newtonopt._checks import shown
 from newtonopt._flat import listed
 from newtonopt._shards import is_sharded
+from newtonopt.curvature.probes import check_operator
 from newtonopt.linear_operator import LinearOperator
 
 
@@ -39,10 +41,12 @@ def blocks(
         ValueError: The parameters are not the operator's, `patterns` is no list of them, or a pattern fits no name.
         NotImplementedError: The parameters are sharded.
     """
-    if not isinstance(operator, LinearOperator):
-        raise TypeError(f"operator is a {type(operator).__name__}: give a LinearOperator, such as hessian(evaluation).")
+    check_operator(operator)
     if not (patterns is None or are_patterns(patterns)):
-        raise ValueError(f"patterns is {patterns!r}: give a list of patterns of names, such as ['encoder.*'], or None.")
+        raise ValueError(
+            f"patterns must be a list of patterns of names, or None, got {shown(patterns)}. Write ['encoder.*'], for "
+            "example."
+        )
     named = _trained(named_parameters)
     if is_sharded([p for _, p in named]):
         raise NotImplementedError("blocks of sharded parameters are spread over the processes: measure the whole.")
@@ -53,8 +57,8 @@ def blocks(
         size += p.numel()
     if operator.shape != (size, size):
         raise ValueError(
-            f"named_parameters has {size} entries and the operator is {operator.shape[0]} x {operator.shape[1]}: give "
-            "the names of the parameters that were given to evaluate, such as model.named_parameters()."
+            f"named_parameters must be those given to evaluate, of {operator.shape[0]} entries together, got {size} "
+            "entries. Write model.named_parameters(), if all were given."
         )
     groups: dict[str, list[tuple[int, int]]] = {pattern: [] for pattern in patterns or ()}
     depth = _depth(list(spans))
@@ -65,7 +69,7 @@ def blocks(
             groups.setdefault(key, []).append(span)
     for pattern, found in groups.items():
         if not found:
-            raise ValueError(f"patterns: {pattern!r} fits none of the names {', '.join(spans)}.")
+            raise ValueError(f"patterns must each fit a name among {', '.join(spans)}, got {pattern!r}.")
     return {key: operator.block(found) for key, found in groups.items()}
 
 
@@ -93,7 +97,7 @@ def _trained(named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, 
     for pair in listed("named_parameters", named_parameters, "pairs", "model.named_parameters()"):
         if not is_named(pair):
             raise TypeError(
-                f"named_parameters holds a {type(pair).__name__}: give pairs of a name and a tensor, such as "
+                f"named_parameters must hold pairs of a name and a tensor, got {shown(pair)} in it. Write "
                 "model.named_parameters()."
             )
         if pair[1].requires_grad:

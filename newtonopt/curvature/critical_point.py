@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from newtonopt._checks import check_positive, check_share, check_whole
+from newtonopt._checks import check_positive, check_seed, check_share, check_whole
 from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, check_spectrum, extreme_eigenvalues
 from newtonopt.evaluation import Evaluation
 from newtonopt.linear_operator import LinearOperator
@@ -110,9 +110,10 @@ def critical_point(
     """
     curvature = hessian(evaluation)
     check_positive("tolerance", tolerance)
+    check_seed(seed)
     norm = float(evaluation.gradient.norm())
     if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm}, so the point is of no kind; check data and model")
+        raise FloatingPointError(f"the gradient's norm is {norm}, so the point is of no kind; check data and model.")
     check_share("confidence", confidence)
     check_whole("max_products", max_products, 1)
     products = 0
@@ -120,11 +121,14 @@ def critical_point(
         spectrum, products = _ends(curvature, confidence, max_products, seed)
     check_spectrum("spectrum", spectrum)
     if not (spectrum.top and spectrum.bottom):
-        raise ValueError("spectrum must hold one eigenvalue at least of each end, top and bottom")
+        raise ValueError(
+            f"spectrum must hold one eigenvalue at least of each end, got {len(spectrum.top)} of the "
+            f"top and {len(spectrum.bottom)} of the bottom. Write extreme_eigenvalues(hessian(evaluation))."
+        )
     if spectrum.top[0].vector.numel() != curvature.shape[0]:
         raise ValueError(
-            f"spectrum is that of {spectrum.top[0].vector.numel()} parameters, and the evaluation has "
-            f"{curvature.shape[0]}: give extreme_eigenvalues(hessian(evaluation), ...)."
+            f"spectrum must be that of the evaluation's {curvature.shape[0]} parameters, got that of "
+            f"{spectrum.top[0].vector.numel()}. Write extreme_eigenvalues(hessian(evaluation))."
         )
     largest, smallest = spectrum.top[0], spectrum.bottom[0]
     kind = _kind(norm <= tolerance, smallest, largest)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_positive, check_whole
+from newtonopt._checks import check_positive, check_seed, check_whole, shown
 from newtonopt.curvature.effective_dimension import eigenvalues
 from newtonopt.curvature.probes import check_operator, few, normals
 from newtonopt.linear_operator import LinearOperator
@@ -155,9 +155,9 @@ def _places(grid: Tensor | Sequence[float]) -> Tensor:
     try:
         points = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"grid is {grid!r}: give a tensor of places, or numbers.") from error
+        raise TypeError(f"grid must be a tensor of places `(g,)`, or numbers, got {shown(grid)}.") from error
     if points.dim() != 1 or bool(points.isnan().any()):
-        raise ValueError(f"grid is {grid!r}: give places `(g,)`, none of them NaN.")
+        raise ValueError(f"grid must be places `(g,)`, none of them NaN, got {shown(grid)}.")
     return points
 
 
@@ -190,7 +190,7 @@ def spectral_density(operator: LinearOperator, steps: int = 50, starts: int = 5,
     size = check_operator(operator)
     check_whole("steps", steps, 1)
     check_whole("starts", starts, 1)
-    check_whole("seed", seed, 0)
+    check_seed(seed)
     if starts * steps >= size:
         weights = torch.full((size,), 1.0 / size, dtype=torch.float64, device="cpu")
         runs = torch.zeros(size, dtype=torch.int64, device="cpu")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_share, check_whole
+from newtonopt._checks import check_seed, check_share, check_whole
 from newtonopt.curvature.probes import LEAST_SAMPLES, check_finite, check_operator, dot, few, signs, unit_vectors
 from newtonopt.linear_operator import LinearOperator
 
@@ -56,7 +56,7 @@ def diagonal(operator: LinearOperator, tolerance: float = 0.1, max_products: int
     size = check_operator(operator)
     check_share("tolerance", tolerance)
     check_whole("max_products", max_products, 1)
-    check_whole("seed", seed, 0)
+    check_seed(seed)
     mean = operator.like.new_zeros(size)
     squares = torch.zeros_like(mean)
     if max_products >= size:

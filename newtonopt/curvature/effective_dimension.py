@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_positive, check_share, check_whole
+from newtonopt._checks import check_positive, check_seed, check_share, check_whole
 from newtonopt.curvature.probes import LEAST_SAMPLES, Samples, check_operator, signs, unit_vectors
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.solvers.lanczos import Tridiagonal, lanczos
@@ -73,7 +73,7 @@ def effective_dimension(
     check_positive("damping", damping)
     check_share("tolerance", tolerance)
     check_whole("max_products", max_products, 1)
-    check_whole("seed", seed, 0)
+    check_seed(seed)
     eps = torch.finfo(operator.dtype).eps
     if max_products >= size:
         values = eigenvalues(operator)
@@ -106,7 +106,7 @@ def eigenvalues(operator: LinearOperator) -> Tensor:
     columns = torch.stack([operator @ unit for unit in units])
     matrix = torch.stack([columns @ unit for unit in units]).to("cpu", torch.float64)
     if not bool(matrix.isfinite().all()):
-        raise FloatingPointError("a product with the operator is not finite, so nothing can be said of its eigenvalues")
+        raise FloatingPointError("a product with the operator is not finite, so its eigenvalues cannot be told.")
     values: Tensor = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
     return values
 
@@ -163,11 +163,11 @@ def _check_semidefinite(smallest: float, norm: float, damping: float, eps: float
     guard = _GUARD * eps * norm
     if smallest < -guard:
         raise ValueError(
-            f"operator has an eigenvalue at or below {smallest:.3g}, and an effective dimension exists for positive "
-            "semi-definite matrices only: give gauss_newton(evaluation)"
+            "operator must be positive semi-definite, for only then is there an effective dimension, got one with an "
+            f"eigenvalue at or below {smallest:.3g}. Write gauss_newton(evaluation)."
         )
     if damping <= guard:
         raise ValueError(
-            f"damping must be above the rounding of the eigenvalues, {guard:.3g} here, got {damping!r}: raise it, or "
-            "compute in float64"
+            f"damping must be above the rounding of the eigenvalues, {guard:.3g} here, got {damping!r}. Raise it, or "
+            "compute in float64."
         )

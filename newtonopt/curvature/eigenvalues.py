@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_share, check_whole
+from newtonopt._checks import check_kind, check_seed, check_share, check_whole
 from newtonopt.curvature.bounds import Knowledge, Range, Request, certified, intervals, settled, slack
 from newtonopt.curvature.probes import check_operator
 from newtonopt.curvature.ritz import RitzBlock
@@ -128,7 +128,7 @@ def extreme_eigenvalues(
         FloatingPointError: A product is not finite.
     """
     request = _request(operator, top, bottom, tolerance, confidence, max_products, max_vectors)
-    check_whole("seed", seed, 0)
+    check_seed(seed)
     old = _start_vector(operator, start, tolerance)
     if old is None:
         known = search(operator, request, _nothing(operator), seed)
@@ -170,8 +170,7 @@ def _spectrum(request: Request, known: Knowledge, confidence: float, converged: 
 
 def check_spectrum(name: str, spectrum: object) -> None:
     """Refuse what is no `Spectrum` with a TypeError."""
-    if not isinstance(spectrum, Spectrum):
-        raise TypeError(f"{name} is a {type(spectrum).__name__}: give a Spectrum of extreme_eigenvalues, or None.")
+    check_kind(name, spectrum, Spectrum, "a Spectrum, or None", "Write extreme_eigenvalues(operator).")
 
 
 def check_count(name: str, count: int, rows: int) -> None:
@@ -189,8 +188,8 @@ def _start_vector(operator: LinearOperator, start: Spectrum | None, tolerance: f
     sizes = {entry.vector.shape[0] for entry in entries}
     if sizes != {operator.shape[0]}:
         raise ValueError(
-            f"start has {len(entries)} vectors of lengths {sorted(sizes)} and the operator is {operator.shape[0]} x "
-            f"{operator.shape[1]}: give the last measurement of this operator, or None."
+            f"start must hold vectors of length {operator.shape[0]}, as the operator has, got {len(entries)} vectors "
+            f"of lengths {sorted(sizes)}. Give the last measurement of this operator, or None."
         )
     # One run sees equal eigenvalues once. Those that are next to zero may be taken for one.
     next_to_zero = tolerance * max(abs(entry.value) for entry in entries)
@@ -218,7 +217,7 @@ def _request(
     for name, count in (("top", top), ("bottom", bottom)):
         check_count(name, count, rows)
     if top == bottom == 0:
-        raise ValueError("top and bottom are both 0: ask for one eigenvalue at least")
+        raise ValueError("top and bottom must ask for one eigenvalue at least, got 0 and 0.")
     for name, share in (("tolerance", tolerance), ("confidence", confidence)):
         check_share(name, share)
     ends = ((1.0, min(top, rows)), (-1.0, min(bottom, rows)))
@@ -230,10 +229,7 @@ def _room(wanted: int, max_vectors: int | None) -> int:
     if max_vectors is None:
         return max(_VECTORS, 8 * wanted)
     least = 4 * wanted + 24
-    if not isinstance(max_vectors, int) or max_vectors < least:
-        raise ValueError(
-            f"max_vectors must be a whole number and at least {least} for {wanted} eigenvalues, got {max_vectors!r}"
-        )
+    check_whole("max_vectors", max_vectors, least)
     return max_vectors
 
 

@@ -76,8 +76,8 @@ def gradient_curvature(evaluation: Evaluation, spectrum: Spectrum | None = None)
     top = spectrum.top if spectrum is not None else ()
     if any(entry.vector.shape != g.shape for entry in top):
         raise ValueError(
-            f"spectrum has vectors of shape {tuple(top[0].vector.shape)} and the gradient {tuple(g.shape)}: measure it "
-            "with the same parameters"
+            f"spectrum must hold vectors of the gradient's shape, {tuple(g.shape)}, got "
+            f"{tuple(top[0].vector.shape)}. Measure it with the same parameters."
         )
     stable = None
     if top:
@@ -92,7 +92,7 @@ def gradient_curvature(evaluation: Evaluation, spectrum: Spectrum | None = None)
     residual = math.sqrt(dot(rest, rest) / square)
     if not math.isfinite(residual):
         raise FloatingPointError(
-            f"g'Hg/g'g is {curvature}, with |g| = {math.sqrt(square)}: loss and gradient must be finite at this point"
+            f"g'Hg/g'g is {curvature}, with |g| = {math.sqrt(square)}: loss and gradient must be finite at this point."
         )
     return GradientCurvature(
         curvature,

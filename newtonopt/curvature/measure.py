@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from newtonopt._checks import check_closure, check_weight
+from newtonopt._checks import check_closure, check_kind, check_weight, shown
 from newtonopt._flat import listed, trained_parameters
 from newtonopt.curvature.blocks import is_named
 from newtonopt.curvature.measurement import Layers, Matrix, Measurement, Settings
@@ -136,26 +136,29 @@ def measure(
     )
     check_closure(closure)
     check_weight(weight)
-    if last is not None and not isinstance(last, Measurement):
-        raise TypeError(f"last is a {type(last).__name__}: give the Measurement of the last call, or None.")
+    if last is not None:
+        check_kind("last", last, Measurement, "a Measurement, or None", "Give the return value of the last call.")
     given = listed("params", params, "tensors", "model.parameters()")
     named = [pair for pair in given if is_named(pair)]
     if layers is not None and len(named) < len(given):
-        raise ValueError("layers are told by names: give model.named_parameters() as params.")
+        raise ValueError(
+            f"layers must be None for parameters without names, got {shown(layers)}. Give model.named_parameters() as "
+            "params."
+        )
     tensors = [pair[1] if is_named(pair) else pair for pair in given]
     optimizers = _optimizers(optimizer)
     if preconditioned and not optimizers:
-        raise ValueError("preconditioned is True: give the optimizer whose state makes the preconditioner.")
+        raise ValueError("preconditioned must be False without an optimizer, got True. Give the one that trains.")
     if optimizers and not those_that_train(optimizers, tensors):
-        raise ValueError("optimizer trains none of params: give the one that does, or None.")
+        raise ValueError("optimizer must train some of params, got one that trains none. Give another, or None.")
     return take(closure, tensors, optimizers, settings, weight, named, last)
 
 
 def _optimizers(given: Any) -> list[Optimizer]:
     several = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
     for one in several:
-        if not isinstance(one, Optimizer):
-            raise TypeError(f"optimizer is {given!r}: give one of torch.optim, or a list of them, or None.")
+        what = "an optimizer of torch's kind, a list of them, or None"
+        check_kind("optimizer", one, Optimizer, what, "Write torch.optim.SGD(params, lr=0.1), for example.")
     return list(several)
 
 

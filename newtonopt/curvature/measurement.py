@@ -10,7 +10,16 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from newtonopt._checks import check_choice, check_flag, check_positive, check_products, check_share, check_whole
+from newtonopt._checks import (
+    check_choice,
+    check_flag,
+    check_positive,
+    check_products,
+    check_seed,
+    check_share,
+    check_whole,
+    shown,
+)
 from newtonopt.curvature.blocks import are_patterns
 from newtonopt.curvature.density import SpectralDensity
 from newtonopt.curvature.eigenvalues import Spectrum
@@ -47,8 +56,9 @@ class Settings:
     prefix: str = "curvature"
 
     def __post_init__(self) -> None:
-        for name, least in (("top", 1), ("bottom", 0), ("loss_slice", 0), ("max_products", 1), ("seed", 0)):
+        for name, least in (("top", 1), ("bottom", 0), ("loss_slice", 0), ("max_products", 1)):
             check_whole(name, getattr(self, name), least)
+        check_seed(self.seed)
         for name in ("gradient", "preconditioned", "trace", "density"):
             check_flag(name, getattr(self, name))
         check_choice("curvature", self.curvature, get_args(Matrix))
@@ -56,19 +66,22 @@ class Settings:
         check_choice("loss_slice", self.loss_slice, (0, 1, 2))
         if self.loss_slice > self.top + self.bottom:
             raise ValueError(
-                f"loss_slice is {self.loss_slice}, along more eigenvectors than top={self.top} and "
-                f"bottom={self.bottom} ask for: raise one of them."
+                f"loss_slice must be at most top + bottom, {self.top + self.bottom}, for it is along those "
+                f"eigenvectors, got {self.loss_slice}. Raise top or bottom."
             )
         for name in ("sharpness_radius", "slice_radius", *([] if self.max_seconds is None else ["max_seconds"])):
             check_positive(name, getattr(self, name))
         check_share("tolerance", self.tolerance)
         if not (self.layers in (None, "parts") or are_patterns(self.layers)):
             raise ValueError(
-                f"layers is {self.layers!r}: give a list of patterns of parameters' names, such as ['encoder.*'], or "
-                "'parts', or None."
+                f"layers must be a list of patterns of parameters' names, 'parts' or None, got {shown(self.layers)}. "
+                "Write ['encoder.*'], for example."
             )
         if not isinstance(self.prefix, str) or not re.fullmatch(r"[-\w.]+(/[-\w.]+)*", self.prefix):
-            raise ValueError(f"prefix is {self.prefix!r}: give the name of the tags' group, such as 'curvature'.")
+            raise ValueError(
+                "prefix must be made of letters, digits, '_', '-' and '.', with single '/' between, got "
+                f"{shown(self.prefix)}. Write 'curvature', for example."
+            )
         check_products(self.products)
 
 

@@ -171,7 +171,7 @@ def enter_stability(look: Look, A: LinearOperator, params: Sequence[Tensor], opt
     training = those_that_train(optimizers, params)
     try:
         if not training:
-            raise ValueError("no optimizer trains any of these parameters.")
+            raise ValueError("optimizer must train some of these parameters, got none that does.")
         threshold = min(map(stability_threshold, training))
         operator = preconditioned(A, training[0], params) if look.settings.preconditioned else None
     except (TypeError, ValueError) as error:  # none with a threshold, or never stable, or without a step so far

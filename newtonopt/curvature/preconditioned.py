@@ -12,6 +12,7 @@ from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAd
 
 from newtonopt._flat import flat_dtype, flatten, trained_parameters
 from newtonopt._shards import local_part
+from newtonopt.curvature.probes import check_operator
 from newtonopt.curvature.stability import group_threshold, is_decoupled, kind_of, stability_threshold
 from newtonopt.linear_operator import LinearOperator
 
@@ -62,23 +63,24 @@ def preconditioned(operator: LinearOperator, optimizer: Optimizer, params: Itera
         ValueError: The parameters are not the operator's, or the optimizer does not train one of them or has no state
             of it yet, or P is not positive, or weight decay alone is unstable.
     """
-    if not isinstance(operator, LinearOperator):
-        raise TypeError(f"operator is a {type(operator).__name__}: give a LinearOperator, such as hessian(evaluation).")
+    check_operator(operator)
     kind, lowest = kind_of(optimizer), stability_threshold(optimizer)
     if lowest <= 0.0:
-        raise ValueError(f"the stability threshold is {lowest}: weight decay alone is unstable, lower lr or it.")
+        raise ValueError(
+            f"optimizer must have a positive stability threshold, got {lowest:g}: weight decay alone is unstable. "
+            "Lower lr or weight_decay."
+        )
     trained = trained_parameters(params)
     size = sum(p.numel() for p in trained)
     if operator.shape != (size, size):
         raise ValueError(
-            f"params has {size} entries and the operator is {operator.shape[0]} x {operator.shape[1]}: give the "
-            "parameters that were given to evaluate."
+            f"params must be those given to evaluate, of {operator.shape[0]} entries together, got {size} entries."
         )
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     weights, decays = [], []
     for p in trained:
         if id(p) not in groups:
-            raise ValueError(f"params holds one of shape {tuple(p.shape)} that is not among the optimizer's.")
+            raise ValueError(f"params must be among the optimizer's, got one of shape {tuple(p.shape)} that is not.")
         group = groups[id(p)]
         own = group_threshold(kind, group)
         weight = _inverse_root(_divisor(kind, group, optimizer.state.get(p, {}), p), p)
@@ -94,8 +96,8 @@ def _inverse_root(divisor: Tensor, p: Tensor) -> Tensor:
     part = local_part(divisor)
     if not bool(((part > 0.0) & part.isfinite()).all()):
         raise ValueError(
-            f"optimizer divides a parameter of shape {tuple(p.shape)} by zero or by what is not finite: give it an eps "
-            "above zero, and check that the gradients were finite."
+            "optimizer must divide by positive and finite numbers, got others for a parameter of shape "
+            f"{tuple(p.shape)}. Give it an eps above zero, and check that the gradients were finite."
         )
     return divisor.rsqrt()
 
@@ -107,8 +109,8 @@ def _divisor(kind: type[Optimizer], group: dict[str, Any], state: dict[str, Any]
     name = "max_exp_avg_sq" if group.get("amsgrad") else _SECOND_MOMENT[kind]
     if name not in state or float(state["step"]) < 1.0:
         raise ValueError(
-            f"optimizer has no state ({name}) of a parameter of shape {tuple(p.shape)}: take a step with it first, and "
-            "leave out parameters that get no gradient."
+            f"optimizer must have a state ({name}) of each parameter, got none of one of shape {tuple(p.shape)}. Take "
+            "a step with it first, and leave out parameters that get no gradient."
         )
     t, eps = float(state["step"]), float(group["eps"])
     moment: Tensor = state[name].detach().to(flat_dtype([p]))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from newtonopt._checks import check_kind
 from newtonopt._sharded import Sharded
 from newtonopt.linear_operator import LinearOperator
 
@@ -15,21 +16,17 @@ from newtonopt.linear_operator import LinearOperator
 LEAST_SAMPLES = 10
 
 
-def check_operator(operator: object) -> int:
+def check_operator(operator: LinearOperator) -> int:
     """The size n of a square operator.
 
     Raises:
         TypeError: It is no `LinearOperator`.
         ValueError: It is not square, or has no row.
     """
-    if not isinstance(operator, LinearOperator):
-        raise TypeError(
-            f"operator is a {type(operator).__name__}: give a LinearOperator, such as hessian(evaluation) or "
-            "gauss_newton(evaluation)."
-        )
+    check_kind("operator", operator, LinearOperator, "a LinearOperator", "Write hessian(evaluation), for example.")
     rows, columns = operator.shape
     if rows != columns or rows < 1:
-        raise ValueError(f"operator must be square with at least one row, got shape {tuple(operator.shape)}")
+        raise ValueError(f"operator must be square with at least one row, got shape {tuple(operator.shape)}.")
     return rows
 
 
@@ -39,7 +36,7 @@ def check_finite(value: float, products: int) -> None:
         raise FloatingPointError(
             f"product number {products} with the operator is not finite, so nothing can be said of its spectrum; "
             "check that loss and gradient are finite at this point, and compute products in float32 or float64 rather "
-            "than under autocast"
+            "than under autocast."
         )
 
 

@@ -11,7 +11,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_closure, check_positive, check_products, check_share, check_weight, check_whole
+from newtonopt._checks import (
+    check_choice,
+    check_closure,
+    check_positive,
+    check_products,
+    check_seed,
+    check_share,
+    check_weight,
+    check_whole,
+)
 from newtonopt._flat import trained_parameters
 from newtonopt.curvature.ascent import Ball
 from newtonopt.evaluation import Products
@@ -140,7 +149,7 @@ def ball_around(objective: Objective, kind: Kind, radius: float, tolerance: floa
     """
     if not math.isfinite(base):
         raise FloatingPointError(
-            f"the loss at the parameters is {base}, so no rise above it is defined; check the data and the model"
+            f"the loss at the parameters is {base}, so no rise above it is defined; check the data and the model."
         )
     scale = objective.point.abs() if kind == "adaptive_ball" else torch.ones_like(objective.point)
     return Ball(objective, scale, radius, tolerance, base)
@@ -155,19 +164,18 @@ def ascent(ball: Ball, kind: Kind, places: Sequence[Tensor], budget: int, ascent
 def _check(
     kind: str, radius: float, tolerance: float, max_gradients: int, samples: int, seed: int, starts: int
 ) -> None:
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+    check_choice("kind", kind, get_args(Kind))
     check_positive("radius", radius)
     check_share("tolerance", tolerance)
     for name, count, least in (
         ("max_gradients", max_gradients, 4),
         ("samples", samples, 4),
-        ("seed", seed, 0),
         ("starts", starts, 0),
     ):
         check_whole(name, count, least)
+    check_seed(seed)
     if samples % 2:
-        raise ValueError(f"samples must be even and at least 4, got {samples!r}")
+        raise ValueError(f"samples must be even and at least 4, got {samples!r}.")
 
 
 def _sphere(size: int, generator: torch.Generator, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_closure, check_positive, check_products, check_weight, check_whole
+from newtonopt._checks import check_closure, check_positive, check_products, check_weight, check_whole, shown
 from newtonopt._flat import trained_parameters
 from newtonopt.curvature.probes import dot
 from newtonopt.evaluation import Products
@@ -143,20 +143,19 @@ def _axes(directions: Tensor | Sequence[Tensor], point: Tensor) -> list[Tensor]:
         return _axes([directions], point)
     if not isinstance(directions, (Tensor, list, tuple)):
         raise TypeError(
-            f"directions is a {type(directions).__name__}: give one or two flat vectors, such as spectrum.top[0].vector"
+            f"directions must be one or two flat vectors, got {shown(directions)}. Write spectrum.top[0].vector, for "
+            "example."
         )
     if len(directions) not in (1, 2):
-        raise ValueError(f"directions must be one or two flat vectors, got {len(directions)}")
+        raise ValueError(f"directions must be one or two flat vectors, got {len(directions)}.")
     for direction in directions:
         if not isinstance(direction, Tensor):
-            raise TypeError(
-                f"directions holds a {type(direction).__name__}: give flat tensors of the parameters' length"
-            )
+            raise TypeError(f"directions must hold flat tensors only, got {shown(direction)} in it.")
         if direction.shape != point.shape:
             raise ValueError(
-                f"directions holds a tensor of shape {tuple(direction.shape)}, and the parameters have "
-                f"{point.shape[0]} entries: give flat vectors of that length"
+                f"directions must have the parameters' shape as a flat vector, {tuple(point.shape)}, got "
+                f"{tuple(direction.shape)}."
             )
         if not 0.0 < dot(direction, direction) < math.inf:
-            raise ValueError("directions holds a vector that is zero or not finite: give one that tells a direction")
+            raise ValueError("directions must be finite and not zero, got a vector that is not.")
     return [direction.to(point.dtype).to(point.device) for direction in directions]

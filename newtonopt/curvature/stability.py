@@ -69,8 +69,8 @@ def kind_of(optimizer: object) -> type[Optimizer]:
             return kind
     names = ", ".join(kind.__name__ for kind in _KINDS)
     raise TypeError(
-        f"optimizer is {type(optimizer).__name__}, for which no stability threshold is known: give a torch.optim "
-        f"optimizer among {names}, or a subclass that keeps its step."
+        f"optimizer must be one for which a stability threshold is known, {names} or a subclass that keeps its step, "
+        f"got a value of type {type(optimizer).__name__}."
     )
 
 
@@ -89,11 +89,11 @@ def group_threshold(kind: type[Optimizer], group: dict[str, Any]) -> float:
     momentum = float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
     dampening = float(group.get("dampening", 0.0)) if momentum > 0.0 else 0.0
     if group["maximize"]:
-        raise ValueError("maximize must be False, got True: ascent is unstable at every positive curvature")
+        raise ValueError("maximize must be False, got True: ascent is unstable at every positive curvature.")
     if not 0.0 <= momentum < 1.0:
-        raise ValueError(f"{name} must be in [0, 1) for a stable iteration, got {momentum}")
+        raise ValueError(f"{name} must be in [0, 1) for a stable iteration, got {momentum}.")
     if dampening > 1.0:
-        raise ValueError(f"dampening must be at most 1, got {dampening}: above it the steps go uphill")
+        raise ValueError(f"dampening must be at most 1, got {dampening}: above it the steps go uphill.")
     # torch.optim.SGD has no buffer, hence no dampening, without momentum.
     effective = rate * (1.0 - momentum if "betas" in group else 1.0 - dampening)
     if kind is NAdam or group.get("nesterov"):

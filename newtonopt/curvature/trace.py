@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_share, check_whole
+from newtonopt._checks import check_choice, check_seed, check_share, check_whole
 from newtonopt.curvature.probes import (
     LEAST_SAMPLES,
     Samples,
@@ -97,8 +97,7 @@ def trace(
         FloatingPointError: A product is not finite.
     """
     size = _check(operator, tolerance, max_products, seed)
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    check_choice("method", method, get_args(Method))
     if max_products >= size:
         diagonal = [dot(unit, operator @ unit) for unit in unit_vectors(operator.like)]
         check_finite(math.fsum(diagonal), size)
@@ -167,7 +166,7 @@ def _check(operator: LinearOperator, tolerance: float, max_products: int, seed: 
     size = check_operator(operator)
     check_share("tolerance", tolerance)
     check_whole("max_products", max_products, 1)
-    check_whole("seed", seed, 0)
+    check_seed(seed)
     return size
 
 

@@ -67,10 +67,26 @@ def _direction(*entries: float) -> Tensor:
 @pytest.mark.parametrize(
     ("call", "kind", "words"),
     [
-        (lambda p: measure(p.closure, p.params, "a"), TypeError, "optimizer is 'a': give one of torch.optim"),
-        (lambda p: measure(p.closure, p.params, [p.model]), TypeError, "optimizer is [Linear"),
-        (lambda p: measure(p.closure, p.params, last=3), TypeError, "last is a int: give the Measurement"),
-        (lambda p: measure(p.closure, p.params, last={}), TypeError, "last is a dict: give the Measurement"),
+        (
+            lambda p: measure(p.closure, p.params, "a"),
+            TypeError,
+            "optimizer must be an optimizer of torch's kind, a list of them, or None, got 'a'",
+        ),
+        (
+            lambda p: measure(p.closure, p.params, [p.model]),
+            TypeError,
+            "optimizer must be an optimizer of torch's kind, a list of them, or None, got Linear(",
+        ),
+        (
+            lambda p: measure(p.closure, p.params, last=3),
+            TypeError,
+            "last must be a Measurement, or None, got 3. Give the return value",
+        ),
+        (
+            lambda p: measure(p.closure, p.params, last={}),
+            TypeError,
+            "last must be a Measurement, or None, got {}. Give the return value",
+        ),
         (
             lambda p: measure(p.params, p.closure),
             TypeError,
@@ -117,11 +133,15 @@ def _direction(*entries: float) -> Tensor:
             ValueError,
             "weight must be positive and finite, or None, got T",
         ),
-        (lambda p: p.hessian() @ torch.tensor(1.0), ValueError, "v has shape (): a vector for this 4 x 4"),
+        (
+            lambda p: p.hessian() @ torch.tensor(1.0),
+            ValueError,
+            "v must be of shape (4,) or (4, k) for this 4 x 4 operator, got shape ().",
+        ),
         (
             lambda p: critical_point(evaluate(p.closure, p.params), spectrum=3),  # type: ignore[arg-type]
             TypeError,
-            "spectrum is a int: give a Spectrum of extreme_eigenvalues",
+            "spectrum must be a Spectrum, or None, got 3. Write extreme_eigenvalues(operator)",
         ),
         (
             lambda p: critical_point(evaluate(p.closure, p.params), max_products="a"),  # type: ignore[arg-type]
@@ -136,9 +156,9 @@ def _direction(*entries: float) -> Tensor:
         (
             lambda p: gradient_curvature(evaluate(p.closure, p.params), spectrum=3),  # type: ignore[arg-type]
             TypeError,
-            "spectrum is a int: give a Spectrum of extreme_eigenvalues",
+            "spectrum must be a Spectrum, or None, got 3. Write extreme_eigenvalues(operator)",
         ),
-        (lambda p: sharpness(p.closure, p.params, seed=-1), ValueError, "seed must be a whole number and at least 0"),
+        (lambda p: sharpness(p.closure, p.params, seed=-1), ValueError, "seed must be a whole number from 0 to 2**64"),
         (
             lambda p: sharpness(p.closure, p.params, radius=True),
             ValueError,
@@ -148,30 +168,69 @@ def _direction(*entries: float) -> Tensor:
         (
             lambda p: loss_slice(p.closure, p.params, extreme_eigenvalues(p.hessian())),
             TypeError,
-            "directions is a Spectrum: give one or two flat vectors, such as spectrum.top[0].vector",
+            "directions must be one or two flat vectors, got a Spectrum. Write spectrum.top[0].vector",
         ),
         (
             lambda p: loss_slice(p.closure, p.params, torch.tensor(1.0)),
             ValueError,
-            "directions holds a tensor of shape",
+            "directions must have the parameters' shape as a flat vector, (4,), got ().",
         ),
         (
             lambda p: loss_slice(p.closure, p.params, [_direction(1, 0, 0, 0), torch.zeros(N)]),
             ValueError,
-            "directions holds a vector that is zero or not finite",
+            "directions must be finite and not zero, got",
         ),
-        (lambda p: extreme_eigenvalues(p.hessian(), 0, 0), ValueError, "top and bottom are both 0: ask for one"),
-        (lambda p: extreme_eigenvalues(p.hessian(), start=3), TypeError, "start is a int: give a Spectrum"),
-        (lambda p: trace(p.hessian(), seed=-1), ValueError, "seed must be a whole number and at least 0, got -1"),
-        (lambda p: frobenius_norm(p.hessian(), seed=-1), ValueError, "seed must be a whole number and at least 0"),
-        (lambda p: diagonal(p.hessian(), seed=-1), ValueError, "seed must be a whole number and at least 0, got -1"),
-        (lambda p: effective_dimension(p.hessian(), 1, seed=True), ValueError, "seed must be a whole number and at"),
-        (lambda p: spectral_density(p.hessian(), seed="a"), ValueError, "seed must be a whole number and at least 0"),
-        (lambda p: spectral_density(p.hessian()).density("a"), TypeError, "grid is 'a': give a tensor of places"),
-        (lambda p: spectral_density(p.hessian()).cumulative(3), ValueError, "grid is 3: give places `(g,)`"),
-        (lambda p: spectral_density(p.hessian()).density([math.nan]), ValueError, "grid is [nan]: give places"),
-        (lambda p: blocks(p.hessian(), p.model.named_parameters(), []), ValueError, "patterns is []: give a list"),
-        (lambda p: blocks(p.hessian(), p.model.named_parameters(), "a"), ValueError, "patterns is 'a': give a list"),
+        (lambda p: extreme_eigenvalues(p.hessian(), 0, 0), ValueError, "top and bottom must ask for one eigenvalue at"),
+        (lambda p: extreme_eigenvalues(p.hessian(), start=3), TypeError, "start must be a Spectrum, or None, got 3."),
+        (lambda p: trace(p.hessian(), seed=-1), ValueError, "seed must be a whole number from 0 to 2**64 - 1, got -1"),
+        (
+            lambda p: extreme_eigenvalues(p.hessian(), seed=2**64),
+            ValueError,
+            "seed must be a whole number from 0 to 2**64 - 1, got 18446744073709551616.",
+        ),
+        (
+            lambda p: critical_point(evaluate(p.closure, p.params), seed=2**64),
+            ValueError,
+            "seed must be a whole number from 0 to 2**64 - 1",
+        ),
+        (
+            lambda p: measure(p.closure, p.params, seed=2**64),
+            ValueError,
+            "seed must be a whole number from 0 to 2**64 - 1",
+        ),
+        (lambda p: frobenius_norm(p.hessian(), seed=-1), ValueError, "seed must be a whole number from 0 to 2**64"),
+        (
+            lambda p: diagonal(p.hessian(), seed=-1),
+            ValueError,
+            "seed must be a whole number from 0 to 2**64 - 1, got -1",
+        ),
+        (lambda p: effective_dimension(p.hessian(), 1, seed=True), ValueError, "seed must be a whole number from 0 to"),
+        (lambda p: spectral_density(p.hessian(), seed="a"), ValueError, "seed must be a whole number from 0 to 2**64"),
+        (
+            lambda p: spectral_density(p.hessian()).density("a"),
+            TypeError,
+            "grid must be a tensor of places `(g,)`, or numb",
+        ),
+        (
+            lambda p: spectral_density(p.hessian()).cumulative(3),
+            ValueError,
+            "grid must be places `(g,)`, none of them NaN, got 3",
+        ),
+        (
+            lambda p: spectral_density(p.hessian()).density([math.nan]),
+            ValueError,
+            "grid must be places `(g,)`, none of them NaN, got [",
+        ),
+        (
+            lambda p: blocks(p.hessian(), p.model.named_parameters(), []),
+            ValueError,
+            "patterns must be a list of patterns of names, or None, got []. Write ['encoder.*']",
+        ),
+        (
+            lambda p: blocks(p.hessian(), p.model.named_parameters(), "a"),
+            ValueError,
+            "patterns must be a list of patterns of names, or None, got 'a'",
+        ),
         (
             lambda p: blocks(p.hessian(), p.model),
             TypeError,
@@ -217,7 +276,7 @@ def test_parameters_that_are_used_up_or_of_another_kind_are_named(use: Callable[
     used = problem.model.parameters()
     list(used)
     with pytest.raises(
-        ValueError, match=r"params must hold one entry at least, got a generator that gave none. It ends"
+        ValueError, match=r"params must hold one entry at least, got a generator that gave none: it ends"
     ):
         use(problem.closure, used)
     with pytest.raises(TypeError, match=r"got a dict. Write model.parameters\(\), or a list of what the mapping holds"):

@@ -61,7 +61,7 @@ def test_a_square_takes_two_axes() -> None:
     [
         (density, lambda: plt.subplots(), r"ax must be axes of matplotlib, got .* Write plt.subplots\(\)\[1\]"),
         (density, lambda: plt.figure(), "ax must be axes of matplotlib, got <Figure"),
-        (line, lambda: plt, "ax must be axes of matplotlib, got <module"),
+        (line, lambda: plt, "ax must be axes of matplotlib, got a module"),
         (square, lambda: plt.subplots()[1], r"ax must be two axes of .* Write plt.subplots\(1, 2\)\[1\]"),
     ],
 )

@@ -232,7 +232,7 @@ def test_gauss_newton_is_positive() -> None:
 
 def test_layers_need_names() -> None:
     problem = Problem()
-    with pytest.raises(ValueError, match=r"give model\.named_parameters\(\) as params"):
+    with pytest.raises(ValueError, match=r"Give model\.named_parameters\(\) as params"):
         measure(problem.closure, problem.model.parameters(), layers="parts")
 
 
@@ -240,9 +240,9 @@ def test_layers_need_names() -> None:
     ("settings", "words"),
     [
         ({"top": 0}, "top must be a whole number and at least 1, got 0"),
-        ({"loss_slice": 3}, "loss_slice is 3: choose 0 or 1 or 2"),
+        ({"loss_slice": 3}, "loss_slice must be 0 or 1 or 2, got 3"),
         ({"slice_radius": -1.0}, r"slice_radius must be positive and finite, got -1\.0"),
-        ({"prefix": "my tags"}, "prefix is 'my tags': give the name of the tags' group"),
+        ({"prefix": "my tags"}, "prefix must be made of letters, .* got 'my tags'"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], words: str) -> None:
@@ -320,7 +320,7 @@ def test_a_closure_that_takes_other_data_each_time_is_refused(sharpness: Any) ->
 
 def test_a_preconditioner_needs_an_optimizer() -> None:
     p = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="preconditioned is True: give the optimizer"):
+    with pytest.raises(ValueError, match="preconditioned must be False without an optimizer, got True"):
         measure(lambda: p.square().sum(), [p], preconditioned=True)
 
 
@@ -328,7 +328,7 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
     p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     other, own = (torch.optim.SGD([x], lr=0.1) for x in (q, p))
     for optimizer in (other, [other]):
-        with pytest.raises(ValueError, match="optimizer trains none of params: give the one that does, or None"):
+        with pytest.raises(ValueError, match="optimizer must train some of params, got one that trains none"):
             measure(lambda: p.square().sum(), [p], optimizer)
     found = measure(lambda: p.square().sum(), [p], [other, own])
     assert found["curvature/stability_threshold"] == pytest.approx(20.0)
@@ -339,9 +339,9 @@ def test_words_say_why_there_is_no_preconditioned_eigenvalue() -> None:
     for optimizer, why in (
         (
             torch.optim.Adam([p], lr=0.1),
-            "optimizer has no state (exp_avg_sq) of a parameter of shape (2,): take ",
+            "optimizer must have a state (exp_avg_sq) of each parameter, got none of one of shape (2,). Take ",
         ),
-        (torch.optim.LBFGS([p]), "optimizer is LBFGS, for which no stability threshold is known: give"),
+        (torch.optim.LBFGS([p]), "optimizer must be one for which a stability threshold is known, "),
     ):
         found = measure(lambda: p.square().sum(), [p], optimizer, preconditioned=True)
         assert f"There is no preconditioned eigenvalue: {why}" in found.in_words()

@@ -158,7 +158,7 @@ def test_critical_point_checks_its_arguments() -> None:
     evaluation = _at(lambda t: (t * t).sum(), 0.0)
     with pytest.raises(ValueError, match="tolerance must be positive and finite, got 0"):
         critical_point(evaluation, tolerance=0)
-    with pytest.raises(TypeError, match="evaluation is a function: give an Evaluation"):
+    with pytest.raises(TypeError, match="evaluation must be an Evaluation, got a function"):
         critical_point(lambda: None)  # type: ignore[arg-type]
     with pytest.raises(FloatingPointError, match="the gradient's norm is nan, so the point is of no kind"):
         critical_point(_at(lambda t: t.sqrt().sum() * 0, 0.0))
@@ -207,7 +207,7 @@ def test_gradient_curvature_where_there_is_none_or_it_is_negative() -> None:
     concave = gradient_curvature(_at(lambda t: -(t * t).sum(), 1.0))
     assert (concave.curvature, concave.cauchy_step, concave.longest_step) == (-2.0, math.inf, math.inf)
     wrong = extreme_eigenvalues(hessian(_at(lambda t: (t * t).sum(), 1.0, 2.0)), top=1, bottom=0)
-    with pytest.raises(ValueError, match=r"spectrum has vectors of shape \(2,\) and the gradient \(1,\)"):
+    with pytest.raises(ValueError, match=r"spectrum must hold vectors of the gradient's shape, \(1,\), got \(2,\)"):
         gradient_curvature(_at(lambda t: (t * t).sum(), 1.0), wrong)
     with pytest.raises(FloatingPointError, match="g'Hg/g'g is nan"):
         gradient_curvature(_at(lambda t: t.sqrt().sum(), 0.0))
@@ -286,11 +286,11 @@ def test_figures_of_slices() -> None:
     [
         ({"directions": []}, ValueError, "directions must be one or two flat vectors, got 0"),
         ({"directions": torch.eye(3)}, ValueError, "directions must be one or two flat vectors, got 3"),
-        ({"directions": torch.ones(2)}, ValueError, r"a tensor of shape \(2,\), and the parameters have 3 entries"),
-        ({"directions": [[1.0, 2.0, 3.0]]}, TypeError, "directions holds a list: give flat tensors"),
+        ({"directions": torch.ones(2)}, ValueError, r"a flat vector, \(3,\), got \(2,\)"),
+        ({"directions": [[1.0, 2.0, 3.0]]}, TypeError, "directions must hold flat tensors only, got \\[1.0"),
         ({"radius": 0.0}, ValueError, "radius must be positive and finite, got 0.0"),
         ({"points": 2}, ValueError, "points must be a whole number and at least 3, got 2"),
-        ({"products": "all"}, ValueError, "products is 'all': choose"),
+        ({"products": "all"}, ValueError, "products must be 'auto' or .*, got 'all'"),
     ],
 )
 def test_slices_check_their_arguments(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
@@ -303,7 +303,7 @@ def test_a_spectrum_of_other_parameters_is_refused() -> None:
     p, q = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
     others = extreme_eigenvalues(hessian(evaluate(lambda: q.square().sum(), [q])), top=1, bottom=1)
     evaluation = evaluate(lambda: p.square().sum(), [p])
-    with pytest.raises(ValueError, match="spectrum is that of 2 parameters, and the evaluation has 3"):
+    with pytest.raises(ValueError, match="spectrum must be that of the evaluation's 3 parameters, got that of 2"):
         critical_point(evaluation, tolerance=10.0, spectrum=others)
     with pytest.raises(ValueError, match=r"confidence.*got 2"):
         critical_point(evaluation, confidence=2)

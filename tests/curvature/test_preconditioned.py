@@ -199,19 +199,21 @@ def test_threshold_of_a_network_under_adam() -> None:
 
 def test_errors_name_the_remedy() -> None:
     params, H = _params(), _operator(_matrix())
-    with pytest.raises(ValueError, match=r"no state \(exp_avg_sq\) .* take a step"):
+    with pytest.raises(ValueError, match=r"must have a state \(exp_avg_sq\) .*Take a step"):
         preconditioned(H, Adam(params), params)
-    with pytest.raises(ValueError, match=r"no state \(sum\) .* take a step"):
+    with pytest.raises(ValueError, match=r"must have a state \(sum\) .*Take a step"):
         preconditioned(H, Adagrad(params), params)
-    with pytest.raises(TypeError, match="optimizer is Adadelta, for which no stability threshold is known"):
+    with pytest.raises(
+        TypeError, match=r"optimizer must be one for which a stability threshold is known, .* type Adadelta"
+    ):
         preconditioned(H, Adadelta(params), params)
-    with pytest.raises(TypeError, match="operator is a Tensor"):
+    with pytest.raises(TypeError, match=r"operator must be a LinearOperator, got (tensor|a Tensor)"):
         preconditioned(torch.eye(7), Adam(params), params)  # type: ignore[arg-type]
     optimizer = Adam(params[:1])
     _warm(optimizer, params[:1])
-    with pytest.raises(ValueError, match=r"params has 4 entries and the operator is 7 x 7"):
+    with pytest.raises(ValueError, match=r"params must be those given to evaluate, of 7 entries .* got 4 entries"):
         preconditioned(H, optimizer, params[:1])
-    with pytest.raises(ValueError, match=r"params holds one of shape \(3,\) that is not among the optimizer's"):
+    with pytest.raises(ValueError, match=r"params must be among the optimizer's, got one of shape \(3,\) that is not"):
         preconditioned(H, optimizer, params)
     unstable = AdamW(params, lr=1.0, weight_decay=2.5)
     with pytest.raises(ValueError, match="weight decay alone is unstable"):
@@ -220,7 +222,7 @@ def test_errors_name_the_remedy() -> None:
     for p in params:
         p.grad = torch.zeros_like(p)
         bare.state[p] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    with pytest.raises(ValueError, match="give it an eps above zero"):
+    with pytest.raises(ValueError, match="Give it an eps above zero"):
         preconditioned(H, bare, params)
 
 
@@ -229,5 +231,5 @@ def test_a_parameter_without_gradients_is_named() -> None:
     optimizer = RMSprop(params)
     params[0].grad = torch.ones_like(params[0])
     optimizer.step()
-    with pytest.raises(ValueError, match=r"no state \(square_avg\) of a parameter of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"must have a state \(square_avg\) .* got none of one of shape \(3,\)"):
         preconditioned(_operator(_matrix()), optimizer, params)
