@@ -29,6 +29,7 @@ from newtonopt.optimizers.settings import (
     check_group,
     check_groups,
     check_settings,
+    plain,
     shared_settings,
     warn_of_small_rates,
 )
@@ -58,8 +59,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
     """What bounds the steps and adapts to their success: "damping", "radius" or "sigma"; None for a line search."""
 
     def __init__(self, params: ParamsT, settings: dict[str, Any]) -> None:
-        self._check(settings)
-        super().__init__(listed_groups(params), settings)
+        self._check(plain(settings))
+        super().__init__(listed_groups(params), plain(settings, keep_rate=True))
         check_any(self._params)
         warn_of_small_rates(self.param_groups)
         self.last_step: StepReport | None = None
@@ -99,12 +100,12 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             TypeError: It is no group of tensors.
             ValueError: Another setting differs, or the parameters cannot share one flat vector with the others.
         """
-        param_group = listed_group(param_group)
+        param_group = plain(listed_group(param_group), keep_rate=True)
         settings = self.param_groups[0] if self.param_groups else self.defaults
         shared = shared_settings(settings, self.defaults)
         check_group(param_group, shared)
         own = {name: param_group[name] for name in PER_GROUP if name in param_group}
-        self._check({**self.defaults, **own})
+        self._check(plain({**self.defaults, **own}))
         super().add_param_group({**shared, **param_group})
         try:
             check_parameters(self._params)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from newtonopt._checks import check_whole, explains_arguments
+from newtonopt._checks import check_above_one, check_whole, explains_arguments
 from newtonopt._shards import is_sharded
 from newtonopt.evaluation import Evaluation, Products
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.operators import diagonal_blocks
 from newtonopt.optimizers.base import NewtonOptimizer
 from newtonopt.optimizers.matrices import blocks_fit, check_decomposition, finite_dense
-from newtonopt.optimizers.settings import ELSEWHERE, check_choices, check_number, damping_rule
+from newtonopt.optimizers.settings import ELSEWHERE, check_choices, damping_rule
 from newtonopt.optimizers.trials import Proposal, curvature_along
 from newtonopt.solvers.dense import solve_absolute, solve_clamped, solve_shifted
 
@@ -94,15 +94,15 @@ class DampedNewton(NewtonOptimizer):
         super().__init__(params, settings)
         if is_sharded(self._params):
             raise ValueError(
-                "The parameters are sharded, and DampedNewton needs the whole curvature matrix in one place: take "
-                "HessianFree, which needs its products with vectors only."
+                "params must be whole tensors for DampedNewton, which needs the curvature matrix in one place, got "
+                "sharded ones. Take HessianFree, which needs its products with vectors only."
             )
 
     def _check(self, settings: dict[str, Any]) -> None:
         super()._check(settings)
         check_choices(settings, eigenvalues=tuple(_SOLVERS), blocks=("whole", "parameter"))
         check_whole("max_trials", settings["max_trials"], 1)
-        check_number("damping_factor", settings["damping_factor"], 1, above=True)
+        check_above_one("damping_factor", settings["damping_factor"])
 
     def _check_room(self, params: Sequence[Tensor]) -> None:
         blocks = self.param_groups[0]["blocks"] == "parameter"

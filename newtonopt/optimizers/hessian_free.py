@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from newtonopt._checks import check_whole, explains_arguments
+from newtonopt._checks import check_above_one, check_below_one, check_whole, explains_arguments
 from newtonopt.evaluation import Evaluation, Products
 from newtonopt.globalization import LOW_RATIO, undamped_decrease
 from newtonopt.linear_operator import LinearOperator
@@ -26,7 +26,7 @@ from newtonopt.optimizers.preconditioning import (
     worked,
 )
 from newtonopt.optimizers.rates import scaled
-from newtonopt.optimizers.settings import ELSEWHERE, check_number, damping_rule, is_number
+from newtonopt.optimizers.settings import ELSEWHERE, damping_rule
 from newtonopt.optimizers.trials import Outcome, Proposal, curvature_along
 from newtonopt.solvers.cg import conjugate_gradients
 from newtonopt.solvers.preconditioners import Preconditioner
@@ -124,13 +124,11 @@ class HessianFree(NewtonOptimizer):
     def _check(self, settings: dict[str, Any]) -> None:
         super()._check(settings)
         check_preconditioner(settings, "nystrom", "hutchinson", "empirical_fisher", None)
-        check_number("damping_factor", settings["damping_factor"], 1, above=True)
+        check_above_one("damping_factor", settings["damping_factor"])
         for name in ("max_trials", "max_iterations"):
             check_whole(name, settings[name], 1)
         for name in ("progress_tolerance", "warm_start"):
-            value = settings[name]
-            if not is_number(value) or not 0.0 <= value < 1.0:
-                raise ValueError(f"{name} is {value!r}: give a number from zero to below one.")
+            check_below_one(name, settings[name])
 
     def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
         settings, memory = self.param_groups[0], self._memory

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_whole
+from newtonopt._checks import SEEDS, check_seed, check_whole
 from newtonopt._flat import flat_dtype
 from newtonopt._memory import check_room
 from newtonopt._shards import local_part
@@ -82,9 +82,7 @@ def check_preconditioner(settings: dict[str, Any], *kinds: str | None) -> None:
     check_choices(settings, preconditioner=kinds)
     for name in ("rank", "refresh_every", *(["probes"] if "probes" in settings else [])):
         check_whole(name, settings[name], 1)
-    seed = settings["seed"]
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**62:
-        raise ValueError(f"seed is {seed!r}: give a whole number from zero to 2**62.")
+    check_seed(settings["seed"])
 
 
 def check_sketch(params: Sequence[Tensor], settings: dict[str, Any], memory: dict[str, Any]) -> None:
@@ -109,4 +107,4 @@ def _is_due(name: str, settings: dict[str, Any], memory: dict[str, Any]) -> bool
 
 def _generator(settings: dict[str, Any], memory: dict[str, Any]) -> torch.Generator:
     """One of its own: the user's random state stays as it is, and a resumed run draws the same numbers."""
-    return torch.Generator().manual_seed(settings["seed"] + memory["steps"])
+    return torch.Generator().manual_seed((settings["seed"] + memory["steps"]) % SEEDS)

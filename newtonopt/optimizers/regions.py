@@ -87,6 +87,6 @@ def refuse_exact(params: Sequence[Tensor], subproblem: str, instead: str) -> Non
     """Refuse an exact solve for sharded parameters with a ValueError."""
     if subproblem == "exact" and is_sharded(params):
         raise ValueError(
-            'The parameters are sharded, and subproblem="exact" needs the whole curvature matrix in one place: '
-            f'take "{instead}".'
+            'params must be whole tensors for subproblem="exact", which needs the curvature matrix in one place, got '
+            f'sharded ones. Write subproblem="{instead}".'
         )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Sequence
-from numbers import Real
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from newtonopt import globalization
-from newtonopt._checks import check_choice, check_products, check_whole, warn
+from newtonopt._checks import check_choice, check_not_negative, check_positive, check_products, check_whole, shown, warn
 
 # Settings that a parameter group may have of its own.
 PER_GROUP = ("lr", "weight_decay")
@@ -48,17 +47,21 @@ def check_choices(settings: dict[str, Any], **allowed: Sequence[Any]) -> None:
         check_choice(name, settings[name], values)
 
 
-def check_number(name: str, value: Any, least: float, *, above: bool = False) -> None:
-    """Refuse a setting that is no finite number, or one below `least` (or at it, if `above`), with a ValueError."""
-    number = is_number(value) or (isinstance(value, Tensor) and value.numel() == 1)
-    if not number or not (least < value if above else least <= value) or not value < math.inf:
-        what = f"above {least:g}" if above else f"{least:g} or more"
-        raise ValueError(f"{name} is {value!r}: give a finite number, {what}.")
+def plain(settings: dict[str, Any], *, keep_rate: bool = False) -> dict[str, Any]:
+    """Return the settings with scalars of NumPy's and tensors of one entry as Python numbers, exactly.
 
+    `torch.load` takes only Python numbers out of a checkpoint.
 
-def is_number(value: Any) -> bool:
-    """Whether it is a real number, of Python's or NumPy's; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    Args:
+        settings: Settings by name, and perhaps `params`.
+        keep_rate: Whether to leave an `lr` that is a tensor one, which schedulers of torch's fill in place.
+    """
+
+    def number(name: str, value: Any) -> Any:
+        is_tensor = isinstance(value, Tensor) and value.numel() == 1 and not (keep_rate and name == "lr")
+        return value.item() if is_tensor or isinstance(value, np.generic) else value
+
+    return {name: number(name, value) for name, value in settings.items()}
 
 
 def check_settings(settings: dict[str, Any], control: str | None) -> None:
@@ -66,18 +69,18 @@ def check_settings(settings: dict[str, Any], control: str | None) -> None:
     check_products(settings["products"])
     check_choices(settings, curvature=("gauss_newton", "hessian"))
     for name in (*PER_GROUP, "tolerance_gradient", "tolerance_step"):
-        check_number(name, settings[name], 0)
+        check_not_negative(name, settings[name])
     check_whole("steps_per_call", settings["steps_per_call"], 1)
     if control is None:
         return
     least, most = f"min_{control}", f"max_{control}"
     for name in (control, least, most):
-        check_number(name, settings[name], 0, above=True)
+        check_positive(name, settings[name])
     value, low, high = settings[control], settings[least], settings[most]
     if not low <= high:
-        raise ValueError(f"{least} is {low!r} and {most} {high!r}: give a minimum below the maximum.")
+        raise ValueError(f"{least} must be at most {most}, {high!r}, got {low!r}.")
     if not low <= value <= high:
-        raise ValueError(f"{control} is {value!r}, outside {least} {low!r} and {most} {high!r}.")
+        raise ValueError(f"{control} must be between {least}, {low!r}, and {most}, {high!r}, got {value!r}.")
 
 
 def check_group(group: dict[str, Any], shared: dict[str, Any]) -> None:
@@ -85,8 +88,8 @@ def check_group(group: dict[str, Any], shared: dict[str, Any]) -> None:
     for name, value in shared.items():
         if group.get(name, value) != value:
             raise ValueError(
-                f"{name}={group[name]!r} in a parameter group: the step couples all groups, so {name} is one setting "
-                f"for the whole optimizer (here {value!r}). Only lr and weight_decay may differ between groups."
+                f"{name} must be the same in all parameter groups, for the step couples them, here {value!r}, got "
+                f"{shown(group[name])}. Give a group only lr and weight_decay of its own."
             )
 
 
@@ -105,7 +108,7 @@ def check_groups(
     """
     shared = shared_settings(groups[0], names)
     for group in groups:
-        check({**group, "lr": rate_of(group)})
+        check(plain({**group, "lr": rate_of(group)}))
         check_group(group, shared)
 
 

@@ -81,7 +81,7 @@ def test_parameters_of_another_kind_are_told_how_to_be_written(kind: Any) -> Non
         with pytest.raises(TypeError, match=re.escape(words)):
             kind(params)
     for params, words in (
-        (used, "params must hold one entry at least, got a generator that gave none. It ends after one pass"),
+        (used, "params must hold one entry at least, got a generator that gave none: it ends after one pass"),
         ([{"params": used}], "params must hold one entry at least, got a generator that gave none"),
         ([], "params must hold one tensor at least, got []. Write model.parameters()"),
     ):

@@ -10,6 +10,7 @@ import os
 import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -197,6 +198,21 @@ def test_state_dict_resumes_bit_equal_and_loads_weights_only(build: Build) -> No
         resumed.step(other.closure)
     assert torch.equal(training.flat(), other.flat())
     assert resumed.last_step == optimizer.last_step
+
+
+def test_settings_of_numpy_and_tensors_are_kept_as_numbers(build: Build) -> None:
+    training = Training()
+    groups = [{"params": training.model[0].parameters(), "weight_decay": np.float32(0.1)}]
+    optimizer = build(groups, lr=torch.tensor(0.5), tolerance_step=np.float64(1e-9), tolerance_gradient=torch.tensor(0))
+    optimizer.add_param_group({"params": training.model[1:].parameters(), "lr": np.float64(0.25)})
+    optimizer.step(training.closure)
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    first, second = torch.load(buffer, weights_only=True)["param_groups"]
+    assert (first["lr"], first["weight_decay"], first["tolerance_step"]) == (torch.tensor(0.5), np.float32(0.1), 1e-9)
+    assert (second["lr"], second["tolerance_gradient"]) == (0.25, 0)
+    assert {type(first["weight_decay"]), type(first["tolerance_step"]), type(second["lr"])} == {float}
 
 
 def test_copies_and_pickles_go_on_alike(build: Build) -> None:
@@ -543,33 +559,35 @@ def test_parameters_that_cannot_be_one_vector(build: Build) -> None:
 
 def test_groups_share_the_global_settings(build: Build) -> None:
     optimizer = build([torch.zeros(1, requires_grad=True)])
-    with pytest.raises(ValueError, match=r"tolerance_step=7.0 in a parameter group.*Only lr and weight_decay"):
+    with pytest.raises(
+        ValueError, match=r"tolerance_step must be the same in all .* got 7.0\. Give a group only lr and weight_decay"
+    ):
         optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "tolerance_step": 7.0})
     optimizer.add_param_group({"params": [torch.zeros(2, requires_grad=True)], "lr": 0.1})
     assert optimizer.param_groups[1]["products"] == optimizer.param_groups[0]["products"]
 
 
 BAD = [
-    ("lr", -1.0, "0 or more"),
-    ("lr", math.nan, "0 or more"),
-    ("lr", "1e-3", "give a finite number"),
-    ("weight_decay", -0.1, "0 or more"),
-    ("tolerance_gradient", -1e-9, "0 or more"),
-    ("tolerance_step", math.inf, "0 or more"),
+    ("lr", -1.0, "must be zero or positive, and finite"),
+    ("lr", math.nan, "must be zero or positive, and finite"),
+    ("lr", "1e-3", "must be zero or positive, and finite"),
+    ("weight_decay", -0.1, "must be zero or positive, and finite"),
+    ("tolerance_gradient", -1e-9, "must be zero or positive, and finite"),
+    ("tolerance_step", math.inf, "must be zero or positive, and finite"),
     ("steps_per_call", 0, "a whole number and at least 1"),
     ("steps_per_call", 2.0, "whole number"),
     ("steps_per_call", True, "whole number"),
-    ("lr", True, "give a finite number"),
-    ("products", "exact", "'auto', 'cached', 'streamed', 'finite_difference'"),
+    ("lr", True, "must be zero or positive, and finite"),
+    ("products", "exact", "'auto' or 'cached' or 'streamed' or 'finite_difference'"),
     ("curvature", "fisher", "'gauss_newton' or 'hessian'"),
 ]
 BAD_DAMPING = [
-    ("damping", None, "give a finite number"),
-    ("damping", 0.0, "above 0"),
-    ("damping", 1e31, "outside min_damping"),
-    ("damping_factor", 1.0, "above 1"),
-    ("min_damping", -1.0, "above 0"),
-    ("min_damping", 1e31, "a minimum below the maximum"),
+    ("damping", None, "must be positive and finite"),
+    ("damping", 0.0, "must be positive and finite"),
+    ("damping", 1e31, "must be between min_damping"),
+    ("damping_factor", 1.0, "must be above 1 and finite"),
+    ("min_damping", -1.0, "must be positive and finite"),
+    ("min_damping", 1e31, "must be at most max_damping"),
 ]
 BAD_HESSIAN_FREE = [
     ("preconditioner", "jacobi", "'nystrom' or 'hutchinson' or 'empirical_fisher' or None"),
@@ -578,11 +596,12 @@ BAD_HESSIAN_FREE = [
     ("rank", 0, "a whole number and at least 1"),
     ("refresh_every", 1.5, "whole number"),
     ("max_iterations", -3, "a whole number and at least 1"),
-    ("progress_tolerance", 1.0, "below one"),
-    ("warm_start", -0.1, "from zero"),
-    ("warm_start", False, "from zero"),
+    ("progress_tolerance", 1.0, r"must be in \[0, 1\)"),
+    ("warm_start", -0.1, r"must be in \[0, 1\)"),
+    ("warm_start", False, r"must be in \[0, 1\)"),
     ("rank", True, "a whole number and at least 1"),
     ("seed", "a", "whole number"),
+    ("seed", 2**64, r"from 0 to 2\*\*64 - 1, got 18446744073709551616"),
 ]
 BAD_DAMPED_NEWTON = [
     ("eigenvalues", "squared", "'absolute' or 'shifted' or 'clamped'"),
@@ -599,17 +618,17 @@ BAD_NEWTON_CG = [
 ]
 BAD_TRUST_REGION = [
     ("subproblem", "dogleg", "'steihaug' or 'lanczos' or 'exact'"),
-    ("radius", 0.0, "above 0"),
-    ("radius", 1e11, "outside min_radius"),
-    ("min_radius", 1e11, "a minimum below the maximum"),
+    ("radius", 0.0, "must be positive and finite"),
+    ("radius", 1e11, "must be between min_radius"),
+    ("min_radius", 1e11, "must be at most max_radius"),
     ("max_trials", 0, "a whole number and at least 1"),
     ("max_iterations", 0, "a whole number and at least 1"),
 ]
 BAD_CUBIC = [
     ("subproblem", "steihaug", "'lanczos' or 'exact'"),
-    ("sigma", 0.0, "above 0"),
-    ("sigma", 1e101, "outside min_sigma"),
-    ("min_sigma", 1e101, "a minimum below the maximum"),
+    ("sigma", 0.0, "must be positive and finite"),
+    ("sigma", 1e101, "must be between min_sigma"),
+    ("min_sigma", 1e101, "must be at most max_sigma"),
     ("max_trials", 0, "a whole number and at least 1"),
     ("max_iterations", 0, "a whole number and at least 1"),
 ]
@@ -636,7 +655,11 @@ def test_settings_changed_later_are_checked_too(build: Build) -> None:
     first, *others = training.model.parameters()
     optimizer = build([{"params": [first]}, {"params": others}])
     before = training.flat()
-    wrong = [*BAD, ("weight_decay", math.nan, "0 or more"), ("max_trials", 0, "a whole number and at least 1")]
+    wrong = [
+        *BAD,
+        ("weight_decay", math.nan, "must be zero or positive, and finite"),
+        ("max_trials", 0, "a whole number and at least 1"),
+    ]
     for name, value, words in wrong:
         group = optimizer.param_groups[name in ("lr", "weight_decay")]
         kept, group[name] = group[name], value
@@ -645,7 +668,7 @@ def test_settings_changed_later_are_checked_too(build: Build) -> None:
         group[name] = kept
     optimizer.load_state_dict(optimizer.state_dict())  # torch adds a setting of its own to the defaults then
     optimizer.param_groups[1]["tolerance_step"] = 7.0
-    with pytest.raises(ValueError, match=r"tolerance_step=7.0 in a parameter group"):
+    with pytest.raises(ValueError, match=r"tolerance_step must be the same in all parameter groups"):
         optimizer.step(training.closure)
     assert training.forwards == 0 and torch.equal(training.flat(), before)
     assert optimizer.last_step is None

@@ -287,7 +287,9 @@ def test_inference_mode_around_a_step_changes_nothing(build: Build) -> None:
 def test_tensors_made_in_inference_mode_are_an_error_that_changes_nothing(build: Build) -> None:
     with torch.inference_mode():
         model, data = nn.Linear(2, 1), torch.ones(4, 3)
-    with pytest.raises(ValueError, match=r"made under torch.inference_mode.*deepcopy"):
+    with pytest.raises(
+        ValueError, match=r"params must have derivatives, got one made under torch.inference_mode.*deepcopy"
+    ):
         build(model.parameters())
     build(copy.deepcopy(model).parameters())
     problem = Logistic()
