@@ -18,9 +18,9 @@ def curvature_charts(values: Mapping[str, float], prefix: str) -> dict[str, Char
         "Sharpness": ["sharpness"],
     }
     margins = {
-        "Largest eigenvalue, with bounds": "lambda_max",
-        "Smallest eigenvalue, with bounds": "lambda_min",
-        "Largest preconditioned eigenvalue, with bounds": "preconditioned_lambda_max",
+        "Largest eigenvalue and its interval": "lambda_max",
+        "Smallest eigenvalue and its interval": "lambda_min",
+        "Largest preconditioned eigenvalue and its interval": "preconditioned_lambda_max",
     }
     further = {
         "Stability ratio: above 1 steps overshoot": ["stability_ratio"],

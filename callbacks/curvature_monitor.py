@@ -217,8 +217,8 @@ class CurvatureMonitor(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if sum(isinstance(c, CurvatureMonitor) and c._settings.prefix == prefix for c in callbacks) > 1:
             raise ValueError(
-                f"prefix is {prefix!r} in more than one CurvatureMonitor of this Trainer, which would write the same "
-                "tags: give each a prefix of its own."
+                f"prefix must be another one in each CurvatureMonitor of a Trainer, got {prefix!r} in several, which "
+                "would write the same tags. Give each a prefix of its own."
             )
         self._begin()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from newtonopt._checks import check_choice
+from newtonopt._checks import check_choice, shown
 from newtonopt._flat import flatten, place, put_back
 from newtonopt.curvature.eigenvalues import check_count
 from newtonopt.curvature.measurement import Settings
@@ -51,14 +51,16 @@ class Subject:
         check_choice("mode", self.mode, ("train", "eval"))
         check_choice("precision", self.precision, ("full", "training"))
         if not isinstance(self.step, str):
-            raise ValueError(f"step is {self.step!r}: give the name of a method, such as 'training_step'.")
+            raise ValueError(
+                f"step must be the name of a method, got {shown(self.step)}. Write 'training_step', or leave it out."
+            )
         try:
             if self.parameters is not None:
                 re.compile(self.parameters).search("")
         except (TypeError, re.error) as error:
             raise ValueError(
-                f"parameters is {self.parameters!r}, which is no regular expression ({error}): give one for the "
-                "parameters' names, such as '^encoder', or None for all."
+                f"parameters must be a regular expression, or None for all, got {shown(self.parameters)} ({error}). "
+                "Write '^encoder', for example."
             ) from error
 
     def check(self, module: LightningModule, settings: Settings) -> None:
@@ -72,21 +74,22 @@ class Subject:
         """
         if not callable(getattr(module, self.step, None)):
             raise ValueError(
-                f"step is {self.step!r}, which is no method of {type(module).__name__}: give the name of one that "
-                "takes a batch and its index and returns the loss."
+                f"step must be the name of a method of {type(module).__name__}, got {self.step!r}. Give that of one "
+                "that takes a batch and its index and returns the loss."
             )
         every = [name for name, _ in module.named_parameters()]
         names = [name for name in every if self._takes(name)]
         if self.parameters is not None and not names:
             raise ValueError(
-                f"parameters is {self.parameters!r}, which is found in no name of a parameter of "
-                f"{type(module).__name__}: {', '.join(every) or 'none'}."
+                f"parameters must be found in the name of a parameter of {type(module).__name__}, got "
+                f"{self.parameters!r}. Choose from {', '.join(every) or 'none'}."
             )
         layers = settings.layers
         for pattern in () if layers in (None, "parts") else layers or ():
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
-                    f"layers: {pattern!r} fits no name of the parameters looked at: {', '.join(names) or 'none'}."
+                    f"layers must each fit the name of a parameter looked at, got {pattern!r}. Choose from "
+                    f"{', '.join(names) or 'none'}."
                 )
 
         looked_at = [p for name, p in module.named_parameters() if self._takes(name)]
@@ -105,12 +108,13 @@ class Subject:
         chosen = [(name, p) for name, p in named if self._takes(name)]
         if not named:
             raise ValueError(
-                f"{type(module).__name__} has no parameter with requires_grad: there is nothing to measure."
+                f"{type(module).__name__} must have a parameter with requires_grad to be measured, got none."
             )
         if not chosen:
             names = ", ".join(name for name, _ in named)
             raise ValueError(
-                f"parameters is {self.parameters!r}, which is found in no name of those that are trained: {names}."
+                f"parameters must be found in the name of a parameter that is trained, got {self.parameters!r}. "
+                f"Choose from {names}."
             )
         return chosen
 

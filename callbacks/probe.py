@@ -88,7 +88,9 @@ class Probe:
             with Isolation(count, ()).isolated():  # a loader draws its order from the random numbers of training
                 count()
         if self._samples == 0:
-            raise ValueError("dataloader gave no batch: give one that can be gone through again and again.")
+            raise ValueError(
+                "dataloader must give a batch in each pass, got none. Give one that can be gone through again."
+            )
         return self._samples
 
     def share(self, batch: Any, samples: int) -> float:
@@ -114,15 +116,17 @@ class Probe:
 def _check_loader(dataloader: object) -> None:
     if dataloader is None:
         return
-    must = "dataloader must be a loader or a list of batches, or None"
+    what = "a loader or a list of batches, or None"
     if isinstance(dataloader, Iterator):
-        raise ValueError(f"{must}, got an iterator, which ends after one pass. Write the loader itself, or a list.")
+        raise ValueError(
+            f"dataloader must be {what}, got an iterator, which ends after one pass. Write the loader, or a list."
+        )
     one = isinstance(dataloader, (Tensor, np.ndarray, Mapping))
     if one or (isinstance(dataloader, tuple) and all(isinstance(entry, Tensor) for entry in dataloader)):
-        raise ValueError(f"{must}, got {shown(dataloader)}, which is one batch. Write [batch].")
+        raise ValueError(f"dataloader must be {what}, got {shown(dataloader)}, which is one batch. Write [batch].")
     if not isinstance(dataloader, Iterable) or isinstance(dataloader, (str, nn.Module)):
         remedy = " Write DataLoader(dataset, batch_size)." if isinstance(dataloader, Dataset) else ""
-        raise ValueError(f"{must}, got {shown(dataloader)}.{remedy}")
+        raise ValueError(f"dataloader must be {what}, got {shown(dataloader)}.{remedy}")
     if isinstance(dataloader, Sized) and _length(dataloader) == 0:
         raise ValueError(f"dataloader must hold one batch at least, got {shown(dataloader)} of length 0.")
 
@@ -141,7 +145,7 @@ def _device(name: str | None) -> torch.device | None:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device is {name!r}: give one that is there, such as 'cpu'.") from error
+        raise ValueError(f"device must be one of this machine, got {shown(name)}. Write 'cpu', for example.") from error
 
 
 def _size(batch: Any) -> int:
@@ -150,8 +154,9 @@ def _size(batch: Any) -> int:
         return batch_size(batch)
     except MisconfigurationException:
         raise ValueError(
-            f"batches are weighted by their numbers of samples, which {type(batch).__name__} does not tell: make "
-            "them of tensors, lists, tuples and dicts, or measure one batch on one process."
+            "batches must tell their number of samples, by which they are weighted, got one of type "
+            f"{type(batch).__name__}. Make them of tensors, lists, tuples and dicts, or measure one batch on one "
+            "process."
         ) from None
 
 

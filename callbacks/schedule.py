@@ -40,8 +40,8 @@ class Schedule:
             check_flag(name, getattr(self, name))
         if self.every_n_train_steps is not None and self.every_n_epochs is not None:
             raise ValueError(
-                f"every_n_train_steps is {self.every_n_train_steps} and every_n_epochs is {self.every_n_epochs}: "
-                "give one of them."
+                f"every_n_train_steps must be None beside every_n_epochs={self.every_n_epochs}, got "
+                f"{self.every_n_train_steps}. Give one of them."
             )
 
     def after_step(self, before: int, now: int) -> bool:

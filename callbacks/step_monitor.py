@@ -44,14 +44,16 @@ class StepMonitor(Callback):
         if not any(isinstance(optimizer, NewtonOptimizer) for optimizer in trainer.optimizers):
             names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
             raise MisconfigurationException(
-                f"StepMonitor reports the steps of newtonopt's optimizers, and this run trains with {names}: remove "
+                f"StepMonitor reports the steps of newtonopt's optimizers, and this run trains with {names}. Remove "
                 "the callback, or use CurvatureMonitor, which works with any optimizer."
             )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        due = passes_multiple(self._last_step, trainer.global_step, self.every_n_train_steps)
+        # A trial run is to find out whether all works, and ends before a step is due.
+        every = 1 if trainer.fast_dev_run else self.every_n_train_steps  # type: ignore[attr-defined]
+        due = passes_multiple(self._last_step, trainer.global_step, every)
         self._last_step = trainer.global_step
         reports = [
             o.last_step for o in trainer.optimizers if isinstance(o, NewtonOptimizer) and o.last_step is not None

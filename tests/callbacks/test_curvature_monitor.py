@@ -261,7 +261,7 @@ def test_charts_join_those_of_the_user_and_name_tags_that_were_written(tmp_path:
     curvature = {
         title: chart_tags(chart) for part in ("Curvature", "Curvature: more") for title, chart in page[part].items()
     }
-    for end, title in (("max", "Largest eigenvalue, with bounds"), ("min", "Smallest eigenvalue, with bounds")):
+    for end, title in (("max", "Largest eigenvalue and its interval"), ("min", "Smallest eigenvalue and its interval")):
         assert page["Curvature"][title].HasField("margin")
         assert curvature[title] == [f"curvature/lambda_{end}{part}" for part in ("", "_lower", "_upper")]
     assert curvature["Eigenvalues"] == ["curvature/lambda_max", "curvature/lambda_2", "curvature/lambda_3"]
@@ -353,30 +353,30 @@ FLAGS = ("at_start", "at_end", "gradient", "preconditioned", "trace", "density",
         ({"certify_every": True}, "certify_every must be a whole number and at least 1, got True"),
         ({"max_products": 0}, "max_products must be a whole number and at least 1, got 0"),
         *((({flag: "yes"}), f"{flag} must be True or False, got 'yes'") for flag in FLAGS),
-        ({"sharpness": "cube"}, "sharpness is 'cube': choose 'ball' or 'adaptive_ball' or 'average' or None"),
-        ({"mode": "test"}, "mode is 'test': choose 'train' or 'eval'"),
+        ({"sharpness": "cube"}, "sharpness must be 'ball' or 'adaptive_ball' or 'average' or None, got 'cube'"),
+        ({"mode": "test"}, "mode must be 'train' or 'eval', got 'test'"),
         ({"sharpness_radius": 0.0}, "sharpness_radius must be positive and finite, got 0.0"),
         ({"sharpness_radius": None}, "sharpness_radius must be positive and finite, got None"),
         ({"tolerance": 1.0}, r"tolerance must be in \(0, 1\), got 1.0"),
-        ({"products": "guess"}, "products is 'guess'"),
-        ({"curvature": "fisher"}, "curvature is 'fisher': choose 'hessian' or 'gauss_newton'"),
-        ({"precision": "half"}, "precision is 'half': choose 'full' or 'training'"),
+        ({"products": "guess"}, "products must be 'auto' or .*, got 'guess'"),
+        ({"curvature": "fisher"}, "curvature must be 'hessian' or 'gauss_newton', got 'fisher'"),
+        ({"precision": "half"}, "precision must be 'full' or 'training', got 'half'"),
         ({"max_seconds": 0}, "max_seconds must be positive and finite, got 0"),
-        ({"layers": []}, r"layers is \[\]: give a list of patterns"),
-        ({"layers": "encoder"}, "layers is 'encoder': give a list of patterns"),
-        ({"prefix": ""}, "prefix is '': give the name of the tags' group"),
-        ({"device": "gpu"}, "device is 'gpu': give one that is there"),
+        ({"layers": []}, r"layers must be a list of patterns .*, got \[\]"),
+        ({"layers": "encoder"}, "layers must be a list of patterns .*, got 'encoder'"),
+        ({"prefix": ""}, "prefix must be made of letters, .* got ''. Write 'curvature'"),
+        ({"device": "gpu"}, "device must be one of this machine, got 'gpu'. Write 'cpu'"),
         (
             {"dataloader": iter([])},
             "dataloader must be a loader or a list of batches, or None, got an iterator, which ends after one pass",
         ),
         ({"dataloader": 5}, "dataloader must be a loader or a list of batches, or None, got 5"),
         ({"dataloader": "train"}, "dataloader must be a loader or a list of batches, or None, got 'train'"),
-        ({"parameters": "("}, r"parameters is '\(', which is no regular expression \(missing \)"),
-        ({"parameters": ["encoder"]}, r"parameters is \['encoder'\], which is no regular expression"),
-        ({"step": None}, "step is None: give the name of a method"),
+        ({"parameters": "("}, r"parameters must be a regular expression, or None for all, got '\(' \(missing \)"),
+        ({"parameters": ["encoder"]}, r"parameters must be a regular expression, or None for all, got \['encoder'\]"),
+        ({"step": None}, "step must be the name of a method, got None"),
         ({"loss_slice": True}, "loss_slice must be a whole number"),
-        ({"loss_slice": 2, "top": 1, "bottom": 0}, "loss_slice is 2, along more eigenvectors than top=1 and bottom=0"),
+        ({"loss_slice": 2, "top": 1, "bottom": 0}, r"loss_slice must be at most top \+ bottom, 1, .*, got 2"),
     ],
 )
 def test_bad_arguments_are_refused(settings: dict[str, Any], words: str) -> None:

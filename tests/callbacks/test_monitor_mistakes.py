@@ -29,16 +29,22 @@ def quick(**settings: Any) -> CurvatureMonitor:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"step": "loss"}, "step is 'loss', which is no method of Classifier: give the name of one that takes a batch"),
-        ({"step": "make"}, "step is 'make', which is no method of Classifier"),
+        (
+            {"step": "loss"},
+            "step must be the name of a method of Classifier, got 'loss'. Give that of one that takes a",
+        ),
+        ({"step": "make"}, "step must be the name of a method of Classifier, got 'make'"),
         (
             {"parameters": "^encoder"},
-            r"parameters is '\^encoder', which is found in no name of a parameter of Classifier: layers\.0\.weight, ",
+            r"parameters must be found in the name of .* Classifier, got '\^encoder'\. Choose from layers\.0\.weight, ",
         ),
-        ({"layers": ["layers.*", "decoder.*"]}, r"layers: 'decoder\.\*' fits no name of .*: layers\.0\.weight, "),
+        (
+            {"layers": ["layers.*", "decoder.*"]},
+            r"layers must each fit the name of .*, got 'decoder\.\*'\. Choose from layers\.0\.weight, ",
+        ),
         ({"top": 1000}, "top must be at most [0-9]+, for there are as many parameters, got 1000"),
         ({"bottom": 7, "parameters": "4.bias"}, "bottom must be at most 3, for there are as many parameters, got 7"),
-        ({"layers": ["layers.0.*"], "parameters": "4"}, r"'layers\.0\.\*' fits no name .*: layers\.4\.weight, "),
+        ({"layers": ["layers.0.*"], "parameters": "4"}, r"got 'layers\.0\.\*'\. Choose from layers\.4\.weight, "),
     ],
 )
 def test_what_the_module_has_not_is_an_error_before_training(settings: dict[str, Any], words: str) -> None:
@@ -164,7 +170,7 @@ class WithMonitors(Classifier):
 
 
 def test_two_monitors_with_one_prefix_are_an_error_before_training() -> None:
-    words = "prefix is 'curvature' in more than one CurvatureMonitor of this Trainer.*: give each a prefix of its own"
+    words = "prefix must be another one in each CurvatureMonitor .*, got 'curvature' .*Give each a prefix of its own"
     monitor = quick(at_end=True)
     for model, callbacks in (
         (Classifier("SGD"), [monitor, quick(at_end=True, parameters="4")]),
@@ -201,10 +207,16 @@ def ascent(params: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     ("optimizer", "why"),
     [
-        (torch.optim.LBFGS, "optimizer is LBFGS, for which no stability threshold is known: give a torch.optim"),
-        ("HessianFree", "optimizer is HessianFree, for which no stability threshold is known: give a torch.optim"),
+        (
+            torch.optim.LBFGS,
+            "optimizer must be one for which a stability threshold is known, .* got a value of type LBFGS",
+        ),
+        (
+            "HessianFree",
+            "optimizer must be one for which a stability threshold is known, .* got a value of type HessianFree",
+        ),
         (ascent, "maximize must be False, got True"),
-        (lambda params: torch.optim.Adam(list(params)[:2]), "params holds one of shape .* not among the optimizer's"),
+        (lambda params: torch.optim.Adam(list(params)[:2]), "params must be among the optimizer's, got one of shape"),
     ],
     ids=["LBFGS", "HessianFree", "ascent", "some"],
 )
@@ -250,5 +262,5 @@ class Frozen(Classifier):
 @pytest.mark.parametrize("parameters", [None, "^layers"])
 def test_a_frozen_model_is_said_to_have_nothing_to_measure(parameters: str | None) -> None:
     trainer = quiet_trainer(callbacks=[quick(every_n_train_steps=1, parameters=parameters)], max_steps=1)
-    with pytest.warns(UserWarning, match="Frozen has no parameter with requires_grad: there is nothing to measure"):
+    with pytest.warns(UserWarning, match="Frozen must have a parameter with requires_grad to be measured, got none"):
         trainer.fit(Frozen("SGD"), loader())

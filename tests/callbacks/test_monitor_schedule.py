@@ -101,7 +101,7 @@ def test_a_trial_run_shows_a_failure() -> None:
 
 
 def test_intervals_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="every_n_train_steps is 5 and every_n_epochs is 1: give one of them"):
+    with pytest.raises(ValueError, match="every_n_train_steps must be None beside every_n_epochs=1, got 5"):
         CurvatureMonitor(every_n_train_steps=5, every_n_epochs=1)
     with pytest.raises(ValueError, match="every_n_epochs must be a whole number and at least 1, got 0"):
         CurvatureMonitor(every_n_epochs=0)

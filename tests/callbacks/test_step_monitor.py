@@ -91,13 +91,19 @@ def test_a_step_without_a_ratio_writes_none(tmp_path: Path) -> None:
 
 def test_other_optimizers_are_refused() -> None:
     with pytest.raises(
-        MisconfigurationException, match="this run trains with Adam: remove the callback, or use CurvatureMonitor"
+        MisconfigurationException, match=r"this run trains with Adam. Remove the callback, or use CurvatureMonitor"
     ):
         quiet_trainer(callbacks=[StepMonitor()]).fit(Classifier("Adam"), loader())
 
 
 def test_no_logger_is_no_error() -> None:
     trainer = quiet_trainer(callbacks=[StepMonitor()], max_epochs=1)
+    trainer.fit(Classifier(), loader())
+    assert "newton/damping" in trainer.callback_metrics
+
+
+def test_a_trial_run_logs_its_step() -> None:
+    trainer = quiet_trainer(callbacks=[StepMonitor(every_n_train_steps=10)], fast_dev_run=True)
     trainer.fit(Classifier(), loader())
     assert "newton/damping" in trainer.callback_metrics
 

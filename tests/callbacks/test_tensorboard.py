@@ -64,8 +64,8 @@ def test_the_page_shows_every_chart_with_its_data(tmp_path: Path) -> None:
     trainer = quiet_trainer(max_epochs=1, callbacks=[monitor, StepMonitor()], logger=both_loggers(tmp_path))
     trainer.fit(Classifier("HessianFree"), loader())
     lines = {
-        "Largest eigenvalue, with bounds": [4],
-        "Smallest eigenvalue, with bounds": [4],
+        "Largest eigenvalue and its interval": [4],
+        "Smallest eigenvalue and its interval": [4],
         "Eigenvalues": [4, 4, 4],
         "Sharpness": [4],
         "Trace": [4],
