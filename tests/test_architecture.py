@@ -328,3 +328,43 @@ def test_comparison_of_defaults(text: str, default: object, agrees: bool) -> Non
     function.__signature__ = inspect.Signature([parameter.replace(name="other")])  # type: ignore[attr-defined]
     assert "other is not documented" in disagreements(function)
     assert "argument is documented and does not exist" in disagreements(function)
+
+
+def refusals(source: str) -> Iterator[str]:
+    """Messages of the TypeErrors and ValueErrors that a source raises, with `{}` for each value that is shown."""
+    for node in ast.walk(ast.parse(source)):
+        call = node.exc if isinstance(node, ast.Raise) else None
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("TypeError", "ValueError") and call.args:
+            parts = call.args[0].values if isinstance(call.args[0], ast.JoinedStr) else call.args[:1]
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
+
+
+def is_in_the_dialect(message: str) -> bool:
+    """Whether it is `{name} must be {range}, got {value}.`, then perhaps a sentence that says what to write."""
+    if message.startswith("This state "):  # of a checkpoint, and no argument
+        return message.endswith(".")
+    ends, remedy_inside = re.search(r"\.( ?\{\})*$", message), re.search(r"[:;] (choose|give|take|write)\b", message)
+    return bool(ends and not remedy_inside and re.search(r"(?s) (must|takes no) .*\bgot ", message))
+
+
+@pytest.mark.parametrize("path", [*FILES, *PROGRAMS], ids=name_of)
+def test_errors_about_arguments_speak_one_dialect(path: Path) -> None:
+    assert [message for message in refusals(path.read_text()) if not is_in_the_dialect(message)] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        ('f"step must be a name, got {step!r}."', True),
+        ('f"step must be a name, got {step!r}. Write one."', True),
+        ('f"step must be a name, got {step!r}.{remedy}"', True),
+        ('f"step must be a name, got {step!r}"', False),
+        ('f"step must be a name, got {step!r}: give one."', False),
+        ('f"step is {step!r}: give a name."', False),
+        ('f"step is a {type(step).__name__}: give a name."', False),
+        ('"step has no name."', False),
+    ],
+)
+def test_another_dialect_is_heard(error: str, passes: bool) -> None:
+    (message,) = refusals(f"def f(step, remedy):\n    raise ValueError({error})")
+    assert is_in_the_dialect(message) is passes
