@@ -207,7 +207,7 @@ def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
         raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {shown(value)}.")
 
 
-def check_kind(name: str, value: object, kind: type, what: str, remedy: str) -> None:
+def check_instance(name: str, value: object, kind: type, what: str, remedy: str) -> None:
     """Refuse what is no instance of a class with a TypeError.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from newtonopt import products
 from newtonopt._autograd import grad
-from newtonopt._checks import check_kind, warn
+from newtonopt._checks import check_instance, warn
 from newtonopt._flat import flatten, local_pieces, unflatten
 from newtonopt._shards import is_sharded
 from newtonopt.evaluation import Evaluation, Form, decays
@@ -180,7 +180,7 @@ def _cached_pull(evaluation: Evaluation) -> Product:
 
 
 def _check(evaluation: Evaluation) -> None:
-    check_kind("evaluation", evaluation, Evaluation, "an Evaluation", "Write newtonopt.evaluate(closure, params).")
+    check_instance("evaluation", evaluation, Evaluation, "an Evaluation", "Write newtonopt.evaluate(closure, params).")
     evaluation.check_alive()
 
 

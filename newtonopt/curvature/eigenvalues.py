@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_kind, check_seed, check_share, check_whole
+from newtonopt._checks import check_instance, check_seed, check_share, check_whole
 from newtonopt.curvature.bounds import Knowledge, Range, Request, certified, intervals, settled, slack
 from newtonopt.curvature.probes import check_operator
 from newtonopt.curvature.ritz import RitzBlock
@@ -170,7 +170,7 @@ def _spectrum(request: Request, known: Knowledge, confidence: float, converged: 
 
 def check_spectrum(name: str, spectrum: object) -> None:
     """Refuse what is no `Spectrum` with a TypeError."""
-    check_kind(name, spectrum, Spectrum, "a Spectrum, or None", "Write extreme_eigenvalues(operator).")
+    check_instance(name, spectrum, Spectrum, "a Spectrum, or None", "Write extreme_eigenvalues(operator).")
 
 
 def check_count(name: str, count: int, rows: int) -> None:

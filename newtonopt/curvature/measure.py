@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from newtonopt._checks import check_closure, check_kind, check_weight, shown
+from newtonopt._checks import check_closure, check_instance, check_weight, shown
 from newtonopt._flat import listed, trained_parameters
 from newtonopt.curvature.blocks import is_named
 from newtonopt.curvature.measurement import Layers, Matrix, Measurement, Settings
@@ -137,7 +137,7 @@ def measure(
     check_closure(closure)
     check_weight(weight)
     if last is not None:
-        check_kind("last", last, Measurement, "a Measurement, or None", "Give the return value of the last call.")
+        check_instance("last", last, Measurement, "a Measurement, or None", "Give the return value of the last call.")
     given = listed("params", params, "tensors", "model.parameters()")
     named = [pair for pair in given if is_named(pair)]
     if layers is not None and len(named) < len(given):
@@ -158,7 +158,7 @@ def _optimizers(given: Any) -> list[Optimizer]:
     several = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
     for one in several:
         what = "an optimizer of torch's kind, a list of them, or None"
-        check_kind("optimizer", one, Optimizer, what, "Write torch.optim.SGD(params, lr=0.1), for example.")
+        check_instance("optimizer", one, Optimizer, what, "Write torch.optim.SGD(params, lr=0.1), for example.")
     return list(several)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_kind
+from newtonopt._checks import check_instance
 from newtonopt._sharded import Sharded
 from newtonopt.linear_operator import LinearOperator
 
@@ -23,7 +23,7 @@ def check_operator(operator: LinearOperator) -> int:
         TypeError: It is no `LinearOperator`.
         ValueError: It is not square, or has no row.
     """
-    check_kind("operator", operator, LinearOperator, "a LinearOperator", "Write hessian(evaluation), for example.")
+    check_instance("operator", operator, LinearOperator, "a LinearOperator", "Write hessian(evaluation), for example.")
     rows, columns = operator.shape
     if rows != columns or rows < 1:
         raise ValueError(f"operator must be square with at least one row, got shape {tuple(operator.shape)}.")
