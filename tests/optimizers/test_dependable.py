@@ -14,7 +14,7 @@ from newtonopt import CubicNewton, DampedNewton, HessianFree, NewtonCG, StepRepo
 
 # Flat or badly scaled to the point where no method, SciPy's included, brings the gradient to 1e-8: judged by the value.
 BY_VALUE = {"brown_dennis", "jennrich_sampson", "meyer"}
-# Runs end at 1e-8. Where the loss can no longer tell shorter steps apart, the order of rounding decides how near they come.
+# Runs end at 1e-8. Where the loss cannot tell shorter steps apart, the order of rounding decides how near they come.
 ROUNDING = 1e-7
 MEMBERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "damped_newton": (DampedNewton, {}),
