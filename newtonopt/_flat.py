@@ -82,12 +82,20 @@ def put_back(vector: Tensor, params: Sequence[Tensor]) -> Tensor | None:
         Where they were, `(n,)`; None if nothing had changed.
     """
     pairs = [(local_part(p).detach(), piece) for p, piece in zip(params, local_pieces(vector, params), strict=True)]
-    if not any(_differs(part, piece.view(part.shape).to(part.dtype)) for part, piece in pairs):
+    if not _any_differs([(part, piece.view(part.shape).to(part.dtype)) for part, piece in pairs]):
         return None
     with torch.no_grad():
         left = flatten(params, params).clone()
     place(vector, params)
     return left
+
+
+def _any_differs(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    # Elsewhere than on the CPU: one wait for the device in place of one for each tensor.
+    on_cpu = all(a.device.type == "cpu" for a, _ in pairs)
+    if not on_cpu and not bool(torch.stack([(a != b).any() for a, b in pairs]).any()):
+        return False
+    return any(_differs(a, b) for a, b in pairs)
 
 
 def _differs(a: Tensor, b: Tensor) -> bool:

@@ -145,5 +145,5 @@ def test_a_parameter_as_output() -> None:
 
 
 def test_uninitialised_parameters_ask_for_a_forward_pass() -> None:
-    with pytest.raises(ValueError, match="run the model once on a batch"):
+    with pytest.raises(ValueError, match="Run the model once on a batch"):
         HessianFree(nn.LazyLinear(2).parameters())

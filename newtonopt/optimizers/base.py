@@ -293,7 +293,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         if self.control is None:
             return
         memory, control = self._memory, self._memory[self.control]
-        memory["agreements"] = run_of(memory.get("agreements", 0), ratio)
+        memory["agreements"] = run_of(memory["agreements"], ratio)
         new = self._next_control(control, ratio, 0.0 if proposal is None else proposal.length)
         if proposal is not None and gradient is not None and (matters := self._matters(proposal, gradient)):
             new = hastened(control, new, memory["agreements"], matters, torch.finfo(gradient.dtype).eps)
@@ -336,6 +336,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         memory = self.state[next((p for p in params if p.requires_grad), params[0])]
         memory.update(steps=0, failures=0, stalls=0, patience=1, settled_loss=math.inf, settled_norm=math.inf)
         if self.control is not None:
+            memory["agreements"] = 0
             memory[self.control] = float(self.param_groups[0][self.control])
         return memory
 

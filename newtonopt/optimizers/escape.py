@@ -42,7 +42,7 @@ def is_stalled(memory: dict[str, Any], loss: float) -> bool:
 
 def settle(memory: dict[str, Any], loss: float, norm: float) -> None:
     """Remember that a search found nothing here."""
-    memory.update(settled_loss=loss, settled_norm=norm, stalls=0, patience=2 * memory.get("patience", 1))
+    memory.update(settled_loss=loss, settled_norm=norm, stalls=0, patience=2 * memory["patience"])
 
 
 def note_progress(memory: dict[str, Any], outcome: Outcome, leaves: bool, loss: float, norm: float, eps: float) -> None:

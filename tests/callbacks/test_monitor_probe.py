@@ -202,7 +202,7 @@ def test_a_batch_that_cannot_be_copied_is_measured_as_it_is() -> None:
 
 def test_batches_that_do_not_tell_their_numbers_of_samples_are_not_weighted() -> None:
     trainer = quiet_trainer(max_epochs=1, callbacks=[quick(num_batches=2)])
-    with pytest.warns(UserWarning, match=r"numbers of samples, which Own does not tell: .* or measure one batch on"):
+    with pytest.warns(UserWarning, match=r"number of samples, .*, got one of type Own\. .* or measure one batch on"):
         trainer.fit(TakesItsBatch(), one_by_one([Own(*batch) for batch in loader()]))
 
 
