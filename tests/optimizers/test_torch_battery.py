@@ -423,7 +423,7 @@ def test_a_rate_may_be_a_tensor(build: Build) -> None:
 def test_rates_that_are_no_number_are_refused(build: Build) -> None:
     with pytest.raises(ValueError, match="lr must be zero or positive, and finite, got tensor"):
         build([torch.zeros(2, requires_grad=True)], lr=torch.tensor([0.1, 0.2]))
-    with pytest.raises(ValueError, match="lr must be zero or positive, and finite, got -0.1"):
+    with pytest.raises(ValueError, match=r"lr must be zero or positive, and finite, got -0\.1"):
         build([torch.zeros(2, requires_grad=True)], lr=torch.tensor(-0.1))
 
 
