@@ -7,12 +7,14 @@ however it ends.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -390,18 +392,22 @@ class Tap(TorchFunctionMode):
 
 
 def _place() -> tuple[object, ...]:
-    """Return where in the user's code a call was made: the innermost lines of it, as positions in their functions."""
+    """Return where in the user's code a call was made: the innermost calls of it, as positions in their functions.
+
+    Calls within torch and here are left out: they differ where a DistributedDataParallel is run as one process.
+    """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename == __file__:
-        frame = frame.f_back
     place: list[object] = []
     while frame is not None and frame.f_code is not Tap.run.__code__ and len(place) < _DEPTH:
-        place.append((frame.f_code.co_filename, frame.f_code.co_firstlineno, frame.f_lasti))
+        code = frame.f_code
+        if not code.co_filename.startswith(_LIBRARIES):
+            place.append((code.co_filename, code.co_firstlineno, frame.f_lasti))
         frame = frame.f_back
     return tuple(place)
 
 
 _DEPTH = 12
+_LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 
 
 @contextmanager

@@ -132,6 +132,43 @@ def test_steps_with_other_products_are_those_of_the_whole_batch(name: str, produ
     assert torch.equal(first, second)
 
 
+class Scored(nn.Module):
+    """Returns its loss, a square written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return ((self.network(x) - y) ** 2).mean()
+
+
+def steps_with_the_loss_inside(rank: int, cut: int | None, products: Any) -> Tensor:
+    torch.manual_seed(0)
+    module = Scored().double()
+    x, y = torch.randn(ROWS, 4, dtype=torch.float64), torch.randn(ROWS, 3, dtype=torch.float64)
+    part = slice(None) if cut is None else part_of(rank, cut)
+    model = module if cut is None else DistributedDataParallel(module)
+    optimizer = HessianFree(module.parameters(), products=products, max_iterations=5)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x[part], y[part])
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+
+
+@WAYS
+def test_a_loss_inside_the_wrapped_module_is_found_in_every_run(products: Any) -> None:
+    first, second = run(steps_with_the_loss_inside, 6, products)
+    torch.testing.assert_close(first, steps_with_the_loss_inside(0, None, products), rtol=1e-4, atol=1e-6)
+    assert torch.equal(first, second)
+
+
 def in_one_call(rank: int, cut: int | None) -> tuple[Tensor, str]:
     """Three steps, whose curvature is that of every other row."""
     problem = Problem(slice(None) if cut is None else part_of(rank, cut))
