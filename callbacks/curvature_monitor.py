@@ -293,7 +293,8 @@ class CurvatureMonitor(Callback):
             self._last = None
             self._warn(
                 "measure",
-                f"CurvatureMonitor could not measure at step {trainer.global_step}, and training goes on: {error}",
+                f"CurvatureMonitor could not measure at step {trainer.global_step}, and training goes on: "
+                f"{str(error) or type(error).__name__}",
             )
             return
         finally:

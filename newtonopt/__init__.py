@@ -33,5 +33,8 @@ __all__ = [
 def __getattr__(name: str) -> ModuleType:
     """Import `newtonopt.callbacks`, which needs Lightning, when it is asked for."""
     if name == "callbacks":
-        return importlib.import_module("newtonopt.callbacks")
+        try:
+            return importlib.import_module("newtonopt.callbacks")
+        except ImportError as error:
+            raise AttributeError(str(error)) from error  # so that hasattr answers
     raise AttributeError(f"module 'newtonopt' has no attribute {name!r}")

@@ -111,10 +111,14 @@ def explains_arguments(elsewhere: Mapping[str, str]) -> Callable[[Callable[P, No
         meant = elsewhere.get(name, "")
         if " " in meant:
             return meant
-        close = [meant] if meant in names else difflib.get_close_matches(name, names, 1)
+        close = [meant] if meant in names else difflib.get_close_matches(name, names, 1, _ALIKE)
         return f"Write {close[0]}=..." if close else f"Its arguments are {', '.join(names)}."
 
     return decorate
+
+
+# How alike names must be for one to be meant: weigth_decay and weight_decay, not max_radius and max_trials.
+_ALIKE = 0.75
 
 
 def check_weight(weight: object) -> None:

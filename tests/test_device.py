@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -162,7 +164,7 @@ def test_random_numbers_of_the_device_are_drawn_again_and_put_back(products: Pro
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_default_device_of_the_user_does_not_matter(name: str, elsewhere: None) -> None:
+def test_a_default_device_of_the_user_does_not_matter(name: str, elsewhere: ExitStack) -> None:
     with torch.device("cpu"):
         case = build("mlp", "mse")
         alone = copy.deepcopy(case)
@@ -171,7 +173,7 @@ def test_a_default_device_of_the_user_does_not_matter(name: str, elsewhere: None
         optimizer.step(case.closure)
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     optimizer.step(case.closure)
-    torch.set_default_device(None)
+    elsewhere.close()
     plain = OPTIMIZERS[name](alone.params)
     for _ in range(3):
         plain.step(alone.closure)
@@ -179,7 +181,7 @@ def test_a_default_device_of_the_user_does_not_matter(name: str, elsewhere: None
 
 
 @pytest.mark.parametrize("products", ["cached", "streamed", "finite_difference"])
-def test_a_default_device_of_the_user_does_not_matter_to_measurements(products: Products, elsewhere: None) -> None:
+def test_a_default_device_of_the_user_does_not_matter_to_measurements(products: Products, elsewhere: ExitStack) -> None:
     with torch.device("cpu"):
         case = build("mlp", "mse")
     everything: dict[str, Any] = {"trace": True, "density": True, "loss_slice": 1, "layers": "parts"}
@@ -190,13 +192,13 @@ def test_a_default_device_of_the_user_does_not_matter_to_measurements(products: 
         return {tag: value for tag, value in found.items() if tag != "curvature/seconds"}
 
     there = values()
-    torch.set_default_device(None)
+    elsewhere.close()
     assert there == values()
 
 
 @pytest.fixture
-def elsewhere() -> Any:
+def elsewhere() -> Iterator[ExitStack]:
     """A default device on which no number can be read, as `torch.set_default_device("cuda")` sets another one."""
-    torch.set_default_device("meta")
-    yield
-    torch.set_default_device(None)
+    with ExitStack() as stack:
+        stack.enter_context(torch.device("meta"))
+        yield stack

@@ -211,6 +211,18 @@ def test_manual_optimization(optimizer: str, tmp_path: Path) -> None:
     assert [value for _, value in from_events(tmp_path)["loss_step"]] == recorded
 
 
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_manual_step_without_a_closure_asks_for_one(wrapped: bool) -> None:
+    class Without(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer: Any = self.optimizers(use_pl_optimizer=wrapped)
+            self.manual_backward(Classifier.training_step(self, batch, batch_idx)["loss"])
+            optimizer.step()
+
+    with pytest.raises(RuntimeError, match=r"needs a closure .*: optimizer\.step\(closure\), under manual"):
+        quiet_trainer(max_epochs=1).fit(Without(lambda params: HessianFree(params)), loader(22))
+
+
 def test_several_steps_a_batch_log_and_hand_over_the_first_points(tmp_path: Path) -> None:
     model, recorder = Classifier(lambda params: HessianFree(params, rank=10, steps_per_call=3)), Recorder()
     trainer = quiet_trainer(callbacks=[recorder], logger=both_loggers(tmp_path))

@@ -196,6 +196,16 @@ class Case:
         return torch.autograd.grad(self.outputs(p), p, u)[0]
 
 
+def has_second_derivative(operation: Operation) -> bool:
+    p = nn.Parameter(0.5 * constant(N))
+    (gradient,) = torch.autograd.grad(operation(p).square().sum(), p, create_graph=True)
+    try:
+        torch.autograd.grad(gradient.sum(), p)
+    except RuntimeError:
+        return False
+    return True
+
+
 # Fall back under "auto".
 WITHOUT = {
     "cdist",
@@ -207,6 +217,8 @@ WITHOUT = {
     "embedding_bag max",
     "segment_reduce",
 }
+if not has_second_derivative(OPERATIONS["grid_sample"]):  # nor has it in torch 2.8
+    WITHOUT |= {"affine_grid", "grid_sample", "grid_sample bicubic"}
 # Silently wrong: the second derivative at a cotangent of zero, and a rule of forward mode without its tangent.
 WRONG = {("logcumsumexp", "auto"), ("scatter_reduce prod", "streamed")}
 

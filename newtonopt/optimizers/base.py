@@ -19,7 +19,7 @@ from newtonopt.globalization import hastened, run_of
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective
 from newtonopt.operators import gauss_newton, hessian
-from newtonopt.optimizers.call import Call, not_finite, refuse_skipped_batches, skips_backward, unrounded
+from newtonopt.optimizers.call import Call, does_nothing, not_finite, refuse_skipped_batches, skips_backward, unrounded
 from newtonopt.optimizers.checkpoints import check_kind, check_layout, follow, home, layout_now, packed, unpacked
 from newtonopt.optimizers.escape import STALLED, critical, is_settled, is_stalled, leave, note_progress, settle
 from newtonopt.optimizers.rates import is_everywhere
@@ -41,7 +41,8 @@ _CLIPPING = (
     "step, which is bounded by other means. Remove gradient_clip_val (or clip_grad_norm_) to silence this."
 )
 _NO_CLOSURE = (
-    "step() needs a closure that computes the loss and calls backward: optimizer.step(closure). Lightning gives one, "
+    "step() needs a closure that computes the loss and calls backward: optimizer.step(closure), under manual "
+    "optimization too. Lightning's automatic optimization gives one, "
     'except with precision="16-mixed", whose gradient scaler calls step() without it: use precision="bf16-mixed" or '
     '"32-true". Training loops that call backward themselves and then step(), such as those of the Hugging Face '
     "Trainer, ignite's create_supervised_trainer, Pyro's SVI and BoTorch's fit_gpytorch_mll_torch, give none: write "
@@ -145,7 +146,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         """
         if closure is None and self._only_a_state_is_wanted():
             return None
-        if closure is None:
+        if closure is None or does_nothing(closure):
             raise RuntimeError(f"{type(self).__name__}.{_NO_CLOSURE}")
         check_closure(closure)
         check_closure(closure if curvature_closure is None else curvature_closure, "curvature_closure")

@@ -73,7 +73,9 @@ def judge(objective: Objective, proposal: Proposal, loss: float, eps: float, lea
     step, predicted = proposal.steps[0], proposal.decreases[0]
     trial = objective.loss_at(step)
     ratio = globalization.reduction_ratio(loss, trial, predicted, eps)
-    return Outcome(step, predicted, trial, ratio, ratio, ratio >= least, 1)
+    fell = f"the loss fell by less than {least:g} of the promise"
+    refusal = fell if trial < loss else "the loss did not fall"
+    return Outcome(step, predicted, trial, ratio, ratio, ratio >= least, 1, refusal)
 
 
 def check_subproblem(settings: dict[str, Any], *choices: str) -> None:

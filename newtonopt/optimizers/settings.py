@@ -34,6 +34,15 @@ ELSEWHERE = {
     "line_search_fn": "line_search",
     "learning_rate": "lr",
     **dict.fromkeys(("damping", "radius", "sigma"), _CONTROLS),
+    **dict.fromkeys(("max_damping", "min_damping", "max_radius", "min_radius", "max_sigma", "min_sigma"), _CONTROLS),
+    "damping_factor": "HessianFree and DampedNewton have it.",
+    "subproblem": "TrustRegionNewton and CubicNewton have it.",
+    "line_search": "NewtonCG has it.",
+    "max_iterations": "All but DampedNewton, which solves directly, have it.",
+    "curvature_closure": "Give it to the step: optimizer.step(closure, curvature_closure=...).",
+    **dict.fromkeys(("blocks", "eigenvalues"), "DampedNewton has it."),
+    **dict.fromkeys(("preconditioner", "rank", "refresh_every", "seed"), "HessianFree and NewtonCG have it."),
+    **dict.fromkeys(("probes", "warm_start", "progress_tolerance"), "HessianFree has it."),
 }
 # Of learning rates: LinearLR, for one, goes from 1 to -2e-17 where it should end at zero.
 _ROUNDING = 1e-12

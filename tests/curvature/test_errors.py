@@ -316,8 +316,11 @@ def test_a_module_or_function_that_needs_no_argument_is_a_closure() -> None:
             lambda H: trace(H, tolerance=torch.tensor(0.5)),
             "got tensor(0.5000). Write a Python number: .item() gives it",
         ),
-        (lambda H: trace(H, tolerance=np.float32(0.5)), "got np.float32(0.5). Write a Python number: .item() gives it"),
-        (lambda H: trace(H, max_products=np.int64(9)), "got np.int64(9). Write a Python number: .item() gives it"),
+        (
+            lambda H: trace(H, tolerance=np.float32(0.5)),
+            f"got {np.float32(0.5)!r}. Write a Python number: .item() gives it",
+        ),
+        (lambda H: trace(H, max_products=np.int64(9)), f"got {np.int64(9)!r}. Write a Python number: .item() gives it"),
         (lambda H: trace(H, seed=torch.tensor(3)), "got tensor(3). Write a Python number: .item() gives it."),
     ],
 )

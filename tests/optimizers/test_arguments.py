@@ -42,6 +42,15 @@ def test_an_argument_of_another_optimizer_is_told_what_takes_its_place(
 def test_an_argument_of_another_member_is_told_by_whom_it_is_taken() -> None:
     with pytest.raises(TypeError, match=r"HessianFree takes no radius, .*by radius=... in TrustRegionNewton"):
         HessianFree([torch.ones(2, requires_grad=True)], radius=1.0)  # type: ignore[call-arg]
+    for name, whose in {
+        "subproblem": "TrustRegionNewton and CubicNewton have it",
+        "max_radius": "by radius=... in TrustRegionNewton",
+        "line_search": "NewtonCG has it",
+        "blocks": "DampedNewton has it",
+        "curvature_closure": r"Give it to the step",
+    }.items():
+        with pytest.raises(TypeError, match=f"HessianFree takes no {name}, .*{whose}"):
+            HessianFree([torch.ones(2, requires_grad=True)], **{name: 1})
     with pytest.raises(TypeError, match=r"NewtonCG takes no line_search_fn, got .* Write line_search=..."):
         NewtonCG([torch.ones(2, requires_grad=True)], line_search_fn="strong_wolfe")  # type: ignore[call-arg]
 

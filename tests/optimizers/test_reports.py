@@ -9,7 +9,7 @@ import torch
 from optimizer_db import OPTIMIZERS
 from torch import Tensor
 
-from newtonopt import HessianFree, NewtonCG
+from newtonopt import HessianFree, NewtonCG, TrustRegionNewton
 
 EXACT = {name: build for name, build in OPTIMIZERS.items() if "gauss_newton" not in name and "nystrom" not in name}
 
@@ -100,3 +100,20 @@ def test_a_rejected_step_is_reported_as_it_was_tried(line_search: str) -> None:
     assert report.trial_loss > report.loss
     assert report.ratio == pytest.approx((report.loss - report.trial_loss) / report.predicted_decrease, rel=1e-6)
     assert report.first_ratio == pytest.approx((0.5 - 3.0) / 0.5, rel=1e-6)
+
+
+def test_a_step_that_falls_short_of_its_promise_is_rejected_in_these_words() -> None:
+    x = torch.tensor([-2.05], dtype=torch.float64, requires_grad=True)
+    optimizer = TrustRegionNewton([x])
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = ((3 * x).sin() + 0.1 * x**2 + 0.2 * (7 * x).cos()).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    report = optimizer.last_step
+    assert report is not None and not report.accepted
+    assert report.trial_loss < report.loss
+    assert report.reason.startswith("rejected, the loss fell by less than 0.01 of the promise")

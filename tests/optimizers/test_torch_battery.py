@@ -234,7 +234,7 @@ def test_distributed_checkpoints_state_dict_into_a_new_optimizer(
     assert torch.equal(twin.flat(), problem.flat()) and other.last_step == optimizer.last_step
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated")
 def test_distributed_checkpoint_to_files_and_back(build: Build, tmp_path: Path) -> None:
     problem, optimizer = trained(build)
     state = get_optimizer_state_dict(problem.model, optimizer)
