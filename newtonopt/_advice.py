@@ -33,7 +33,7 @@ CALLED: dict[str, str] = {
 
 # By the node of the loss's graph that is met behind sums, means, signs, scales and views.
 ENDS: dict[str, tuple[str, str]] = {
-    "LogBackward0": ("a logarithm, as of probabilities", _PROBABILITIES),
+    "LogBackward0": ("a logarithm", f"if it is that of probabilities, {_PROBABILITIES}"),
     "LogSoftmaxBackward0": ("log-probabilities", "take cross_entropy of the logits"),
     "LogSigmoidBackward0": ("a log-sigmoid", "take binary_cross_entropy_with_logits of the logits"),
     "SoftplusBackward0": ("a softplus", "take binary_cross_entropy_with_logits or soft_margin_loss of the scores"),

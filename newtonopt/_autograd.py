@@ -96,8 +96,9 @@ def _differentiating() -> Iterator[None]:
             raise RuntimeError(CHANGED) from error
         if "backward through the graph a second time" in text:
             raise RuntimeError(
-                "The graph of the loss was freed inside the closure, as torch.autograd.backward(loss) frees it, which "
-                "is not seen here: call loss.backward() instead."
+                "The graph of the loss was freed before the closure called loss.backward(): by a backward outside of "
+                "the closure, or by torch.autograd.backward(loss), which is not seen here. Call the model, the loss "
+                "function and loss.backward() inside the closure."
             ) from error
         raise
     finally:

@@ -102,19 +102,22 @@ def explains_arguments(elsewhere: Mapping[str, str]) -> Callable[[Callable[P, No
         def checked(*args: P.args, **kwargs: P.kwargs) -> None:
             for name, value in kwargs.items():
                 if name not in names:
-                    raise TypeError(f"{owner} takes no {name}, got {name}={shown(value)}. {_instead(name, names)}")
+                    remedy = instead(name, names, elsewhere)
+                    raise TypeError(f"{owner} takes no {name}, got {name}={shown(value)}. {remedy}")
             init(*args, **kwargs)
 
         return checked
 
-    def _instead(name: str, names: Sequence[str]) -> str:
-        meant = elsewhere.get(name, "")
-        if " " in meant:
-            return meant
-        close = [meant] if meant in names else difflib.get_close_matches(name, names, 1, _ALIKE)
-        return f"Write {close[0]}=..." if close else f"Its arguments are {', '.join(names)}."
-
     return decorate
+
+
+def instead(name: str, names: Sequence[str], elsewhere: Mapping[str, str]) -> str:
+    """Return what to write instead of a name that is none of these; their list where nothing is like it."""
+    meant = elsewhere.get(name, "")
+    if " " in meant:
+        return meant
+    close = [meant] if meant in names else difflib.get_close_matches(name, names, 1, _ALIKE)
+    return f"Write {close[0]}=..." if close else f"Its arguments are {', '.join(names)}."
 
 
 # How alike names must be for one to be meant: weigth_decay and weight_decay, not max_radius and max_trials.

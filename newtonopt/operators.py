@@ -196,5 +196,6 @@ def _check_gauss_newton(evaluation: Evaluation) -> None:
         warn(
             "Part of the loss does not go through the recorded outputs (such as a penalty that is no sum of squares, "
             "or another term written by hand): the Gauss-Newton matrix leaves that part out. Mark the outputs of such "
-            "terms with newtonopt.mark_outputs, or write an L2 penalty as weight_decay=... or a sum of squares."
+            "terms with newtonopt.mark_outputs, write an L2 penalty as weight_decay=... or a sum of squares, or use "
+            'curvature="hessian".'
         )

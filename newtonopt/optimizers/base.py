@@ -28,6 +28,7 @@ from newtonopt.optimizers.settings import (
     PER_GROUP,
     check_group,
     check_groups,
+    check_names,
     check_settings,
     plain,
     shared_settings,
@@ -98,10 +99,11 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         """Add a group with its own `lr` and `weight_decay`; every other setting is the optimizer's.
 
         Raises:
-            TypeError: It is no group of tensors.
+            TypeError: It is no group of tensors, or has an entry that means a setting under another name.
             ValueError: Another setting differs, or the parameters cannot share one flat vector with the others.
         """
         param_group = plain(listed_group(param_group), keep_rate=True)
+        check_names(param_group, ["params", *self.defaults])
         settings = self.param_groups[0] if self.param_groups else self.defaults
         shared = shared_settings(settings, self.defaults)
         check_group(param_group, shared)

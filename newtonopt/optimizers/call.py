@@ -49,7 +49,10 @@ class Call:
     ) -> None:
         trained = [(group, p) for group in groups for p in group["params"] if p.requires_grad and p.numel()]
         if not trained:
-            raise RuntimeError("Every parameter of this optimizer is frozen or empty: none requires a gradient.")
+            raise RuntimeError(
+                "Every parameter of this optimizer is frozen or empty: none requires a gradient. Unfreeze some by "
+                "requires_grad_(), or take no step."
+            )
         self.params = [p for _, p in trained]
         self.rates = per_entry([float(rate_of(group)) for group, _ in trained], self.params)
         decay = per_entry([float(group["weight_decay"]) for group, _ in trained], self.params)

@@ -9,7 +9,16 @@ import numpy as np
 from torch import Tensor
 
 from newtonopt import globalization
-from newtonopt._checks import check_choice, check_not_negative, check_positive, check_products, check_whole, shown, warn
+from newtonopt._checks import (
+    check_choice,
+    check_not_negative,
+    check_positive,
+    check_products,
+    check_whole,
+    instead,
+    shown,
+    warn,
+)
 
 # Settings that a parameter group may have of its own.
 PER_GROUP = ("lr", "weight_decay")
@@ -90,6 +99,16 @@ def check_settings(settings: dict[str, Any], control: str | None) -> None:
         raise ValueError(f"{least} must be at most {most}, {high!r}, got {low!r}.")
     if not low <= value <= high:
         raise ValueError(f"{control} must be between {least}, {low!r}, and {most}, {high!r}, got {value!r}.")
+
+
+def check_names(group: dict[str, Any], names: Sequence[str]) -> None:
+    """Refuse an entry of a parameter group that means a setting and is none, with a TypeError.
+
+    Others are left alone, as torch leaves them: schedulers and users keep what they like in a group.
+    """
+    for name in group:
+        if name not in names and (remedy := instead(name, names, ELSEWHERE)) and not remedy.startswith("Its"):
+            raise TypeError(f"A parameter group takes no {name}, got {shown(group[name])}. {remedy}")
 
 
 def check_group(group: dict[str, Any], shared: dict[str, Any]) -> None:

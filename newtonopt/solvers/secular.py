@@ -52,7 +52,7 @@ def ball(values: Tensor, slopes: Tensor, radius: float) -> tuple[Tensor, str]:
         inside = _coordinates(gaps, slopes, 0.0)
         if bool(torch.isfinite(inside).all()) and float(inside.norm()) <= radius:
             return inside, "inside the ball"
-    return _on_the_boundary(gaps, slopes, lift, least, lambda shift: (1 / radius, 0.0))
+    return _on_the_boundary(gaps, slopes, lift, least, lambda shift: (1 / radius, 0.0), "on the boundary")
 
 
 def cubic(values: Tensor, slopes: Tensor, sigma: float) -> tuple[Tensor, str]:
@@ -79,11 +79,17 @@ def cubic(values: Tensor, slopes: Tensor, sigma: float) -> tuple[Tensor, str]:
     least = max(0.0, float(roots.nan_to_num(0.0).max()))
     if lift + least == 0.0:
         return _coordinates(gaps, slopes, 0.0), "the cubic term is rounding"
-    return _on_the_boundary(gaps, slopes, lift, least, lambda shift: (sigma / shift, -sigma / shift / shift))
+    inverse = lambda shift: (sigma / shift, -sigma / shift / shift)  # noqa: E731
+    return _on_the_boundary(gaps, slopes, lift, least, inverse, "held by the cubic term")
 
 
 def _on_the_boundary(
-    gaps: Tensor, slopes: Tensor, lift: float, least: float, inverse_length: Callable[[float], tuple[float, float]]
+    gaps: Tensor,
+    slopes: Tensor,
+    lift: float,
+    least: float,
+    inverse_length: Callable[[float], tuple[float, float]],
+    reason: str,
 ) -> tuple[Tensor, str]:
     """Solve `1 / |y| = w(m)`: Newton's method on a concave increasing function, from the left: monotone, no bracket.
 
@@ -107,7 +113,7 @@ def _on_the_boundary(
             break
         t += update
         y = _coordinates(gaps, slopes, t)
-    return y / _length(y) / inverse_length(lift + t)[0], "on the boundary"
+    return y / _length(y) / inverse_length(lift + t)[0], reason
 
 
 def _coordinates(gaps: Tensor, slopes: Tensor, t: float) -> Tensor:

@@ -118,3 +118,17 @@ def test_a_module_for_a_closure_is_refused(kind: Any) -> None:
     model = nn.Linear(2, 1)
     with pytest.raises(TypeError, match=r"closure must be a function of no argument .*, got the module Linear"):
         kind(model.parameters()).step(model)
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_a_group_with_a_setting_under_another_name_is_refused(kind: Any) -> None:
+    p = torch.ones(2, requires_grad=True)
+    for entry, remedy in {
+        "learning_rate": "Write lr=",
+        "weigth_decay": "Write weight_decay=",
+        "momentum": "Leave",
+    }.items():
+        with pytest.raises(TypeError, match=f"A parameter group takes no {entry}, got 0.5. {remedy}"):
+            kind([{"params": [p], entry: 0.5}])
+    optimizer = kind([{"params": [p], "name": "mine", "initial_lr": 1.0}])
+    assert optimizer.param_groups[0]["name"] == "mine"

@@ -421,3 +421,14 @@ def test_a_loss_without_a_value_far_away_is_no_error(build: Build) -> None:
         return loss
 
     assert float(build([theta]).step(closure)) == 1.0
+
+
+def test_a_backward_outside_the_closure_is_told_to_move_inside(build: Build) -> None:
+    problem = Outside()
+    optimizer = build(problem.model.parameters())
+    loss = F.mse_loss(problem.model(problem.x), problem.y)
+    loss.backward()
+    with pytest.raises(
+        RuntimeError, match=r"a backward outside of the closure.* loss\.backward\(\) inside the closure"
+    ):
+        optimizer.step(lambda: loss)
