@@ -12,7 +12,7 @@ from torch import Tensor
 from newtonopt._autograd import grad
 from newtonopt._convexity import Output
 from newtonopt._flat import add_flat, flatten
-from newtonopt._graph import reaches
+from newtonopt._graph import all_behind, reaches
 from newtonopt._shards import accumulate
 from newtonopt._subclasses import detached
 from newtonopt._tap import Tap, Term
@@ -122,6 +122,13 @@ def kept_versions(params: Sequence[Tensor]) -> Callable[[], None]:
             version.__exit__(None, None, None)
 
     return restore
+
+
+def is_older(loss: Tensor, sequence: int, params: Sequence[Tensor]) -> bool:
+    """Whether a node of the graph that depends on the parameters was made before the node of this number."""
+    leaves = {id(p) for p in params}
+    older = [node for node in all_behind([loss.grad_fn]) if node._sequence_nr() < sequence]
+    return bool(older) and reaches(older, lambda node: id(getattr(node, "variable", None)) in leaves)
 
 
 def is_clipped(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:

@@ -23,6 +23,7 @@ from newtonopt._recording import (
     ParametersMovedError,
     Recording,
     is_clipped,
+    is_older,
     kept_versions,
 )
 from newtonopt._shards import check_sharding, is_sharded, resharded, supported
@@ -117,6 +118,10 @@ class Objective:
         with self._isolation.recorded():
             recording, tap, left = self._run(backward=True, release=False)
         if left is not None:
+            # A projection goes to the same place without gradients; an update by them does not.
+            _, again = self._pass(None, self.point)
+            if again is None or not is_rounding(again, left, self.params):
+                raise RuntimeError(RESTLESS)
             # What was differentiated may mix two points.
             self._moves = True
             self.return_to(left)
@@ -420,8 +425,8 @@ class Objective:
         return float(self._mean_loss(losses, *found[0]))
 
     def _check_varies(self, losses: Tensor, point: Tensor) -> None:
-        """Raise a RuntimeError if the losses of a first trial and of one far away are those of the evaluation to the
-        bit, where there is a gradient: the closure does not run the forward pass.
+        """Raise a RuntimeError if the closure does not run the forward pass: the losses of a first trial and of one far
+        away are those of the evaluation to the bit, where there is a gradient, and come from a graph of an earlier run.
         """
         if self._evaluated is None:
             return
@@ -432,11 +437,18 @@ class Objective:
         noise = self.point.new_empty(self.point.shape[0], dtype=torch.float64, device="cpu")
         noise = noise.normal_(generator=torch.Generator().manual_seed(0)).to(self.point)
         far = 0.1 * (1 + self.point.abs()) * noise
+        older = False
+        began = torch._C._autograd._get_sequence_nr()
+
+        def look(term: Term) -> None:
+            nonlocal older
+            older = older or is_older(term.loss, began, self.params)
+
         try:
-            there = self._ranks.gather(lambda: (self.visit(None, far), 0.0))[:, 0]
+            there, stale = self._ranks.gather(lambda: (self.visit(look, far), float(older))).unbind(1)
         except Exception:
             return  # without a value there, the loss is not the same
-        if bool(((losses == before) & (there == before)).any()):
+        if bool(((losses == before) & (there == before) & (stale > 0)).any()):
             raise RuntimeError(_CONSTANT)
 
     def _mean_loss(self, losses: Tensor, dtype: torch.dtype, point: Tensor) -> Tensor:

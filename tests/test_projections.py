@@ -205,3 +205,37 @@ def test_a_monitor_measures_within_the_bounds_and_changes_nothing(optimizer: Any
         values.append(trainer.callback_metrics)
     assert ends[0] == ends[1]
     assert math.isfinite(float(values[1]["curvature/lambda_max"]))
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.3, 1.0])
+def test_a_closure_that_trains_by_its_gradients_is_refused(rate: float) -> None:
+    x = torch.tensor([2.0, -1.5, 0.7], dtype=torch.float64, requires_grad=True)
+    sgd = torch.optim.SGD([x], lr=rate)
+
+    def closure() -> Tensor:
+        sgd.zero_grad()
+        loss = ((x - 1) ** 2).sum()
+        loss.backward()
+        sgd.step()
+        return loss
+
+    before = x.detach().clone()
+    with pytest.raises(RuntimeError, match="changed them again"):
+        HessianFree([x]).step(closure)
+    assert torch.equal(x, before)
+
+
+def test_a_projection_that_guards_its_division_is_one() -> None:
+    x = torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64, requires_grad=True)
+    optimizer = NewtonCG([x])
+
+    def closure() -> Tensor:
+        with torch.no_grad():
+            x.clamp_(min=0).div_(x.sum() + 1e-12)
+        optimizer.zero_grad()
+        loss = ((x - torch.tensor([0.2, 0.5, 0.1]).double()) ** 2).sum()
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure)) for _ in range(5)]
+    assert losses[-1] < losses[0]

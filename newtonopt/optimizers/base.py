@@ -316,8 +316,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         if memory["failures"] >= _MAX_FAILURES:
             raise RuntimeError(
                 f"The {what} was not finite in {memory['failures']} steps in a row; the parameters were left as they "
-                "were. Check the data for NaN or infinite entries, the model's initialisation, and operations such as "
-                "log or sqrt at zero."
+                "were. Check the data for NaN or infinite entries, the model's initialisation, operations such as log "
+                "or sqrt at zero, and the scale of loss and parameters, whose squares must be numbers."
             )
 
     def _report(self, loss: float, gradient_norm: float, reason: str, **values: Any) -> None:

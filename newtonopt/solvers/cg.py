@@ -224,6 +224,8 @@ class _Stop:
         self._target = max(self._residual or 0.0, self._floor) * gradient_norm
 
     def is_rounding(self, bend: float, length: float, product: float) -> bool:
+        if not math.isfinite(product):
+            return False  # squares that overflow say nothing
         self.floor = max(self.floor, self.rounding * product / length)
         return abs(bend) / length <= self.floor * length
 

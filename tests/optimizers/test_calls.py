@@ -432,3 +432,23 @@ def test_a_backward_outside_the_closure_is_told_to_move_inside(build: Build) -> 
         RuntimeError, match=r"a backward outside of the closure.* loss\.backward\(\) inside the closure"
     ):
         optimizer.step(lambda: loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loss_on_a_plateau_is_no_forward_pass_outside_the_closure(build: Build, dtype: torch.dtype) -> None:
+    p = torch.tensor([0.3, 0.7, 2.0], dtype=dtype, requires_grad=True)
+    for loss_of in (
+        lambda: F.mse_loss(torch.sigmoid(p - 60), torch.ones_like(p)),
+        lambda: 1e8 + 1e-9 * F.mse_loss(p, torch.ones_like(p)),
+        lambda: F.mse_loss(p + (p.sign() - p).detach(), torch.full_like(p, 0.5)),  # a straight-through estimator
+    ):
+
+        def closure(loss_of: Any = loss_of) -> Tensor:
+            p.grad = None
+            loss = loss_of()
+            loss.backward()
+            return loss
+
+        optimizer = build([p])
+        for _ in range(3):
+            optimizer.step(closure)

@@ -120,7 +120,7 @@ def test_a_loop_that_runs_on_past_the_minimum_is_told_so() -> None:
 
     for _ in range(30):
         optimizer.step(closure)
-    assert closure().item() == 0.0
+    assert closure().item() < 1e-300
     report = optimizer.last_step
     # Whether the last gradient is zero or only its square is a matter of rounding.
     assert report is not None and report.reason.startswith(("the gradient is zero", "the gradient's square is zero"))

@@ -70,3 +70,17 @@ def test_a_minimum_is_reached_at_any_scale(name: str, problem: str, of_loss: flo
         if optimizer.last_step.gradient_norm < 1e-6 * first:
             break
     assert optimizer.last_step.gradient_norm < 1e-6 * first
+
+
+def test_squares_that_overflow_in_float32_are_no_rounding() -> None:
+    y = torch.tensor([5.0, -3.0], requires_grad=True)
+    optimizer = TrustRegionNewton([y])
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = 1e8 * ((y - 1).square().sum() + (y[0] * y[1] - 1) ** 2)
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure)) for _ in range(20)]
+    assert losses[-1] < 1e-3 * losses[0]
