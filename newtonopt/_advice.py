@@ -10,6 +10,9 @@ _PROBABILITIES = (
     "return logits from the model, without its softmax or sigmoid, and take cross_entropy or "
     "binary_cross_entropy_with_logits of them (skorch: criterion=torch.nn.CrossEntropyLoss)"
 )
+_ROOT = (
+    f"if it is one for all the data, minimise its square, which has the same minimum, by mse_loss; if many: {_HESSIAN}"
+)
 
 # By the functions of torch.nn.functional that the closure called.
 CALLED: dict[str, str] = {
@@ -40,10 +43,11 @@ ENDS: dict[str, tuple[str, str]] = {
     "LogsumexpBackward0": ("a logsumexp", "take cross_entropy of the scores (contrastive ones: over each row)"),
     "PowBackward0": (
         "a power",
-        "take mse_loss of outputs and targets (DeepXDE: model.compile(optimizer, loss=torch.nn.functional.mse_loss))",
+        "if it is a square, take mse_loss of outputs and targets "
+        "(DeepXDE: model.compile(optimizer, loss=torch.nn.functional.mse_loss))",
     ),
-    "SqrtBackward0": ("a square root", "minimise its square, which has the same minimum, by mse_loss"),
-    "LinalgVectorNormBackward0": ("a norm", "minimise its square, which has the same minimum, by mse_loss"),
+    "SqrtBackward0": ("a square root", _ROOT),
+    "LinalgVectorNormBackward0": ("a norm", _ROOT),
     "AbsBackward0": ("an absolute value", f"take smooth_l1_loss or huber_loss, or {_HESSIAN}"),
     "ReluBackward0": ("a hinge", _HESSIAN),
     "ClampMinBackward0": ("a hinge", _HESSIAN),

@@ -47,7 +47,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "hinge by hand": (lambda z: F.relu(1 - HALF * z[:, 0]).mean(), 'a hinge: use curvature="hessian"'),
     "hinge by clamp": (lambda z: (1 - HALF * z[:, 0]).clamp(min=0).mean(), "a hinge"),
     "absolute value": (lambda z: (z - Y).abs().mean(), "an absolute value: take smooth_l1_loss"),
-    "root": (lambda z: F.softplus(z).sum().sqrt(), "a square root: minimise its square"),
+    "root": (lambda z: F.softplus(z).sum().sqrt(), "a square root: if it is one for all the data, minimise its square"),
     "cubes": (lambda z: (z - Y).pow(4).mean(), "a power: .*DeepXDE"),
     "logistic by hand": (lambda z: F.softplus(-HALF * z[:, 0]).mean(), "a softplus: take binary_cross_entropy_with"),
     "log sigmoid": (lambda z: -F.logsigmoid(z).mean(), "a log-sigmoid: take binary_cross_entropy_with_logits"),
