@@ -115,7 +115,7 @@ def run_apart(command: Sequence[str], limit: float, grace: float, each_second: C
     """Run a command in a process of its own, and end it with all that it started when its time is up.
 
     Args:
-        command: What to run.
+        command: The command line.
         limit: Seconds after which it is expected to end itself, with a traceback.
         grace: Seconds after that when it is ended.
         each_second: Called while it runs.
@@ -143,7 +143,7 @@ def run_apart(command: Sequence[str], limit: float, grace: float, each_second: C
 
 
 def machine(device: str) -> dict[str, str]:
-    """What the figures were measured on and with."""
+    """Return the machine and the versions with which the figures were measured."""
     if device == "cuda":
         card = torch.cuda.get_device_name()
         driver = said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -174,7 +174,7 @@ def commit() -> str:
 
 
 def said_by(*command: str) -> str:
-    """What a command prints; nothing if it fails or is not there."""
+    """Return the output of a command; an empty string if the command fails or is missing."""
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

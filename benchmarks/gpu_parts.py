@@ -1,4 +1,4 @@
-"""What `gpu.py` runs, each part in a process of its own.
+"""The parts that `gpu.py` runs, each in a process of its own.
 
 A part gets what it runs on, and a function to note what it finds under a name, which writes it down at once. It imports
 what it needs itself, so that a package that is missing stops that part alone.
@@ -28,7 +28,7 @@ Note = Callable[[str, Any], None]
 
 @dataclass(frozen=True)
 class Where:
-    """What a part runs on: a device, and whether with small problems."""
+    """The device that a part runs on, and whether its problems are small."""
 
     device: str
     small: bool

@@ -102,7 +102,7 @@ class CurvatureMonitor(Callback):
             eigenvectors of the last one, with a quarter of `max_products` or a little more, and certify nothing:
             `curvature/certified` is 0, and the bounds enclose some eigenvalue, perhaps not the extreme one. Between
             measurements vectors are kept, `top + bottom + 1` times the parameters. Default 10.
-        max_overhead: What measuring may add to the time of training, as a share of it, above 0 and at most 1, such as
+        max_overhead: The share of the training time that measuring may add, above 0 and at most 1, such as
             0.15 for 15 %: measurements that would exceed it are left out, but for the first of each kind and those at
             the start and the end. None (default): no bound.
         seed: Of the random start vectors. Default 0.

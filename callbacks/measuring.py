@@ -177,7 +177,7 @@ def at_rest(measure: Callable[[], Result], params: Sequence[Tensor], optimizers:
     Args:
         measure: Leaves `params` as they are, or raises if the step moves them.
         params: The parameters looked at.
-        optimizers: Those that train; the step may clamp others of their parameters too.
+        optimizers: The optimizers that train; the step may clamp any of their parameters.
     """
     known = {id(p) for p in params}
     others = [

@@ -90,7 +90,7 @@ def explains_arguments(elsewhere: Mapping[str, str]) -> Callable[[Callable[P, No
     """Decorate an `__init__` so that the error for an argument it does not have says which one is meant.
 
     Args:
-        elsewhere: What takes the place of arguments that other libraries have: the name of an argument here, or a
+        elsewhere: The replacement for each argument that other libraries have: the name of an argument here, or a
             sentence.
     """
 

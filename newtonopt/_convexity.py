@@ -113,7 +113,7 @@ class RootLabel(Label):
 
 @dataclass(frozen=True)
 class Found:
-    """What a loss is a sum of.
+    """The summands of a loss.
 
     Attributes:
         outputs: The outputs of squares written by hand.

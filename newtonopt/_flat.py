@@ -168,10 +168,10 @@ def listed(name: str, items: Any, holds: str, such_as: str) -> list[Any]:
     """Return all entries of an iterable.
 
     Args:
-        name: Of the argument.
-        items: What was given for it.
-        holds: What its entries should be.
-        such_as: What a user would write for it.
+        name: The name of the argument.
+        items: The value given for the argument.
+        holds: A description of its entries.
+        such_as: An expression that a user would write for it.
 
     Raises:
         TypeError: It is no iterable, or one of another kind: a tensor, a module, a mapping, a string, a set.

@@ -26,7 +26,7 @@ def is_sharded(params: Sequence[Tensor]) -> bool:
 
 
 def local_part(t: Tensor) -> Tensor:
-    """What this process holds of a tensor: an alias, outside of autograd, of a DTensor's part; else the tensor."""
+    """This process's shard of a DTensor, as an alias outside of autograd; any other tensor itself."""
     kind = _dtensor()
     if kind is None or not isinstance(t, kind):
         return plain(t)

@@ -283,7 +283,7 @@ def _is_repeated(first: tuple[Node | None, int], second: tuple[Node | None, int]
 
 
 def _settings(node: Node) -> dict[str, Any]:
-    """What an operation was given besides tensors."""
+    """Return the settings of an operation, without its tensors."""
     tensors = ("_saved_self", "_saved_other", "_saved_result")
     names = (name for name in dir(node) if name.startswith("_saved_") and name not in tensors)
     return {name: getattr(node, name) for name in names}

@@ -23,7 +23,7 @@ def reduction_ratio(loss: float, trial_loss: float, predicted: float, eps: float
         loss: At the start of the step.
         trial_loss: At its end; any non-finite value counts as infinitely bad.
         predicted: The model's decrease, positive.
-        eps: Of the dtype in which the loss was computed.
+        eps: The eps of the dtype in which the loss was computed.
 
     Returns:
         The ratio; minus infinity for a non-finite trial loss.
@@ -87,7 +87,7 @@ def hastened(control: float, usual: float, run: int, matters: float, eps: float)
         usual: The next one by the usual rule.
         run: How many ratios in a row were near one.
         matters: The control whose effect on the step is as large as the curvature's.
-        eps: Of the dtype of the gradient.
+        eps: The eps of the gradient's dtype.
     """
     if usual >= control:
         return usual

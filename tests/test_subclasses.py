@@ -40,7 +40,7 @@ def labelled(t: Tensor, labels: list[str] | None = None) -> Tensor:
 
 
 class Unwrapping(Tensor):
-    """Of which only copies stay in the class, as of torchvision's tv_tensors."""
+    """A class in which only copies stay, as in torchvision's tv_tensors."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -50,11 +50,11 @@ def note_progress(memory: dict[str, Any], outcome: Outcome, leaves: bool, loss: 
 
     Args:
         memory: The optimizer's state.
-        outcome: Of the step.
+        outcome: The outcome of the step.
         leaves: Whether the step was one along negative curvature that a search found.
         loss: At the step's start.
         norm: The gradient's, there.
-        eps: Of the dtype in which the loss was computed.
+        eps: The eps of the dtype in which the loss was computed.
     """
     tells = min(abs(outcome.predicted), abs(loss - outcome.loss)) > 10 * eps * abs(loss)
     if not leaves:

@@ -18,7 +18,7 @@ class StepReport:
         damping: Used in this step; None (default) for an optimizer without.
         radius: Of the trust region used in this step; None (default) for an optimizer without.
         sigma: The cubic term's weight used in this step; None (default) for an optimizer without.
-        predicted_decrease: What the undamped quadratic model promised for that step.
+        predicted_decrease: The decrease that the undamped quadratic model predicts for that step.
         ratio: Actual over predicted decrease of that step; near one where the model is right.
         first_ratio: The same for the step as it was proposed, before a line search shortened or doubled it. This ratio
             adapts the damping, radius or sigma; minus infinity where a loss was not finite.

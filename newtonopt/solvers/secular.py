@@ -24,7 +24,7 @@ def above_rounding(values: Tensor, vectors: Tensor, matrix: Tensor, eps: float) 
         values: Eigenvalues `(k,)`, ascending.
         vectors: Eigenvectors as columns, `(k, k)`.
         matrix: The symmetric matrix `A`, `(k, k)`.
-        eps: Of the dtype in which the matrix or its products were computed.
+        eps: The eps of the dtype in which the matrix or its products were computed.
     """
     sizes = vectors.abs()
     rounding = values.shape[0] * eps * (sizes * (matrix.abs() @ sizes)).sum(0)

@@ -32,7 +32,7 @@ class Validated(Classifier):
 
 
 class Broken(Validated):
-    """Its own loss for measurements fails."""
+    """A module whose loss for measurements fails."""
 
     def broken(self, batch: Any, batch_idx: int) -> Tensor:
         raise ArithmeticError("no loss here")

@@ -187,7 +187,7 @@ def test_a_cubic_term_that_is_rounding_leaves_newtons_step() -> None:
 
 @pytest.mark.parametrize("tiny", [-1e-16, 0.0, 1e-16])
 def test_eigenvalues_at_rounding_count_as_such(tiny: float) -> None:
-    """Of a matrix with entries of one size; of a badly scaled one a small eigenvalue is kept."""
+    """A matrix with entries of one size; a badly scaled matrix keeps a small eigenvalue."""
     eps = torch.finfo(torch.float64).eps
     vectors = torch.tensor([[1.0, 1.0], [-1.0, 1.0]], dtype=torch.float64) / math.sqrt(2)
     values = torch.tensor([tiny, 2.0], dtype=torch.float64)
