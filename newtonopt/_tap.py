@@ -392,7 +392,8 @@ class Tap(TorchFunctionMode):
 
 
 def _place() -> tuple[object, ...]:
-    """Return where in the user's code a call was made: the innermost calls of it, as positions in their functions.
+    """Return where in the user's code a call was made: the innermost lines of it. (Positions within a line move when
+    Python specialises the code.)
 
     Calls within torch and here are left out: they differ where a DistributedDataParallel is run as one process.
     """
@@ -401,7 +402,7 @@ def _place() -> tuple[object, ...]:
     while frame is not None and frame.f_code is not Tap.run.__code__ and len(place) < _DEPTH:
         code = frame.f_code
         if not code.co_filename.startswith(_LIBRARIES):
-            place.append((code.co_filename, code.co_firstlineno, frame.f_lasti))
+            place.append((code.co_filename, code.co_firstlineno, frame.f_lineno))
         frame = frame.f_back
     return tuple(place)
 

@@ -373,3 +373,10 @@ def test_a_loss_taken_twice_is_convex_only_if_both_are(products: Any) -> None:
     evaluation = evaluate(closure, net.params, products=products)
     assert gauss_newton(evaluation).psd == (products == "cached")  # half the loss as a sum, of which streaming sees two
     assert torch.linalg.eigvalsh(gauss_newton(evaluation).dense())[0] > -1e-12
+
+
+def test_a_loop_over_rows_has_the_same_outputs_in_every_run() -> None:
+    net = Net()
+    closure = net.closure(lambda z: sum((((z[i] - Y[i]) ** 2).sum() for i in range(5)), torch.zeros(())))
+    truth = net.dense_gauss_newton(lambda z: ((z - Y) ** 2).sum())
+    assert error(gauss_newton(evaluate(closure, net.params, products="streamed")).dense(), truth) < 1e-10
