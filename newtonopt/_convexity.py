@@ -166,8 +166,7 @@ def find(loss: Tensor, params: Sequence[Tensor], known: Sequence[Output]) -> Fou
 
 def _summands(start: Node | None, params: set[int]) -> tuple[dict[Node, Label], list[Node]]:
     """Labelled nodes met through linear operations alone, and the other nodes met so, factors that weigh included."""
-    consumers: dict[Node, list[Node]] = {}
-    labels = _labels_in_reach(start, consumers)
+    labels, consumers = _labels_in_reach(start)
     holding = set(labels)
     waiting = list(labels)
     while waiting:
@@ -184,8 +183,10 @@ def _summands(start: Node | None, params: set[int]) -> tuple[dict[Node, Label], 
         refused |= dependent
 
 
-def _labels_in_reach(start: Node | None, consumers: dict[Node, list[Node]]) -> dict[Node, Label]:
+def _labels_in_reach(start: Node | None) -> tuple[dict[Node, Label], dict[Node, list[Node]]]:
+    """Labelled nodes met through operations that are linear in an operand, and who consumes each node on the way."""
     labels: dict[Node, Label] = {}
+    consumers: dict[Node, list[Node]] = {}
     seen: set[Node] = set()
     waiting = [start]
     while waiting:
@@ -201,7 +202,7 @@ def _labels_in_reach(start: Node | None, consumers: dict[Node, list[Node]]) -> d
                 if operand is not None:
                     consumers.setdefault(operand, []).append(node)
                     waiting.append(operand)
-    return labels
+    return labels, consumers
 
 
 def _walk(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -188,7 +188,7 @@ def gauss_newton_from(push: Push, evaluation: Evaluation) -> Product:
                 along = curve_of(term.loss, term.outputs)([pushed[z.number] for z in term.outputs])
                 add_flat(result, grad(term.tensors, params, along, keep=term.keep), params)
 
-        _visit(evaluation, add)
+        _visit_with_outputs(evaluation, add)
         return result
 
     return one_by_one(_averaged(source, product))
@@ -207,7 +207,7 @@ def pull_from(evaluation: Evaluation) -> Product:
                 along = [pieces[z.number].view(z.tensor.shape).to(z.tensor.dtype) for z in term.outputs]
                 add_flat(result, grad(term.tensors, params, along, keep=term.keep), params)
 
-        _visit(evaluation, add)
+        _visit_with_outputs(evaluation, add)
         return result
 
     return pull
@@ -225,6 +225,7 @@ def streamed_push(evaluation: Evaluation) -> Push:
         evaluation.check_unchanged()
         loss, pushed = source.push(v, evaluation.output_sizes)
         evaluation.check_same_function(float(loss), math.sqrt(evaluation.eps))
+        _check_met(evaluation, pushed)
         return pushed
 
     def backwards(v: Tensor) -> dict[int, Tensor]:
@@ -235,7 +236,7 @@ def streamed_push(evaluation: Evaluation) -> Push:
                 numbers = [z.number for z in term.outputs]
                 pushed.update(zip(numbers, push_of(term.tensors, params)(v), strict=True))
 
-        _visit(evaluation, add)
+        _visit_with_outputs(evaluation, add)
         return pushed
 
     def push(v: Tensor) -> dict[int, Tensor]:
@@ -286,6 +287,7 @@ def differenced_push(evaluation: Evaluation) -> Push:
             found.update({z.number: z.tensor.detach().clone() for z in term.outputs})
 
         source.visit(take, step, numbers=evaluation.output_sizes)
+        _check_met(evaluation, found)
         return found
 
     def push(v: Tensor) -> dict[int, Tensor]:
@@ -318,9 +320,33 @@ def displacement(params: Sequence[Tensor]) -> float:
     return float(eps**0.4) * math.sqrt(1.0 + norm)
 
 
-def _visit(evaluation: Evaluation, on_term: OnTerm) -> None:
+def _visit_with_outputs(evaluation: Evaluation, on_term: OnTerm) -> None:
+    """Run the closure and hand its losses over with the outputs that were recorded.
+
+    Raises:
+        RuntimeError: One of the outputs was not met.
+    """
+    met: set[int] = set()
+
+    def take(term: Term) -> None:
+        met.update(z.number for z in term.outputs)
+        on_term(term)
+
+    _visit(evaluation, take, evaluation.output_sizes)
+    _check_met(evaluation, met)
+
+
+def _check_met(evaluation: Evaluation, numbers: Collection[int]) -> None:
+    if not set(evaluation.output_sizes).issubset(numbers):
+        raise RuntimeError(
+            "The closure came to its loss by other lines of code than when it was recorded, so that the loss's outputs "
+            'cannot be told: let it take the same way in each call, or use products="cached".'
+        )
+
+
+def _visit(evaluation: Evaluation, on_term: OnTerm, numbers: Collection[int] = ()) -> None:
     evaluation.check_unchanged()
-    loss = float(_source(evaluation).visit(on_term, numbers=evaluation.output_sizes))
+    loss = float(_source(evaluation).visit(on_term, numbers=numbers))
     evaluation.check_same_function(loss, math.sqrt(evaluation.eps))
 
 

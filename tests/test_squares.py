@@ -380,3 +380,17 @@ def test_a_loop_over_rows_has_the_same_outputs_in_every_run() -> None:
     closure = net.closure(lambda z: sum((((z[i] - Y[i]) ** 2).sum() for i in range(5)), torch.zeros(())))
     truth = net.dense_gauss_newton(lambda z: ((z - Y) ** 2).sum())
     assert error(gauss_newton(evaluate(closure, net.params, products="streamed")).dense(), truth) < 1e-10
+
+
+@pytest.mark.parametrize("products", ["streamed", "finite_difference"])
+def test_outputs_that_a_later_run_does_not_meet_are_an_error(products: Any) -> None:
+    net, runs = Net(), itertools.count()
+
+    def loss(z: Tensor) -> Tensor:
+        if next(runs) == 0:
+            return F.mse_loss(z, Y)
+        return F.mse_loss(z, Y)
+
+    G = gauss_newton(evaluate(net.closure(loss), net.params, products=products))
+    with pytest.raises(RuntimeError, match=r"other lines of code .* or use products=\"cached\""):
+        _ = G @ torch.ones(26, dtype=torch.float64)
