@@ -61,7 +61,7 @@ def grad_with_graph(
     """
     with _differentiating():
         found = torch.autograd.grad(of, by, along, create_graph=True, allow_unused=True)
-    gradients: Gradients = tuple(plain(g) for g in found)
+        gradients: Gradients = tuple(plain(g) for g in found)
     if reaches([g.grad_fn for g in gradients if g is not None], _is_dead_end):
         raise NoSecondDerivativeError(
             "An operation of the model has no second derivative (it is marked once_differentiable, or PyTorch has no "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,6 +95,60 @@ def chained(starts: Iterable[Node | None]) -> tuple[set[Node], set[Node]]:
                 before.add(consumer)
                 waiting.append(consumer)
     return behind, before & given
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What may make a derivative wrong in a graph.
+
+    Attributes:
+        functions: Names of the autograd Functions in it that are not PyTorch's own.
+        has_hooks: Whether hooks may change gradients.
+        eps: Rounding unit of the coarsest precision in it.
+    """
+
+    functions: tuple[str, ...]
+    has_hooks: bool
+    eps: float
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it holds code that is not PyTorch's."""
+        return bool(self.functions) or self.has_hooks
+
+    def named(self, before: str, otherwise: str = "") -> str:
+        """Return the functions' names after some words, or other words if there are none."""
+        return f"{before}{', '.join(self.functions)}" if self.functions else otherwise
+
+
+def look_through(loss: Tensor, eps: float) -> Graph:
+    """Return what may make a derivative wrong in the graph of a loss; `eps` is the least rounding unit to report."""
+    names: dict[str, None] = {}
+    hooked = False
+
+    def look(node: Any) -> bool:
+        nonlocal eps, hooked
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            function = type(node)._forward_cls  # type: ignore[attr-defined]
+            if not function.__module__.startswith("torch."):
+                names[function.__name__] = None
+            elif function.__name__ == "BackwardHookFunction":  # of a module with full backward hooks
+                hooked = True
+        elif "CppNode" in node.name():
+            names[node.name()] = None
+        for of in node._input_metadata:
+            if of.dtype.is_floating_point:
+                eps = max(eps, torch.finfo(of.dtype).eps)
+        return False
+
+    reaches(loss.grad_fn, look)
+    if loss.device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        eps = max(eps, _TF32)
+    return Graph(tuple(names), hooked, eps)
+
+
+# Rounding unit of TensorFloat-32, in which cuDNN convolves by default.
+_TF32 = 2.0**-11
 
 
 def notes(node: Any) -> dict[str, Any]:

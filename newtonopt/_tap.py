@@ -6,6 +6,7 @@ however it ends.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
@@ -35,6 +36,12 @@ from newtonopt._subclasses import alike, is_wrapper, plain
 _LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
 _SOFTMAX = frozenset({F.softmax, torch.softmax, Tensor.softmax})
 _UNRECOGNISED = frozenset(getattr(F, name) for name in CALLED) - LOG_PROBABILITY_LOSSES
+# What takes a tensor for a constant: those on a tensor, and `torch.no_grad` by its flag.
+_DATA: Any = Tensor.data
+_HOLDING = frozenset(
+    {Tensor.detach, torch.detach, Tensor.detach_, Tensor.item, Tensor.tolist, Tensor.__float__, _DATA.__get__}
+    | {torch._C._set_grad_enabled}
+)
 _RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 
 
@@ -83,6 +90,28 @@ class Term:
 
 
 OnTerm = Callable[[Term], None]
+
+
+class Hooks:
+    """The hooks that a closure registers on what it computes; many only look at gradients.
+
+    Attributes:
+        change: Whether one has given another gradient.
+    """
+
+    def __init__(self) -> None:
+        self.change = False
+
+    def watched(self, hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+        """Return the hook, with a look at what it returns."""
+
+        @functools.wraps(hook)
+        def watched(gradient: Tensor) -> Tensor | None:
+            changed = hook(gradient)
+            self.change = self.change or changed is not None
+            return changed
+
+        return watched
 
 
 class Tap(TorchFunctionMode):
@@ -143,6 +172,8 @@ class Tap(TorchFunctionMode):
         self.wrappers: list[str] = []
         self.ends: set[str] = set()
         self.has_marks = False
+        self.holds_constant = False
+        self.hooks = Hooks()
         self._convex: set[int] = set()
         self._other: set[int] = set()
         self._total: Tensor | None = None
@@ -254,6 +285,10 @@ class Tap(TorchFunctionMode):
             return self._on_backward(func, *args, **kwargs)
         if func is mark_outputs:
             self.has_marks = True
+        if func is Tensor.register_hook:
+            return func(args[0], self.hooks.watched(*args[1:], **kwargs))
+        if func in _HOLDING and torch.is_grad_enabled() and _needs_gradient(args[0]):
+            self.holds_constant = True
         if self._finds_outputs:
             if func is mark_outputs:
                 return self._own_view(args[0], self._marked)
@@ -389,6 +424,10 @@ class Tap(TorchFunctionMode):
             self._recognised.append(output)
         # The logarithm of a sum, of probabilities or of one and a small number, is not concave in the logits.
         return (output,) if (SELECTIONS | {"Log"}).issuperset(passed) else ()
+
+
+def _needs_gradient(held: object) -> bool:
+    return held.requires_grad if isinstance(held, Tensor) else held is False
 
 
 def _place() -> tuple[object, ...]:

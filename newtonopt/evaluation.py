@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -14,9 +15,41 @@ from newtonopt._convexity import Output
 from newtonopt._flat import flatten
 from newtonopt._graph import reaches
 from newtonopt._tap import OnTerm
+from newtonopt.linear_operator import Trust
 
 Form = Literal["cached", "streamed", "finite_difference"]
+Matrix = Literal["hessian", "gauss_newton", "jacobian"]
 Products = Literal["auto", "cached", "streamed", "finite_difference"]
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How products are formed.
+
+    Attributes:
+        form: The form.
+        length: How far from the parameters finite differences look, `h |v|`; None: as far as their size suggests.
+        forward: Whether streamed products with a Jacobian are formed in forward mode.
+    """
+
+    form: Form
+    length: float | None = None
+    forward: bool = True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the checks of a matrix's products found.
+
+    Attributes:
+        manner: How the products are formed.
+        trust: How far they can be trusted.
+        cost: Products and gradients that the checks took.
+    """
+
+    manner: Manner
+    trust: Trust
+    cost: int
 
 
 class Source(Protocol):
@@ -58,11 +91,13 @@ class Evaluation:
         gradient: That of the loss, `(n,)`; None: to be computed from the graph.
         source: Where the closure can be run again, for products that are streamed or by finite differences.
         form: How products are formed: "cached", "streamed" or "finite_difference".
+        verdicts: What earlier checks of these products found, elsewhere along the way of an optimizer or a monitor.
 
     Attributes:
         loss: The objective's value, a detached scalar.
         gradient: Its gradient, `(n,)`, in the order of `params`.
         data_gradient: The gradient without the term of `decay`.
+        slope: The same, of its own losses: an optimizer gives other data's gradient to an evaluation for curvature.
         params: The parameters.
         form: How products are formed.
         returned: What the closure returned, detached when it is a tensor.
@@ -70,6 +105,10 @@ class Evaluation:
         convex: Whether the loss is known to be convex in the recorded outputs: a sum of recognised losses and squares,
             with weights that are not negative. Of marked outputs nobody but the user knows that.
         output_sizes: How many entries the recorded outputs have, by their numbers in a run of the closure.
+        verdicts: What the checks of its products found, by matrix.
+        checks: How many products and gradients these checks took.
+        holds_constant: Whether the closure holds parts of its loss constant, by `detach` or `no_grad`.
+        hooks_gradients: Whether it registers hooks on what it computes.
     """
 
     def __init__(
@@ -82,6 +121,7 @@ class Evaluation:
         gradient: Tensor | None = None,
         source: Source | None = None,
         form: Form = "cached",
+        verdicts: Mapping[Matrix, Verdict] | None = None,
     ) -> None:
         self.params = tuple(params)
         self.decay = decay
@@ -94,10 +134,14 @@ class Evaluation:
         self.unrecognised_advice = ""
         self.output_sizes = {z.number: z.tensor.numel() for z in outputs}
         self.outside: bool | None = None
+        self.verdicts: Mapping[Matrix, Verdict] = {} if verdicts is None else verdicts
+        self.checks = 0
+        self.holds_constant = self.hooks_gradients = False
         self._graph: tuple[Tensor, tuple[Output, ...]] | None = (loss, tuple(outputs))
         self._alive = True
         self._versions = [p._version for p in self.params]
         self.data_gradient = local_gradient(loss, self.params) if gradient is None else gradient
+        self.slope = self.data_gradient
         self.gradient, self.loss = self.data_gradient, loss.detach()
         if decays(decay):
             point = flatten(self.params, self.params).detach()
@@ -175,12 +219,36 @@ class Evaluation:
         self._graph = None
         self.form = form
 
+    def verdict(self, matrix: Matrix) -> Verdict | None:
+        """What the checks of a matrix's products in the present form found; None: they were not checked."""
+        found = self.verdicts.get(matrix)
+        return found if found is not None and found.manner.form == self.form else None
+
+    def judge(self, matrix: Matrix, verdict: Verdict) -> None:
+        """Take note of a verdict."""
+        self.verdicts = {**self.verdicts, matrix: verdict}
+        self.checks += verdict.cost
+
     def part_outside_outputs(self) -> bool:
         """Whether the loss depends on the parameters other than through the outputs, as an explicit penalty does."""
         if self.outside is None:
             loss, outputs = self.graph
             self.outside = leaves_outside(loss, [z.tensor for z in outputs], self.params)
         return self.outside
+
+
+def source_of(evaluation: Evaluation) -> Source:
+    """Where an evaluation's closure can be run again.
+
+    Raises:
+        RuntimeError: Nowhere.
+    """
+    if evaluation.source is None:
+        raise RuntimeError(
+            "This evaluation was made from a loss, and other than cached products run the closure again: make it with "
+            "newtonopt.evaluate(closure, params)."
+        )
+    return evaluation.source
 
 
 SAME_FUNCTION = (

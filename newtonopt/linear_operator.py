@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +18,19 @@ Product = Callable[[Tensor], Tensor]
 _ROWS = 128
 
 
+@dataclass(frozen=True)
+class Trust:
+    """How far the products of an operator can be trusted.
+
+    Attributes:
+        doubt: Why they cannot be vouched for; empty: they can.
+        error: Relative error of a product, estimated; zero for exact ones.
+    """
+
+    doubt: str = ""
+    error: float = 0.0
+
+
 class LinearOperator:
     """A matrix known by its products, over flat vectors in the order of the parameters.
 
@@ -27,6 +41,7 @@ class LinearOperator:
         psd: Whether the matrix is positive semi-definite by construction.
         transpose: Computes `A' u`; None for a symmetric matrix.
         rows: Computes `A v` for each row `v` of `(k, columns)`; None: one by one.
+        trust: Returns how far the products can be trusted; None: they are exact.
 
     Attributes:
         like: No rows `(0, columns)`, from which vectors of the operator's kind can be made.
@@ -41,7 +56,9 @@ class LinearOperator:
         psd: bool = False,
         transpose: Product | None = None,
         rows: Product | None = None,
+        trust: Callable[[], Trust] | None = None,
     ) -> None:
+        self._trust = trust
         self._product = product
         self._rows = rows
         self._transpose = transpose
@@ -49,13 +66,23 @@ class LinearOperator:
         self.dtype = like.dtype
         self.device = like.device
         self.like = like.new_empty(0, shape[1])
-        self.psd = psd
+        self._psd = psd
         self._count = [0]
 
     @property
     def products(self) -> int:
         """How many products were formed, by this operator and by those derived from it."""
         return self._count[0]
+
+    @property
+    def trust(self) -> Trust:
+        """How far the products can be trusted; before the first one it takes some to find that out."""
+        return Trust() if self._trust is None else self._trust()
+
+    @property
+    def psd(self) -> bool:
+        """Whether the matrix is positive semi-definite by construction, and the products can be vouched for."""
+        return self._psd and not self.trust.doubt
 
     @property
     def T(self) -> LinearOperator:
@@ -89,7 +116,7 @@ class LinearOperator:
 
     def shift(self, c: float | Tensor) -> LinearOperator:
         """`A + c I`, or `A + diag(c)` for `c` of shape `(n,)`, sharing this operator's count of products."""
-        psd = self.psd and bool((c.min() if isinstance(c, Tensor) else c) >= 0)
+        psd = self._psd and bool((c.min() if isinstance(c, Tensor) else c) >= 0)
         rows = self._rows
         shifted = None if rows is None else lambda V: _plus(rows(V), c, V)
         return self._derived(
@@ -98,7 +125,7 @@ class LinearOperator:
 
     def scale(self, d: Tensor) -> LinearOperator:
         """`D A D` with `D = diag(d)`, `d` of shape `(n,)`, sharing this operator's count of products."""
-        scaled = LinearOperator(lambda v: d * self._product(d * v), self.shape, self.like, psd=self.psd)
+        scaled = LinearOperator(lambda v: d * self._product(d * v), self.shape, self.like, psd=self._psd)
         return self._derived(scaled)
 
     def block(self, spans: Sequence[tuple[int, int]]) -> LinearOperator:
@@ -113,7 +140,7 @@ class LinearOperator:
             image = self._product(whole)
             return torch.cat([image[piece] for piece in pieces])
 
-        return self._derived(LinearOperator(product, (size, size), self.like, psd=self.psd))
+        return self._derived(LinearOperator(product, (size, size), self.like, psd=self._psd))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -155,7 +182,7 @@ class LinearOperator:
             )
 
     def _derived(self, other: LinearOperator) -> LinearOperator:
-        other._count = self._count
+        other._count, other._trust = self._count, self._trust
         return other
 
     def __repr__(self) -> str:

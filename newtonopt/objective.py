@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ from newtonopt._recording import (
 )
 from newtonopt._shards import check_sharding, is_sharded, resharded, supported
 from newtonopt._tap import OnTerm, Tap, Term, mark_outputs, tapped
-from newtonopt.evaluation import Evaluation, Products, decay_term, decays
+from newtonopt.evaluation import Evaluation, Matrix, Products, Verdict, decay_term, decays
 from newtonopt.isolation import Isolation
 
 __all__ = [
@@ -70,6 +70,7 @@ class Objective:
         decay: Weight decay, one number or one for each parameter entry `(n,)`: adds `sum(decay * theta^2) / 2`.
         products: How products are formed, as for `evaluate`.
         weight: Of this process in the mean, above zero; None (default): found from the losses.
+        verdicts: What earlier checks of its products found; None (default): they are checked anew.
 
     Attributes:
         params: The parameters.
@@ -84,8 +85,10 @@ class Objective:
         decay: float | Tensor = 0.0,
         products: Products = "auto",
         weight: float | None = None,
+        verdicts: Mapping[Matrix, Verdict] | None = None,
     ) -> None:
         self._closure = closure
+        self._verdicts = verdicts
         self.params = tuple(params)
         self._decay = decay
         check_sharding(self.params)
@@ -400,6 +403,7 @@ class Objective:
             gradient=self.mean(lambda: recording.gradient),
             source=self,
             form="cached" if self.products == "auto" else self.products,
+            verdicts=self._verdicts,
         )
         self._evaluated = losses, evaluation.data_gradient
         if self._ranks.count > 1:
@@ -408,6 +412,7 @@ class Objective:
         evaluation.may_fall_back = self.products == "auto"
         evaluation.unrecognised_advice = unrecognised(tap.losses_seen, tap.ends, tap.wrappers)
         evaluation.output_sizes, evaluation.outside = recording.output_sizes, recording.outside
+        evaluation.holds_constant, evaluation.hooks_gradients = tap.holds_constant, tap.hooks.change
         evaluation.convex = not tap.has_marks and tap.is_convex(recording.output_sizes)
         return evaluation
 

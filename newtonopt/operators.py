@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -13,10 +13,13 @@ from newtonopt._autograd import grad
 from newtonopt._checks import check_instance, warn
 from newtonopt._flat import flatten, local_pieces, unflatten
 from newtonopt._shards import is_sharded
-from newtonopt.evaluation import Evaluation, Form, decays
+from newtonopt.evaluation import Evaluation, Manner, Matrix, decays
 from newtonopt.linear_operator import LinearOperator, Product
+from newtonopt.verification import Finding, Vouched, examine_gauss_newton, examine_hessian, examine_jacobian
 
 __all__ = ["LinearOperator", "gauss_newton", "hessian", "jacobian"]
+
+Form = Callable[[Manner], Product]
 
 
 @torch.inference_mode(False)
@@ -84,30 +87,43 @@ def diagonal_blocks(evaluation: Evaluation, curvature: Literal["gauss_newton", "
 
 def _hessian(evaluation: Evaluation, number: int | None) -> LinearOperator:
     """The whole matrix, or the block of the parameter of this number."""
-    ways: dict[Form, Callable[[], Product]] = {
-        "streamed": lambda: products.streamed_hessian(evaluation),
-        "finite_difference": lambda: products.differenced_hessian(evaluation),
-    }
-    return _symmetric(evaluation, products.hessian_of, ways, number, psd=False)
+
+    def form(manner: Manner, block: int | None) -> Product:
+        if manner.form == "cached":
+            return products.cached(evaluation, products.hessian_of, block)
+        if manner.form == "streamed":
+            return products.streamed_hessian(evaluation)
+        return products.differenced_hessian(evaluation, manner.length)
+
+    def examine(manner: Manner, whole: Form) -> Finding:
+        return examine_hessian(evaluation, manner, whole)
+
+    return _symmetric(evaluation, "hessian", form, examine, number, psd=False)
 
 
 def _gauss_newton(evaluation: Evaluation, number: int | None) -> LinearOperator:
-    ways: dict[Form, Callable[[], Product]] = {
-        "streamed": lambda: products.gauss_newton_from(products.streamed_push(evaluation), evaluation),
-        "finite_difference": lambda: products.gauss_newton_from(products.differenced_push(evaluation), evaluation),
-    }
-    return _symmetric(evaluation, products.gauss_newton_of, ways, number, psd=evaluation.convex)
+    def form(manner: Manner, block: int | None) -> Product:
+        if manner.form == "cached":
+            return products.cached(evaluation, products.gauss_newton_of, block)
+        return products.gauss_newton_from(_push(evaluation, manner), evaluation)
+
+    def examine(manner: Manner, whole: Form) -> Finding:
+        push = lambda m: _joined_push(evaluation, m)  # noqa: E731
+        return examine_gauss_newton(evaluation, manner, whole, push, _pull(evaluation, manner))
+
+    return _symmetric(evaluation, "gauss_newton", form, examine, number, psd=evaluation.convex)
 
 
 def _symmetric(
     evaluation: Evaluation,
-    build: products.Build,
-    ways: Mapping[Form, Callable[[], Product]],
+    matrix: Matrix,
+    form: Callable[[Manner, int | None], Product],
+    examine: Callable[[Manner, Form], Finding],
     number: int | None,
     *,
     psd: bool,
 ) -> LinearOperator:
-    """From how cached products are built, and how others with the whole matrix are formed."""
+    """From how products with the whole matrix, or with the block of a number, are formed, and how they are examined."""
     evaluation.check_finite()
     params, like, decay = evaluation.params, evaluation.gradient, evaluation.decay
     if number is not None:
@@ -116,15 +132,31 @@ def _symmetric(
         part = slice(start, start + sizes[number])
         params, like = params[number : number + 1], like[part]
         decay = decay[part] if isinstance(decay, Tensor) else decay
-        ways = {form: _inside(way, part, n) for form, way in ways.items()}
-    product = products.formed(evaluation, {"cached": lambda: products.cached(evaluation, build, params), **ways})
+
+    def block(manner: Manner) -> Product:
+        product = form(manner, number)
+        return product if manner.form == "cached" else products.restricted(product, part, n)
+
+    whole = _latest(lambda manner: form(manner, None))
+    product = Vouched(evaluation, matrix, whole if number is None else block, lambda m: examine(m, whole))
     rows = None if is_sharded(params) else product
-    operator = LinearOperator(product, (like.numel(), like.numel()), like, psd=psd, rows=rows)
+    shape = (like.numel(), like.numel())
+    operator = LinearOperator(product, shape, like, psd=psd, rows=rows, trust=lambda: product.trust)
     return operator.shift(decay) if decays(decay) else operator
 
 
-def _inside(way: Callable[[], Product], part: slice, n: int) -> Callable[[], Product]:
-    return lambda: products.restricted(way(), part, n)
+def _latest(form: Form) -> Form:
+    """The same, which gives the products built last again, and keeps no others."""
+    kept: tuple[Manner, Product] | None = None
+
+    def again(manner: Manner) -> Product:
+        nonlocal kept
+        if kept is None or kept[0] != manner:
+            kept = None
+            kept = manner, form(manner)
+        return kept[1]
+
+    return again
 
 
 @torch.inference_mode(False)
@@ -148,25 +180,33 @@ def jacobian(evaluation: Evaluation) -> LinearOperator:
             "jacobian needs the gradients of each process alone, and those of sharded parameters are averaged over the "
             "processes: use gauss_newton, or a model that is not sharded."
         )
-    push = products.formed(
+    push = Vouched(
         evaluation,
-        {
-            "cached": lambda: _cached_push(evaluation),
-            "streamed": lambda: _joined_push(products.streamed_push(evaluation), evaluation),
-            "finite_difference": lambda: _joined_push(products.differenced_push(evaluation), evaluation),
-        },
+        "jacobian",
+        lambda manner: _joined_push(evaluation, manner),
+        lambda manner: examine_jacobian(
+            evaluation, manner, lambda m: _joined_push(evaluation, m), _pull(evaluation, manner)
+        ),
     )
-    pull = _cached_pull(evaluation) if evaluation.form == "cached" else products.pull_from(evaluation)
     shape = (sum(evaluation.output_sizes.values()), evaluation.gradient.numel())
-    return LinearOperator(push, shape, evaluation.gradient, transpose=pull)
+    pull = lambda u: _pull(evaluation, Manner(evaluation.form))(u)  # noqa: E731
+    return LinearOperator(push, shape, evaluation.gradient, transpose=pull, trust=lambda: push.trust)
 
 
-def _cached_push(evaluation: Evaluation) -> Product:
-    push = products.push_of([z.tensor for z in evaluation.graph[1]], evaluation.params)
-    return lambda v: torch.cat([piece.reshape(-1).to(v.dtype) for piece in push(v)])
+def _push(evaluation: Evaluation, manner: Manner) -> products.Push:
+    """`v -> J v` by the outputs' numbers, in another manner than cached."""
+    if manner.form == "streamed":
+        return products.streamed_push(evaluation, manner.forward)
+    return products.differenced_push(evaluation, manner.length)
 
 
-def _joined_push(push: products.Push, evaluation: Evaluation) -> Product:
+def _joined_push(evaluation: Evaluation, manner: Manner) -> Product:
+    """`v -> J v`, `(m,)`."""
+    if manner.form == "cached":
+        cached = products.push_of([z.tensor for z in evaluation.graph[1]], evaluation.params)
+        return lambda v: torch.cat([piece.reshape(-1).to(v.dtype) for piece in cached(v)])
+    push = _push(evaluation, manner)
+
     def joined(v: Tensor) -> Tensor:
         pushed = push(v)
         return torch.cat([pushed[number].reshape(-1).to(v.dtype) for number in evaluation.output_sizes])
@@ -174,7 +214,10 @@ def _joined_push(push: products.Push, evaluation: Evaluation) -> Product:
     return joined
 
 
-def _cached_pull(evaluation: Evaluation) -> Product:
+def _pull(evaluation: Evaluation, manner: Manner) -> Product:
+    """`u -> J' u`."""
+    if manner.form != "cached":
+        return products.pull_from(evaluation)
     outputs, params = [z.tensor for z in evaluation.graph[1]], evaluation.params
     return lambda u: flatten(grad(outputs, params, unflatten(u, outputs), keep=True), params)
 

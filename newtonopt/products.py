@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from newtonopt._autograd import Gradients, NoSecondDerivativeError, grad, grad_with_graph
+from newtonopt._autograd import Gradients, grad, grad_with_graph
 from newtonopt._batches import batches, one_by_one
-from newtonopt._checks import warn
 from newtonopt._convexity import Output, Root
+from newtonopt._differences import displacement
 from newtonopt._flat import add_flat, flatten, unflatten, unflatten_rows
 from newtonopt._graph import bytes_handed_on
 from newtonopt._tap import OnTerm, Term
-from newtonopt.evaluation import SAME_FUNCTION, Evaluation, Form, Source
+from newtonopt.evaluation import SAME_FUNCTION, Evaluation, Source, source_of
 
 # `v -> A v`, or row by row for rows `(k, n)`.
 Product = Callable[[Tensor], Tensor]
@@ -56,8 +56,11 @@ def gauss_newton_of(
 
 
 def push_of(outputs: Sequence[Tensor], params: Sequence[Tensor]) -> Callable[[Tensor], list[Tensor]]:
-    """`v -> J v`. `J' u` is linear in a dummy `u`: its derivative by `u` gives `J v`."""
-    dummies = [torch.zeros_like(z, requires_grad=True) for z in outputs]
+    """`v -> J v`. `J' u` is linear in a dummy `u`: its derivative by `u` gives `J v`.
+
+    Some formulas of PyTorch have no derivative at a zero `u`: its entries lie between 1/2 and 3/2.
+    """
+    dummies = [_generic(z) for z in outputs]
     pulled = grad_with_graph(outputs, params, dummies)
     live = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
 
@@ -70,6 +73,15 @@ def push_of(outputs: Sequence[Tensor], params: Sequence[Tensor]) -> Callable[[Te
         return _filled(pushed, outputs, v.shape[:-1])
 
     return push
+
+
+def _generic(z: Tensor) -> Tensor:
+    # The multiples of the golden section are spread evenly over the unit interval.
+    spread = torch.arange(z.numel(), device=z.device, dtype=torch.float32).mul_(_GOLDEN).frac_().add_(0.5)
+    return spread.view(z.shape).to(z.dtype).requires_grad_()
+
+
+_GOLDEN = 0.6180339887
 
 
 def curve_of(loss: Tensor, outputs: Sequence[Output]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
@@ -134,13 +146,13 @@ def _filled(tensors: Gradients, like: Sequence[Tensor], before: torch.Size) -> l
     return [z.new_zeros((*before, *z.shape)) if t is None else t for t, z in zip(tensors, like, strict=True)]
 
 
-def cached(evaluation: Evaluation, build: Build, params: Sequence[Tensor] | None = None) -> Product:
-    """Products on the graph that the evaluation keeps, with the whole matrix or the diagonal block of `params`.
+def cached(evaluation: Evaluation, build: Build, number: int | None = None) -> Product:
+    """Products on the graph that the evaluation keeps, with the whole matrix or the diagonal block of one parameter.
 
-    Those with a block are differentiated towards its parameters only.
+    Those with a block are differentiated towards its parameter only.
     """
     loss, outputs = evaluation.graph
-    params = evaluation.params if params is None else params
+    params = evaluation.params if number is None else evaluation.params[number : number + 1]
     product = build(loss, outputs, params, True)
     # Twice, for the second differentiation goes back through both passes.
     rows = batches(product, params, 2 * bytes_handed_on([loss.grad_fn]))
@@ -161,7 +173,7 @@ def restricted(product: Product, part: slice, n: int) -> Product:
 
 def streamed_hessian(evaluation: Evaluation) -> Product:
     """Products that run the closure again, each of its losses differentiated twice at its `backward` and let go."""
-    source, params = _source(evaluation), evaluation.params
+    source, params = source_of(evaluation), evaluation.params
 
     def product(v: Tensor) -> Tensor:
         result = torch.zeros_like(v)
@@ -177,7 +189,7 @@ def streamed_hessian(evaluation: Evaluation) -> Product:
 
 def gauss_newton_from(push: Push, evaluation: Evaluation) -> Product:
     """Products `J' H_L J v` from `push: v -> J v`: for the rest the closure runs again, with one backward pass."""
-    source, params = _source(evaluation), evaluation.params
+    source, params = source_of(evaluation), evaluation.params
 
     def product(v: Tensor) -> Tensor:
         pushed = push(v)
@@ -203,9 +215,12 @@ def pull_from(evaluation: Evaluation) -> Product:
         pieces = dict(zip(sizes, u.split(list(sizes.values())), strict=True))
 
         def add(term: Term) -> None:
-            if term.outputs:
-                along = [pieces[z.number].view(z.tensor.shape).to(z.tensor.dtype) for z in term.outputs]
-                add_flat(result, grad(term.tensors, params, along, keep=term.keep), params)
+            # Several losses may be computed from one output.
+            first = [z.tensor for z in term.outputs if z.number in pieces]
+            along = [pieces.pop(z.number) for z in term.outputs if z.number in pieces]
+            if first:
+                shaped = [piece.view(z.shape).to(z.dtype) for piece, z in zip(along, first, strict=True)]
+                add_flat(result, grad(first, params, shaped, keep=term.keep), params)
 
         _visit_with_outputs(evaluation, add)
         return result
@@ -213,13 +228,14 @@ def pull_from(evaluation: Evaluation) -> Product:
     return pull
 
 
-def streamed_push(evaluation: Evaluation) -> Push:
+def streamed_push(evaluation: Evaluation, forward: bool = True) -> Push:
     """`v -> J v` by a run of the closure in forward mode, which keeps no graph.
 
-    Where an operation has no forward mode, or the closure differentiates inside, by two backward passes.
+    Where an operation has no forward mode, or the closure differentiates inside, by two backward passes; and without
+    `forward`.
     """
-    source, params = _source(evaluation), evaluation.params
-    has_forward_mode = True
+    source, params = source_of(evaluation), evaluation.params
+    has_forward_mode = forward
 
     def forwards(v: Tensor) -> dict[int, Tensor]:
         evaluation.check_unchanged()
@@ -251,10 +267,10 @@ def streamed_push(evaluation: Evaluation) -> Push:
     return push
 
 
-def differenced_hessian(evaluation: Evaluation) -> Product:
-    """`(g(theta + h v) - g(theta - h v)) / 2h`."""
-    source = _source(evaluation)
-    length = displacement(evaluation.params)
+def differenced_hessian(evaluation: Evaluation, length: float | None = None) -> Product:
+    """`(g(theta + h v) - g(theta - h v)) / 2h`, with `h |v| = length`; None: as the parameters suggest."""
+    source = source_of(evaluation)
+    length = displacement(evaluation.params) if length is None else length
 
     def product(v: Tensor) -> Tensor:
         result, norm = torch.zeros_like(v), float(v.norm())
@@ -275,10 +291,10 @@ def differenced_hessian(evaluation: Evaluation) -> Product:
     return one_by_one(_averaged(source, product))
 
 
-def differenced_push(evaluation: Evaluation) -> Push:
-    """`v -> (z(theta + h v) - z(theta - h v)) / 2h`, for the outputs `z` by number."""
-    source = _source(evaluation)
-    length = displacement(evaluation.params)
+def differenced_push(evaluation: Evaluation, length: float | None = None) -> Push:
+    """`v -> (z(theta + h v) - z(theta - h v)) / 2h`, for the outputs `z` by number; `length` as for the Hessian."""
+    source = source_of(evaluation)
+    length = displacement(evaluation.params) if length is None else length
 
     def outputs_at(step: Tensor) -> dict[int, Tensor]:
         found: dict[int, Tensor] = {}
@@ -300,24 +316,6 @@ def differenced_push(evaluation: Evaluation) -> Push:
         return {number: (z - below[number]) / (2 * h) for number, z in above.items()}
 
     return push
-
-
-def displacement(params: Sequence[Tensor]) -> float:
-    """How far from the parameters central differences look: `h |v|`.
-
-    Truncation grows as `h^2` and rounding as `eps / h`, so that `h` belongs near `eps^(1/3)` (Nocedal & Wright 2006,
-    sec. 8.1), in proportion to the size of the parameters. Measured on some hundred small and large networks, the
-    shorter `eps^0.4` with the root of their norm is as good on smooth ones and better where there are kinks: a step in
-    proportion to the norm, which grows with the number of parameters, is 10 to 100 times too long on large ones.
-    """
-    if any(p.dtype == torch.bfloat16 for p in params):
-        raise RuntimeError(
-            "bfloat16 parameters are too coarse for finite differences: keep the weights in float32, or choose "
-            'products="cached" or "streamed".'
-        )
-    norm = float(flatten(params, params).detach().norm())
-    eps: float = max(torch.finfo(p.dtype).eps for p in params)
-    return float(eps**0.4) * math.sqrt(1.0 + norm)
 
 
 def _visit_with_outputs(evaluation: Evaluation, on_term: OnTerm) -> None:
@@ -346,53 +344,9 @@ def _check_met(evaluation: Evaluation, numbers: Collection[int]) -> None:
 
 def _visit(evaluation: Evaluation, on_term: OnTerm, numbers: Collection[int] = ()) -> None:
     evaluation.check_unchanged()
-    loss = float(_source(evaluation).visit(on_term, numbers=numbers))
+    loss = float(source_of(evaluation).visit(on_term, numbers=numbers))
     evaluation.check_same_function(loss, math.sqrt(evaluation.eps))
-
-
-def formed(evaluation: Evaluation, ways: Mapping[Form, Callable[[], Product]]) -> Product:
-    """Products in the evaluation's form, and by finite differences where "auto" meets an operation without a second
-    derivative: when they are prepared, or when the first one is formed.
-    """
-    form = evaluation.form
-    try:
-        current = ways[form]()
-    except NoSecondDerivativeError as error:
-        form = _fall_back(evaluation, form, error)
-        current = ways[form]()
-
-    def product(v: Tensor) -> Tensor:
-        nonlocal form, current
-        try:
-            return current(v)
-        except NoSecondDerivativeError as error:
-            form = _fall_back(evaluation, form, error)
-            current = ways[form]()
-            return current(v)
-
-    return product
-
-
-def _fall_back(evaluation: Evaluation, form: Form, error: NoSecondDerivativeError) -> Form:
-    if form != "cached" or not evaluation.may_fall_back:
-        raise NoSecondDerivativeError(f'{error} products="finite_difference" needs none.') from error
-    if evaluation.form == "cached":
-        warn(
-            f"{error} The products are formed by finite differences instead, of which five digits can be trusted in "
-            'float64 and two in float32. products="finite_difference" says that this is wanted.'
-        )
-        evaluation.turn_to("finite_difference")
-    return "finite_difference"
 
 
 def _averaged(source: Source | None, product: Product) -> Product:
     return product if source is None else lambda v: source.mean(lambda: product(v), v)
-
-
-def _source(evaluation: Evaluation) -> Source:
-    if evaluation.source is None:
-        raise RuntimeError(
-            "This evaluation was made from a loss, and other than cached products run the closure again: make it with "
-            "newtonopt.evaluate(closure, params)."
-        )
-    return evaluation.source

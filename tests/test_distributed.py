@@ -227,6 +227,7 @@ def count_collectives(rank: int, products: Any) -> dict[str, list[int]]:
     try:
         for operator in (hessian, gauss_newton):
             A = operator(evaluation)
+            A @ v  # checked
             sizes.clear()
             A @ v
             found[operator.__name__] = list(sizes)

@@ -174,7 +174,8 @@ def take(
     """`measure` by settings that were checked before."""
     values, params = Measurement(settings), trained_parameters(params)
     look = Look(values, settings, Clock(settings.max_seconds, params[0].device), last)
-    objective = Objective(closure, params, products=settings.products, weight=weight)
+    verdicts = None if last is None else last.verdicts
+    objective = Objective(closure, params, products=settings.products, weight=weight, verdicts=verdicts)
     evaluation = objective.evaluate()
     gradient = evaluation.gradient
     A = hessian(evaluation) if settings.curvature == "hessian" else gauss_newton(evaluation)
@@ -186,7 +187,8 @@ def take(
     if values.spectra:
         values.add("converged", float(all(spectrum.converged for spectrum in values.spectra.values())))
     enter_whole_spectrum(look, A)
-    values.add("products", A.products)
+    values.add("products", A.products + evaluation.checks)
+    values.verdicts = evaluation.verdicts
     del A
     evaluation.free()
     if last is None:

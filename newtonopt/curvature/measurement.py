@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -26,7 +26,8 @@ from newtonopt.curvature.eigenvalues import Spectrum
 from newtonopt.curvature.sharpness import Kind
 from newtonopt.curvature.slices import LossSlice
 from newtonopt.curvature.words import describe
-from newtonopt.evaluation import Products
+from newtonopt.evaluation import Matrix as Checked
+from newtonopt.evaluation import Products, Verdict
 
 Matrix = Literal["hessian", "gauss_newton"]
 Layers = Literal["parts"] | Sequence[str] | None
@@ -98,6 +99,7 @@ class Measurement(dict[str, float]):
         density: Of all eigenvalues, where it was asked for.
         slice: The loss along eigenvectors, where it was asked for.
         form: How products were formed.
+        verdicts: What checks of the products found, for measurements that follow.
         lack: Why there is no preconditioned eigenvalue, where it was asked for; None where there is, or no time.
     """
 
@@ -109,6 +111,7 @@ class Measurement(dict[str, float]):
         self.density: SpectralDensity | None = None
         self.slice: LossSlice | None = None
         self.form: Products = "auto"
+        self.verdicts: Mapping[Checked, Verdict] = {}
         self.lack: str | None = None
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from newtonopt._checks import check_closure, warn
 from newtonopt._flat import check_any, check_parameters, flatten, listed_group, listed_groups
 from newtonopt._shards import is_sharded
-from newtonopt.evaluation import Evaluation
+from newtonopt.evaluation import Evaluation, Matrix, Verdict
 from newtonopt.globalization import hastened, run_of
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective
@@ -68,6 +68,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         self.last_step: StepReport | None = None
         self._warned_of_clipping = False
         self._fell_back = False
+        self._verdicts: Mapping[Matrix, Verdict] = {}
 
     def _check(self, settings: dict[str, Any]) -> None:
         """Refuse settings out of their range with a ValueError: when they are given, and again in every step."""
@@ -157,7 +158,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         refuse_skipped_batches()
         if skips_backward(closure):
             return self._run_without_backward(closure)
-        call = Call(closure, curvature_closure, self.param_groups, falls_back=self._fell_back)
+        call = Call(closure, curvature_closure, self.param_groups, falls_back=self._fell_back, verdicts=self._verdicts)
         before = {key: dict(value) if isinstance(value, dict) else value for key, value in self.state.items()}
         try:
             self._follow_parameters(call.params)
@@ -200,6 +201,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         broken = not_finite(loss, norm, evaluation, basis)
         try:
             if not broken:
+                if memory["steps"] == 1:
+                    call.objective.check_replay(evaluation)
                 # The model's slope is the loss's.
                 basis.gradient = basis.data_gradient = evaluation.gradient
                 with unrounded(basis.gradient):
@@ -214,11 +217,13 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             self._fail(loss, norm, broken)
             return False
         memory["failures"] = 0
+        self._verdicts = basis.verdicts
         # What has no second derivative now has none in the next step.
         if basis.may_fall_back and basis.form == "finite_difference":
             self._fell_back = True
             call.fall_back()
         spent = {"iterations": proposal.iterations, "products": searching + proposal.products, "form": basis.form}
+        spent["checks"] = basis.checks
         if not proposal.steps:
             self._report(loss, norm, reason=proposal.reason, **spent)
             return False
@@ -227,9 +232,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             reason = f"no entry of the step is above tolerance_step; {proposal.reason}"
             self._report(loss, norm, predicted_decrease=proposal.decreases[0], reason=reason, **spent)
             return False
-        if memory["steps"] == 1:
-            call.objective.check_replay(evaluation)
-        return self._try(call.objective, evaluation, proposal, basis.form, searching)
+        return self._try(call.objective, evaluation, proposal, basis, searching)
 
     def _proposed(self, basis: Evaluation, rates: float | Tensor, loss: float, norm: float) -> tuple[Proposal, int]:
         """A proposal, without a step where none is to be taken; and the products of a search that found nothing."""
@@ -247,7 +250,9 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             settle(memory, loss, norm)
         return (away, 0) if away.steps or place else (self._propose(basis, rates), away.products)
 
-    def _try(self, objective: Objective, evaluation: Evaluation, proposal: Proposal, form: str, searching: int) -> bool:
+    def _try(
+        self, objective: Objective, evaluation: Evaluation, proposal: Proposal, basis: Evaluation, searching: int
+    ) -> bool:
         """Try a proposal, and shorter ones while that is rejected; move, report, adapt. Returns as `_take_step`."""
         loss, norm = float(evaluation.loss), float(evaluation.gradient.norm())
         trials, turns = 0, self.param_groups[0].get("max_trials", 1)
@@ -276,7 +281,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             first_ratio=outcome.first_ratio,
             iterations=proposal.iterations,
             products=searching + proposal.products,
-            form=form,
+            checks=basis.checks,
+            form=basis.form,
             trials=trials,
             step_norm=float(outcome.step.norm()) if outcome.accepted else 0.0,
             accepted=outcome.accepted,
@@ -432,7 +438,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("last_step", "_warned_of_clipping", "_fell_back")
+        names = ("last_step", "_warned_of_clipping", "_fell_back", "_verdicts")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from newtonopt._flat import unflatten
-from newtonopt.evaluation import Evaluation, Products
+from newtonopt.evaluation import Evaluation, Matrix, Products, Verdict
 from newtonopt.objective import RESTLESS, Objective, ParametersMovedError
 from newtonopt.optimizers.rates import per_entry
 from newtonopt.optimizers.settings import rate_of
@@ -29,6 +29,7 @@ class Call:
         curvature_closure: Of the curvature; None: the same.
         groups: The parameter groups.
         falls_back: Whether products are known to need finite differences.
+        verdicts: What earlier checks of the products found.
 
     Attributes:
         params: The parameters that are neither frozen nor empty.
@@ -46,6 +47,7 @@ class Call:
         groups: Sequence[dict[str, Any]],
         *,
         falls_back: bool,
+        verdicts: Mapping[Matrix, Verdict],
     ) -> None:
         trained = [(group, p) for group in groups for p in group["params"] if p.requires_grad and p.numel()]
         if not trained:
@@ -58,7 +60,7 @@ class Call:
         decay = per_entry([float(group["weight_decay"]) for group, _ in trained], self.params)
         products: Products = "finite_difference" if falls_back else groups[0]["products"]
         self._curved = Objective(
-            closure if curvature_closure is None else curvature_closure, self.params, decay, products
+            closure if curvature_closure is None else curvature_closure, self.params, decay, products, verdicts=verdicts
         )
         # By differences, which the loss alone never needs, no graph of it is kept.
         alone: Products = "finite_difference"

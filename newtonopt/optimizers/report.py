@@ -24,6 +24,7 @@ class StepReport:
             adapts the damping, radius or sigma; minus infinity where a loss was not finite.
         iterations: Of the inner solver, over all steps of the call.
         products: Curvature products of the call, those for the preconditioner included.
+        checks: Products and gradients of the call by which these products were checked: none after the first step.
         form: How they were formed: "cached", "streamed" or "finite_difference".
         trials: Evaluations of the loss at trial points in the call, one forward pass each.
         step_norm: Euclidean length of the step taken; zero if it was rejected.
@@ -43,6 +44,7 @@ class StepReport:
     first_ratio: float = math.nan
     iterations: int = 0
     products: int = 0
+    checks: int = 0
     form: str = "cached"
     trials: int = 0
     step_norm: float = 0.0
@@ -56,6 +58,7 @@ def following(earlier: StepReport, last: StepReport) -> StepReport:
         last,
         iterations=earlier.iterations + last.iterations,
         products=earlier.products + last.products,
+        checks=earlier.checks + last.checks,
         trials=earlier.trials + last.trials,
         steps=earlier.steps + last.steps,
     )

@@ -1,0 +1,538 @@
+"""Checks of curvature products, before anybody sees a number.
+
+Autograd can be wrong at second order without a word: a custom Function whose saved derivative is a constant to a second
+differentiation, a formula that does not hold at zero, forward mode that sees through what reverse mode holds constant.
+`Vouched` forms the products with one matrix, and has them examined before the first one:
+
+- **transpose**: `u'(A w) = w'(A u)`, and `u'(J w) = (J'u)'w`, for all;
+- **derivative**: `H w` is a central difference of gradients;
+- **slope**: where one of these fails, or the graph has custom Functions or hooks: `g'w` is a central difference of
+  losses. It tells a wrong second derivative from a gradient that is not the loss's, because hooks, straight-through
+  estimators or parts held constant have made another.
+
+Products that are wrong turn "auto" to finite differences, if these pass, and are an error in a form that was asked for
+by name. Those that cannot be decided are formed, with one warning, and no measurement of them is certified.
+
+The directions are random, but for the gradient's part in them, so that an error is missed with probability zero where
+it is larger than what the tolerances allow: that is seen from about `100 eps^(2/3)` of the largest eigenvalue
+(transpose) and `eps^(1/4)` of a parameter's part of the product (derivative) on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from newtonopt._autograd import NoSecondDerivativeError
+from newtonopt._checks import warn
+from newtonopt._differences import Difference, difference, displacement, gradient_at, lengths_from
+from newtonopt._flat import local_pieces
+from newtonopt._graph import Graph, look_through
+from newtonopt._shards import is_sharded
+from newtonopt.evaluation import SAME_FUNCTION, Evaluation, Manner, Matrix, Verdict, source_of
+from newtonopt.linear_operator import Trust
+
+Product = Callable[[Tensor], Tensor]
+Result = TypeVar("Result")
+
+# Relative, in units of eps^(2/3): by how much products that two routes lead to may differ.
+_TRANSPOSES = 100.0
+# However coarse the precision is, a larger difference than this part is no rounding.
+_COARSEST = 0.3
+# A product is wrong only if it is further from the differences than this many times what they leave open.
+_CLEAR = 10.0
+# Differences at two lengths that agree to this part need no shorter ones.
+_CLOSE = 0.03
+# Lengths of differences: in a plain graph, and where something in it asks for certainty.
+_FEW, _MANY = 2, 6
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an examination found.
+
+    Attributes:
+        manner: How the products are to be formed.
+        wrong: Why they are wrong, while the gradient is the loss's; empty: they are not.
+        doubt: Why they cannot be vouched for; empty: they can.
+        error: Relative error of a product, estimated.
+        finite: Whether the products were numbers.
+        cost: How many products and gradients it took.
+    """
+
+    manner: Manner
+    wrong: str = ""
+    doubt: str = ""
+    error: float = 0.0
+    finite: bool = True
+    cost: int = 0
+
+
+class Vouched:
+    """Products with one matrix, examined before the first one.
+
+    Args:
+        evaluation: Where. Its verdict on the matrix, if there is one, is taken over; else a new one is left with it.
+        matrix: Which matrix.
+        form: Builds the products of a manner.
+        examine: Examines the products of a manner.
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        matrix: Matrix,
+        form: Callable[[Manner], Product],
+        examine: Callable[[Manner], Finding],
+    ) -> None:
+        self._evaluation, self._matrix = evaluation, matrix
+        self._form, self._examine = form, examine
+        self._formed_before = False
+        self._seen_finite = False
+        known = evaluation.verdict(matrix)
+        self._manner = Manner(evaluation.form) if known is None else known.manner
+        self._product: Product
+        self._tried(lambda: self._use(self._manner))
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """The product with `v`, or with each of the rows `(k, n)`."""
+
+        def product() -> Tensor:
+            self._evaluation.check_unchanged()
+            self._settle()
+            return self._product(v)
+
+        result = self._tried(product)
+        # A second derivative that exists at one point may not at the next, as that of a norm does not at zero.
+        if self._may_turn and not self._seen_finite and not _are_finite(result):
+            self._better(Finding(self._manner, wrong=_NOT_FINITE, finite=False))
+            result = self._product(v)
+        self._seen_finite = True
+        return result
+
+    @property
+    def trust(self) -> Trust:
+        """How far the products can be trusted."""
+        return self._tried(self._settle).trust
+
+    @property
+    def _may_turn(self) -> bool:
+        return self._evaluation.may_fall_back and self._manner.form == "cached"
+
+    def _use(self, manner: Manner) -> None:
+        self._manner, self._product = manner, self._form(manner)
+
+    def _tried(self, attempt: Callable[[], Result]) -> Result:
+        """What `attempt` returns, by finite differences if there is no second derivative."""
+        try:
+            return attempt()
+        except NoSecondDerivativeError as error:
+            if not self._may_turn:
+                raise NoSecondDerivativeError(f'{error} products="finite_difference" needs none.') from error
+            self._turn(str(error))
+        return attempt()
+
+    def _settle(self) -> Verdict:
+        known = self._evaluation.verdict(self._matrix)
+        if known is None:
+            self._evaluation.check_alive()
+            if self._manner.form != self._evaluation.form:  # turned by products with another matrix
+                self._use(Manner(self._evaluation.form))
+            # Without a gradient there is nothing to compare with.
+            finite = _are_finite(self._evaluation.slope)
+            finding = self._examine(self._manner) if finite else Finding(self._manner, finite=False)
+            return self._better(finding) if finding.wrong else self._keep(finding)
+        if known.manner != self._manner:
+            self._use(known.manner)
+        return known
+
+    def _better(self, wrong: Finding) -> Verdict:
+        """Turn to finite differences from products that are wrong, if that is allowed and they are better."""
+        if not self._may_turn:
+            if wrong.finite:
+                raise RuntimeError(f'{wrong.wrong} products="finite_difference" needs no second derivative.')
+            return self._keep(replace(wrong, doubt=f'{wrong.wrong} products="finite_difference" has numbers there.'))
+        other = self._examine(Manner("finite_difference"))
+        other = replace(other, cost=wrong.cost + other.cost)
+        if other.finite and (not other.doubt or not wrong.finite):
+            self._turn(wrong.wrong)
+            return self._keep(other)
+        return self._keep(replace(wrong, doubt=wrong.wrong, cost=other.cost))
+
+    def _turn(self, why: str) -> None:
+        if self._evaluation.form == "cached":
+            warn(
+                f"{why} The products are formed by finite differences instead, of which five digits can be trusted in "
+                'float64 and two in float32. products="finite_difference" says that this is wanted.'
+            )
+            self._evaluation.turn_to("finite_difference")
+        self._use(Manner("finite_difference"))
+
+    def _keep(self, finding: Finding) -> Verdict:
+        if finding.doubt and finding.finite:  # solvers refuse what is not finite
+            warn(f"{finding.doubt} No measurement of this curvature is certified.")
+        verdict = Verdict(finding.manner, Trust(finding.doubt, finding.error), finding.cost)
+        self._evaluation.judge(self._matrix, verdict)
+        if finding.manner != self._manner:
+            self._use(finding.manner)
+        return verdict
+
+
+def examine_hessian(evaluation: Evaluation, manner: Manner, form: Callable[[Manner], Product]) -> Finding:
+    """Examine products with the Hessian."""
+    if manner.form == "finite_difference":
+        return _examine_differences(evaluation, manner)
+    graph, product = _graph_of(evaluation), form(manner)
+    u, w, images = _two_products(evaluation, product)
+    if not _are_finite(*images):
+        return Finding(manner, wrong=_NOT_FINITE, finite=False, cost=2)
+    asymmetry = _asymmetry(u, w, images)
+    is_symmetric = asymmetry <= _tolerance(graph.eps)
+    seen = _compared(evaluation, w, images[1], _MANY if graph.is_foreign or not is_symmetric else _FEW)
+    found = Finding(manner, cost=2 + seen.cost)
+    if seen.agrees and is_symmetric:
+        return found
+    if seen.agrees is None and is_symmetric:
+        names = graph.named("", "hooks")
+        return replace(found, doubt=_UNDECIDED.format(names)) if graph.is_foreign else found
+    not_the_gradient = replace(found, doubt=_NOT_THE_GRADIENT.format(graph.named(", as through ")))
+    if seen.agrees is not False:
+        return replace(found, doubt=_ASYMMETRIC.format(f"{asymmetry:.1g}", graph.named(" through ")))
+    _check_replays(evaluation)
+    if graph.has_hooks:
+        return not_the_gradient
+    if seen.follows is False:
+        # Reverse mode's derivative with parts held constant is meant, and symmetric.
+        return found if is_symmetric and not graph.functions else not_the_gradient
+    if evaluation.holds_constant and is_symmetric and not graph.functions:
+        return found  # the slope of what is held constant vanishes here, as that of a spectral norm's vectors does
+    return replace(found, wrong=_WRONG.format(graph.named("through ", "of this loss") + " "))
+
+
+def examine_gauss_newton(
+    evaluation: Evaluation,
+    manner: Manner,
+    form: Callable[[Manner], Product],
+    push: Callable[[Manner], Product],
+    pull: Product,
+) -> Finding:
+    """Examine products with the Gauss-Newton matrix, and those with `J` in them (`push`) by `J'u` (`pull`)."""
+    graph = _graph_of(evaluation)
+    if is_sharded(evaluation.params):
+        found = Finding(manner)  # `J` is each process's own there, and `J'u` is not
+    else:
+        found = _examine_transposes(evaluation, manner, push, pull, graph)
+    if found.wrong:
+        return found
+    u, w, images = _two_products(evaluation, form(found.manner))
+    found = replace(found, cost=found.cost + 2)
+    if not _are_finite(*images):
+        return replace(found, wrong=_NOT_FINITE, finite=False)
+    if found.doubt:
+        return found
+    if found.manner.form == "finite_difference" and is_sharded(evaluation.params):
+        length, error, cost = _length_chosen(evaluation, lambda h: form(replace(manner, length=h))(w))
+        found = Finding(replace(manner, length=length), error=error, cost=found.cost + cost)
+        images = form(found.manner)(u), form(found.manner)(w)
+    asymmetry = _asymmetry(u, w, images)
+    if asymmetry > _tolerance(graph.eps) + 3 * found.error:
+        return replace(found, doubt=_ASYMMETRIC.format(f"{asymmetry:.1g}", graph.named(" through ")))
+    if not graph.is_foreign or is_sharded(evaluation.params):
+        return found
+    seen = _compared(evaluation, w, None, _MANY)
+    found = replace(found, cost=found.cost + seen.cost)
+    if seen.follows is None:
+        return replace(found, doubt=_UNDECIDED.format(graph.named("", "hooks")))
+    if not seen.follows:
+        _check_replays(evaluation)
+    return found if seen.follows else replace(found, doubt=_NOT_THE_GRADIENT.format(graph.named(", as through ")))
+
+
+def examine_jacobian(
+    evaluation: Evaluation, manner: Manner, push: Callable[[Manner], Product], pull: Product
+) -> Finding:
+    """Examine products `J w` by products with the transpose, which are reverse mode's, and are meant."""
+    return _examine_transposes(evaluation, manner, push, pull, _graph_of(evaluation))
+
+
+def _examine_transposes(
+    evaluation: Evaluation, manner: Manner, push: Callable[[Manner], Product], pull: Product, graph: Graph
+) -> Finding:
+    w = _direction([evaluation.slope, _noise(evaluation, 1)])
+    error, cost = 0.0, 2
+    if manner.form == "finite_difference" and manner.length is None:
+        length, error, more = _length_chosen(evaluation, lambda h: push(replace(manner, length=h))(w))
+        manner, cost = replace(manner, length=length), cost + more
+
+    def gap() -> Tensor:
+        pushed = push(manner)(w)
+        y = _direction([pushed, _normals(pushed, 2)])
+        pulled = pull(y)
+        return _gap(y @ pushed, pulled @ w, pushed.norm(), pulled.norm())
+
+    found = _mean(evaluation, gap)
+    if not math.isfinite(found):
+        return Finding(manner, wrong=_NOT_FINITE, finite=False, cost=cost)
+    if found <= _tolerance(graph.eps) + 3 * error:
+        return Finding(manner, error=error, cost=cost)
+    if manner.form == "streamed" and manner.forward:
+        # Forward mode sees through what reverse mode holds constant, and misses some tangents.
+        again = _examine_transposes(evaluation, replace(manner, forward=False), push, pull, graph)
+        return replace(again, cost=cost + again.cost)
+    if manner.form == "finite_difference":
+        return Finding(manner, doubt=_SEEN_THROUGH, error=error, cost=cost)
+    return Finding(manner, wrong=_WRONG_JACOBIAN.format(graph.named("through ", "of the outputs") + " "), cost=cost)
+
+
+def _examine_differences(evaluation: Evaluation, manner: Manner) -> Finding:
+    u = _direction([evaluation.slope, _noise(evaluation, 0)], first=True)
+    start = displacement(evaluation.params)
+    image = difference(evaluation, u, start).product
+    w = _direction([image, _noise(evaluation, 1), u])
+    slopes: list[tuple[float, float]] = []
+
+    def product(length: float) -> Tensor:
+        d = difference(evaluation, w, length)
+        slopes.append((d.slope, length))
+        return d.product
+
+    length, error, cost = _length_chosen(evaluation, product)
+    images = difference(evaluation, u, length).product, difference(evaluation, w, length).product
+    found = Finding(replace(manner, length=length), error=error, cost=cost + 6)
+    if not _are_finite(*images):
+        return replace(found, wrong=_NOT_FINITE, finite=False)
+    asymmetry = _asymmetry(u, w, images)
+    follows = _follows(evaluation, w, slopes[-2:])
+    if asymmetry > _tolerance(_graph_of(evaluation).eps) + 3 * error or follows is False:
+        return replace(found, doubt=_SEEN_THROUGH)
+    return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a product compares with differences along the same direction.
+
+    Attributes:
+        agrees: Whether they agree; None: it cannot be told.
+        follows: Whether the gradient is the loss's; None: it cannot be told.
+        cost: Gradients.
+    """
+
+    agrees: bool | None = None
+    follows: bool | None = None
+    cost: int = 0
+
+
+def _compared(evaluation: Evaluation, w: Tensor, image: Tensor | None, lengths: int) -> Comparison:
+    """Compare a product with differences at shorter and shorter lengths, until they agree or two lengths show that they
+    do not; without a product the gradient's slope alone.
+    """
+    if evaluation.source is None or any(p.dtype == torch.bfloat16 for p in evaluation.params):
+        return Comparison()
+    seen: list[Difference] = []
+    agrees = None
+    try:
+        for length in lengths_from(displacement(evaluation.params), lengths):
+            seen.append(difference(evaluation, w, length))
+            if image is not None:
+                agrees = _agrees(evaluation, image, seen)
+            elif _follows(evaluation, w, [(d.slope, d.length) for d in seen[-2:]]) is not None:
+                break
+            if agrees is not None:
+                break
+    except (RuntimeError, ValueError):
+        # There may be no loss close by, as beyond a bound. Of several processes all would have to know.
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise
+    follows = _follows(evaluation, w, [(d.slope, d.length) for d in seen[-2:]])
+    return Comparison(agrees, follows, 2 * len(seen))
+
+
+def _check_replays(evaluation: Evaluation) -> None:
+    """See that the closure computes the same gradient at the same point.
+
+    Raises:
+        RuntimeError: It does not.
+    """
+    again = gradient_at(evaluation, torch.zeros_like(evaluation.slope))[0]
+    if float((again - evaluation.slope).norm()) > 0.01 * float(evaluation.slope.norm()):
+        raise RuntimeError(f"The closure computed another gradient at the same parameters. {SAME_FUNCTION}")
+
+
+def _agrees(evaluation: Evaluation, image: Tensor, seen: Sequence[Difference]) -> bool | None:
+    """Whether a product agrees with the last difference; None: it cannot be told."""
+    params, last = evaluation.params, seen[-1]
+    eps = _eps(evaluation)
+    rest = (image - last.product).abs()
+    size = float(last.product.norm())
+    apart = False
+    parts = [local_pieces(vector, params) for vector in (rest, last.product)]
+    distances = [float(piece.norm()) for piece in parts[0]]
+    allowed = [eps**0.25 * float(piece.norm()) + 10 * eps**0.5 * size for piece in parts[1]]
+    if all(distance <= most for distance, most in zip(distances, allowed, strict=True)):
+        return True
+    if len(seen) < 2:
+        return None
+    before = seen[-2]
+    ratio = before.length / last.length
+    # What two lengths leave open; and the jump of a kink at the point itself, without the smooth part of both.
+    moved = before.product - last.product
+    kink = (ratio * last.jump - before.jump) / (ratio - 1)
+    rounding = _CLEAR * eps * float(evaluation.slope.norm()) / last.length
+    for distance, most, change, jump in zip(
+        distances, allowed, local_pieces(moved, params), local_pieces(kink, params), strict=True
+    ):
+        clear = max(_CLEAR * float(change.norm()), 2 * float(moved.norm()), float(jump.norm()), most, rounding)
+        apart = apart or distance > clear
+    return False if apart else None
+
+
+def _follows(evaluation: Evaluation, w: Tensor, slopes: Sequence[tuple[float, float]]) -> bool | None:
+    """Whether `g'w` is the loss's slope along `w`, as differences at two lengths show; None: it cannot be told."""
+    if not slopes or not all(math.isfinite(slope) for slope, _ in slopes):
+        return None
+    slope, length = slopes[-1]
+    expected = float(evaluation.slope @ w)
+    size = max(abs(slope), abs(expected))
+    open_ = 10 * abs(slope - slopes[0][0]) + 20 * evaluation.eps * abs(evaluation.local_loss) / length
+    if abs(slope - expected) > 0.02 * size + open_:
+        return False
+    return True if open_ < 0.2 * size else None
+
+
+def _length_chosen(evaluation: Evaluation, product: Callable[[float], Tensor]) -> tuple[float, float, int]:
+    """Return the length of differences at which two lengths agree best, their relative difference, and the cost.
+
+    Truncation falls as the length squared, and rounding grows as it gets shorter: the length is shortened until the
+    difference grows.
+    """
+    lengths = lengths_from(4 * displacement(evaluation.params), _MANY)
+    before = product(lengths[0])
+    best, error = lengths[0], math.inf
+    cost = 2
+    for length in lengths[1:]:
+        after = product(length)
+        cost += 2
+        size = float(after.norm())
+        gap = _mean(evaluation, lambda: (before - after).norm() / size if size else (before - after).norm())  # noqa: B023
+        if gap < error:
+            best, error = length, gap
+        # Where there are kinks, the difference grows until none of them is in reach.
+        if error <= _eps(evaluation) ** 0.6 or error < min(gap, _CLOSE):
+            break
+        before = after
+    return best, error, cost
+
+
+def _two_products(evaluation: Evaluation, product: Product) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Unit vectors `u`, of the gradient, and `w`, of all that matters, and their images."""
+    u = _direction([evaluation.slope, _noise(evaluation, 0)], first=True)
+    image = product(u)
+    w = _direction([image, _noise(evaluation, 1), u])
+    return u, w, (image, product(w))
+
+
+def _direction(vectors: Sequence[Tensor], *, first: bool = False) -> Tensor:
+    """A unit vector: a combination of those that are not zero, or with `first` the first of them."""
+    norms = [float(v.norm()) for v in vectors]
+    units = [v / norm for v, norm in zip(vectors, norms, strict=True) if norm > 0.0]
+    total = units[0]
+    # Unequal weights, for in one dimension equal ones may cancel.
+    for weight, unit in zip((0.7, 0.5), () if first else units[1:], strict=False):
+        total = torch.add(total, unit, alpha=weight)
+    return total / float(total.norm())
+
+
+def _noise(evaluation: Evaluation, number: int) -> Tensor:
+    """A random vector `(n,)` whose entries are of the size of their parameter's."""
+    noise = _normals(evaluation.slope, number)
+    if not is_sharded(evaluation.params):
+        for piece, p in zip(local_pieces(noise, evaluation.params), evaluation.params, strict=True):
+            size = float(p.detach().norm()) / math.sqrt(max(p.numel(), 1))
+            piece.mul_(size or 1.0)
+    return noise
+
+
+def _normals(like: Tensor, number: int) -> Tensor:
+    generator = torch.Generator().manual_seed(number)
+    noise = like.new_empty(like.shape[0], dtype=torch.float64, device="cpu").normal_(generator=generator)
+    return noise.to(like.dtype).to(like.device)
+
+
+def _gap(one: Tensor, other: Tensor, size: Tensor, other_size: Tensor) -> Tensor:
+    """By how much two numbers differ, relative to the products of norms that bound them."""
+    scale = size + other_size
+    return torch.where(scale > 0, (one - other).abs() / scale, scale)
+
+
+def _asymmetry(u: Tensor, w: Tensor, images: tuple[Tensor, Tensor]) -> float:
+    """By how much `u'(A w)` and `w'(A u)` differ for unit vectors."""
+    return float(_gap(w @ images[0], u @ images[1], images[0].norm(), images[1].norm()))
+
+
+def _tolerance(eps: float) -> float:
+    return min(_COARSEST, float(_TRANSPOSES * eps ** (2 / 3)))
+
+
+def _mean(evaluation: Evaluation, compute: Callable[[], Tensor]) -> float:
+    """The mean over the processes of a number."""
+    if evaluation.source is None:
+        return float(compute())
+    like = evaluation.slope.new_empty(1) if not is_sharded(evaluation.params) else None
+    mean: float = evaluation.source.mean(lambda: compute().reshape(1), like).item()
+    return mean
+
+
+def _are_finite(*tensors: Tensor) -> bool:
+    return all(math.isfinite(float(t.abs().max())) for t in tensors if t.numel())
+
+
+def _eps(evaluation: Evaluation) -> float:
+    return max(evaluation.eps, *(torch.finfo(p.dtype).eps for p in evaluation.params))
+
+
+def _graph_of(evaluation: Evaluation) -> Graph:
+    """What checks have to know of the graph: from the one that is kept, or from a run of the closure."""
+    eps = _eps(evaluation)
+    found: list[Graph] = []
+    if evaluation.form == "cached":
+        found.append(look_through(evaluation.graph[0], eps))
+    else:
+        source = source_of(evaluation)
+        # All processes hear of an error on one.
+        _mean(evaluation, lambda: source.visit(lambda term: found.append(look_through(term.loss, eps))))
+    functions = tuple(dict.fromkeys(name for graph in found for name in graph.functions))
+    hooked = evaluation.hooks_gradients or any(p._backward_hooks for p in evaluation.params)
+    return Graph(functions, hooked or any(graph.has_hooks for graph in found), max(graph.eps for graph in found))
+
+
+_NOT_FINITE = "A second derivative is not finite where loss and gradient are, as that of a norm is not at zero."
+_WRONG = (
+    "The second derivative {}is not the derivative of the gradient, as a difference of gradients shows: an "
+    "autograd.Function that saves a detached derivative, or a formula of PyTorch that does not hold at this point."
+)
+_WRONG_JACOBIAN = (
+    "Products J v and J' u {}do not belong to one Jacobian: the backward pass of an autograd.Function, or a formula of "
+    "PyTorch, has no derivative at this point."
+)
+_NOT_THE_GRADIENT = (
+    "What backward computes is not the gradient of the loss{}: a hook, a straight-through estimator or a reversed "
+    "gradient changes it, so that it is no function's gradient, and has no curvature."
+)
+_ASYMMETRIC = (
+    "The curvature's products and those of its transpose differ by {} of their size{}: by rounding, or by a wrong "
+    "formula."
+)
+_UNDECIDED = (
+    "The second derivative through {} could not be compared with differences of gradients, which are too rough here."
+)
+_SEEN_THROUGH = (
+    "Finite differences see through what backward holds constant (detach, no_grad) or changes (hooks), so that their "
+    'products are not those of a symmetric matrix. Write products="cached" to have that held constant.'
+)
