@@ -334,7 +334,7 @@ class CurvatureMonitor(Callback):
                 trainer.optimizers,
             )
         self._last = values
-        self._followed = 0 if values.read("certified") == 1.0 else self._followed + 1
+        self._followed = 0 if last is None or values.read("certified") == 1.0 else self._followed + 1
         # What has no second derivative now has none the next time.
         self._differences = values.form == "finite_difference"
         return values

@@ -333,8 +333,10 @@ class Tap(TorchFunctionMode):
 
     @property
     def _finds_outputs(self) -> bool:
-        """Whether this run looks for outputs: not one for the loss alone, or its gradient."""
-        return self._wanted is None or bool(self._wanted)
+        """Whether outputs are looked for: not in a run for the loss alone, or its gradient, nor where they would have no
+        graph, as inside an autograd Function.
+        """
+        return (self._wanted is None or bool(self._wanted)) and (self.is_forward or torch.is_grad_enabled())
 
     def _on_convex_loss(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._note(func, args, kwargs)

@@ -30,11 +30,13 @@ class Manner:
         form: The form.
         length: How far from the parameters finite differences look, `h |v|`; None: as far as their size suggests.
         forward: Whether streamed products with a Jacobian are formed in forward mode.
+        curved: Whether differenced Gauss-Newton products take the loss's second derivative by its outputs.
     """
 
     form: Form
     length: float | None = None
     forward: bool = True
+    curved: bool = True
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,8 @@ def _gauss_newton(evaluation: Evaluation, number: int | None) -> LinearOperator:
     def form(manner: Manner, block: int | None) -> Product:
         if manner.form == "cached":
             return products.cached(evaluation, products.gauss_newton_of, block)
+        if not manner.curved:
+            return products.differenced_gauss_newton(evaluation, manner.length)
         return products.gauss_newton_from(_push(evaluation, manner), evaluation)
 
     def examine(manner: Manner, whole: Form) -> Finding:

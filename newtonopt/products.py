@@ -318,6 +318,32 @@ def differenced_push(evaluation: Evaluation, length: float | None = None) -> Pus
     return push
 
 
+def differenced_gauss_newton(evaluation: Evaluation, length: float | None = None) -> Product:
+    """`J' (L'(theta + h v) - L'(theta - h v)) / 2h`, with `L'` the loss's gradient by its outputs.
+
+    No second derivative is taken, not even the loss's in its outputs.
+    """
+    source, pull = source_of(evaluation), pull_from(evaluation)
+    length = displacement(evaluation.params) if length is None else length
+
+    def slopes_at(step: Tensor) -> Tensor:
+        found = {number: step.new_zeros(size) for number, size in evaluation.output_sizes.items()}
+
+        def add(term: Term) -> None:
+            if term.outputs:
+                for z, slope in zip(term.outputs, grad(term.loss, term.tensors, keep=True), strict=True):
+                    found[z.number] += 0 if slope is None else slope.detach().reshape(-1).to(step.dtype)
+
+        source.visit(add, step, numbers=evaluation.output_sizes)
+        return torch.cat(list(found.values()))
+
+    def product(v: Tensor) -> Tensor:
+        h = length / (float(v.norm()) or 1.0)
+        return pull((slopes_at(h * v) - slopes_at(-h * v)) / (2 * h))
+
+    return one_by_one(_averaged(source, product))
+
+
 def _visit_with_outputs(evaluation: Evaluation, on_term: OnTerm) -> None:
     """Run the closure and hand its losses over with the outputs that were recorded.
 

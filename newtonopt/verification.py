@@ -230,6 +230,8 @@ def examine_gauss_newton(
         found = _examine_transposes(evaluation, manner, push, pull, graph)
     if found.wrong:
         return found
+    if graph.functions and found.manner.form == "finite_difference":
+        found = replace(found, manner=replace(found.manner, curved=False))
     u, w, images = _two_products(evaluation, form(found.manner))
     found = replace(found, cost=found.cost + 2)
     if not _are_finite(*images):
@@ -247,11 +249,26 @@ def examine_gauss_newton(
         return found
     seen = _compared(evaluation, w, None, _MANY)
     found = replace(found, cost=found.cost + seen.cost)
-    if seen.follows is None:
-        return replace(found, doubt=_UNDECIDED.format(graph.named("", "hooks")))
-    if not seen.follows:
+    if seen.follows is False:
         _check_replays(evaluation)
-    return found if seen.follows else replace(found, doubt=_NOT_THE_GRADIENT.format(graph.named(", as through ")))
+        return replace(found, doubt=_NOT_THE_GRADIENT.format(graph.named(", as through ")))
+    if graph.functions and found.manner.form != "finite_difference":
+        # A Function between the outputs and the loss may hide the loss's second derivative.
+        found = replace(found, cost=found.cost + 4)
+        if _is_another(evaluation, images[1], lambda length: form(_differenced(length))(w)):
+            return replace(found, wrong=_WRONG.format(graph.named("through ") + " "))
+    return replace(found, doubt=_UNDECIDED.format(graph.named("", "hooks"))) if seen.follows is None else found
+
+
+def _differenced(length: float) -> Manner:
+    return Manner("finite_difference", length, curved=False)
+
+
+def _is_another(evaluation: Evaluation, image: Tensor, product: Callable[[float], Tensor]) -> bool:
+    """Whether differences at two lengths agree with each other and not with a product."""
+    long, short = (product(length) for length in lengths_from(displacement(evaluation.params), 2))
+    open_ = _CLEAR * float((long - short).norm()) + _eps(evaluation) ** 0.25 * float(short.norm())
+    return float((image - short).norm()) > open_  # false where one is not finite
 
 
 def examine_jacobian(
@@ -287,6 +304,8 @@ def _examine_transposes(
         return replace(again, cost=cost + again.cost)
     if manner.form == "finite_difference":
         return Finding(manner, doubt=_SEEN_THROUGH, error=error, cost=cost)
+    if graph.has_hooks:
+        return Finding(manner, doubt=_NOT_THE_GRADIENT.format(""), cost=cost)
     return Finding(manner, wrong=_WRONG_JACOBIAN.format(graph.named("through ", "of the outputs") + " "), cost=cost)
 
 

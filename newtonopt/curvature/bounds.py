@@ -14,7 +14,7 @@ from newtonopt.solvers.lanczos import Tridiagonal
 # Rounding, in units of eps times the norm, by which Ritz values may leave the exact spectrum. Measured on dense
 # matrices: in float64 at most 2.5 up to n = 400 against Rayleigh quotients in extended precision
 # (LAPACK's own eigenvalues are off by tens), at most 5 up to n = 1500 with several runs merged; in float32 at most 0.4.
-_GUARD = 16.0
+GUARD = 16.0
 # Vectors of length n in use besides those that are kept: the start, those of one Lanczos step, a product's.
 _WORKSPACE = 8
 
@@ -237,7 +237,7 @@ def intervals(request: Request, known: Knowledge, sign: float, count: int) -> li
 
 
 def _guard(request: Request, known: Knowledge) -> float:
-    return _GUARD * request.eps * known.norm + known.noise
+    return GUARD * request.eps * known.norm + known.noise
 
 
 def slack(request: Request, known: Knowledge, value: float) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from newtonopt._checks import check_instance, check_seed, check_share, check_whole
-from newtonopt.curvature.bounds import Knowledge, Range, Request, certified, intervals, settled, slack
+from newtonopt.curvature.bounds import GUARD, Knowledge, Range, Request, certified, intervals, settled, slack
 from newtonopt.curvature.probes import check_operator
 from newtonopt.curvature.ritz import RitzBlock
 from newtonopt.curvature.runs import search, track
@@ -61,8 +61,10 @@ class Spectrum:
         converged: Whether as many as were asked for are there and every interval is narrow enough; where the
             measurement is not certified, every residual small enough.
         confidence: Probability with which each interval holds, at least.
-        certified: Whether the start was random, so that nothing larger or smaller can have been missed. From a `start`
-            given it was not: the values are eigenvalues within their residuals, but perhaps not the extreme ones.
+        certified: Whether the start was random, so that nothing larger or smaller can have been missed, and the
+            operator's products can be vouched for. From a `start` given the values are eigenvalues within their
+            residuals, but perhaps not the extreme ones; where `operator.trust` says that there is a doubt about the
+            products, they are those of the products.
     """
 
     top: tuple[Eigenvalue, ...]
@@ -85,6 +87,8 @@ def extreme_eigenvalues(
     start: Spectrum | None = None,
 ) -> Spectrum:
     """lambda_1 >= lambda_2 >= ... and lambda_n <= lambda_{n-1} <= ..., each with an interval.
+
+    Products by finite differences have an error, `operator.trust.error`, by which intervals are wider.
 
     One Lanczos run from a random start finds the eigenvalues and bounds both ends of the spectrum (van Dorsselaer,
     Hochstenbach & van der Vorst 2001). Such a run sees each distinct eigenvalue once, so from two eigenvalues
@@ -132,6 +136,10 @@ def extreme_eigenvalues(
     old = _start_vector(operator, start, tolerance)
     if old is None:
         known = search(operator, request, _nothing(operator), seed)
+        if operator.trust.doubt:
+            unbounded = Range(-math.inf, math.inf)
+            known = replace(known, whole=unbounded, rest=unbounded)
+            return _spectrum(request, known, confidence, settled(request, known), False)
         return _spectrum(request, known, confidence, certified(request, known), True)
     known = track(operator, request, _nothing(operator), old, seed, functools.partial(settled, request))
     return _spectrum(request, known, confidence, settled(request, known), False)
@@ -221,7 +229,9 @@ def _request(
     for name, share in (("tolerance", tolerance), ("confidence", confidence)):
         check_share(name, share)
     ends = ((1.0, min(top, rows)), (-1.0, min(bottom, rows)))
-    eps, room = torch.finfo(operator.dtype).eps, _room(min(top, rows) + min(bottom, rows), max_vectors)
+    # What bounds allow to rounding covers the error of products by finite differences.
+    eps = max(torch.finfo(operator.dtype).eps, operator.trust.error / GUARD)
+    room = _room(min(top, rows) + min(bottom, rows), max_vectors)
     return Request(rows, ends, tolerance, 1.0 - confidence, eps, max_products, room)
 
 

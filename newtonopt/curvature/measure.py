@@ -188,7 +188,7 @@ def take(
         values.add("converged", float(all(spectrum.converged for spectrum in values.spectra.values())))
     enter_whole_spectrum(look, A)
     values.add("products", A.products + evaluation.checks)
-    values.verdicts = evaluation.verdicts
+    values.verdicts, values.doubt = evaluation.verdicts, A.trust.doubt
     del A
     evaluation.free()
     if last is None:

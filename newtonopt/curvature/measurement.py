@@ -100,6 +100,7 @@ class Measurement(dict[str, float]):
         slice: The loss along eigenvectors, where it was asked for.
         form: How products were formed.
         verdicts: What checks of the products found, for measurements that follow.
+        doubt: Why the products cannot be vouched for; empty where they can.
         lack: Why there is no preconditioned eigenvalue, where it was asked for; None where there is, or no time.
     """
 
@@ -112,6 +113,7 @@ class Measurement(dict[str, float]):
         self.slice: LossSlice | None = None
         self.form: Products = "auto"
         self.verdicts: Mapping[Checked, Verdict] = {}
+        self.doubt = ""
         self.lack: str | None = None
 
     @property
@@ -131,7 +133,8 @@ class Measurement(dict[str, float]):
     def in_words(self) -> str:
         """What the values mean, one sentence each."""
         lack = [] if self.lack is None else [f"There is no preconditioned eigenvalue: {self.lack}"]
-        return "\n".join([*describe(self.read, self.settings), *lack])
+        doubt = [f"Nothing is certified: {self.doubt}"] if self.doubt else []
+        return "\n".join([*doubt, *describe(self.read, self.settings), *lack])
 
     def add(self, name: str, value: float) -> None:
         """Enter a value, unless it is not finite, which no chart can show."""
