@@ -333,7 +333,7 @@ class Tap(TorchFunctionMode):
 
     @property
     def _finds_outputs(self) -> bool:
-        """Whether outputs are looked for: not in a run for the loss alone, or its gradient, nor where they would have no
+        """Whether outputs are looked for: not in a run for the loss or gradient alone, nor where they would have no
         graph, as inside an autograd Function.
         """
         return (self._wanted is None or bool(self._wanted)) and (self.is_forward or torch.is_grad_enabled())

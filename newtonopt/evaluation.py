@@ -94,6 +94,7 @@ class Evaluation:
         source: Where the closure can be run again, for products that are streamed or by finite differences.
         form: How products are formed: "cached", "streamed" or "finite_difference".
         verdicts: What earlier checks of these products found, elsewhere along the way of an optimizer or a monitor.
+        length: How far finite differences look, `h |v|`; None (default): what products at two lengths suggest.
 
     Attributes:
         loss: The objective's value, a detached scalar.
@@ -124,6 +125,7 @@ class Evaluation:
         source: Source | None = None,
         form: Form = "cached",
         verdicts: Mapping[Matrix, Verdict] | None = None,
+        length: float | None = None,
     ) -> None:
         self.params = tuple(params)
         self.decay = decay
@@ -137,6 +139,7 @@ class Evaluation:
         self.output_sizes = {z.number: z.tensor.numel() for z in outputs}
         self.outside: bool | None = None
         self.verdicts: Mapping[Matrix, Verdict] = {} if verdicts is None else verdicts
+        self.length = length
         self.checks = 0
         self.holds_constant = self.hooks_gradients = False
         self._graph: tuple[Tensor, tuple[Output, ...]] | None = (loss, tuple(outputs))

@@ -75,6 +75,8 @@ class LinearOperator:
         return self._count[0]
 
     @property
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def trust(self) -> Trust:
         """How far the products can be trusted; before the first one it takes some to find that out."""
         return Trust() if self._trust is None else self._trust()

@@ -71,6 +71,7 @@ class Objective:
         products: How products are formed, as for `evaluate`.
         weight: Of this process in the mean, above zero; None (default): found from the losses.
         verdicts: What earlier checks of its products found; None (default): they are checked anew.
+        length: How far finite differences look, as for an `Evaluation`.
 
     Attributes:
         params: The parameters.
@@ -86,9 +87,10 @@ class Objective:
         products: Products = "auto",
         weight: float | None = None,
         verdicts: Mapping[Matrix, Verdict] | None = None,
+        length: float | None = None,
     ) -> None:
         self._closure = closure
-        self._verdicts = verdicts
+        self._verdicts, self._length = verdicts, length
         self.params = tuple(params)
         self._decay = decay
         check_sharding(self.params)
@@ -404,6 +406,7 @@ class Objective:
             source=self,
             form="cached" if self.products == "auto" else self.products,
             verdicts=self._verdicts,
+            length=self._length,
         )
         self._evaluated = losses, evaluation.data_gradient
         if self._ranks.count > 1:

@@ -96,7 +96,7 @@ class Vouched:
         self._formed_before = False
         self._seen_finite = False
         known = evaluation.verdict(matrix)
-        self._manner = Manner(evaluation.form) if known is None else known.manner
+        self._manner = Manner(evaluation.form, evaluation.length) if known is None else known.manner
         self._product: Product
         self._tried(lambda: self._use(self._manner))
 
@@ -143,7 +143,7 @@ class Vouched:
         if known is None:
             self._evaluation.check_alive()
             if self._manner.form != self._evaluation.form:  # turned by products with another matrix
-                self._use(Manner(self._evaluation.form))
+                self._use(Manner(self._evaluation.form, self._evaluation.length))
             # Without a gradient there is nothing to compare with.
             finite = _are_finite(self._evaluation.slope)
             finding = self._examine(self._manner) if finite else Finding(self._manner, finite=False)
@@ -239,7 +239,7 @@ def examine_gauss_newton(
     if found.doubt:
         return found
     if found.manner.form == "finite_difference" and is_sharded(evaluation.params):
-        length, error, cost = _length_chosen(evaluation, lambda h: form(replace(manner, length=h))(w))
+        length, error, cost = _length_chosen(evaluation, lambda h: form(replace(manner, length=h))(w), manner.length)
         found = Finding(replace(manner, length=length), error=error, cost=found.cost + cost)
         images = form(found.manner)(u), form(found.manner)(w)
     asymmetry = _asymmetry(u, w, images)
@@ -267,7 +267,7 @@ def _differenced(length: float) -> Manner:
 def _is_another(evaluation: Evaluation, image: Tensor, product: Callable[[float], Tensor]) -> bool:
     """Whether differences at two lengths agree with each other and not with a product."""
     long, short = (product(length) for length in lengths_from(displacement(evaluation.params), 2))
-    open_ = _CLEAR * float((long - short).norm()) + _eps(evaluation) ** 0.25 * float(short.norm())
+    open_: float = _CLEAR * float((long - short).norm()) + _eps(evaluation) ** 0.25 * float(short.norm())
     return float((image - short).norm()) > open_  # false where one is not finite
 
 
@@ -283,8 +283,8 @@ def _examine_transposes(
 ) -> Finding:
     w = _direction([evaluation.slope, _noise(evaluation, 1)])
     error, cost = 0.0, 2
-    if manner.form == "finite_difference" and manner.length is None:
-        length, error, more = _length_chosen(evaluation, lambda h: push(replace(manner, length=h))(w))
+    if manner.form == "finite_difference":
+        length, error, more = _length_chosen(evaluation, lambda h: push(replace(manner, length=h))(w), manner.length)
         manner, cost = replace(manner, length=length), cost + more
 
     def gap() -> Tensor:
@@ -321,7 +321,7 @@ def _examine_differences(evaluation: Evaluation, manner: Manner) -> Finding:
         slopes.append((d.slope, length))
         return d.product
 
-    length, error, cost = _length_chosen(evaluation, product)
+    length, error, cost = _length_chosen(evaluation, product, manner.length)
     images = difference(evaluation, u, length).product, difference(evaluation, w, length).product
     found = Finding(replace(manner, length=length), error=error, cost=cost + 6)
     if not _are_finite(*images):
@@ -425,13 +425,16 @@ def _follows(evaluation: Evaluation, w: Tensor, slopes: Sequence[tuple[float, fl
     return True if open_ < 0.2 * size else None
 
 
-def _length_chosen(evaluation: Evaluation, product: Callable[[float], Tensor]) -> tuple[float, float, int]:
+def _length_chosen(
+    evaluation: Evaluation, product: Callable[[float], Tensor], given: float | None
+) -> tuple[float, float, int]:
     """Return the length of differences at which two lengths agree best, their relative difference, and the cost.
 
     Truncation falls as the length squared, and rounding grows as it gets shorter: the length is shortened until the
     difference grows.
     """
-    lengths = lengths_from(4 * displacement(evaluation.params), _MANY)
+    start = 4 * displacement(evaluation.params)
+    lengths = lengths_from(start, _MANY) if given is None else lengths_from(4 * given, 2)
     before = product(lengths[0])
     best, error = lengths[0], math.inf
     cost = 2

@@ -53,7 +53,9 @@ def _with_bounds(read: Callable[[str], float | None], name: str) -> str:
     width = max(upper - value, value - lower)
     if read("certified") == 0.0:
         missed = "smaller" if name == "lambda_min" else "larger"
-        return f"{value:.4g} (not certified: some eigenvalue lies within {width:.2g} of it, a {missed} one may be missed)"
+        return (
+            f"{value:.4g} (not certified: some eigenvalue lies within {width:.2g} of it, a {missed} one may be missed)"
+        )
     return f"{value:.4g} within {width:.2g}"
 
 

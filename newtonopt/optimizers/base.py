@@ -158,7 +158,15 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         refuse_skipped_batches()
         if skips_backward(closure):
             return self._run_without_backward(closure)
-        call = Call(closure, curvature_closure, self.param_groups, falls_back=self._fell_back, verdicts=self._verdicts)
+        length = (self._memory["length"] or None) if self.state else None
+        call = Call(
+            closure,
+            curvature_closure,
+            self.param_groups,
+            falls_back=self._fell_back,
+            verdicts=self._verdicts,
+            length=length,
+        )
         before = {key: dict(value) if isinstance(value, dict) else value for key, value in self.state.items()}
         try:
             self._follow_parameters(call.params)
@@ -218,6 +226,9 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             return False
         memory["failures"] = 0
         self._verdicts = basis.verdicts
+        lengths = [verdict.manner.length for verdict in basis.verdicts.values() if verdict.manner.length is not None]
+        if lengths:  # so that a resumed run forms the same differences
+            memory["length"] = lengths[0]
         # What has no second derivative now has none in the next step.
         if basis.may_fall_back and basis.form == "finite_difference":
             self._fell_back = True
@@ -344,6 +355,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             return memory
         memory = self.state[next((p for p in params if p.requires_grad), params[0])]
         memory.update(steps=0, failures=0, stalls=0, patience=1, settled_loss=math.inf, settled_norm=math.inf)
+        memory["length"] = 0.0  # of finite differences, not known yet
         if self.control is not None:
             memory["agreements"] = 0
             memory[self.control] = float(self.param_groups[0][self.control])

@@ -30,6 +30,7 @@ class Call:
         groups: The parameter groups.
         falls_back: Whether products are known to need finite differences.
         verdicts: What earlier checks of the products found.
+        length: How far finite differences look; None: not known yet.
 
     Attributes:
         params: The parameters that are neither frozen nor empty.
@@ -48,6 +49,7 @@ class Call:
         *,
         falls_back: bool,
         verdicts: Mapping[Matrix, Verdict],
+        length: float | None,
     ) -> None:
         trained = [(group, p) for group in groups for p in group["params"] if p.requires_grad and p.numel()]
         if not trained:
@@ -59,9 +61,8 @@ class Call:
         self.rates = per_entry([float(rate_of(group)) for group, _ in trained], self.params)
         decay = per_entry([float(group["weight_decay"]) for group, _ in trained], self.params)
         products: Products = "finite_difference" if falls_back else groups[0]["products"]
-        self._curved = Objective(
-            closure if curvature_closure is None else curvature_closure, self.params, decay, products, verdicts=verdicts
-        )
+        curved = closure if curvature_closure is None else curvature_closure
+        self._curved = Objective(curved, self.params, decay, products, verdicts=verdicts, length=length)
         # By differences, which the loss alone never needs, no graph of it is kept.
         alone: Products = "finite_difference"
         self.objective = self._curved if curvature_closure is None else Objective(closure, self.params, decay, alone)

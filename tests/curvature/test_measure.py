@@ -272,12 +272,15 @@ SMALLEST = {"lambda_min": -0.3, "lambda_min_lower": -0.4, "lambda_min_upper": -0
         ),
         ({**LARGEST, "stability_threshold": 24.8, "stability_ratio": 0.5}, "24.8: steps are stable."),
         ({**LARGEST, "stability_threshold": 6.2, "stability_ratio": 2.0}, "overshoot and grow"),
-        ({**LARGEST, "certified": 0.0}, "12.4 (followed: some eigenvalue lies within 0.1 of it, a larger one may be "),
+        (
+            {**LARGEST, "certified": 0.0},
+            "12.4 (not certified: some eigenvalue lies within 0.1 of it, a larger one may be ",
+        ),
         (SMALLEST, "The smallest, -0.3 within 0.1, says this is no minimum."),
         (
             {**SMALLEST, "certified": 0.0},
-            "The smallest, -0.3 (followed: some eigenvalue lies within 0.1 of it, a smaller one may be missed), says "
-            "this is no minimum.",
+            "The smallest, -0.3 (not certified: some eigenvalue lies within 0.1 of it, a smaller one may be missed), "
+            "says this is no minimum.",
         ),
         (
             {"lambda_min": 0.3, "lambda_min_lower": 0.2, "lambda_min_upper": 0.31},
