@@ -39,7 +39,7 @@ def displacement(params: Sequence[Tensor]) -> float:
     sec. 8.1), in proportion to the size of the parameters. Measured on some hundred small and large networks, the
     shorter `eps^0.4` with the root of their norm is as good on smooth ones and better where there are kinks: a step in
     proportion to the norm, which grows with the number of parameters, is 10 to 100 times too long on large ones.
-    Parameters smaller than one are taken as they are: there a root would be too long.
+    Where the norm, or the parameters' root mean square, is on the other side of one, in proportion to it.
 
     Raises:
         RuntimeError: The parameters are bfloat16.
@@ -49,9 +49,11 @@ def displacement(params: Sequence[Tensor]) -> float:
             "bfloat16 parameters are too coarse for finite differences: keep the weights in float32, or choose "
             'products="cached" or "streamed".'
         )
-    norm = float(flatten(params, params).detach().norm())
+    point = flatten(params, params).detach()
+    norm = float(point.norm()) or 1.0
     eps: float = max(torch.finfo(p.dtype).eps for p in params)
-    return float(eps**0.4) * (norm if 0.0 < norm < 1.0 else math.sqrt(max(norm, 1.0)))
+    usual = norm if norm < 1.0 else math.sqrt(norm * max(1.0, norm / math.sqrt(point.numel())))
+    return float(eps**0.4) * usual
 
 
 def lengths_from(start: float, count: int) -> list[float]:

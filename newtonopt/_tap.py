@@ -172,7 +172,7 @@ class Tap(TorchFunctionMode):
         self.wrappers: list[str] = []
         self.ends: set[str] = set()
         self.has_marks = False
-        self.holds_constant = False
+        self.holds_constant = self._running = False
         self.hooks = Hooks()
         self._convex: set[int] = set()
         self._other: set[int] = set()
@@ -204,7 +204,11 @@ class Tap(TorchFunctionMode):
 
     def run(self, closure: Callable[[], Any]) -> Any:
         """Run the closure; the places of outputs are looked for in the calls from here on."""
-        return closure()
+        self._running = True
+        try:
+            return closure()
+        finally:
+            self._running = False
 
     def outputs_of(self, loss: Tensor) -> tuple[Output, ...]:
         """Return the outputs that the sum of all losses, whose graphs were kept, is computed from, in their order.
@@ -287,7 +291,7 @@ class Tap(TorchFunctionMode):
             self.has_marks = True
         if func is Tensor.register_hook:
             return func(args[0], self.hooks.watched(*args[1:], **kwargs))
-        if func in _HOLDING and torch.is_grad_enabled() and _needs_gradient(args[0]):
+        if self._running and func in _HOLDING and torch.is_grad_enabled() and _needs_gradient(args[0]):
             self.holds_constant = True
         if self._finds_outputs:
             if func is mark_outputs:

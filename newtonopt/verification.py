@@ -162,7 +162,7 @@ class Vouched:
         other = replace(other, cost=wrong.cost + other.cost)
         if other.finite and (not other.doubt or not wrong.finite):
             self._turn(wrong.wrong)
-            return self._keep(other)
+            return self._keep(other, quiet=True)
         return self._keep(replace(wrong, doubt=wrong.wrong, cost=other.cost))
 
     def _turn(self, why: str) -> None:
@@ -174,8 +174,8 @@ class Vouched:
             self._evaluation.turn_to("finite_difference")
         self._use(Manner("finite_difference"))
 
-    def _keep(self, finding: Finding) -> Verdict:
-        if finding.doubt and finding.finite:  # solvers refuse what is not finite
+    def _keep(self, finding: Finding, *, quiet: bool = False) -> Verdict:
+        if finding.doubt and finding.finite and not quiet:  # solvers refuse what is not finite
             warn(f"{finding.doubt} No measurement of this curvature is certified.")
         verdict = Verdict(finding.manner, Trust(finding.doubt, finding.error), finding.cost)
         self._evaluation.judge(self._matrix, verdict)
@@ -441,8 +441,8 @@ def _length_chosen(
     for length in lengths[1:]:
         after = product(length)
         cost += 2
-        size = float(after.norm())
-        gap = _mean(evaluation, lambda: (before - after).norm() / size if size else (before - after).norm())  # noqa: B023
+        # A difference of zero is below the rounding, unless all are.
+        gap = _mean(evaluation, lambda: (before - after).norm() / after.norm() if before.any() else after.norm())  # noqa: B023
         if gap < error:
             best, error = length, gap
         # Where there are kinks, the difference grows until none of them is in reach.
