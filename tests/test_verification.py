@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from newtonopt import HessianFree, NewtonCG, evaluate, gauss_newton, hessian, jacobian, mark_outputs
+from newtonopt import Evaluation, HessianFree, NewtonCG, evaluate, gauss_newton, hessian, jacobian, mark_outputs
 from newtonopt.curvature import critical_point, extreme_eigenvalues, measure
+from newtonopt.evaluation import Manner
+from newtonopt.verification import examine_hessian
 
 FORMS = ("auto", "cached", "streamed", "finite_difference")
 EXACT = ("auto", "cached", "streamed")
@@ -322,6 +324,8 @@ def test_hooks_that_only_look_are_let_alone() -> None:
         z.register_hook(lambda g: seen.append(g.norm()))  # type: ignore[func-returns-value]
         return F.mse_loss(z, net.t)
 
+    for operator in (hessian, gauss_newton):  # the constant hides the loss's slope, so that a doubt would stay
+        assert not operator(evaluate(lambda: closure() + 1e12, net.params)).trust.doubt
     net.model[2].register_full_backward_hook(lambda *_: None)
     for operator in (hessian, gauss_newton):
         for form in FORMS:
@@ -434,6 +438,15 @@ def test_intervals_by_differences_hold(seed: int) -> None:
     assert found.certified
     assert found.top[0].lower <= float(values[-1]) <= found.top[0].upper
     assert found.bottom[0].lower <= float(values[0]) <= found.bottom[0].upper
+
+
+def test_products_that_are_not_their_transposes_are_marked() -> None:
+    w = vector(1.0, 2.0)
+    A = torch.tensor([[2.0, 0.1], [0.0, 2.0]], dtype=torch.float64)
+    evaluation = Evaluation(w.square().sum(), [w])  # without a closure there is nothing to compare with
+    assert not examine_hessian(evaluation, Manner("cached"), lambda _: lambda v: 2 * v).doubt
+    found = examine_hessian(evaluation, Manner("cached"), lambda _: lambda v: A @ v)
+    assert "those of its transpose differ" in found.doubt
 
 
 def test_no_minimum_is_said_of_products_with_a_doubt() -> None:
