@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.weak import TensorWeakRef
 
-from newtonopt._graph import all_behind, chained, notes, reached
+from newtonopt._graph import all_behind, chained, first_met, notes, reached
 
 # The names under which nodes carry notes, which live as long as the graph.
 _LABEL = "newtonopt: convex in these outputs"
@@ -119,11 +119,13 @@ class Found:
         outputs: The outputs of squares written by hand.
         convex: The numbers of the outputs that the loss is a convex function of.
         stops: The other nodes that the loss is computed from, through linear operations alone.
+        linear: The numbers of the marked outputs that the loss is linear in.
     """
 
     outputs: list[Output] = field(default_factory=list)
     convex: set[int] = field(default_factory=set)
     stops: list[Node] = field(default_factory=list)
+    linear: set[int] = field(default_factory=set)
 
 
 def kind_of(node: Node) -> str:
@@ -132,7 +134,7 @@ def kind_of(node: Node) -> str:
     return "Copy" if node.name() == "torch::autograd::CopyBackwards" else match[1] if match else ""
 
 
-def find(loss: Tensor, params: Sequence[Tensor], known: Sequence[Output]) -> Found:
+def find(loss: Tensor, params: Sequence[Tensor], marked: Sequence[Output], recognised: Sequence[Output]) -> Found:
     """Find the recognised losses and squares that a live loss is a sum of, with weights that are not negative.
 
     A function that enters in another way too, or whose weight depends on a parameter that the function depends on, is
@@ -141,9 +143,13 @@ def find(loss: Tensor, params: Sequence[Tensor], known: Sequence[Output]) -> Fou
     Args:
         loss: A live scalar.
         params: The parameters.
-        known: The outputs recorded already.
+        marked: The outputs that the user marked.
+        recognised: The outputs recorded already as arguments of recognised losses.
     """
-    parts, others = _summands(loss.grad_fn, {id(p) for p in params})
+    known = [*marked, *recognised]
+    marks = {z.tensor.grad_fn: z.number for z in marked if z.tensor.grad_fn is not None}
+    parts, others, ends = _summands(loss.grad_fn, {id(p) for p in params}, set(marks))
+    curved = reached([*parts, *others], ends) if ends else set()
     outputs = {node: _outputs_of(label) for node, label in parts.items()}
     entered = reached(others, {z.tensor.grad_fn for found in outputs.values() for z in found}) if others else set()
     edges = [GradientEdge(node, 0) for node in parts]
@@ -161,11 +167,54 @@ def find(loss: Tensor, params: Sequence[Tensor], known: Sequence[Output]) -> Fou
         # A derivative by an output and by what that is computed from would count twice.
         behind, before = chained(z.tensor.grad_fn for z in (*known, *new))
         new = [z for z in new if z.tensor.grad_fn not in behind | before]
-    return Found(new, convex, others)
+    return Found(new, convex, others, {marks[node] for node in ends - curved})
 
 
-def _summands(start: Node | None, params: set[int]) -> tuple[dict[Node, Label], list[Node]]:
-    """Labelled nodes met through linear operations alone, and the other nodes met so, factors that weigh included."""
+def apart(marked: Sequence[Output], recognised: Sequence[Output], loss: Tensor) -> tuple[list[Output], set[int]]:
+    """Choose among the outputs met those that a loss is a function of, so that no curvature counts twice.
+
+    A recognised loss that is fed from marked outputs adds none of its own. Where one output is computed from another,
+    the outer one counts if the loss depends on the inner one through it alone, as where cross-entropy is taken of the
+    distances that `mse_loss` gives. Otherwise the inner one counts, and what the outer one adds is in its Hessian.
+
+    Args:
+        marked: The outputs that the user marked.
+        recognised: The outputs that are arguments of recognised losses or squares.
+        loss: A live scalar.
+
+    Returns:
+        The outputs, and the numbers of those that the loss need not be convex in.
+    """
+    chosen, within = _front(list(marked), loss)
+    marks = {z.tensor.grad_fn for z in chosen}
+    # A mark was made on purpose: it stands before what it is computed from too.
+    own = [z for z in recognised if not (marks and reached(z.tensor.grad_fn, marks))]
+    behind = reached(marks, {z.tensor.grad_fn for z in own}) if marks else set()
+    own, nested = _front([z for z in own if z.tensor.grad_fn not in behind], loss)
+    return [*chosen, *own], within | nested
+
+
+def _front(outputs: list[Output], loss: Tensor) -> tuple[list[Output], set[int]]:
+    """Return the outputs, none of which is computed from another, and the numbers of those that others were."""
+    within: set[int] = set()
+    while outputs:
+        nodes = {z.tensor.grad_fn for z in outputs if z.tensor.grad_fn is not None}
+        met = first_met(loss.grad_fn, nodes)
+        outputs = [z for z in outputs if z.tensor.grad_fn in met]
+        inner, outer = chained(met) if len(met) > 1 else (set(), set())
+        if not outer:
+            break
+        within |= {z.number for z in outputs if z.tensor.grad_fn in inner}
+        outputs = [z for z in outputs if z.tensor.grad_fn not in outer]
+    return outputs, within
+
+
+def _summands(
+    start: Node | None, params: set[int], marks: set[Node]
+) -> tuple[dict[Node, Label], list[Node], set[Node]]:
+    """Labelled nodes met through linear operations alone, the other nodes met so, factors that weigh included, and the
+    marks met so.
+    """
     labels, consumers = _labels_in_reach(start)
     holding = set(labels)
     waiting = list(labels)
@@ -176,10 +225,10 @@ def _summands(start: Node | None, params: set[int]) -> tuple[dict[Node, Label], 
                 waiting.append(consumer)
     refused: set[Node] = set()
     while True:
-        parts, stops, weights = _walk(start, labels, holding, refused, params)
+        parts, stops, weights, ends = _walk(start, labels, holding, refused, params, marks)
         dependent = _dependent(weights, parts, params)
         if not dependent:
-            return parts, [*stops, *weights.values()]
+            return parts, [*stops, *weights.values()], ends
         refused |= dependent
 
 
@@ -206,12 +255,18 @@ def _labels_in_reach(start: Node | None) -> tuple[dict[Node, Label], dict[Node, 
 
 
 def _walk(
-    start: Node | None, labels: dict[Node, Label], holding: set[Node], refused: set[Node], params: set[int]
-) -> tuple[dict[Node, Label], list[Node], dict[Node, Node]]:
-    """Labelled nodes met, nodes where the walk could not go on, and by product the factor that is a weight."""
+    start: Node | None,
+    labels: dict[Node, Label],
+    holding: set[Node],
+    refused: set[Node],
+    params: set[int],
+    marks: set[Node],
+) -> tuple[dict[Node, Label], list[Node], dict[Node, Node], set[Node]]:
+    """Labelled nodes met, nodes where the walk could not go on, by product the factor that is a weight, and marks."""
     parts: dict[Node, Label] = {}
     stops: list[Node] = []
     weights: dict[Node, Node] = {}
+    ends: set[Node] = set()
     seen: set[Node] = set()
     waiting = [start]
     while waiting:
@@ -219,6 +274,9 @@ def _walk(
         if node is None or node in seen:
             continue
         seen.add(node)
+        if node in marks:
+            ends.add(node)
+            continue
         operands = [operand for operand, _ in node.next_functions]
         kind = kind_of(node)
         if node in labels:
@@ -240,7 +298,7 @@ def _walk(
                 weights[node] = weight
         elif not hasattr(node, "variable"):
             stops.append(node)
-    return parts, stops, weights
+    return parts, stops, weights, ends
 
 
 def _dependent(weights: dict[Node, Node], parts: Iterable[Node], params: set[int]) -> set[Node]:

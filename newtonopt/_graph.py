@@ -63,6 +63,21 @@ def reached(start: Node | Iterable[Node | None] | None, nodes: set[Node | None] 
     return met
 
 
+def first_met(start: Node | None, nodes: set[Node]) -> set[Node]:
+    """Return those of `nodes` that are met going back from `start` on a path that passes none of the others."""
+    met: set[Node] = set()
+
+    def note(node: Node) -> bool:
+        met.update(following for following, _ in node.next_functions if following in nodes)
+        return False
+
+    if start is not None and nodes:
+        if start in nodes:
+            return {start}
+        reaches(start, note, nodes)
+    return met
+
+
 def all_behind(start: Iterable[Node | None]) -> set[Node]:
     """Return every node met going back from `start`, itself included."""
     met: set[Node] = set()

@@ -39,3 +39,29 @@ def mean_over(loss: Callable[..., Any], given: dict[str, Any]) -> Tensor | float
         total: Tensor = counted.sum() if weight is None else (weight[target.clamp(min=0)] * counted).sum()
         return total
     return float(z.numel())
+
+
+def is_convex(loss: Callable[..., Any], given: dict[str, Any]) -> bool:
+    """Whether a call of a recognised loss is convex, as it is unless weights or targets are negative.
+
+    Args:
+        loss: A function of `CONVEX_LOSSES` or `LOG_PROBABILITY_LOSSES`.
+        given: Its arguments, by name.
+    """
+    weight, target = given.get("weight"), given["target"]
+    if _is_negative(weight):
+        return False
+    if loss is F.binary_cross_entropy_with_logits and given.get("pos_weight") is not None:
+        # The second derivative is the logistic function's slope times this.
+        return not _is_negative(1 + (given["pos_weight"] - 1) * target)
+    if loss is F.cross_entropy and target.is_floating_point():
+        # The second derivative is the softmax's covariance times this.
+        by_class = target.movedim(min(1, target.dim() - 1), -1)
+        return not _is_negative((by_class if weight is None else by_class * weight).sum(-1))
+    if loss is F.poisson_nll_loss and not given.get("log_input", True):
+        return not _is_negative(target)
+    return True
+
+
+def _is_negative(t: Any) -> bool:
+    return isinstance(t, Tensor) and bool((t.detach() < 0).any())

@@ -27,9 +27,9 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
 from newtonopt._advice import CALLED
-from newtonopt._convexity import LINEAR, SELECTIONS, Found, Label, Output, find, kind_of
+from newtonopt._convexity import LINEAR, SELECTIONS, Found, Label, Output, apart, find, kind_of
 from newtonopt._graph import Held, SavedTensors, all_behind, reached
-from newtonopt._losses import CONVEX_LOSSES, LOG_PROBABILITY_LOSSES, mean_over
+from newtonopt._losses import CONVEX_LOSSES, LOG_PROBABILITY_LOSSES, is_convex, mean_over
 from newtonopt._squares import ROOTS, SQUARES, first_operand, own_view, root, root_operand, square
 from newtonopt._subclasses import alike, is_wrapper, plain
 
@@ -50,7 +50,8 @@ def mark_outputs(z: Tensor) -> Tensor:
 
     The losses of `torch.nn.functional` need no mark, nor do sums and means of squares written by hand. Call this inside
     a closure whose loss is written by hand in another way, on the tensor in which that loss is convex (raw predictions
-    or logits); not on the loss itself, in which it is linear, so that the matrix is zero.
+    or logits); not on the loss itself or a penalty, in which it is linear, so that there is no matrix, which is an
+    error.
 
     Args:
         z: The model's output, any shape.
@@ -174,6 +175,7 @@ class Tap(TorchFunctionMode):
         self.has_marks = False
         self.holds_constant = self._running = False
         self.hooks = Hooks()
+        self.linear_marks = False
         self._convex: set[int] = set()
         self._other: set[int] = set()
         self._total: Tensor | None = None
@@ -211,12 +213,11 @@ class Tap(TorchFunctionMode):
             self._running = False
 
     def outputs_of(self, loss: Tensor) -> tuple[Output, ...]:
-        """Return the outputs that the sum of all losses, whose graphs were kept, is computed from, in their order.
-
-        A recognised loss that is fed from marked outputs adds none of its own.
-        """
+        """Return the outputs that the sum of all losses, whose graphs were kept, is computed from, in their order."""
         self._look_at(loss)
-        return tuple(sorted(_apart(self._marked, self._recognised), key=lambda z: z.number))
+        outputs, within = apart(self._marked, self._recognised, loss)
+        self._other |= within
+        return tuple(sorted(outputs, key=lambda z: z.number))
 
     def is_convex(self, numbers: Iterable[int]) -> bool:
         """Whether the losses are sums, with weights that are not negative, of convex functions of these outputs."""
@@ -240,8 +241,8 @@ class Tap(TorchFunctionMode):
         behind = all_behind([loss.grad_fn]) if recorded or self._labels else set()
         met = recorded & behind
         marked = [z for z in self._marked if z.tensor.grad_fn in met]
-        outputs = _apart(marked, [z for z in self._recognised if z.tensor.grad_fn in met])
-        self._other.update(z.number for z in outputs if z.number not in found.convex)
+        outputs, within = apart(marked, [z for z in self._recognised if z.tensor.grad_fn in met], loss)
+        self._other.update(z.number for z in outputs if z.number not in found.convex - within)
         self._hand_over(loss, outputs, keep)
         if keep:
             self._stops.extend(found.stops)
@@ -261,9 +262,10 @@ class Tap(TorchFunctionMode):
 
     def _look_at(self, loss: Tensor) -> Found:
         """Record the squares written by hand that the loss is a weighted sum of, and what it is convex in."""
-        found = find(loss, self._params, [*self._marked, *self._recognised])
+        found = find(loss, self._params, self._marked, self._recognised)
         self._recognised.extend(found.outputs)
         self._convex |= found.convex
+        self.linear_marks = self.linear_marks or bool(found.linear)
         if not (self._marked or self._recognised):
             self.ends.update(node.name() for node in found.stops)
         return found
@@ -346,12 +348,27 @@ class Tap(TorchFunctionMode):
         self._note(func, args, kwargs)
         first, places = len(self._recognised), CONVEX_LOSSES[func]
         args = tuple(self._own_view(a, self._recognised) if i in places else a for i, a in enumerate(args))
-        return self._attach(Label(tuple(self._recognised[first:])), func(*args, **kwargs))
+        result = func(*args, **kwargs)
+        return self._attach(self._label(func, args, kwargs, self._recognised[first:]), result)
 
     def _on_log_probability_loss(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._note(func, args, kwargs)
         outputs = self._on_log_probabilities(args[0])
-        return self._attach(Label(outputs), func(*args, **kwargs))
+        # Targets may be computed from the same logits.
+        others = [a.grad_fn for a in (*args[1:], *kwargs.values()) if isinstance(a, Tensor)]
+        if any(others) and reached(others, {z.tensor.grad_fn for z in outputs}):
+            outputs = ()
+        result = func(*args, **kwargs)
+        return self._attach(self._label(func, args, kwargs, outputs), result)
+
+    def _label(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Sequence[Output]
+    ) -> Label | None:
+        """Return the label of a recognised loss in the run where outputs are found."""
+        if self._wanted is not None or not outputs:
+            return None
+        given = inspect.signature(func).bind(*args, **kwargs).arguments
+        return Label(tuple(outputs)) if is_convex(func, given) else None
 
     def _on_square_or_root(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         is_square = func in SQUARES
@@ -473,11 +490,6 @@ def _is_over_classes(z: Any, dim: int | None = None, *args: Any, **kwargs: Any) 
         return False
     classes = min(1, z.dim() - 1)
     return dim in (classes, classes - z.dim())
-
-
-def _apart(marked: list[Output], recognised: list[Output]) -> list[Output]:
-    from_marks = {z.tensor.grad_fn for z in marked}
-    return [*marked, *(z for z in recognised if not (marked and reached(z.tensor.grad_fn, from_marks)))]
 
 
 @contextmanager
