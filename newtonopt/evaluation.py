@@ -107,6 +107,7 @@ class Evaluation:
         clipped: Whether the closure shrank `.grad` after its backward.
         convex: Whether the loss is known to be convex in the recorded outputs: a sum of recognised losses and squares,
             with weights that are not negative. Of marked outputs nobody but the user knows that.
+        linear_marks: Whether the loss is linear in a marked output.
         output_sizes: How many entries the recorded outputs have, by their numbers in a run of the closure.
         verdicts: What the checks of its products found, by matrix.
         checks: How many products and gradients these checks took.
@@ -135,6 +136,7 @@ class Evaluation:
         self.returned: Any = None
         self.clipped = False
         self.convex = True
+        self.linear_marks = False
         self.unrecognised_advice = ""
         self.output_sizes = {z.number: z.tensor.numel() for z in outputs}
         self.outside: bool | None = None

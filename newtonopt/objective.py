@@ -416,6 +416,7 @@ class Objective:
         evaluation.unrecognised_advice = unrecognised(tap.losses_seen, tap.ends, tap.wrappers)
         evaluation.output_sizes, evaluation.outside = recording.output_sizes, recording.outside
         evaluation.holds_constant, evaluation.hooks_gradients = tap.holds_constant, tap.hooks.change
+        evaluation.linear_marks = tap.linear_marks
         evaluation.convex = not tap.has_marks and tap.is_convex(recording.output_sizes)
         return evaluation
 

@@ -237,6 +237,13 @@ def _check_outputs(evaluation: Evaluation) -> None:
 
 def _check_gauss_newton(evaluation: Evaluation) -> None:
     _check_outputs(evaluation)
+    if evaluation.linear_marks:
+        raise RuntimeError(
+            "The loss is linear in a tensor that was given to newtonopt.mark_outputs (the loss itself, or a penalty), "
+            "so that its Gauss-Newton matrix there is zero. Mark the tensor in which the loss is convex instead, such "
+            "as raw predictions or logits. A critic, whose loss is linear in its output, has none: use "
+            'curvature="hessian".'
+        )
     if evaluation.part_outside_outputs():
         warn(
             "Part of the loss does not go through the recorded outputs (such as a penalty that is no sum of squares, "

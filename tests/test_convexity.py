@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from problems import error
 from torch import Tensor, nn
 
-from newtonopt import evaluate, gauss_newton, jacobian, mark_outputs
+from newtonopt import HessianFree, evaluate, gauss_newton, hessian, jacobian, mark_outputs
 
 Loss = Callable[[Tensor], Tensor]
 FORMS = ("cached", "streamed", "finite_difference")
@@ -181,3 +181,25 @@ def test_metrics_are_no_outputs_in_any_form() -> None:
         evaluation = evaluate(closure_of(network, loss), network.parameters(), products=products)
         assert jacobian(evaluation).shape == (18, 31)
         assert error(gauss_newton(evaluation).dense(), plain) < 1e-6
+
+
+@pytest.mark.parametrize("products", FORMS)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: mark_outputs(F.cross_entropy(z, T)),
+        lambda z: mark_outputs(F.cross_entropy(z, T, reduction="none")).mean(),
+        lambda z: F.cross_entropy(z, T) + 0.1 * mark_outputs((z**4).sum()),
+        lambda z: -mark_outputs(z).mean(),
+    ],
+)
+def test_a_mark_in_which_the_loss_is_linear_is_an_error_that_says_what_to_mark(loss: Loss, products: Any) -> None:
+    network = model()
+    evaluation = evaluate(closure_of(network, loss), network.parameters(), products=products)
+    with pytest.raises(RuntimeError, match=r"linear in a tensor that was given to .*mark_outputs.* raw predictions"):
+        gauss_newton(evaluation)
+    assert jacobian(evaluation).shape[1] == hessian(evaluation).shape[1] == 31
+    before = [p.detach().clone() for p in network.parameters()]
+    with pytest.raises(RuntimeError, match='use curvature="hessian"'):
+        HessianFree(network.parameters(), products=products).step(closure_of(network, loss))
+    assert all(torch.equal(p, q) for p, q in zip(before, network.parameters(), strict=True))
