@@ -16,7 +16,7 @@ from newtonopt._graph import all_behind, reaches
 from newtonopt._shards import accumulate
 from newtonopt._subclasses import detached
 from newtonopt._tap import Tap, Term
-from newtonopt.evaluation import UNRELATED, leaves_outside, local_gradient, refuse_sparse
+from newtonopt.evaluation import UNRELATED, UnrelatedError, leaves_outside, local_gradients, refuse_sparse
 
 
 class Recording:
@@ -33,6 +33,7 @@ class Recording:
         outputs: The recorded outputs, if the losses were kept.
         output_sizes: How many entries the recorded outputs have, by their numbers, in the order of these.
         outside: Whether the loss depends on the parameters other than through the outputs; None: not known.
+        related: The numbers of the parameters that the losses depend on.
         returned: What the closure returned, detached when it is a tensor.
         versions: Sets the parameters' versions to those of the last loss kept, else to those at the start.
     """
@@ -48,7 +49,7 @@ class Recording:
         self._cached = cached
         self._accumulates = accumulates
         self._kept: list[Tensor] = []
-        self._related = False
+        self.related: set[int] = set()
         self._sizes: dict[int, int] = {}
         self._products = True
         self.versions = kept_versions(params)
@@ -73,10 +74,13 @@ class Recording:
         self.outside = self.outside or leaves_outside(term.loss, term.tensors, self._params)
         gradients = grad(term.loss, self._params, keep=term.keep)
         refuse_sparse(gradients)
-        self._related = self._related or any(g is not None for g in gradients)
+        self._relate(gradients)
         add_flat(self.gradient, gradients, self._params)
         if self._accumulates:
             accumulate(gradients, self._params)
+
+    def _relate(self, gradients: Sequence[Tensor | None]) -> None:
+        self.related.update(number for number, g in enumerate(gradients) if g is not None)
 
     def finish(self, tap: Tap, returned: Any) -> None:
         """Called after the closure, with what it returned."""
@@ -85,15 +89,17 @@ class Recording:
             _refuse_gradient_scaler(float(tap.total(returned)), float(self.returned))
         if not self._cached:
             self.loss = tap.total(returned)
-            if not self._related:
-                raise RuntimeError(UNRELATED)
+            if not self.related:
+                raise UnrelatedError(UNRELATED)
             return
         tap.total(returned)
         with torch.enable_grad():
             self.loss = self._kept[0]
             for loss in self._kept[1:]:
                 self.loss = self.loss + loss
-        self.gradient = local_gradient(self.loss, self._params)
+        gradients = local_gradients(self.loss, self._params)
+        self._relate(gradients)
+        self.gradient = flatten(gradients, self._params)
         self.outputs = tap.outputs_of(self.loss)
         self._sizes = {z.number: z.tensor.numel() for z in self.outputs}
 
@@ -131,8 +137,14 @@ def is_older(loss: Tensor, sequence: int, params: Sequence[Tensor]) -> bool:
     return bool(older) and reaches(older, lambda node: id(getattr(node, "variable", None)) in leaves)
 
 
-def is_clipped(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
-    """Whether `.grad` is one of these gradients, clipped; anything but this or one of them itself is an error."""
+def is_clipped(params: Sequence[Tensor], gradients: Sequence[Tensor], *, accumulated: bool) -> bool:
+    """Whether `.grad` is one of these gradients, clipped; anything but this or one of them itself is an error.
+
+    Args:
+        params: The parameters.
+        gradients: The gradients that `.grad` may be.
+        accumulated: Whether the closure may have found other gradients at its start.
+    """
     with torch.no_grad():
         left = flatten([p.grad for p in params], params)
         eps = max(torch.finfo(p.dtype).eps for p in params)
@@ -141,12 +153,16 @@ def is_clipped(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
         return False
     if "clipped" in verdicts:
         return True
-    raise RuntimeError(
-        "After the closure, .grad is not the gradient of its loss: something else was added, usually an earlier "
-        "closure's gradient. A second-order step needs one objective, so gradients cannot be accumulated across "
-        "closures: call optimizer.zero_grad() first in the closure, set accumulate_grad_batches=1 in Lightning, and "
-        "to use several batches loop over them inside one closure, calling backward for each."
-    )
+    raise RuntimeError(_HOOKED if _has_hooks(params) else _ACCUMULATED if accumulated else _WRITTEN)
+
+
+def restless(params: Sequence[Tensor]) -> str:
+    """Return what to say of parameters that the closure changes each time."""
+    return _HOOKED if _has_hooks(params) else RESTLESS
+
+
+def _has_hooks(params: Sequence[Tensor]) -> bool:
+    return any(getattr(p, "_post_accumulate_grad_hooks", None) for p in params)
 
 
 def _compared(left: Tensor, gradient: Tensor, tolerance: float) -> str:
@@ -156,7 +172,9 @@ def _compared(left: Tensor, gradient: Tensor, tolerance: float) -> str:
     rounding = tolerance * max(scale, float(left.abs().max()))
     if float((left - gradient).abs().max()) <= rounding:
         return "same"
+    # Clipping leaves no entry zero, as a mask does.
     shrunk = (left * gradient >= -rounding * scale) & (left.abs() <= gradient.abs() + rounding)
+    shrunk &= (left != 0) | (gradient.abs() <= rounding)
     return "clipped" if bool(shrunk.all()) else "other"
 
 
@@ -189,6 +207,23 @@ def _refuse_gradient_scaler(total: float, returned: float) -> None:
         )
 
 
+_ACCUMULATED = (
+    "After the closure, .grad is not the gradient of its loss: something else was added, usually an earlier closure's "
+    "gradient. A second-order step needs one objective, so gradients cannot be accumulated across closures: call "
+    "optimizer.zero_grad() first in the closure, set accumulate_grad_batches=1 in Lightning, and to use several "
+    "batches loop over them inside one closure, calling backward for each."
+)
+_WRITTEN = (
+    "After the closure, .grad is not the gradient of its loss: the closure, or a hook on a parameter, wrote something "
+    "else there, such as noise, another task's gradient, a decay or the zeros of a mask. A second-order step takes the "
+    "gradient of the loss itself: put into the loss what belongs to the objective (or use weight_decay), give the "
+    "optimizer only what is to be trained, and leave .grad as backward leaves it."
+)
+_HOOKED = (
+    "A hook that was registered by register_post_accumulate_grad_hook changes .grad or the parameters inside backward, "
+    "as optimizers that step in backward do. A second-order step needs the whole gradient, and takes the step itself: "
+    "remove the hook."
+)
 MOVED = (
     "The closure changed the parameters, and they were put back, because an evaluation leaves them where they are. If "
     "it clamps or normalises them, call closure() once first: that puts them where it wants them."

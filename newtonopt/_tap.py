@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 
 from newtonopt._advice import CALLED
 from newtonopt._convexity import LINEAR, SELECTIONS, Found, Label, Output, apart, find, kind_of
+from newtonopt._gradients import Gradients
 from newtonopt._graph import Held, SavedTensors, all_behind, reached
 from newtonopt._losses import CONVEX_LOSSES, LOG_PROBABILITY_LOSSES, is_convex, mean_over
 from newtonopt._squares import ROOTS, SQUARES, first_operand, own_view, root, root_operand, square
@@ -133,6 +134,8 @@ class Tap(TorchFunctionMode):
         release: Whether a loss's graph is emptied where `backward` would have emptied it, for closures with several.
         weigh: Whether to count what the losses are means over.
         tangents: Where to put the tangents of the outputs, by number, in a run in forward mode.
+        counted: The numbers of the calls of `backward` whose losses count; None: to be found out.
+        fills: Whether a run without `backward` writes gradients to `.grad`, for a closure that computes with them.
     """
 
     def __init__(
@@ -148,6 +151,8 @@ class Tap(TorchFunctionMode):
         release: bool = False,
         weigh: bool = False,
         tangents: dict[int, Tensor] | None = None,
+        counted: Collection[int] | None = None,
+        fills: bool = False,
     ) -> None:
         super().__init__()
         self._params = params
@@ -160,6 +165,11 @@ class Tap(TorchFunctionMode):
         self._numbers = numbers
         self._wanted = wanted
         self._met: Counter[object] = Counter()
+        self._counted = counted
+        self._fills = fills
+        self.gradients = Gradients(
+            params, backward=backward, fills=fills, follows=wanted is None and counted is None and not pulled
+        )
         self._labels: list[weakref.ref[Label]] = []
         self._stops: list[Node] = []
         self._log_softmax: dict[Node, Output] = {}
@@ -168,7 +178,6 @@ class Tap(TorchFunctionMode):
         self._recognised: list[Output] = []
         self.saved: SavedTensors | None = SavedTensors() if release else None
         self.terms = 0
-        self.called_backward = False
         self.losses_seen: list[str] = []
         self.wrappers: list[str] = []
         self.ends: set[str] = set()
@@ -225,16 +234,27 @@ class Tap(TorchFunctionMode):
         other = {met[node] for node in reached(self._stops, set(met))} if self._stops and met else set()
         return (self._convex - self._other - other).issuperset(numbers)
 
-    def take(self, loss: Tensor, *, keep: bool = False) -> None:
-        """Hand a loss over; without `keep` its graph may go."""
+    @property
+    def called_backward(self) -> bool:
+        """Whether the closure called `backward`."""
+        return self.gradients.calls > 0
+
+    def take(
+        self, loss: Tensor, *, keep: bool = False, counts: bool = True, then: Callable[[], None] | None = None
+    ) -> None:
+        """Hand a loss over if it counts, and call `then`; without `keep` its graph may go."""
         if loss.numel() != 1:
             raise RuntimeError(f"The loss has shape {tuple(loss.shape)}: return a scalar, such as loss.mean().")
         loss = plain(loss).reshape(())
         keep = keep or self._keep
-        self.terms += 1
-        self._total = loss.detach() if self._total is None else self._total + loss.detach()
+        if counts:
+            self.terms += 1
+            self._total = loss.detach() if self._total is None else self._total + loss.detach()
         if self._keep or self.is_forward:
-            self._hand_over(loss, [], keep)
+            if counts:
+                self._hand_over(loss, [], keep)
+            if then is not None:
+                then()
             return
         found = self._look_at(loss) if self._wanted is None else Found()
         recorded = {z.tensor.grad_fn for z in (*self._marked, *self._recognised, *self._softmax.values())}
@@ -243,7 +263,10 @@ class Tap(TorchFunctionMode):
         marked = [z for z in self._marked if z.tensor.grad_fn in met]
         outputs, within = apart(marked, [z for z in self._recognised if z.tensor.grad_fn in met], loss)
         self._other.update(z.number for z in outputs if z.number not in found.convex - within)
-        self._hand_over(loss, outputs, keep)
+        if counts:
+            self._hand_over(loss, outputs, keep)
+        if then is not None:
+            then()
         if keep:
             self._stops.extend(found.stops)
             return
@@ -258,7 +281,8 @@ class Tap(TorchFunctionMode):
 
     def _hand_over(self, loss: Tensor, outputs: Sequence[Output], keep: bool) -> None:
         if self._on_term is not None:
-            self._on_term(Term(loss, tuple(outputs), keep or (self.runs_backward and not self._pulled)))
+            again = self._fills or (self.runs_backward and not self._pulled)
+            self._on_term(Term(loss, tuple(outputs), keep or again))
 
     def _look_at(self, loss: Tensor) -> Found:
         """Record the squares written by hand that the loss is a weighted sum of, and what it is convex in."""
@@ -289,6 +313,8 @@ class Tap(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.backward:
             return self._on_backward(func, *args, **kwargs)
+        if (accessed := self.gradients.on_call(func, args, kwargs)) is not NotImplemented:
+            return accessed
         if func is mark_outputs:
             self.has_marks = True
         if func is Tensor.register_hook:
@@ -319,18 +345,28 @@ class Tap(TorchFunctionMode):
     def _on_backward(self, backward: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> None:
         names = ("gradient", "retain_graph", "create_graph", "inputs")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        gradient = given.get("gradient")
-        keep = bool(given.get("retain_graph") or given.get("create_graph"))
-        self.take(loss if gradient is None else (loss * gradient).sum(), keep=keep)
-        if self.runs_backward and self._pulled:
-            return
-        if self.runs_backward:
+        if self.is_forward and self._fills:
+            raise RuntimeError("The closure computes with gradients, which forward mode does not give.")
+        gradient, inputs = given.get("gradient"), given.get("inputs")
+        if inputs is not None:
+            inputs = given["inputs"] = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        creates = bool(given.get("create_graph"))
+        number = self.gradients.calls
+        counts = self.gradients.on_backward(loss, gradient, inputs)
+        counts = counts if self._counted is None else number in self._counted
+        value = loss
+        if gradient is not None:
+            value = (loss * (gradient.detach() if isinstance(gradient, Tensor) else gradient)).sum()
+        fill = functools.partial(self.gradients.fill, loss, gradient, inputs, create_graph=creates)
+        self.take(
+            value,
+            keep=bool(given.get("retain_graph")) or creates,
+            counts=counts,
+            then=None if self.runs_backward else fill,
+        )
+        if self.runs_backward and not self._pulled:
+            self.gradients.cut_graphs()
             backward(loss, **({**given, "retain_graph": True} if self._keep else given))
-            return
-        for p in self._params:
-            if p.grad is None and p.requires_grad:
-                # What the closure does with gradients next (clip them, print their norm) finds some.
-                p.grad = torch.zeros_like(p)
 
     def _note(self, loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.losses_seen.append(loss.__name__)
@@ -544,6 +580,7 @@ def tapped(tap: Tap) -> Iterator[Tap]:
     with ExitStack() as stack:
         stack.enter_context(differentiable_kernels())
         stack.enter_context(torch.set_grad_enabled(not tap.is_forward))
+        stack.callback(tap.gradients.restore)
         if tap.saved is not None:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(tap.saved.pack, Held.unpack))
         yield stack.enter_context(tap)

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from newtonopt._autograd import CHANGED, grad
+from newtonopt._autograd import CHANGED, Gradients, grad
 from newtonopt._convexity import Output
 from newtonopt._flat import flatten
 from newtonopt._graph import reaches
@@ -79,6 +79,10 @@ class Source(Protocol):
         ...
 
 
+class UnrelatedError(RuntimeError):
+    """The loss does not depend on the parameters."""
+
+
 class Evaluation:
     """What is known of an objective at the current parameters: loss, gradient, and how to form products.
 
@@ -95,6 +99,8 @@ class Evaluation:
         form: How products are formed: "cached", "streamed" or "finite_difference".
         verdicts: What earlier checks of these products found, elsewhere along the way of an optimizer or a monitor.
         length: How far finite differences look, `h |v|`; None (default): what products at two lengths suggest.
+        parts: Evaluations that this one is the sum of, each with a mask `(n,)`: ones at the parameters that its losses
+            count for.
 
     Attributes:
         loss: The objective's value, a detached scalar.
@@ -102,12 +108,12 @@ class Evaluation:
         data_gradient: The gradient without the term of `decay`.
         slope: The same, of its own losses: an optimizer gives other data's gradient to an evaluation for curvature.
         params: The parameters.
-        form: How products are formed.
         returned: What the closure returned, detached when it is a tensor.
         clipped: Whether the closure shrank `.grad` after its backward.
         convex: Whether the loss is known to be convex in the recorded outputs: a sum of recognised losses and squares,
             with weights that are not negative. Of marked outputs nobody but the user knows that.
         linear_marks: Whether the loss is linear in a marked output.
+        related: The numbers of the parameters that the loss is known to depend on.
         output_sizes: How many entries the recorded outputs have, by their numbers in a run of the closure.
         verdicts: What the checks of its products found, by matrix.
         checks: How many products and gradients these checks took.
@@ -127,16 +133,19 @@ class Evaluation:
         form: Form = "cached",
         verdicts: Mapping[Matrix, Verdict] | None = None,
         length: float | None = None,
+        parts: Sequence[tuple[Evaluation, Tensor]] = (),
     ) -> None:
         self.params = tuple(params)
         self.decay = decay
-        self.form: Form = form
+        self.parts = tuple(parts)
+        self._form: Form = form
         self.source = source
         self.may_fall_back = False
         self.returned: Any = None
         self.clipped = False
         self.convex = True
         self.linear_marks = False
+        self.related: frozenset[int] = frozenset()
         self.unrecognised_advice = ""
         self.output_sizes = {z.number: z.tensor.numel() for z in outputs}
         self.outside: bool | None = None
@@ -160,6 +169,11 @@ class Evaluation:
 
     def __repr__(self) -> str:
         return f"Evaluation(loss={float(self.loss):.6g}, n={self.gradient.numel()}, form={self.form!r})"
+
+    @property
+    def form(self) -> Form:
+        """How products are formed."""
+        return self.parts[0][0].form if self.parts else self._form
 
     @property
     def graph(self) -> tuple[Tensor, tuple[Output, ...]]:
@@ -219,12 +233,14 @@ class Evaluation:
         """Release the graph; loss and gradient stay."""
         self._graph = None
         self._alive = False
+        for part, _ in self.parts:
+            part.free()
 
     def turn_to(self, form: Form) -> None:
         """Form products another way from now on."""
         self.outside = self.part_outside_outputs()
         self._graph = None
-        self.form = form
+        self._form = form
 
     def verdict(self, matrix: Matrix) -> Verdict | None:
         """What the checks of a matrix's products in the present form found; None: they were not checked."""
@@ -271,11 +287,20 @@ def local_gradient(loss: Tensor, params: Sequence[Tensor]) -> Tensor:
     Raises:
         RuntimeError: A gradient is sparse, or the loss does not depend on the parameters.
     """
+    return flatten(local_gradients(loss, params), params)
+
+
+def local_gradients(loss: Tensor, params: Sequence[Tensor]) -> Gradients:
+    """The gradient of a live loss by each parameter, whose graph stays; None where the loss does not depend on it.
+
+    Raises:
+        RuntimeError: A gradient is sparse, or the loss does not depend on the parameters.
+    """
     gradients = grad(loss, params, keep=True)
     refuse_sparse(gradients)
     if all(g is None for g in gradients):
-        raise RuntimeError(UNRELATED)
-    return flatten(gradients, params)
+        raise UnrelatedError(UNRELATED)
+    return gradients
 
 
 def refuse_sparse(gradients: Sequence[Tensor | None]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,6 +15,7 @@ from newtonopt._advice import unrecognised
 from newtonopt._autograd import forward_mode, grad
 from newtonopt._checks import check_closure, check_products, check_weight
 from newtonopt._flat import add_flat, flatten, is_rounding, place, put_back, trained_parameters, unflatten
+from newtonopt._gradients import Group
 from newtonopt._progress import progress
 from newtonopt._ranks import Ranks
 from newtonopt._recording import (
@@ -25,10 +28,21 @@ from newtonopt._recording import (
     is_clipped,
     is_older,
     kept_versions,
+    restless,
 )
 from newtonopt._shards import check_sharding, is_sharded, resharded, supported
 from newtonopt._tap import OnTerm, Tap, Term, mark_outputs, tapped
-from newtonopt.evaluation import Evaluation, Matrix, Products, Verdict, decay_term, decays
+from newtonopt.evaluation import (
+    SAME_FUNCTION,
+    UNRELATED,
+    Evaluation,
+    Matrix,
+    Products,
+    UnrelatedError,
+    Verdict,
+    decay_term,
+    decays,
+)
 from newtonopt.isolation import Isolation
 
 __all__ = [
@@ -48,6 +62,15 @@ _CONSTANT = (
     "the forward pass itself, each time it is called. Move the call of the model and of the loss function into the "
     "closure, before loss.backward(), and keep no loss, output or parametrized weight from an earlier call."
 )
+_MOVED = (
+    "The closure changes the parameters, and calls backward for some of them only: a second-order step takes the "
+    "others for constants in that loss, and must find them where they were. Clamp or normalise weights after the step."
+)
+_DIVIDED_IN_A_GROUP = (
+    "The closure leaves the gradients of some losses by some of the parameters only (by backward(inputs=...) or "
+    "zero_grad() in between), which has no steps with several processes: give each network an optimizer and a closure "
+    "of its own."
+)
 Result = TypeVar("Result")
 
 
@@ -59,6 +82,10 @@ class Objective:
 
     A closure may clamp or normalise parameters: it is then evaluated where it leaves them, and must leave them there
     when it is called again.
+
+    The function is the one whose gradient `.grad` holds when the closure ends: the sum of the losses that it calls
+    `backward` on, but for those whose gradients it clears again, each by the parameters that `backward(inputs=...)`
+    names. The other parameters are constants in such a loss: a trial leaves them where they are.
 
     With several processes of `torch.distributed` the objective is the mean of theirs, weighted by what their losses are
     means over where these are losses of `torch.nn.functional`, else equally. All methods are then collective calls.
@@ -104,6 +131,11 @@ class Objective:
         self._moves = False
         self._evaluated: tuple[Tensor, Tensor] | None = None
         self._terms: int | None = None
+        # Which losses count; None: all, or not known yet.
+        self._groups: tuple[Group, ...] | None = None
+        self._counted: frozenset[int] | None = None
+        self._calls = 0
+        self._fills = False
         self._numbers: dict[object, int] = {}
         self._may_release, self._has_released = True, False
         self._ranks = Ranks(self.point)
@@ -122,21 +154,27 @@ class Objective:
         """
         with self._isolation.recorded():
             recording, tap, left = self._run(backward=True, release=False)
+            if left is not None and self._is_divided:
+                raise RuntimeError(_MOVED)
         if left is not None:
             # A projection goes to the same place without gradients; an update by them does not.
             _, again = self._pass(None, self.point)
             if again is None or not is_rounding(again, left, self.params):
-                raise RuntimeError(RESTLESS)
+                raise RuntimeError(restless(self.params))
             # What was differentiated may mix two points.
             self._moves = True
             self.return_to(left)
             try:
                 return self.evaluate()
             except ParametersMovedError as error:
-                raise RuntimeError(RESTLESS) from error
-        evaluation = self._evaluation(lambda: (recording, tap))
+                raise RuntimeError(restless(self.params)) from error
+        # A run that finds that some losses do not count has no gradient of the others alone.
+        all_count = self._groups is None
+        evaluation = self._evaluation(lambda: (recording, tap)) if all_count else self.evaluate()
         if tap.called_backward:
-            evaluation.clipped = is_clipped(self.params, self._averages(evaluation, recording.gradient))
+            own = recording.gradient if all_count else evaluation.data_gradient
+            averages = self._averages(evaluation, own)
+            evaluation.clipped = is_clipped(self.params, averages, accumulated=tap.gradients.had_some)
         return evaluation
 
     def rewind(self) -> None:
@@ -158,7 +196,66 @@ class Objective:
                 raise ParametersMovedError(MOVED, left)
             return recording, tap
 
-        return self._evaluation(lambda: self._released(attempt))
+        def settled(release: bool) -> tuple[Recording, Tap]:
+            """Run again where the run has shown that not all losses count, or that gradients are read."""
+            while True:
+                before = self._fills, self._counted
+                try:
+                    found = attempt(release)
+                except Exception:
+                    if (self._fills, self._counted) == before:
+                        raise
+                    continue
+                if (self._fills, self._counted) == before:
+                    return found
+
+        if self._ranks.count > 1:
+            return self._evaluation(lambda: self._released(settled))
+        if not self._is_divided:
+            first = self._released(settled)
+        return self._divided() if self._is_divided else self._evaluation(lambda: first)
+
+    @property
+    def _is_divided(self) -> bool:
+        """Whether losses count for some of the parameters only."""
+        return self._groups is not None and any(group.params is not None for group in self._groups)
+
+    def _divided(self) -> Evaluation:
+        """The evaluation of losses that count for different parameters: the sum of one for each group of them."""
+        parts, groups = [], []
+        for group in self._groups or ():
+            try:
+                part = self._only(group).evaluate()
+            except UnrelatedError:
+                continue
+            # What a loss reaches only through a detached tensor is constant in it too.
+            related = part.related if group.params is None else part.related & group.params
+            group = Group(group.calls, None if len(related) == len(self.params) else related)
+            groups.append(group)
+            parts.append((part, self._mask(group)))
+        if not parts:
+            raise UnrelatedError(UNRELATED)
+        self._groups = tuple(groups)
+        if not self._is_divided:
+            self._counted = groups[0].calls
+            return self.evaluate()
+        gradient = sum((part.gradient * mask for part, mask in parts), torch.zeros_like(self.point))
+        loss = sum((part.loss for part, _ in parts), parts[0][0].loss.new_zeros(()))
+        evaluation = Evaluation(loss, self.params, decay=self._decay, gradient=gradient, source=self, parts=parts)
+        evaluation.returned, evaluation.may_fall_back = parts[0][0].returned, parts[0][0].may_fall_back
+        return evaluation
+
+    def _only(self, group: Group) -> Objective:
+        """The losses of a group alone, without weight decay, as a function of all parameters."""
+        one = copy.copy(self)
+        one._decay, one._groups, one._counted, one._evaluated = 0.0, None, group.calls, None
+        return one
+
+    def _mask(self, group: Group) -> Tensor:
+        """Ones where the entries of the group's parameters are, zeros elsewhere, `(n,)`."""
+        of = range(len(self.params)) if group.params is None else group.params
+        ones = [torch.ones_like(p) if number in of else None for number, p in enumerate(self.params)]
+        return flatten(ones, self.params)
 
     def loss_at(self, step: Tensor) -> float:
         """The objective at `point + step`, `(n,)`: one forward pass, without a trace."""
@@ -170,7 +267,10 @@ class Objective:
         Raises:
             RuntimeError: It does not.
         """
-        self._ranks.each(lambda: evaluation.check_same_function(float(self.visit(None)), evaluation.eps**0.25))
+        for group, (part, _) in zip(self._groups or (), evaluation.parts, strict=False):
+            self._only(group).check_replay(part)
+        if not evaluation.parts:
+            self._ranks.each(lambda: evaluation.check_same_function(float(self.visit(None)), evaluation.eps**0.25))
 
     def gradient_at(self, step: Tensor) -> tuple[float, Tensor]:
         """The objective and its gradient at `point + step`: one forward and one backward pass, without a trace."""
@@ -218,6 +318,8 @@ class Objective:
         Raises:
             RuntimeError: The closure moves the parameters each time.
         """
+        if self._is_divided:
+            return self._at_rest_in_groups(point, gradient), point
         for _ in range(3):
             if gradient is not None:
                 gradient.zero_()
@@ -228,6 +330,21 @@ class Objective:
         if is_rounding(point, before, self.params):
             return loss, before
         raise RuntimeError(RESTLESS)
+
+    def _at_rest_in_groups(self, point: Tensor, gradient: Tensor | None) -> Tensor:
+        """The same where losses count for some of the parameters only: those alone are moved, group by group."""
+        losses, slopes = [], torch.zeros_like(point)
+        for group in self._groups or ():
+            mask = self._mask(group)
+            at, slope = torch.where(mask > 0, point, self.point), torch.zeros_like(point)
+            loss, left = self._only(group)._at_rest(at, None if gradient is None else slope)
+            if left is not at:
+                raise RuntimeError(_MOVED)
+            losses.append(loss)
+            slopes += mask * slope
+        if gradient is not None:
+            gradient.copy_(slopes)
+        return torch.stack(losses).sum()
 
     def _pass(
         self, on_term: OnTerm | None, point: Tensor | None, numbers: Collection[int] = ()
@@ -248,7 +365,7 @@ class Objective:
                         on_term(term)
                     tick()
 
-                tap = Tap(self.params, on_term=take, release=release, numbers=self._numbers, wanted=numbers)
+                tap = self._tap(on_term=take, release=release, wanted=numbers)
                 unchanged = kept_versions(self.params)
                 returned = self._call(tap)
                 unchanged()
@@ -276,9 +393,7 @@ class Objective:
         """
         tangents: dict[int, Tensor] = {}
         with self._isolation.isolated(), progress(self._terms) as tick, forward_mode(self.params, v):
-            tap = Tap(
-                self.params, on_term=lambda term: tick(), numbers=self._numbers, wanted=numbers, tangents=tangents
-            )
+            tap = self._tap(on_term=lambda term: tick(), wanted=numbers, tangents=tangents)
             versions, unchanged = [p._version for p in self.params], kept_versions(self.params)
             returned = self._call(tap)
             if [p._version for p in self.params] != versions:
@@ -345,25 +460,30 @@ class Objective:
         # Inside an autocast block of the caller's, the casts of the old values would be used again.
         torch.clear_autocast_cache()
 
+    def _tap(self, **settings: Any) -> Tap:
+        return Tap(self.params, numbers=self._numbers, counted=self._counted, fills=self._fills, **settings)
+
     def _call(self, tap: Tap) -> Any:
         """Run the closure under a tap, which takes a live loss that is returned if `backward` was not called."""
         with tapped(tap), resharded(self.params, trace=tap.runs_backward):
             returned = tap.run(self._closure)
-            tap.called_backward = tap.terms > 0
-            if tap.terms == 0 and isinstance(returned, Tensor) and (returned.requires_grad or tap.is_forward):
+            if not tap.called_backward and isinstance(returned, Tensor) and (returned.requires_grad or tap.is_forward):
                 tap.take(returned)
+        if self._counted is not None and tap.gradients.calls != self._calls:
+            raise RuntimeError(
+                f"The closure called backward {tap.gradients.calls} times where it had called it {self._calls} times. "
+                f"{SAME_FUNCTION}"
+            )
         return returned
 
     def _run(self, *, backward: bool, release: bool) -> tuple[Recording, Tap, Tensor | None]:
         """The closure once, with what an evaluation needs of it, and where it left the parameters if elsewhere."""
         cached = self.products in ("auto", "cached")
         recording = Recording(self.params, cached=cached, accumulates=backward and self._sharded)
-        tap = Tap(
-            self.params,
+        tap = self._tap(
             backward=backward,
             pulled=self._sharded,
             on_term=recording.take,
-            numbers=self._numbers,
             keep=cached,
             release=release and not cached,
             weigh=self._ranks.count > 1 and self._weight is None,
@@ -372,12 +492,29 @@ class Objective:
             returned = self._call(tap)
             recording.versions()
             left = self._left(self.point)
-            if left is None or not backward:
+            if self._counts_all(tap) and (left is None or not backward):
                 recording.finish(tap, returned)
         finally:
+            # Without `backward` a closure that reads gradients needs them in another run.
+            self._fills = (
+                self._fills or tap.gradients.reads or (tap.gradients.was_read and sys.exc_info()[0] is not None)
+            )
             put_back(self.point, self.params)
         self._terms = tap.terms
         return recording, tap, left
+
+    def _counts_all(self, tap: Tap) -> bool:
+        """Whether all losses that were handed over count; notes which do if this was to be found out."""
+        if self._counted is not None:
+            return True
+        self._groups, self._calls = tap.gradients.groups(), tap.gradients.calls
+        if self._groups is None:
+            return True
+        if self._is_divided and self._ranks.count > 1:
+            raise RuntimeError(_DIVIDED_IN_A_GROUP)
+        if not self._is_divided:
+            self._counted = self._groups[0].calls
+        return False
 
     def _evaluation(self, run: Callable[[], tuple[Recording, Tap]]) -> Evaluation:
         done: list[tuple[Recording, Tap]] = []
@@ -417,6 +554,7 @@ class Objective:
         evaluation.output_sizes, evaluation.outside = recording.output_sizes, recording.outside
         evaluation.holds_constant, evaluation.hooks_gradients = tap.holds_constant, tap.hooks.change
         evaluation.linear_marks = tap.linear_marks
+        evaluation.related = frozenset(recording.related)
         evaluation.convex = not tap.has_marks and tap.is_convex(recording.output_sizes)
         return evaluation
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from newtonopt import products
 from newtonopt._autograd import grad
+from newtonopt._batches import one_by_one
 from newtonopt._checks import check_instance, warn
 from newtonopt._flat import flatten, local_pieces, unflatten
 from newtonopt._shards import is_sharded
@@ -87,6 +88,8 @@ def diagonal_blocks(evaluation: Evaluation, curvature: Literal["gauss_newton", "
 
 def _hessian(evaluation: Evaluation, number: int | None) -> LinearOperator:
     """The whole matrix, or the block of the parameter of this number."""
+    if evaluation.parts:
+        return _summed(evaluation, number, _hessian)
 
     def form(manner: Manner, block: int | None) -> Product:
         if manner.form == "cached":
@@ -102,6 +105,8 @@ def _hessian(evaluation: Evaluation, number: int | None) -> LinearOperator:
 
 
 def _gauss_newton(evaluation: Evaluation, number: int | None) -> LinearOperator:
+    if evaluation.parts:
+        return _summed(evaluation, number, _gauss_newton)
     def form(manner: Manner, block: int | None) -> Product:
         if manner.form == "cached":
             return products.cached(evaluation, products.gauss_newton_of, block)
@@ -161,6 +166,35 @@ def _latest(form: Form) -> Form:
     return again
 
 
+def _summed(
+    evaluation: Evaluation, number: int | None, make: Callable[[Evaluation, int | None], LinearOperator]
+) -> LinearOperator:
+    """The sum of the matrices of an evaluation's parts, each zero beside the parameters that its losses count for."""
+    like, decay, span = evaluation.gradient, evaluation.decay, slice(None)
+    if number is not None:
+        sizes = [piece.numel() for piece in local_pieces(like, evaluation.params)]
+        span = slice(sum(sizes[:number]), sum(sizes[: number + 1]))
+        decay = decay[span] if isinstance(decay, Tensor) else decay
+    parts = [(make(part, number), mask[span]) for part, mask in evaluation.parts]
+    product = one_by_one(lambda v: torch.stack([mask * (A @ (mask * v)) for A, mask in parts]).sum(0))
+    n = like[span].numel()
+    operator = LinearOperator(product, (n, n), like[span], psd=all(A.psd for A, _ in parts), rows=product)
+    return operator.shift(decay) if decays(decay) else operator
+
+
+def _stacked(evaluation: Evaluation) -> LinearOperator:
+    """The Jacobians of an evaluation's parts, one below the other."""
+    parts = [(jacobian(part), mask) for part, mask in evaluation.parts]
+    rows = [J.shape[0] for J, _ in parts]
+
+    def pull(u: Tensor) -> Tensor:
+        pieces = zip(parts, u.split(rows), strict=True)
+        return torch.stack([mask * (J.T @ piece) for (J, mask), piece in pieces]).sum(0)
+
+    push = lambda v: torch.cat([J @ (mask * v) for J, mask in parts])  # noqa: E731
+    return LinearOperator(push, (sum(rows), evaluation.gradient.numel()), evaluation.gradient, transpose=pull)
+
+
 @torch.inference_mode(False)
 def jacobian(evaluation: Evaluation) -> LinearOperator:
     """The Jacobian `d outputs / d parameters`, `(m, n)`: `J @ v`, `J.T @ u`, `J.dense()`.
@@ -176,6 +210,9 @@ def jacobian(evaluation: Evaluation) -> LinearOperator:
         RuntimeError: No output was recorded, or the evaluation was freed.
         NotImplementedError: The parameters are sharded.
     """
+    _check(evaluation)
+    if evaluation.parts:
+        return _stacked(evaluation)
     _check_outputs(evaluation)
     if is_sharded(evaluation.params):
         raise NotImplementedError(
@@ -236,6 +273,11 @@ def _check_outputs(evaluation: Evaluation) -> None:
 
 
 def _check_gauss_newton(evaluation: Evaluation) -> None:
+    _check(evaluation)
+    for part, _ in evaluation.parts:
+        _check_gauss_newton(part)
+    if evaluation.parts:
+        return
     _check_outputs(evaluation)
     if evaluation.linear_marks:
         raise RuntimeError(

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 # What each room of the package may import from the others; "newtonopt" are its public names.
 # What optimizers and measurements alike are made from.
 KNOWN = {"_checks", "_flat", "evaluation", "linear_operator", "objective", "operators"}
-PRIVATE = {"_advice", "_autograd", "_flat", "_progress", "_ranks", "_recording", "_shards", "_tap"}
+PRIVATE = {"_advice", "_autograd", "_flat", "_gradients", "_progress", "_ranks", "_recording", "_shards", "_tap"}
 MAY_IMPORT: dict[str, set[str]] = {
     "_flat": {"_sharded", "_shards"},
     "_sharded": set(),
@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_advice": set(),
     "_convexity": {"_graph"},
     "_squares": {"_convexity", "_graph", "_subclasses"},
-    "_tap": {"_advice", "_convexity", "_graph", "_losses", "_squares", "_subclasses"},
+    "_gradients": {"_graph", "_subclasses"},
+    "_tap": {"_advice", "_convexity", "_gradients", "_graph", "_losses", "_squares", "_subclasses"},
     "_batches": {"_flat"},
     "_autograd": {"_flat", "_graph", "_shards", "_subclasses", "_tap"},
     "_recording": {"_autograd", "_convexity", "_flat", "_graph", "_shards", "_subclasses", "_tap", "evaluation"},
@@ -62,6 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "operators": {
         "_autograd",
+        "_batches",
         "_checks",
         "_flat",
         "_shards",

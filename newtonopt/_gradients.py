@@ -1,0 +1,342 @@
+"""What a closure does with `.grad` between its calls of `backward`.
+
+An optimizer that reads `.grad` minimises the losses whose gradients are in it when the closure ends: not those that
+`zero_grad` cleared away in between, and each by the parameters that `backward(inputs=...)` asked for. A closure that
+computes with gradients, as one that perturbs its data by their signs does, needs them in every run.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newtonopt._graph import all_behind, reaches
+from newtonopt._subclasses import is_wrapper
+
+
+@dataclass(frozen=True)
+class Group:
+    """Losses of a closure that count for the same parameters.
+
+    Attributes:
+        calls: The numbers of the calls of `backward` that they were given to.
+        params: The numbers of the parameters; the others are constants in these losses. None: all of them.
+    """
+
+    calls: frozenset[int]
+    params: frozenset[int] | None
+
+
+class Gradients:
+    """Follows what one run of a closure does with `.grad`.
+
+    Args:
+        params: The parameters.
+        backward: Whether `backward` runs.
+        fills: Whether a run without it writes the gradients that it would write.
+        follows: Whether to find out which losses count, and whether the closure computes with gradients.
+
+    Attributes:
+        calls: How often `backward` was called.
+        had_some: Whether there were gradients at the first `backward`.
+        reads: Whether the closure computed with gradients, and called `backward` again after that.
+        was_read: Whether it computed with gradients at all.
+    """
+
+    def __init__(self, params: Sequence[Tensor], *, backward: bool, fills: bool, follows: bool) -> None:
+        self._params = params
+        self._numbers = {id(p): number for number, p in enumerate(params)}
+        self._backward = backward
+        self._fills = fills
+        self._follows = follows
+        self.calls = 0
+        self.had_some = False
+        self.reads = False
+        self.was_read = False
+        self._inputs: list[frozenset[int] | None] = []
+        self._since = [0] * len(params)
+        self._altered = ""
+        # By where a gradient lies in memory, whose it is: those that the closure has got hold of.
+        self._handed: dict[int, Tensor] = {}
+        self._retained: list[weakref.ref[Tensor]] = []
+        self._before: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._derived: list[weakref.ref[Tensor]] = []
+        self._detached: list[weakref.ref[Tensor]] = []
+        self._cut: list[weakref.ref[Tensor]] = []
+        self._has_hooks = False
+        self._of_cut = False
+
+    def groups(self) -> tuple[Group, ...] | None:
+        """Return which losses count, by the parameters that they count for; None if all do for all of them.
+
+        Raises:
+            RuntimeError: None counts, or it cannot be told which do.
+        """
+        self._note_missing()
+        if not any(self._since) and all(of is None for of in self._inputs):
+            return None
+        found: dict[frozenset[int], set[int]] = {}
+        everything = frozenset(range(len(self._params)))
+        for call, of in enumerate(self._inputs):
+            live = frozenset(n for n in (everything if of is None else of) if self._since[n] <= call)
+            if live:
+                found.setdefault(live, set()).add(call)
+        if not found:
+            raise RuntimeError(_CLEARED if any(self._since) else _OTHERS)
+        if self._altered and any(self._since):
+            raise RuntimeError(_ALTERED.format(self._altered))
+        if found.keys() == {everything} and len(found[everything]) == self.calls:
+            return None
+        return tuple(Group(frozenset(calls), None if of == everything else of) for of, calls in found.items())
+
+    def on_backward(self, loss: Tensor, gradient: Any, inputs: Sequence[Tensor] | None) -> bool:
+        """Called before each `backward`, with what it is given; returns whether the loss can count.
+
+        Raises:
+            RuntimeError: The loss is differentiated in two stages.
+        """
+        of = None
+        if inputs is not None:
+            of = frozenset(self._numbers[id(x)] for x in inputs if id(x) in self._numbers)
+            of = None if len(of) == len(self._params) else of
+        if self.calls == 0:
+            self.had_some = any(p.grad is not None for p in self._params)
+        if self._follows:
+            if self._of_cut or (isinstance(gradient, Tensor) and self._is_gradient(gradient)):
+                raise RuntimeError(_SPLIT)
+            self._note_missing()
+            self.reads = self.reads or self.was_read
+            self._inputs.append(of)
+            if self._detached:
+                leaves = leaves_behind(loss)
+                if not any(id(x) in self._numbers for x in leaves):
+                    self._cut.extend(weakref.ref(x) for x in leaves if any(ref() is x for ref in self._detached))
+            # Hooks hand gradients out.
+            self.was_read = self.was_read or self._has_hooks
+        self.calls += 1
+        return of is None or bool(of)
+
+    def fill(self, loss: Tensor, gradient: Any, inputs: Sequence[Tensor] | None, *, create_graph: bool) -> None:
+        """Write to `.grad` what `backward` would, or, unless gradients are read, zeros for the parameters."""
+        if not self._fills:
+            for p in self._params if inputs is None else inputs:
+                if id(p) in self._numbers and p.grad is None and p.requires_grad:
+                    # What the closure does with gradients next (clip them, print their norm) finds some.
+                    p.grad = torch.zeros_like(p)
+            return
+        if inputs is None:
+            retained = [x for ref in self._retained if (x := ref()) is not None]
+            inputs = [*leaves_behind(loss), *retained]
+        if not inputs:
+            return
+        found = torch.autograd.grad(
+            loss, inputs, gradient, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+        for x, g in zip(inputs, found, strict=True):
+            if g is None:
+                continue
+            self._keep(x, start=None)
+            if create_graph or (x.grad is not None and x.grad.requires_grad):
+                x.grad = g if x.grad is None else x.grad + g
+            elif x.grad is None:
+                x.grad = g.detach().clone()
+            else:
+                with torch.no_grad():
+                    x.grad += g
+
+    def _note_missing(self) -> None:
+        """A parameter without a gradient when others were cleared: nothing of it was left to clear."""
+        if self.calls and self.calls in self._since:
+            pairs = zip(self._params, self._since, strict=True)
+            self._since = [self.calls if p.grad is None else since for p, since in pairs]
+
+    def on_call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the result of a call that reads or writes `.grad`; NotImplemented for a call that does neither."""
+        if func in _ACCESS:
+            return self._on_access(func, args)
+        if func is Tensor.retain_grad:
+            self._retained.append(weakref.ref(args[0]))
+        if not self._follows:
+            return NotImplemented
+        self._has_hooks = self._has_hooks or func is Tensor.register_hook
+        if func in _DETACH and args[0].grad_fn is not None:
+            cut = reaches(args[0].grad_fn, lambda node: id(getattr(node, "variable", None)) in self._numbers)
+            if cut:
+                result = func(*args, **kwargs)
+                self._detached.append(weakref.ref(result))
+                return result
+        if func is torch.autograd.grad:
+            result = func(*args, **kwargs)
+            self._derived.extend(weakref.ref(g) for g in result if isinstance(g, Tensor) and g.grad_fn is None)
+            return result
+        if self._handed and self.calls:
+            return self._on_use(func, args, kwargs)
+        return NotImplemented
+
+    def cut_graphs(self) -> None:
+        """Let `backward` add to copies of the gradients that a loss was computed from, whose graph is kept."""
+        for x in self._handed.values():
+            if x.grad is not None and x.grad.requires_grad:
+                x.grad = x.grad.detach().clone()
+
+    def restore(self) -> None:
+        """Put back `.grad` of tensors that are no parameters."""
+        for x, gradient in self._before.values():
+            x.grad = gradient
+
+    def _on_access(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        x = args[0]
+        number = self._numbers.get(id(x))
+        if number is None and not self._backward and x.requires_grad and (x.is_leaf or x.retains_grad):
+            self._keep(x, start=x.grad)
+            if func == _GET and x.grad is None and self.calls and not self._fills:
+                # Until it is known whether the closure computes with it.
+                x.grad = torch.zeros_like(x)
+        if func == _GET:
+            gradient = func(*args)
+            if self._follows and isinstance(gradient, Tensor) and self.calls:
+                self._handed[_address(gradient)] = x
+            return gradient
+        before = x.grad
+        func(*args)
+        now = x.grad
+        if not (self._follows and self.calls) or number is None or now is before:
+            return None
+        kept = before is not None and now is not None and _same(before, now)
+        if not kept and before is not None:
+            self._since[number] = self.calls
+        if not kept and now is not None and bool(now.any()):
+            self._altered = "p.grad = ..."
+        return None
+
+    def _keep(self, x: Tensor, start: Tensor | None) -> None:
+        """Remember the gradient of a tensor that is no parameter, and let the closure work on a copy of `start`."""
+        if self._backward or id(x) in self._numbers or id(x) in self._before:
+            return
+        self._before[id(x)] = x, x.grad
+        x.grad = None if start is None else start.detach().clone()
+
+    def _on_use(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        touched = list(self._touched((*args, *kwargs.values())))
+        if not touched or func in _ABOUT:
+            return NotImplemented
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # of its shape, dtype or data
+            return NotImplemented
+        if func in _ZERO:
+            self._clear(x for x, whole in touched if whole)
+            self.was_read = self.was_read or not all(whole for _, whole in touched)
+            return NotImplemented
+        self.was_read = True
+        self._of_cut = self._of_cut or any(ref() is x for ref in self._cut for x, _ in touched)
+        in_place = name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and name[-2:] != "__")
+        if not in_place:
+            return NotImplemented
+        result = func(*args, **kwargs)
+        if any(_is_zero(value) for value in (*args[1:], *kwargs.values())) or name.endswith("copy_"):
+            cleared = [x for x, _ in touched if x.grad is not None and not bool(x.grad.any())]
+            self._clear(cleared)
+            touched = [(x, whole) for x, whole in touched if all(x is not other for other in cleared)]
+        if not name.startswith(_SHRINKING) and any(id(x) in self._numbers for x, _ in touched):
+            self._altered = name
+        return result
+
+    def _clear(self, cleared: Iterable[Tensor]) -> None:
+        for x in cleared:
+            number = self._numbers.get(id(x))
+            if number is not None:
+                self._since[number] = self.calls
+
+    def _touched(self, values: Iterable[Any]) -> Iterator[tuple[Tensor, bool]]:
+        """Yield the tensors whose gradients are among the values of a call, and whether it is the whole gradient."""
+        for value in values:
+            if isinstance(value, (list, tuple)):
+                yield from self._touched(value)
+            elif isinstance(value, Tensor):
+                x = self._handed.get(_address(value))
+                if x is not None and x.grad is not None and _address(x.grad) == _address(value):
+                    yield x, x.grad.shape == value.shape
+
+    def _is_gradient(self, gradient: Tensor) -> bool:
+        """Whether this is a gradient, or a copy of one, that an earlier `backward` or `torch.autograd.grad` gave."""
+        if any(ref() is gradient for ref in self._derived) or any(True for _ in self._touched([gradient])):
+            return True
+        return any(
+            x.grad is not None and x.grad.shape == gradient.shape and x.numel() > 1 and torch.equal(x.grad, gradient)
+            for x in self._handed.values()
+            if id(x) not in self._numbers
+        )
+
+
+def leaves_behind(loss: Tensor) -> list[Tensor]:
+    """Return the leaves that a loss depends on."""
+    found = [getattr(node, "variable", None) for node in all_behind([loss.grad_fn])]
+    leaves = [x for x in found if isinstance(x, Tensor)]
+    return [*leaves, loss] if loss.is_leaf and loss.requires_grad else leaves
+
+
+def _address(t: Tensor) -> int:
+    try:
+        return id(t) if is_wrapper(t) else t.data_ptr() or id(t)
+    except RuntimeError:  # without memory of its own, inside a transform of torch.func
+        return id(t)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether a gradient that is not zero was assigned again, as it was or in another layout or precision."""
+    return a.shape == b.shape and bool((a == b.to(a.dtype)).all()) and bool(b.any())
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == 0
+
+
+_ATTRIBUTE: Any = Tensor.grad
+_GET = _ATTRIBUTE.__get__
+_ACCESS = frozenset({_GET, _ATTRIBUTE.__set__, _ATTRIBUTE.__delete__})
+_DETACH = frozenset({Tensor.detach, torch.detach})
+_ZERO = frozenset({Tensor.zero_, torch.zero_, torch._foreach_zero_})
+# Calls that look at a gradient without its values.
+_ABOUT = frozenset(
+    {
+        *(Tensor.detach, Tensor.detach_, Tensor.requires_grad_, Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride),
+        *(Tensor.is_contiguous, Tensor.is_floating_point, Tensor.data_ptr, Tensor.is_complex),
+    }
+)
+# Names of operations that clip or average gradients in place.
+_SHRINKING = (
+    "mul",
+    "div",
+    "clamp",
+    "clip",
+    "__imul__",
+    "__itruediv__",
+    "_foreach_mul",
+    "_foreach_div",
+    "_foreach_clamp",
+    "nan_to_num",
+)
+_CLEARED = (
+    "The closure clears the gradients after its last backward, so that none is left to step along: let it call "
+    "zero_grad() first, before the loss is computed."
+)
+_OTHERS = (
+    "The closure calls backward(inputs=...) with other tensors than the parameters given, so that it leaves them no "
+    "gradient: name these parameters among the inputs of the loss that is to be minimised."
+)
+_ALTERED = (
+    "The closure clears the gradients between its losses and writes others to .grad itself ({}), so that what it "
+    "minimises cannot be told. Call backward once, on the sum of the losses, each times its weight, or give that sum "
+    "without backward: return it."
+)
+_SPLIT = (
+    "The closure differentiates its loss in two stages: it detaches a tensor, calls backward on the loss, and hands "
+    "the gradient of that tensor on, as in z.backward(detached.grad). Curvature does not pass the cut. Compute the "
+    "loss from z itself, without detach, and call backward once. To save memory use torch.utils.checkpoint, or a loop "
+    'over micro-batches with products="streamed".'
+)
