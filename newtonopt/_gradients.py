@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from newtonopt._graph import all_behind, reaches
 from newtonopt._subclasses import is_wrapper
@@ -65,9 +66,12 @@ class Gradients:
         self._handed: dict[int, Tensor] = {}
         self._retained: list[weakref.ref[Tensor]] = []
         self._before: dict[int, tuple[Tensor, Tensor | None]] = {}
-        self._derived: list[weakref.ref[Tensor]] = []
-        self._detached: list[weakref.ref[Tensor]] = []
-        self._cut: list[weakref.ref[Tensor]] = []
+        self._seen: list[tuple[int, int] | None] = []
+        self._noted: set[int] = set()
+        # Tensors without a graph: what was computed from gradients, and from parameters.
+        self._derived = _Tensors()
+        self._detached = _Tensors()
+        self._cut: set[int] = set()
         self._has_hooks = False
         self._of_cut = False
 
@@ -77,7 +81,7 @@ class Gradients:
         Raises:
             RuntimeError: None counts, or it cannot be told which do.
         """
-        self._note_missing()
+        self._note_changes()
         if not any(self._since) and all(of is None for of in self._inputs):
             return None
         found: dict[frozenset[int], set[int]] = {}
@@ -86,10 +90,10 @@ class Gradients:
             live = frozenset(n for n in (everything if of is None else of) if self._since[n] <= call)
             if live:
                 found.setdefault(live, set()).add(call)
-        if not found:
-            raise RuntimeError(_CLEARED if any(self._since) else _OTHERS)
         if self._altered and any(self._since):
             raise RuntimeError(_ALTERED.format(self._altered))
+        if not found:
+            raise RuntimeError(_CLEARED if any(self._since) else _OTHERS)
         if found.keys() == {everything} and len(found[everything]) == self.calls:
             return None
         return tuple(Group(frozenset(calls), None if of == everything else of) for of, calls in found.items())
@@ -107,15 +111,15 @@ class Gradients:
         if self.calls == 0:
             self.had_some = any(p.grad is not None for p in self._params)
         if self._follows:
-            if self._of_cut or (isinstance(gradient, Tensor) and self._is_gradient(gradient)):
+            if self._of_cut or (isinstance(gradient, Tensor) and self._is_gradient(gradient, loss)):
                 raise RuntimeError(_SPLIT)
-            self._note_missing()
+            self._note_changes()
             self.reads = self.reads or self.was_read
             self._inputs.append(of)
             if self._detached:
                 leaves = leaves_behind(loss)
                 if not any(id(x) in self._numbers for x in leaves):
-                    self._cut.extend(weakref.ref(x) for x in leaves if any(ref() is x for ref in self._detached))
+                    self._cut.update(id(x) for x in leaves if x in self._detached)
             # Hooks hand gradients out.
             self.was_read = self.was_read or self._has_hooks
         self.calls += 1
@@ -149,8 +153,23 @@ class Gradients:
                 with torch.no_grad():
                     x.grad += g
 
-    def _note_missing(self) -> None:
-        """A parameter without a gradient when others were cleared: nothing of it was left to clear."""
+    def after_backward(self) -> None:
+        """Called after each `backward`, or what is done in its place: remembers how it left the gradients."""
+        if self._follows:
+            self._seen = [None if p.grad is None else (_address(p.grad), p.grad._version) for p in self._params]
+            self._noted.clear()
+
+    def _note_changes(self) -> None:
+        """Find what was cleared unseen since the last `backward`, through another view of the memory."""
+        for number, (p, seen) in enumerate(zip(self._params, self._seen, strict=False)):
+            if p.grad is None or seen is None or number in self._noted:
+                continue
+            if seen[0] == _address(p.grad) and seen[1] != p.grad._version:
+                # Without real gradients a clipped one looks like one that was cleared.
+                self.was_read = True
+                if not bool(p.grad.any()):
+                    self._since[number] = self.calls
+        # A parameter without a gradient where others were cleared: nothing of it was left to clear.
         if self.calls and self.calls in self._since:
             pairs = zip(self._params, self._since, strict=True)
             self._since = [self.calls if p.grad is None else since for p, since in pairs]
@@ -164,19 +183,29 @@ class Gradients:
         if not self._follows:
             return NotImplemented
         self._has_hooks = self._has_hooks or func is Tensor.register_hook
-        if func in _DETACH and args[0].grad_fn is not None:
-            cut = reaches(args[0].grad_fn, lambda node: id(getattr(node, "variable", None)) in self._numbers)
-            if cut:
-                result = func(*args, **kwargs)
-                self._detached.append(weakref.ref(result))
-                return result
-        if func is torch.autograd.grad:
-            result = func(*args, **kwargs)
-            self._derived.extend(weakref.ref(g) for g in result if isinstance(g, Tensor) and g.grad_fn is None)
-            return result
         if self._handed and self.calls:
             return self._on_use(func, args, kwargs)
         return NotImplemented
+
+    def on_result(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Called after each call: follows what is computed from gradients, and from parameters without a graph."""
+        if not self._follows:
+            return
+        if func is torch.autograd.grad:
+            self._derived.add(g for g in result if isinstance(g, Tensor))
+        elif func in _DETACH:
+            if args[0].grad_fn is not None and reaches(args[0].grad_fn, self._is_parameter):
+                self._detached.add([result])
+        elif self._derived or self._detached or not torch.is_grad_enabled():
+            found = [x for x in _tensors(result) if not x.requires_grad]
+            given = list(_tensors((*args, *kwargs.values()))) if found else []
+            if any(x in self._derived for x in given):
+                self._derived.add(found)
+            if any(x in self._detached or id(x) in self._numbers for x in given) and func not in _ACCESS:
+                self._detached.add(found)
+
+    def _is_parameter(self, node: Node) -> bool:
+        return id(getattr(node, "variable", None)) in self._numbers
 
     def cut_graphs(self) -> None:
         """Let `backward` add to copies of the gradients that a loss was computed from, whose graph is kept."""
@@ -201,6 +230,8 @@ class Gradients:
             gradient = func(*args)
             if self._follows and isinstance(gradient, Tensor) and self.calls:
                 self._handed[_address(gradient)] = x
+                if number is None:
+                    self._derived.add([gradient])
             return gradient
         before = x.grad
         func(*args)
@@ -226,6 +257,7 @@ class Gradients:
         if not touched or func in _ABOUT:
             return NotImplemented
         name = getattr(func, "__name__", "")
+        self._noted.update(self._numbers[id(x)] for x, _ in touched if id(x) in self._numbers)
         if name == "__get__":  # of its shape, dtype or data
             return NotImplemented
         if func in _ZERO:
@@ -233,16 +265,18 @@ class Gradients:
             self.was_read = self.was_read or not all(whole for _, whole in touched)
             return NotImplemented
         self.was_read = True
-        self._of_cut = self._of_cut or any(ref() is x for ref in self._cut for x, _ in touched)
-        in_place = name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and name[-2:] != "__")
-        if not in_place:
+        self._of_cut = self._of_cut or any(id(x) in self._cut for x, _ in touched)
+        # Setting its `data` too.
+        in_place = name in ("__setitem__", "__set__") or name.startswith("__i")
+        written = list(self._touched(args[:1])) if in_place or (name.endswith("_") and name[-2:] != "__") else []
+        if not written:
             return NotImplemented
         result = func(*args, **kwargs)
-        if any(_is_zero(value) for value in (*args[1:], *kwargs.values())) or name.endswith("copy_"):
-            cleared = [x for x, _ in touched if x.grad is not None and not bool(x.grad.any())]
+        if any(_is_zero(value) for value in (*args[1:], *kwargs.values())) or name.endswith(("copy_", "__set__")):
+            cleared = [x for x, _ in written if x.grad is not None and not bool(x.grad.any())]
             self._clear(cleared)
-            touched = [(x, whole) for x, whole in touched if all(x is not other for other in cleared)]
-        if not name.startswith(_SHRINKING) and any(id(x) in self._numbers for x, _ in touched):
+            written = [(x, whole) for x, whole in written if all(x is not other for other in cleared)]
+        if not name.startswith(_SHRINKING) and any(id(x) in self._numbers for x, _ in written):
             self._altered = name
         return result
 
@@ -262,15 +296,38 @@ class Gradients:
                 if x is not None and x.grad is not None and _address(x.grad) == _address(value):
                     yield x, x.grad.shape == value.shape
 
-    def _is_gradient(self, gradient: Tensor) -> bool:
-        """Whether this is a gradient, or a copy of one, that an earlier `backward` or `torch.autograd.grad` gave."""
-        if any(ref() is gradient for ref in self._derived) or any(True for _ in self._touched([gradient])):
-            return True
-        return any(
-            x.grad is not None and x.grad.shape == gradient.shape and x.numel() > 1 and torch.equal(x.grad, gradient)
-            for x in self._handed.values()
-            if id(x) not in self._numbers
-        )
+    def _is_gradient(self, gradient: Tensor, of: Tensor) -> bool:
+        """Whether this was computed from what an earlier `backward` or `torch.autograd.grad` gave; the factor of a
+        single loss may be.
+        """
+        return any(True for _ in self._touched([gradient])) or (of.numel() > 1 and gradient in self._derived)
+
+
+class _Tensors:
+    """A set of tensors, which are not kept alive."""
+
+    def __init__(self) -> None:
+        self._references: dict[int, weakref.ref[Tensor]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._references)
+
+    def __contains__(self, x: Tensor) -> bool:
+        reference = self._references.get(id(x))
+        return reference is not None and reference() is x
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Add tensors that require no gradient."""
+        self._references.update({id(x): weakref.ref(x) for x in tensors if not x.requires_grad})
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors among values, in lists and tuples too."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _tensors(value)
 
 
 def leaves_behind(loss: Tensor) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from newtonopt._autograd import grad
 from newtonopt._convexity import Output
-from newtonopt._flat import add_flat, flatten
+from newtonopt._flat import add_flat, flatten, is_rounding
 from newtonopt._graph import all_behind, reaches
 from newtonopt._shards import accumulate
 from newtonopt._subclasses import detached
@@ -35,6 +35,7 @@ class Recording:
         outside: Whether the loss depends on the parameters other than through the outputs; None: not known.
         related: The numbers of the parameters that the losses depend on.
         returned: What the closure returned, detached when it is a tensor.
+        is_complete: Whether the closure was run to its end, and all of its losses count.
         versions: Sets the parameters' versions to those of the last loss kept, else to those at the start.
     """
 
@@ -43,6 +44,7 @@ class Recording:
     outputs: tuple[Output, ...] = ()
     outside: bool | None = None
     returned: Any = None
+    is_complete = False
 
     def __init__(self, params: Sequence[Tensor], *, cached: bool, accumulates: bool = False) -> None:
         self._params = params
@@ -53,6 +55,8 @@ class Recording:
         self._sizes: dict[int, int] = {}
         self._products = True
         self.versions = kept_versions(params)
+        self._looked = [p._version for p in params]
+        self._places: list[Tensor] = []
         if not cached:
             self.outside = False
             self.gradient = flatten([None] * len(params), params)
@@ -68,6 +72,7 @@ class Recording:
         self._products = self._products and _is_product(term.loss)
         if self._cached:
             self._kept.append(term.loss)
+            self._note_place()
             self.versions = kept_versions(self._params)
             return
         self._sizes.update({z.number: z.tensor.numel() for z in term.outputs})
@@ -79,11 +84,26 @@ class Recording:
         if self._accumulates:
             accumulate(gradients, self._params)
 
+    def _note_place(self) -> None:
+        """Where the closure has moved the parameters to, in two different losses at most."""
+        versions = [p._version for p in self._params]
+        if versions != self._looked and len(self._places) < 2:
+            self._looked = versions
+            with torch.no_grad():
+                place = flatten(self._params, self._params).clone()
+            if not self._places or not torch.equal(place, self._places[-1]):
+                self._places.append(place)
+
+    def is_elsewhere(self, point: Tensor) -> bool:
+        """Whether a loss that was kept was computed with other parameters than at `point`, as SAM's is."""
+        return any(not is_rounding(place, point, self._params) for place in self._places)
+
     def _relate(self, gradients: Sequence[Tensor | None]) -> None:
         self.related.update(number for number, g in enumerate(gradients) if g is not None)
 
     def finish(self, tap: Tap, returned: Any) -> None:
         """Called after the closure, with what it returned."""
+        self.is_complete = True
         self.returned = detached(returned) if isinstance(returned, Tensor) else returned
         if self._products and isinstance(returned, Tensor) and returned.numel() == 1:
             _refuse_gradient_scaler(float(tap.total(returned)), float(self.returned))

@@ -311,6 +311,11 @@ class Tap(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        result = self._called(func, args, kwargs)
+        self.gradients.on_result(func, args, kwargs, result)
+        return result
+
+    def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is Tensor.backward:
             return self._on_backward(func, *args, **kwargs)
         if (accessed := self.gradients.on_call(func, args, kwargs)) is not NotImplemented:
@@ -367,6 +372,7 @@ class Tap(TorchFunctionMode):
         if self.runs_backward and not self._pulled:
             self.gradients.cut_graphs()
             backward(loss, **({**given, "retain_graph": True} if self._keep else given))
+        self.gradients.after_backward()
 
     def _note(self, loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.losses_seen.append(loss.__name__)

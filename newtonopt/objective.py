@@ -66,6 +66,10 @@ _MOVED = (
     "The closure changes the parameters, and calls backward for some of them only: a second-order step takes the "
     "others for constants in that loss, and must find them where they were. Clamp or normalise weights after the step."
 )
+_ELSEWHERE = (
+    "The closure calls backward on a loss at other parameters than those that it leaves, as SAM does, and cached "
+    'products are those of one point: use products="streamed" or "auto".'
+)
 _DIVIDED_IN_A_GROUP = (
     "The closure leaves the gradients of some losses by some of the parameters only (by backward(inputs=...) or "
     "zero_grad() in between), which has no steps with several processes: give each network an optimizer and a closure "
@@ -168,11 +172,12 @@ class Objective:
                 return self.evaluate()
             except ParametersMovedError as error:
                 raise RuntimeError(restless(self.params)) from error
-        # A run that finds that some losses do not count has no gradient of the others alone.
-        all_count = self._groups is None
-        evaluation = self._evaluation(lambda: (recording, tap)) if all_count else self.evaluate()
+        # A run that finds that some losses do not count has no gradient of the others alone, nor has one that kept the
+        # graph of a loss at other parameters.
+        complete = recording.is_complete
+        evaluation = self._evaluation(lambda: (recording, tap)) if complete else self.evaluate()
         if tap.called_backward:
-            own = recording.gradient if all_count else evaluation.data_gradient
+            own = recording.gradient if complete else evaluation.data_gradient
             averages = self._averages(evaluation, own)
             evaluation.clipped = is_clipped(self.params, averages, accumulated=tap.gradients.had_some)
         return evaluation
@@ -199,14 +204,14 @@ class Objective:
         def settled(release: bool) -> tuple[Recording, Tap]:
             """Run again where the run has shown that not all losses count, or that gradients are read."""
             while True:
-                before = self._fills, self._counted
+                before = self._fills, self._counted, self.products
                 try:
                     found = attempt(release)
                 except Exception:
-                    if (self._fills, self._counted) == before:
+                    if (self._fills, self._counted, self.products) == before:
                         raise
                     continue
-                if (self._fills, self._counted) == before:
+                if (self._fills, self._counted, self.products) == before:
                     return found
 
         if self._ranks.count > 1:
@@ -492,7 +497,12 @@ class Objective:
             returned = self._call(tap)
             recording.versions()
             left = self._left(self.point)
-            if self._counts_all(tap) and (left is None or not backward):
+            counts_all, at_rest = self._counts_all(tap), left is None or is_rounding(left, self.point, self.params)
+            if at_rest and recording.is_elsewhere(self.point):
+                if self.products == "cached":
+                    raise RuntimeError(_ELSEWHERE)
+                self.products = "streamed"
+            elif counts_all and (left is None or not backward):
                 recording.finish(tap, returned)
         finally:
             # Without `backward` a closure that reads gradients needs them in another run.

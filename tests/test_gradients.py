@@ -92,19 +92,20 @@ def test_each_players_loss_counts_for_its_own_parameters(kind: str, products: An
     assert all(bool((p.grad == 3).all()) for p in game.params if p.grad is not None)
     assert error(evaluation.gradient, left) < 1e-12
     truth = block_diagonal(game)
-    assert error(hessian(evaluation).dense(), truth) < 1e-6
+    v, u = torch.randn(len(left)).double(), torch.randn(12).double()
+    assert error(hessian(evaluation) @ v, truth @ v) < 1e-6
     G = gauss_newton(evaluation)
     assert G.psd
     J = jacobian(evaluation)
     assert J.shape == (12, len(left))
-    v, u = torch.randn(len(left)).double(), torch.randn(12).double()
     assert abs(float(u @ (J @ v) - v @ (J.T @ u))) < 1e-5
     n = sum(p.numel() for p in game.of_g)
     z = game.d(game.g(game.noise)).flatten()
     slopes = torch.stack([flat(torch.autograd.grad(entry, game.of_g, retain_graph=True), game.of_g) for entry in z])
     bends = torch.sigmoid(z.detach()) * (1 - torch.sigmoid(z.detach())) / 4
-    assert error(G.dense()[:n, :n], slopes.T @ (slopes * bends[:, None])) < 1e-6
-    assert not G.dense()[:n, n:].any()
+    v[n:] = 0
+    assert error((G @ v)[:n], slopes.T @ (slopes * bends[:, None]) @ v[:n]) < 1e-6
+    assert not (G @ v)[n:].any()
 
 
 @pytest.mark.parametrize("products", FORMS)
@@ -169,9 +170,9 @@ def test_players_in_one_optimizer_approach_what_each_wants(products: Any) -> Non
         return first.detach() + second.detach()
 
     optimizer = HessianFree([u, v], products=products)
-    for _ in range(60):
+    for _ in range(25):
         optimizer.step(closure)
-    torch.testing.assert_close(torch.stack([u, v]).detach(), torch.tensor([1.0, 2.0]).double(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(torch.stack([u, v]).detach(), torch.tensor([1.0, 2.0]).double(), rtol=0, atol=0.05)
 
 
 def test_inputs_that_leave_the_parameters_nothing_are_an_error() -> None:
@@ -246,6 +247,7 @@ CLEARED: dict[str, Callable[[Regression], None]] = {
     "copy_": each(lambda p: p.grad.copy_(torch.zeros_like(p))),
     "times zero": each(scaled),
     "set by index": each(overwritten),
+    "other data": each(lambda p: setattr(p.grad, "data", torch.zeros_like(p))),
     "zeros_": each(lambda p: nn.init.zeros_(p.grad)),
     "all at once": lambda problem: torch._foreach_zero_([p.grad for p in problem.params]),
     "after clipping": lambda problem: (
@@ -272,6 +274,27 @@ def test_only_what_was_not_cleared_counts(how: str) -> None:
         assert objective.loss_at(torch.zeros_like(v)) == float(evaluation.loss)
         assert error(objective.gradient_at(torch.zeros_like(v))[1], evaluation.gradient) < 1e-12
     torch.testing.assert_close(gauss_newton(evaluation).shape, jacobian(evaluation).T.shape[:1] * 2)
+
+
+def test_gradients_that_are_views_of_one_buffer_are_cleared_through_it() -> None:
+    problem = Regression()
+    buffer = torch.zeros(sum(p.numel() for p in problem.params)).double()
+
+    def closure() -> Tensor:
+        buffer.zero_()
+        for p, piece in zip(problem.params, buffer.split([p.numel() for p in problem.params]), strict=True):
+            p.grad = piece.view_as(p)
+        problem.loss(problem.y).backward()
+        buffer.zero_()
+        loss = problem.loss(problem.x)
+        loss.backward()
+        buffer.mul_(0.1 / buffer.norm())  # clipped
+        return loss
+
+    plain = flat(torch.autograd.grad(problem.loss(problem.x), problem.params), problem.params)
+    for products in FORMS:
+        assert error(evaluate(closure, problem.params, products=products).gradient, plain) < 1e-12
+        assert Objective(closure, problem.params, products=products).record().clipped
 
 
 def test_an_optimizer_takes_the_step_of_the_last_phase() -> None:
@@ -354,7 +377,8 @@ def test_data_perturbed_by_the_sign_of_a_gradient(clear: bool, products: Any) ->
     sign = torch.autograd.grad(problem.loss(x), x)[0].sign()
     attacked = problem.loss((x + 0.1 * sign).detach())
     truth = dense_hessian(attacked if clear else attacked + problem.loss(x), problem.params)
-    assert error(hessian(evaluation).dense(), truth) < 1e-6
+    v = torch.randn_like(left)
+    assert error(hessian(evaluation) @ v, truth @ v) < 1e-6
     assert gauss_newton(evaluation).psd
     x.grad = None
     objective = Objective(closure, problem.params, products=products)
@@ -362,7 +386,7 @@ def test_data_perturbed_by_the_sign_of_a_gradient(clear: bool, products: Any) ->
     assert not recorded.clipped
     assert objective.loss_at(torch.zeros_like(left)) == float(recorded.loss) == float(evaluation.loss)
     optimizer = HessianFree(problem.params, products=products)
-    losses = [float(optimizer.step(closure)) for _ in range(8)]
+    losses = [float(optimizer.step(closure)) for _ in range(3)]
     assert losses[-1] < losses[0]
 
 
@@ -386,7 +410,8 @@ def test_weights_of_losses_computed_from_gradients_are_constants(products: Any) 
     weight = float(closure()) / float(problem.loss(problem.y).detach())
     if products != "finite_difference":  # which see the weight change
         truth = dense_hessian(weight * problem.loss(problem.y), problem.params)
-        assert error(hessian(evaluation).dense(), truth) < 1e-10
+        v = torch.randn_like(left)
+        assert error(hessian(evaluation) @ v, truth @ v) < 1e-10
     assert Objective(closure, problem.params).loss_at(torch.zeros_like(left)) > 0
 
 
@@ -441,7 +466,8 @@ def test_gradients_with_a_graph_enter_the_loss() -> None:
             )
             < 1e-12
         )
-        assert error(hessian(evaluation).dense(), dense_hessian(loss, problem.params)) < 1e-6
+        v = torch.randn_like(evaluation.gradient)
+        assert error(hessian(evaluation) @ v, dense_hessian(loss, problem.params) @ v) < 1e-6
 
 
 TWO_STAGES: dict[str, Callable[[Tensor, Tensor], None]] = {
@@ -472,18 +498,93 @@ def test_a_backward_in_two_stages_says_what_to_do(how: str) -> None:
             attempt()
 
 
-def test_a_backward_in_two_stages_through_a_derivative_says_what_to_do() -> None:
+def derivative(problem: Regression) -> Tensor:
+    z = problem.model(problem.x)
+    loss = F.mse_loss(z, problem.y)
+    (slope,) = torch.autograd.grad(loss, z, retain_graph=True)
+    z.backward(slope)
+    return loss
+
+
+def policy(problem: Regression) -> Tensor:
+    z = problem.model(problem.x)
+    cut = z.detach().clone().requires_grad_()
+    value = (cut - problem.y).cos().sum()
+    (slope,) = torch.autograd.grad(value, cut)
+    z.backward(-slope / 5)
+    return value
+
+
+def cached_by_rows(problem: Regression) -> Tensor:
+    """As a contrastive loss is taken of more rows than fit in memory with their graph."""
+    with torch.no_grad():
+        z = problem.model(problem.x)
+    loss = F.mse_loss(z.requires_grad_(), problem.y)
+    loss.backward()
+    for rows, slope in zip(problem.x.split(2), z.grad.split(2), strict=True):  # type: ignore[union-attr]
+        (problem.model(rows) * slope).sum().backward()
+    return loss
+
+
+@pytest.mark.parametrize("stages", [derivative, policy, cached_by_rows])
+def test_derivatives_handed_on_by_hand_say_what_to_do(stages: Callable[[Regression], Tensor]) -> None:
     problem = Regression()
+    for products in FORMS:
+        problem.optimizer.zero_grad()
+        with pytest.raises(RuntimeError, match="loss in two stages"):
+            evaluate(lambda: stages(problem), problem.params, products=products)
+
+
+def ascent(problem: Regression) -> Callable[[], Tensor]:
+    """The loss at the end of a short step up the gradient (SAM, Foret et al. 2021)."""
 
     def closure() -> Tensor:
-        z = problem.model(problem.x)
-        loss = F.mse_loss(z, problem.y)
-        (slope,) = torch.autograd.grad(loss, z, retain_graph=True)
-        z.backward(slope)
-        return loss
+        problem.optimizer.zero_grad()
+        problem.loss(problem.x).backward()
+        start = [p.detach().clone() for p in problem.params]
+        with torch.no_grad():
+            for p in problem.params:
+                p.add_(p.grad, alpha=0.05)  # type: ignore[arg-type]
+        problem.optimizer.zero_grad()
+        loss = problem.loss(problem.x)
+        loss.backward()
+        with torch.no_grad():
+            for p, before in zip(problem.params, start, strict=True):
+                p.copy_(before)
+        return loss.detach()
 
-    with pytest.raises(RuntimeError, match="loss in two stages"):
-        evaluate(closure, problem.params)
+    return closure
+
+
+@pytest.mark.parametrize("products", ["auto", *FORMS])
+def test_a_loss_at_other_parameters_than_the_closure_leaves(products: Any) -> None:
+    problem = Regression()
+    closure = ascent(problem)
+    closure()
+    left, point = grads(problem.params), nn.utils.parameters_to_vector(problem.params).detach()
+    if products == "cached":
+        for attempt in (
+            lambda: evaluate(closure, problem.params, products=products),
+            lambda: HessianFree(problem.params, products=products).step(closure),
+        ):
+            with pytest.raises(RuntimeError, match=r'as SAM does.*use products="streamed" or "auto"'):
+                attempt()
+    else:
+        evaluation = evaluate(closure, problem.params, products=products)
+        assert error(evaluation.gradient, left) < 1e-12
+        recorded = Objective(closure, problem.params, products=products).record()
+        assert not recorded.clipped
+        assert error(recorded.gradient, left) < 1e-12
+        optimizer = HessianFree(problem.params, products=products)
+        losses = [float(optimizer.step(closure)) for _ in range(3)]
+        assert losses[-1] < losses[0]
+        nn.utils.vector_to_parameters(point, problem.params)
+    assert torch.equal(nn.utils.parameters_to_vector(problem.params).detach(), point)
+    if products in ("auto", "streamed"):
+        found = hessian(evaluate(closure, problem.params, products=products)).dense()
+        up = flat(torch.autograd.grad(problem.loss(problem.x), problem.params), problem.params)
+        nn.utils.vector_to_parameters(point + 0.05 * up, problem.params)
+        assert error(found, dense_hessian(problem.loss(problem.x), problem.params)) < 1e-10
 
 
 def test_hooks_that_step_or_change_gradients_inside_backward_are_named() -> None:
