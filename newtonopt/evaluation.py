@@ -115,8 +115,6 @@ class Evaluation:
         linear_marks: Whether the loss is linear in a marked output.
         related: The numbers of the parameters that the loss is known to depend on.
         output_sizes: How many entries the recorded outputs have, by their numbers in a run of the closure.
-        verdicts: What the checks of its products found, by matrix.
-        checks: How many products and gradients these checks took.
         holds_constant: Whether the closure holds parts of its loss constant, by `detach` or `no_grad`.
         hooks_gradients: Whether it registers hooks on what it computes.
     """
@@ -149,9 +147,9 @@ class Evaluation:
         self.unrecognised_advice = ""
         self.output_sizes = {z.number: z.tensor.numel() for z in outputs}
         self.outside: bool | None = None
-        self.verdicts: Mapping[Matrix, Verdict] = {} if verdicts is None else verdicts
+        self._verdicts: Mapping[Matrix, Verdict] = {} if verdicts is None else verdicts
         self.length = length
-        self.checks = 0
+        self._checks = 0
         self.holds_constant = self.hooks_gradients = False
         self._graph: tuple[Tensor, tuple[Output, ...]] | None = (loss, tuple(outputs))
         self._alive = True
@@ -242,6 +240,21 @@ class Evaluation:
         self._graph = None
         self._form = form
 
+    @property
+    def verdicts(self) -> Mapping[Matrix, Verdict]:
+        """What the checks of products found, by matrix; of several parts the worst."""
+        found = dict(self._verdicts)
+        for part, _ in self.parts:
+            for matrix, verdict in part.verdicts.items():
+                if matrix not in found or verdict.trust.doubt:
+                    found[matrix] = verdict
+        return found
+
+    @property
+    def checks(self) -> int:
+        """How many products and gradients these checks took."""
+        return self._checks + sum(part.checks for part, _ in self.parts)
+
     def verdict(self, matrix: Matrix) -> Verdict | None:
         """What the checks of a matrix's products in the present form found; None: they were not checked."""
         found = self.verdicts.get(matrix)
@@ -249,8 +262,8 @@ class Evaluation:
 
     def judge(self, matrix: Matrix, verdict: Verdict) -> None:
         """Take note of a verdict."""
-        self.verdicts = {**self.verdicts, matrix: verdict}
-        self.checks += verdict.cost
+        self._verdicts = {**self._verdicts, matrix: verdict}
+        self._checks += verdict.cost
 
     def part_outside_outputs(self) -> bool:
         """Whether the loss depends on the parameters other than through the outputs, as an explicit penalty does."""

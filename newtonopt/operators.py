@@ -15,7 +15,7 @@ from newtonopt._checks import check_instance, warn
 from newtonopt._flat import flatten, local_pieces, unflatten
 from newtonopt._shards import is_sharded
 from newtonopt.evaluation import Evaluation, Manner, Matrix, decays
-from newtonopt.linear_operator import LinearOperator, Product
+from newtonopt.linear_operator import LinearOperator, Product, Trust
 from newtonopt.verification import Finding, Vouched, examine_gauss_newton, examine_hessian, examine_jacobian
 
 __all__ = ["LinearOperator", "gauss_newton", "hessian", "jacobian"]
@@ -107,6 +107,7 @@ def _hessian(evaluation: Evaluation, number: int | None) -> LinearOperator:
 def _gauss_newton(evaluation: Evaluation, number: int | None) -> LinearOperator:
     if evaluation.parts:
         return _summed(evaluation, number, _gauss_newton)
+
     def form(manner: Manner, block: int | None) -> Product:
         if manner.form == "cached":
             return products.cached(evaluation, products.gauss_newton_of, block)
@@ -178,7 +179,13 @@ def _summed(
     parts = [(make(part, number), mask[span]) for part, mask in evaluation.parts]
     product = one_by_one(lambda v: torch.stack([mask * (A @ (mask * v)) for A, mask in parts]).sum(0))
     n = like[span].numel()
-    operator = LinearOperator(product, (n, n), like[span], psd=all(A.psd for A, _ in parts), rows=product)
+    psd = all(A._psd for A, _ in parts)
+
+    def trust() -> Trust:
+        found = [A.trust for A, _ in parts]
+        return Trust(next((t.doubt for t in found if t.doubt), ""), max(t.error for t in found))
+
+    operator = LinearOperator(product, (n, n), like[span], psd=psd, rows=product, trust=trust)
     return operator.shift(decay) if decays(decay) else operator
 
 
