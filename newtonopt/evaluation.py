@@ -115,6 +115,7 @@ class Evaluation:
         linear_marks: Whether the loss is linear in a marked output.
         related: The numbers of the parameters that the loss is known to depend on.
         output_sizes: How many entries the recorded outputs have, by their numbers in a run of the closure.
+        mask: Ones at the parameters that its losses count for, `(n,)`, where it is a part of another; None: all count.
         holds_constant: Whether the closure holds parts of its loss constant, by `detach` or `no_grad`.
         hooks_gradients: Whether it registers hooks on what it computes.
     """
@@ -150,6 +151,7 @@ class Evaluation:
         self._verdicts: Mapping[Matrix, Verdict] = {} if verdicts is None else verdicts
         self.length = length
         self._checks = 0
+        self.mask: Tensor | None = None
         self.holds_constant = self.hooks_gradients = False
         self._graph: tuple[Tensor, tuple[Output, ...]] | None = (loss, tuple(outputs))
         self._alive = True

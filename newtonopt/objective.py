@@ -237,7 +237,8 @@ class Objective:
             related = part.related if group.params is None else part.related & group.params
             group = Group(group.calls, None if len(related) == len(self.params) else related)
             groups.append(group)
-            parts.append((part, self._mask(group)))
+            part.mask = self._mask(group)
+            parts.append((part, part.mask))
         if not parts:
             raise UnrelatedError(UNRELATED)
         self._groups = tuple(groups)

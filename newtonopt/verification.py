@@ -281,7 +281,7 @@ def examine_jacobian(
 def _examine_transposes(
     evaluation: Evaluation, manner: Manner, push: Callable[[Manner], Product], pull: Product, graph: Graph
 ) -> Finding:
-    w = _direction([evaluation.slope, _noise(evaluation, 1)])
+    w = _direction([_inside(evaluation, evaluation.slope), _noise(evaluation, 1)])
     error, cost = 0.0, 2
     if manner.form == "finite_difference":
         length, error, more = _length_chosen(evaluation, lambda h: push(replace(manner, length=h))(w), manner.length)
@@ -310,19 +310,19 @@ def _examine_transposes(
 
 
 def _examine_differences(evaluation: Evaluation, manner: Manner) -> Finding:
-    u = _direction([evaluation.slope, _noise(evaluation, 0)], first=True)
+    u = _direction([_inside(evaluation, evaluation.slope), _noise(evaluation, 0)], first=True)
     start = displacement(evaluation.params)
-    image = difference(evaluation, u, start).product
+    image = _inside(evaluation, difference(evaluation, u, start).product)
     w = _direction([image, _noise(evaluation, 1), u])
     slopes: list[tuple[float, float]] = []
 
     def product(length: float) -> Tensor:
         d = difference(evaluation, w, length)
         slopes.append((d.slope, length))
-        return d.product
+        return _inside(evaluation, d.product)
 
     length, error, cost = _length_chosen(evaluation, product, manner.length)
-    images = difference(evaluation, u, length).product, difference(evaluation, w, length).product
+    images = _inside(evaluation, difference(evaluation, u, length).product), product(length)
     found = Finding(replace(manner, length=length), error=error, cost=cost + 6)
     if not _are_finite(*images):
         return replace(found, wrong=_NOT_FINITE, finite=False)
@@ -387,11 +387,11 @@ def _check_replays(evaluation: Evaluation) -> None:
 def _agrees(evaluation: Evaluation, image: Tensor, seen: Sequence[Difference]) -> bool | None:
     """Whether a product agrees with the last difference; None: it cannot be told."""
     params, last = evaluation.params, seen[-1]
-    eps = _eps(evaluation)
-    rest = (image - last.product).abs()
-    size = float(last.product.norm())
+    eps, there = _eps(evaluation), _inside(evaluation, last.product)
+    rest = (image - there).abs()
+    size = float(there.norm())
     apart = False
-    parts = [local_pieces(vector, params) for vector in (rest, last.product)]
+    parts = [local_pieces(vector, params) for vector in (rest, there)]
     distances = [float(piece.norm()) for piece in parts[0]]
     allowed = [eps**0.25 * float(piece.norm()) + 10 * eps**0.5 * size for piece in parts[1]]
     if all(distance <= most for distance, most in zip(distances, allowed, strict=True)):
@@ -454,10 +454,10 @@ def _length_chosen(
 
 def _two_products(evaluation: Evaluation, product: Product) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Unit vectors `u`, of the gradient, and `w`, of all that matters, and their images."""
-    u = _direction([evaluation.slope, _noise(evaluation, 0)], first=True)
-    image = product(u)
+    u = _direction([_inside(evaluation, evaluation.slope), _noise(evaluation, 0)], first=True)
+    image = _inside(evaluation, product(u))
     w = _direction([image, _noise(evaluation, 1), u])
-    return u, w, (image, product(w))
+    return u, w, (image, _inside(evaluation, product(w)))
 
 
 def _direction(vectors: Sequence[Tensor], *, first: bool = False) -> Tensor:
@@ -478,7 +478,12 @@ def _noise(evaluation: Evaluation, number: int) -> Tensor:
         for piece, p in zip(local_pieces(noise, evaluation.params), evaluation.params, strict=True):
             size = float(p.detach().norm()) / math.sqrt(max(p.numel(), 1))
             piece.mul_(size or 1.0)
-    return noise
+    return _inside(evaluation, noise)
+
+
+def _inside(evaluation: Evaluation, v: Tensor) -> Tensor:
+    """The vector `(n,)` with zeros beside the parameters that the losses count for."""
+    return v if evaluation.mask is None else evaluation.mask * v
 
 
 def _normals(like: Tensor, number: int) -> Tensor:
