@@ -556,6 +556,7 @@ def ascent(problem: Regression) -> Callable[[], Tensor]:
     return closure
 
 
+@pytest.mark.filterwarnings("ignore:Finite differences see through")  # and see the ascent move with the parameters
 @pytest.mark.parametrize("products", ["auto", *FORMS])
 def test_a_loss_at_other_parameters_than_the_closure_leaves(products: Any) -> None:
     problem = Regression()
