@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from newtonopt._scaling import norm, scale_of, shifted, times_power
 from newtonopt.curvature.eigenvalues import Eigenvalue
 from newtonopt.objective import Objective
 from newtonopt.solvers.dense import solve_ball
@@ -57,8 +58,7 @@ class Ball:
         if displacement.shape != self.scale.shape:
             return []
         place = torch.where(self.scale > 0.0, displacement / self.scale, torch.zeros_like(displacement))
-        norm = float(place.norm())
-        return [place * (self.radius / norm)] if norm > 0.0 else []
+        return [scaled_to(place, self.radius)] if norm(place) > 0.0 else []
 
     def summits(self, slope: Tensor, eigenvalues: Sequence[Eigenvalue]) -> list[Tensor]:
         """Where the loss rises most as far as its gradient and some eigenvalues of its Hessian tell, and the mirror
@@ -68,7 +68,9 @@ class Ball:
             slope: The gradient `(n,)` in the ball's coordinates.
             eigenvalues: With their vectors, the largest first; what is orthogonal to these counts as flat.
         """
-        rows = torch.stack([slope, *(self.scale * e.vector for e in eigenvalues)])
+        vectors = [slope, *(self.scale * e.vector for e in eigenvalues)]
+        powers = [scale_of(v) for v in vectors]
+        rows = torch.stack([times_power(v, -power) for v, power in zip(vectors, powers, strict=True)])
         gram = (rows @ rows.T).to("cpu", torch.float64)
         lengths = gram.diagonal().sqrt()
         kept = (lengths > 0.0).nonzero().flatten()
@@ -80,7 +82,9 @@ class Ball:
         turn = torch.zeros(int(full.sum()), len(rows), dtype=torch.float64, device="cpu")
         turn[:, kept] = (axes[:, full] / sizes[full].sqrt()).T / lengths[kept]
         parts = turn @ gram
-        values = torch.tensor([e.value for e in eigenvalues], dtype=torch.float64, device="cpu")
+        # The maximum stays where it is if the eigenvalues are in the units that the gradient was brought to.
+        own = [shifted(e.value, 2 * power - powers[0]) for e, power in zip(eigenvalues, powers[1:], strict=True)]
+        values = torch.tensor(own, dtype=torch.float64, device="cpu")
         spread, frame = torch.linalg.eigh(-(parts[:, 1:] * values) @ parts[:, 1:].T)
         best = solve_ball(spread, frame, -parts[:, 0], self.radius).step
         coordinates = [best @ turn]
@@ -122,10 +126,9 @@ class Ball:
             if gradient is None:
                 gradient = self.gradient_at(point.place)[1]
                 used += 1
-            norm = float(gradient.norm())
-            if norm == 0.0:
+            if norm(gradient) == 0.0:
                 return point, used, True
-            target = gradient * (self.radius / norm)
+            target = scaled_to(gradient, self.radius)
             loss, ahead = self.gradient_at(target)
             used += 1
             if not math.isfinite(loss):
@@ -155,3 +158,9 @@ class Ball:
                 return Point(place, loss)
             share *= 0.5
         return point
+
+
+def scaled_to(v: Tensor, length: float) -> Tensor:
+    """Return the vector of that length in the direction of `v`, which is not zero."""
+    v = times_power(v, -scale_of(v))
+    return v * (length / norm(v))

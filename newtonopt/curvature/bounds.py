@@ -15,6 +15,11 @@ from newtonopt.solvers.lanczos import Tridiagonal
 # matrices: in float64 at most 2.5 up to n = 400 against Rayleigh quotients in extended precision
 # (LAPACK's own eigenvalues are off by tens), at most 5 up to n = 1500 with several runs merged; in float32 at most 0.4.
 GUARD = 16.0
+# By how much the error of products may exceed what their asymmetry shows of it. Measured on float32 classifiers whose
+# softmax has saturated, where it is all there is to see of the error: a factor of 5 at most.
+_UNSEEN = 8.0
+# Asymmetry, relative to the norm, from which products are those of no symmetric matrix.
+ASYMMETRIC = 3e-3
 # Vectors of length n in use besides those that are kept: the start, those of one Lanczos step, a product's.
 _WORKSPACE = 8
 
@@ -237,7 +242,13 @@ def intervals(request: Request, known: Knowledge, sign: float, count: int) -> li
 
 
 def _guard(request: Request, known: Knowledge) -> float:
-    return GUARD * request.eps * known.norm + known.noise
+    rounding = GUARD * request.eps * known.norm
+    return rounding + known.noise * (1.0 if known.noise <= rounding else _UNSEEN)
+
+
+def is_symmetric(known: Knowledge) -> bool:
+    """Whether the products made were those of a symmetric matrix, as far as bounds need it."""
+    return known.noise <= ASYMMETRIC * known.norm
 
 
 def slack(request: Request, known: Knowledge, value: float) -> float:

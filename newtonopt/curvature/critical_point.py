@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from newtonopt._checks import check_positive, check_seed, check_share, check_whole
+from newtonopt._scaling import dot, lost, norm
 from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, check_spectrum, extreme_eigenvalues
 from newtonopt.evaluation import Evaluation
 from newtonopt.linear_operator import LinearOperator
@@ -111,9 +112,9 @@ def critical_point(
     curvature = hessian(evaluation)
     check_positive("tolerance", tolerance)
     check_seed(seed)
-    norm = float(evaluation.gradient.norm())
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm}, so the point is of no kind; check data and model.")
+    length = norm(evaluation.gradient)
+    if not math.isfinite(length):
+        raise FloatingPointError(f"the gradient's norm is {length}, so the point is of no kind; check data and model.")
     check_share("confidence", confidence)
     check_whole("max_products", max_products, 1)
     products = 0
@@ -131,15 +132,15 @@ def critical_point(
             f"{spectrum.top[0].vector.numel()}. Write extreme_eigenvalues(hessian(evaluation))."
         )
     largest, smallest = spectrum.top[0], spectrum.bottom[0]
-    kind = _kind(norm <= tolerance, smallest, largest)
+    kind = _kind(length <= tolerance, smallest, largest)
     return CriticalPoint(
         kind,
-        norm,
+        length,
         tolerance,
         float(evaluation.loss),
         largest,
         smallest,
-        _distance(kind, norm, smallest, largest),
+        _distance(kind, length, smallest, largest),
         _downhill(smallest.vector, evaluation.gradient) if smallest.upper < 0.0 else None,
         products,
         not (_is_open(smallest) or _is_open(largest)),
@@ -159,9 +160,11 @@ def _ends(curvature: LinearOperator, confidence: float, max_products: int, seed:
         found = extreme_eigenvalues(curvature, 1, 1, tolerance, sure, max_products=left, seed=seed)
         used += found.products
         ends = (found.top[0], found.bottom[0])
-        floor = _TOLERANCES[-1] ** 2 * max(abs(end.value) for end in ends)
+        # Intervals are no narrower than what underflow may take at both of their ends.
+        room = 4.0 * lost(curvature.dtype, curvature.shape[0])
+        floor = max(_TOLERANCES[-1] ** 2 * max(abs(end.value) for end in ends), room)
         finest = all(end.upper - end.lower <= floor for end in ends if _is_open(end))
-        if finest or used == max_products or found.products == curvature.shape[0]:
+        if finest or used == max_products or found.products == curvature.shape[0] or not found.certified:
             break
     return found, used
 
@@ -176,11 +179,11 @@ def _kind(critical: bool, smallest: Eigenvalue, largest: Eigenvalue) -> Critical
     return "saddle" if smallest.upper < 0.0 < largest.lower else "degenerate"
 
 
-def _distance(kind: CriticalKind, norm: float, smallest: Eigenvalue, largest: Eigenvalue) -> float:
-    if norm == 0.0:
+def _distance(kind: CriticalKind, length: float, smallest: Eigenvalue, largest: Eigenvalue) -> float:
+    if length == 0.0:
         return 0.0
     least = {"minimum": smallest.lower, "maximum": -largest.upper}.get(kind, 0.0)
-    return norm / least if least > 0.0 else math.inf
+    return length / least if least > 0.0 else math.inf
 
 
 def _is_open(eigenvalue: Eigenvalue) -> bool:
@@ -188,7 +191,7 @@ def _is_open(eigenvalue: Eigenvalue) -> bool:
 
 
 def _downhill(vector: Tensor, gradient: Tensor) -> Tensor:
-    return -vector if float(gradient @ vector) > 0.0 else vector
+    return -vector if dot(gradient, vector) > 0.0 else vector
 
 
 def _said(eigenvalue: Eigenvalue) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from newtonopt._checks import check_seed, check_share, check_whole
-from newtonopt.curvature.probes import LEAST_SAMPLES, check_finite, check_operator, dot, few, signs, unit_vectors
+from newtonopt._scaling import InRange, lost, norm, times_power
+from newtonopt.curvature.probes import LEAST_SAMPLES, check_finite, check_operator, few, signs, unit_vectors
 from newtonopt.linear_operator import LinearOperator
 
 
@@ -62,20 +63,29 @@ def diagonal(operator: LinearOperator, tolerance: float = 0.1, max_products: int
     if max_products >= size:
         for index, unit in enumerate(unit_vectors(operator.like), start=1):
             mean += unit * (operator @ unit)
-            check_finite(dot(mean, mean), index)
-        return Diagonal(mean, squares, size, True)
+            check_finite(norm(mean), index)
+        return Diagonal(mean, _with_underflow(squares, mean), size, True)
+    matrix = InRange(operator)
     generator = torch.Generator().manual_seed(seed)
     used, error = 0, math.inf
     while used < max_products:
         v = signs(operator.like, generator)
         used += 1
-        before = v * (operator @ v) - mean
+        before = v * (matrix @ v) - mean
         mean += before / used
         squares.addcmul_(before, before, value=1.0 - 1.0 / used)
-        level = dot(mean, mean)
+        level = norm(mean)
         check_finite(level, used)
         error = few(used) * math.sqrt(float(squares.sum()) / used) if used > 1 else math.inf
-        if used >= LEAST_SAMPLES and error <= tolerance * math.sqrt(level):
+        if used >= LEAST_SAMPLES and error <= tolerance * level:
             break
     errors = (squares / used).sqrt() * few(used) if used > 1 else torch.full_like(mean, math.inf)
-    return Diagonal(mean, errors, used, error <= tolerance * math.sqrt(level))
+    values, errors = (times_power(x, matrix.exponent) for x in (mean, errors))
+    return Diagonal(values, _with_underflow(errors, values), used, error <= tolerance * level)
+
+
+def _with_underflow(errors: Tensor, values: Tensor) -> Tensor:
+    """Return the errors, not below what underflow may take where all values are tiny."""
+    change = lost(values.dtype, 1)
+    visible = float(values.abs().max()) * torch.finfo(values.dtype).eps > change
+    return errors if visible else errors.clamp_min(change)

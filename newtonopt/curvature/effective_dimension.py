@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from newtonopt._checks import check_positive, check_seed, check_share, check_whole
+from newtonopt._scaling import shifted, times_power
 from newtonopt.curvature.probes import LEAST_SAMPLES, Samples, check_operator, signs, unit_vectors
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.solvers.lanczos import Tridiagonal, lanczos
@@ -74,20 +75,20 @@ def effective_dimension(
     check_share("tolerance", tolerance)
     check_whole("max_products", max_products, 1)
     check_seed(seed)
-    eps = torch.finfo(operator.dtype).eps
+    of = torch.finfo(operator.dtype)
     if max_products >= size:
         values = eigenvalues(operator)
-        _check_semidefinite(float(values[0]), float(values.abs().max()), damping, eps)
+        _check_semidefinite(float(values[0]), float(values.abs().max()), damping, of)
         values = values.clamp_min(0.0)
         return EffectiveDimension(float((values / (values + damping)).sum()), 0.0, 0.0, damping, size, True)
     generator = torch.Generator().manual_seed(seed)
     drawn, used, width = Samples(), 0, 0.0
     while used < max_products:
         start = signs(operator.like, generator)
-        stop = _stop_rule(damping, eps, _SHARE * tolerance)
+        stop = _stop_rule(damping, of, _SHARE * tolerance)
         tridiagonal = lanczos(operator, start, max_products - used, stop=stop).tridiagonal
         used += tridiagonal.size
-        low, high = _bounds(tridiagonal, damping, eps)
+        low, high = _bounds(tridiagonal, damping, of)
         if drawn.count and used == max_products and not _is_narrow(low, high, _SHARE * tolerance):
             break  # a run that the budget cut short would only widen what the others say
         drawn.add(0.5 * size * (low + high))
@@ -111,7 +112,7 @@ def eigenvalues(operator: LinearOperator) -> Tensor:
     return values
 
 
-def _stop_rule(damping: float, eps: float, tolerance: float) -> Callable[[Tridiagonal], bool]:
+def _stop_rule(damping: float, of: torch.finfo, tolerance: float) -> Callable[[Tridiagonal], bool]:
     due = 1
 
     def stop(tridiagonal: Tridiagonal) -> bool:
@@ -120,7 +121,7 @@ def _stop_rule(damping: float, eps: float, tolerance: float) -> Callable[[Tridia
             return False
         # The small eigenproblem costs k^3: judged at every 16th part, it stays below the products' cost.
         due = tridiagonal.size + 1 + tridiagonal.size // 16
-        return _is_narrow(*_bounds(tridiagonal, damping, eps), tolerance)
+        return _is_narrow(*_bounds(tridiagonal, damping, of), tolerance)
 
     return stop
 
@@ -129,7 +130,7 @@ def _is_narrow(low: float, high: float, tolerance: float) -> bool:
     return high - low <= tolerance * low
 
 
-def _bounds(tridiagonal: Tridiagonal, damping: float, eps: float) -> tuple[float, float]:
+def _bounds(tridiagonal: Tridiagonal, damping: float, of: torch.finfo) -> tuple[float, float]:
     """Bounds on v'A (A + damping I)^-1 v for the unit start vector v.
 
     With f = damping / (x + damping), whose even derivatives are positive and odd ones negative, Gauss's rule is below
@@ -137,20 +138,24 @@ def _bounds(tridiagonal: Tridiagonal, damping: float, eps: float) -> tuple[float
     """
     values, coordinates = tridiagonal.ritz()
     norm = float(values.abs().max())
-    _check_semidefinite(float(values[0]), norm, damping, eps)
+    _check_semidefinite(float(values[0]), norm, damping, of)
+    # In units in which squares are numbers.
+    power = math.frexp(norm)[1]
+    alphas, betas, values = (times_power(x, -power) for x in (tridiagonal.alphas, tridiagonal.betas, values))
+    guard, damping = shifted(_guard(norm, of), -power), shifted(damping, -power)
     high = _share(values, coordinates[0], damping)
     if tridiagonal.invariant:
         return high, high
     # The rule's last coefficient puts a node a little below zero, where rounding leaves the others above it.
-    node = -_GUARD * eps * norm
+    node = -guard
     coupling = 0.0
-    for alpha, beta in zip(tridiagonal.alphas.tolist(), tridiagonal.betas.tolist(), strict=True):
+    for alpha, beta in zip(alphas.tolist(), betas.tolist(), strict=True):
         pivot = alpha - node - coupling
         coupling = beta**2 / pivot if pivot > 0.0 else math.inf
     if not math.isfinite(coupling):
         return 0.0, high
     last = torch.tensor([node + coupling], dtype=torch.float64, device="cpu")
-    radau = Tridiagonal(torch.cat([tridiagonal.alphas, last]), torch.cat([tridiagonal.betas, last * 0.0]), 0.0)
+    radau = Tridiagonal(torch.cat([alphas, last]), torch.cat([betas, last * 0.0]), 0.0)
     values, coordinates = radau.ritz()
     return max(0.0, _share(values, coordinates[0], damping)), high
 
@@ -159,8 +164,13 @@ def _share(values: Tensor, first: Tensor, damping: float) -> float:
     return float((first.square() * values / (values + damping)).sum())
 
 
-def _check_semidefinite(smallest: float, norm: float, damping: float, eps: float) -> None:
-    guard = _GUARD * eps * norm
+def _guard(norm: float, of: torch.finfo) -> float:
+    """Return the rounding of the eigenvalues, and what underflow takes from small ones."""
+    return _GUARD * (of.eps * norm + of.tiny)
+
+
+def _check_semidefinite(smallest: float, norm: float, damping: float, of: torch.finfo) -> None:
+    guard = _guard(norm, of)
     if smallest < -guard:
         raise ValueError(
             "operator must be positive semi-definite, for only then is there an effective dimension, got one with an "

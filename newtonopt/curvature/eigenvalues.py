@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from newtonopt._checks import check_instance, check_seed, check_share, check_whole
-from newtonopt.curvature.bounds import GUARD, Knowledge, Range, Request, certified, intervals, settled, slack
+from newtonopt._scaling import InRange, lost
+from newtonopt.curvature.bounds import (
+    GUARD,
+    Knowledge,
+    Range,
+    Request,
+    certified,
+    intervals,
+    is_symmetric,
+    settled,
+    slack,
+)
 from newtonopt.curvature.probes import check_operator
 from newtonopt.curvature.ritz import RitzBlock
 from newtonopt.curvature.runs import search, track
@@ -23,6 +34,7 @@ _VECTORS = 120
 _BOTTOM_WEIGHT = 0.3
 
 
+_ANYWHERE = Range(-math.inf, math.inf)
 # So many may be asked for of the smallest operator too, which has fewer: the defaults do.
 _FEW = 5
 
@@ -59,12 +71,14 @@ class Spectrum:
         bottom: Smallest eigenvalues, ascending.
         products: Products with the operator that were used.
         converged: Whether as many as were asked for are there and every interval is narrow enough; where the
-            measurement is not certified, every residual small enough.
+            measurement is not certified, every residual small enough. False where products were not symmetric.
         confidence: Probability with which each interval holds, at least.
         certified: Whether the start was random, so that nothing larger or smaller can have been missed, and the
-            operator's products can be vouched for. From a `start` given the values are eigenvalues within their
-            residuals, but perhaps not the extreme ones; where `operator.trust` says that there is a doubt about the
-            products, they are those of the products.
+            operator's products are symmetric and can be vouched for. From a `start` given the values are eigenvalues
+            within their residuals, but perhaps not the extreme ones; where `operator.trust` says that there is a doubt
+            about the products, they are those of the products.
+        asymmetry: By how much products were not those of a symmetric matrix, relative to the norm: rounding where all
+            is well. From 3e-3 on nothing is certified.
     """
 
     top: tuple[Eigenvalue, ...]
@@ -73,6 +87,7 @@ class Spectrum:
     converged: bool
     confidence: float
     certified: bool
+    asymmetry: float = 0.0
 
 
 def extreme_eigenvalues(
@@ -133,16 +148,16 @@ def extreme_eigenvalues(
     """
     request = _request(operator, top, bottom, tolerance, confidence, max_products, max_vectors)
     check_seed(seed)
-    old = _start_vector(operator, start, tolerance)
+    old, matrix = _start_vector(operator, start, tolerance), InRange(operator)
     if old is None:
-        known = search(operator, request, _nothing(operator), seed)
+        known = search(matrix, request, _nothing(operator), seed)
         if operator.trust.doubt:
             unbounded = Range(-math.inf, math.inf)
             known = replace(known, whole=unbounded, rest=unbounded)
-            return _spectrum(request, known, confidence, settled(request, known), False)
-        return _spectrum(request, known, confidence, certified(request, known), True)
-    known = track(operator, request, _nothing(operator), old, seed, functools.partial(settled, request))
-    return _spectrum(request, known, confidence, settled(request, known), False)
+            return _spectrum(request, known, matrix, confidence, settled(request, known), False)
+        return _spectrum(request, known, matrix, confidence, certified(request, known), True)
+    known = track(matrix, request, _nothing(operator), old, seed, functools.partial(settled, request))
+    return _spectrum(request, known, matrix, confidence, settled(request, known), False)
 
 
 def follow(
@@ -154,15 +169,15 @@ def follow(
     None where the start has equal eigenvalues, which cannot be tracked.
     """
     request = _request(operator, top, bottom, tolerance, 0.99, most, None)
-    old = _start_vector(operator, start, tolerance)
+    old, matrix = _start_vector(operator, start, tolerance), InRange(operator)
     if old is None:
         return None
 
     def is_enough(seen: Knowledge) -> bool:
         return settled(request, seen) or (seen.products >= least and _known_roughly(request, seen))
 
-    known = track(operator, request, _nothing(operator), old, seed, is_enough)
-    return _spectrum(request, known, 0.99, settled(request, known), False)
+    known = track(matrix, request, _nothing(operator), old, seed, is_enough)
+    return _spectrum(request, known, matrix, 0.99, settled(request, known), False)
 
 
 def _known_roughly(request: Request, known: Knowledge) -> bool:
@@ -171,9 +186,22 @@ def _known_roughly(request: Request, known: Knowledge) -> bool:
     return settled(largest, known) and settled(replace(request, tolerance=max(request.tolerance, 0.1)), known)
 
 
-def _spectrum(request: Request, known: Knowledge, confidence: float, converged: bool, is_certified: bool) -> Spectrum:
-    largest, smallest = (_report(request, known, sign, count) for sign, count in request.ends)
-    return Spectrum(largest, smallest, known.products, converged, confidence, is_certified)
+def _spectrum(
+    request: Request, known: Knowledge, matrix: InRange, confidence: float, converged: bool, is_certified: bool
+) -> Spectrum:
+    symmetric = is_symmetric(known)
+    if not symmetric:
+        known = replace(known, whole=_ANYWHERE, rest=_ANYWHERE)
+    largest, smallest = (_report(request, known, matrix, sign, count) for sign, count in request.ends)
+    return Spectrum(
+        largest,
+        smallest,
+        known.products,
+        converged and symmetric,
+        confidence,
+        is_certified and symmetric,
+        known.noise / known.norm if known.norm > 0.0 else 0.0,
+    )
 
 
 def check_spectrum(name: str, spectrum: object) -> None:
@@ -250,12 +278,15 @@ def _nothing(operator: LinearOperator) -> Knowledge:
     return Knowledge(block, block.pairs(), whole, whole)
 
 
-def _report(request: Request, known: Knowledge, sign: float, count: int) -> tuple[Eigenvalue, ...]:
-    order = torch.argsort(sign * known.block.values, descending=True).tolist()[:count]
+def _report(request: Request, known: Knowledge, matrix: InRange, sign: float, count: int) -> tuple[Eigenvalue, ...]:
+    """The eigenvalues of one end, in the operator's units, and with room for what underflow takes from its products."""
+    vectors, order = known.block.vectors, torch.argsort(sign * known.block.values, descending=True).tolist()[:count]
     norms = known.pairs.gram.diagonal().clamp_min(0.0).sqrt().tolist()
+    room = lost(vectors.dtype, request.size)
     found = []
     for index, (value, lower, upper) in zip(order, intervals(request, known, sign, count), strict=False):
-        low, high = sorted((sign * lower, sign * upper))
+        low, high = (matrix.back(end) for end in sorted((sign * lower, sign * upper)))
         near = (known.block.values[order] - sign * value).abs() <= slack(request, known, value)
-        found.append(Eigenvalue(sign * value, low, high, norms[index], int(near.sum()), known.block.vectors[index]))
+        own, residual = matrix.back(sign * value), matrix.back(norms[index])
+        found.append(Eigenvalue(own, low - room, high + room, residual + room, int(near.sum()), vectors[index]))
     return tuple(found)

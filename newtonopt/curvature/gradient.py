@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from newtonopt._scaling import InRange, dot, lost, norm, scale_of, times_power
 from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, check_spectrum
-from newtonopt.curvature.probes import dot
 from newtonopt.evaluation import Evaluation
 from newtonopt.operators import hessian
 
@@ -82,27 +82,29 @@ def gradient_curvature(evaluation: Evaluation, spectrum: Spectrum | None = None)
     stable = None
     if top:
         stable = _step(2.0, top[0].upper if math.isfinite(top[0].upper) else top[0].value)
-    square = dot(g, g)
-    if square == 0.0:
+    length = norm(g)
+    if length == 0.0:
         nothing = (0.0,) * len(top)
         return GradientCurvature(0.0, 0.0, 0.0, math.inf, math.inf, stable, nothing, nothing, 0)
-    Hg = H @ g
-    curvature = dot(g, Hg) / square
-    rest = Hg - curvature * g
-    residual = math.sqrt(dot(rest, rest) / square)
+    matrix, direction = InRange(H), times_power(g, -scale_of(g))
+    curved, square = matrix @ direction, dot(direction, direction)
+    quotient = dot(direction, curved) / square
+    room = lost(g.dtype, g.shape[0])
+    curvature = matrix.back(quotient)
+    residual = matrix.back(norm(curved - quotient * direction) / math.sqrt(square)) + room
     if not math.isfinite(residual):
         raise FloatingPointError(
-            f"g'Hg/g'g is {curvature}, with |g| = {math.sqrt(square)}: loss and gradient must be finite at this point."
+            f"g'Hg/g'g is {curvature}, with |g| = {length}: loss and gradient must be finite at this point."
         )
     return GradientCurvature(
         curvature,
         residual,
-        math.sqrt(square),
+        length,
         _step(1.0, curvature),
         _step(2.0, curvature),
         stable,
-        tuple(dot(entry.vector, g) ** 2 / square for entry in top),
-        tuple(_alignment_error(top, index) for index in range(len(top))),
+        tuple(dot(entry.vector, direction) ** 2 / square for entry in top),
+        tuple(min(1.0, _alignment_error(top, index) + room / length) for index in range(len(top))),
         1,
     )
 

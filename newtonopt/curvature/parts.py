@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from newtonopt._scaling import InRange, dot, norm, scale_of, times_power
 from newtonopt.curvature.blocks import blocks
+from newtonopt.curvature.bounds import ASYMMETRIC
 from newtonopt.curvature.density import spectral_density
 from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, extreme_eigenvalues, follow
 from newtonopt.curvature.measurement import Measurement, Settings
@@ -121,9 +123,10 @@ def along_gradient(look: Look, A: LinearOperator, gradient: Tensor) -> float | N
     if not look.settings.gradient and not look.clock.limited:
         return None
     began = time.perf_counter()
-    square, along = float(gradient @ gradient), float(gradient @ (A @ gradient))
+    matrix, direction = InRange(A), times_power(gradient, -scale_of(gradient))
+    along, square = dot(direction, matrix @ direction), dot(direction, direction)
     look.clock.product = time.perf_counter() - began
-    return along / square if square > 0.0 else None
+    return matrix.back(along / square) if square > 0.0 else None
 
 
 def enter_eigenvalues(look: Look, A: LinearOperator, quotient: float | None) -> None:
@@ -142,6 +145,8 @@ def enter_eigenvalues(look: Look, A: LinearOperator, quotient: float | None) -> 
     if spectrum is None:
         return
     look.values.add("certified", float(spectrum.certified))
+    if spectrum.asymmetry > ASYMMETRIC:
+        look.values.add("asymmetry", spectrum.asymmetry)
     for first, others, found in (("lambda_max", "lambda", spectrum.top), ("lambda_min", "lambda_min", spectrum.bottom)):
         look.enter(first, found[:1])
         for rank, eigenvalue in enumerate(found[1:], start=2):
@@ -198,8 +203,8 @@ def enter_gradient(look: Look, quotient: float | None, gradient: Tensor) -> None
         return
     look.values.add("gradient_curvature", quotient)
     if look.values.spectrum is not None:
-        square = float(gradient @ gradient)
-        cosines = [float(e.vector @ gradient) ** 2 / square for e in look.values.spectrum.top]
+        length = norm(gradient)
+        cosines = [(dot(e.vector, gradient) / length) ** 2 for e in look.values.spectrum.top]
         look.values.add("gradient_alignment", math.fsum(cosines))
 
 

@@ -73,12 +73,6 @@ def unit_vectors(like: Tensor) -> Iterator[Tensor]:
         yield vector
 
 
-def dot(left: Tensor, right: Tensor) -> float:
-    """Inner product, accumulated in float64 where the device has it (Apple's does not)."""
-    accumulator = left.dtype if left.device.type == "mps" else torch.float64
-    return float((left * right).sum(dtype=accumulator))
-
-
 class Samples:
     """Mean and standard error of numbers that arrive one by one (Welford 1962)."""
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from newtonopt._scaling import InRange
 from newtonopt.curvature.bounds import (
     Knowledge,
     Range,
@@ -19,8 +20,8 @@ from newtonopt.curvature.bounds import (
     slack,
     spectrum_ceiling,
 )
+from newtonopt.curvature.probes import normals
 from newtonopt.curvature.ritz import Extension, RitzPairs
-from newtonopt.linear_operator import LinearOperator
 from newtonopt.solvers.lanczos import LanczosResult, Restarts, Tridiagonal, lanczos
 
 # Share of the budget for the first run, where a second one has to certify what it finds.
@@ -31,19 +32,18 @@ _EXTRA = 8
 _RANDOM_PART = 0.1
 
 
-def search(operator: LinearOperator, request: Request, known: Knowledge, seed: int) -> Knowledge:
+def search(matrix: InRange, request: Request, known: Knowledge, seed: int) -> Knowledge:
     """Runs from random starts on the complement of what is known, until all is certified or the budget spent."""
     generator = torch.Generator().manual_seed(seed)
     run = 0
     while known.products < request.max_products and not certified(request, known):
         run += 1
-        start = operator.like.new_empty(request.size, dtype=torch.float64, device="cpu").normal_(generator=generator)
-        known = _advance(operator, request, known, start.to(operator.dtype).to(operator.device), run)
+        known = _advance(matrix, request, known, normals(known.block.vectors, generator), run)
     return known
 
 
 def track(
-    operator: LinearOperator,
+    matrix: InRange,
     request: Request,
     known: Knowledge,
     old: Tensor,
@@ -55,8 +55,7 @@ def track(
     The random part lets through eigenvectors that the old ones know nothing of.
     """
     generator = torch.Generator().manual_seed(seed)
-    noise = operator.like.new_empty(request.size, dtype=torch.float64, device="cpu").normal_(generator=generator)
-    start = noise.to(operator.dtype).to(operator.device)
+    start = normals(known.block.vectors, generator)
     start *= _RANDOM_PART * float(old.norm()) / float(start.norm())
     start += old
 
@@ -69,7 +68,7 @@ def track(
     def stop(tridiagonal: Tridiagonal) -> bool:
         return is_enough(judged(tridiagonal))
 
-    result = lanczos(operator, start, request.max_products, stop=stop, restarts=_restarts(request, known))
+    result = lanczos(matrix, start, request.max_products, stop=stop, restarts=_restarts(request, known))
     seen = judged(result.tridiagonal)
     keep = _outer(request, seen.pairs.values, 0)
     block = known.block.extended(result, result.tridiagonal.ritz()[1][:, keep])
@@ -77,7 +76,7 @@ def track(
     return replace(seen, block=formed, pairs=formed.pairs())
 
 
-def _advance(operator: LinearOperator, request: Request, known: Knowledge, start: Tensor, run: int) -> Knowledge:
+def _advance(matrix: InRange, request: Request, known: Knowledge, start: Tensor, run: int) -> Knowledge:
     """One Lanczos run on the complement of the block, and what it finds merged into the block."""
     # Later intervals rely on several runs, how many depends on the data: the shares 1/(r (r + 1)) sum to one.
     failure = request.failure if request.single else request.failure / (run * (run + 1))
@@ -89,7 +88,7 @@ def _advance(operator: LinearOperator, request: Request, known: Knowledge, start
     # soon as it has converged than to wait for the eigenvalues behind it.
     greedy = run > 2
     result = lanczos(
-        operator,
+        matrix,
         start,
         budget,
         deflate=known.block.vectors,

@@ -22,7 +22,8 @@ from newtonopt._checks import (
     check_whole,
 )
 from newtonopt._flat import trained_parameters
-from newtonopt.curvature.ascent import Ball
+from newtonopt._scaling import dot, norm
+from newtonopt.curvature.ascent import Ball, scaled_to
 from newtonopt.evaluation import Products
 from newtonopt.linear_operator import LinearOperator
 from newtonopt.objective import Objective
@@ -202,17 +203,17 @@ def _second_order(
     values, coordinates = found.tridiagonal.ritz()
     vector = found.vectors(coordinates[:, -1:])[0]
     axis = vector / vector.norm()
-    norm = float(slope.norm())
-    rise = radius * abs(float(slope @ axis)) + 0.5 * radius**2 * float(values[-1])
+    steepest = norm(slope)
+    rise = radius * abs(dot(slope, axis)) + 0.5 * radius**2 * float(values[-1])
     places = [radius * axis, -radius * axis]
     spent = found.tridiagonal.size
-    if norm > 0.0:
+    if steepest > 0.0:
         flipped = LinearOperator(lambda v: -product(v), (size, size), scale)
         minimise = functools.partial(secular.ball, radius=radius)
         left = budget // 2 - spent
         space = krylov_space(flipped, -slope, minimise, residual_tolerance=_MODEL_TOLERANCE, max_products=max(1, left))
         top = minimise_in(space, -slope, minimise)
-        places += [slope * (radius / norm), top.step]
+        places += [scaled_to(slope, radius), top.step]
         rise, spent = max(rise, top.decrease), spent + top.iterations
     return places, max(rise, 0.0), spent
 

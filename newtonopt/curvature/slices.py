@@ -12,7 +12,7 @@ from torch import Tensor
 
 from newtonopt._checks import check_closure, check_positive, check_products, check_weight, check_whole, shown
 from newtonopt._flat import trained_parameters
-from newtonopt.curvature.probes import dot
+from newtonopt._scaling import dot, norm
 from newtonopt.evaluation import Products
 from newtonopt.objective import Objective
 from newtonopt.operators import hessian
@@ -156,6 +156,6 @@ def _axes(directions: Tensor | Sequence[Tensor], point: Tensor) -> list[Tensor]:
                 f"directions must have the parameters' shape as a flat vector, {tuple(point.shape)}, got "
                 f"{tuple(direction.shape)}."
             )
-        if not 0.0 < dot(direction, direction) < math.inf:
+        if not 0.0 < norm(direction) < math.inf:
             raise ValueError("directions must be finite and not zero, got a vector that is not.")
     return [direction.to(point.dtype).to(point.device) for direction in directions]

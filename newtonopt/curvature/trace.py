@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from newtonopt._checks import check_choice, check_seed, check_share, check_whole
+from newtonopt._scaling import InRange, dot, lost, norm
 from newtonopt.curvature.probes import (
     LEAST_SAMPLES,
     Samples,
     check_finite,
     check_operator,
-    dot,
     normals,
     signs,
     unit_vectors,
@@ -35,9 +35,10 @@ class Trace:
 
     Attributes:
         value: The sum of the eigenvalues.
-        standard_error: Of `value`, over the random vectors; zero where it is exact.
+        standard_error: Of `value`, over the random vectors; zero where it is exact, and where underflow may take digits
+            from it by how much.
         products: Products with the operator that were used.
-        converged: Whether the standard error is at most `tolerance * |value|`.
+        converged: Whether the standard error is at most `tolerance * |value|`, or what underflow may take.
     """
 
     value: float
@@ -52,9 +53,10 @@ class FrobeniusNorm:
 
     Attributes:
         value: The root of the sum of squares of the entries, or of the eigenvalues.
-        standard_error: Of `value`, over the random vectors; zero where it is exact.
+        standard_error: Of `value`, over the random vectors; zero where it is exact, and where underflow may take digits
+            from it by how much.
         products: Products with the operator that were used.
-        converged: Whether the standard error is at most `tolerance * value`.
+        converged: Whether the standard error is at most `tolerance * value`, or what underflow may take.
     """
 
     value: float
@@ -101,19 +103,22 @@ def trace(
     if max_products >= size:
         diagonal = [dot(unit, operator @ unit) for unit in unit_vectors(operator.like)]
         check_finite(math.fsum(diagonal), size)
-        return Trace(math.fsum(diagonal), 0.0, size, True)
+        value = math.fsum(diagonal)
+        return Trace(value, _underflow(operator, value), size, True)
+    matrix = InRange(operator)
     generator = torch.Generator().manual_seed(seed)
 
     def samples(found: _Range, left: int) -> tuple[float, float]:
         # A sample on the complement has the variance 2 |B|^2, less its diagonal's part.
         return 2.0, min(left, 2.0 * found.rest / max((tolerance * found.level) ** 2, 1e-300))
 
-    found = _find_range(operator, max_products if method == "hutch++" else 0, generator, samples)
-    value, error, used = _sample(
-        operator, found, found.trace, lambda v, Av: dot(v, Av), max_products, tolerance, generator
-    )
+    found = _find_range(matrix, operator.like, max_products if method == "hutch++" else 0, generator, samples)
+    value, error, used = _sample(matrix, found, found.trace, dot, max_products, tolerance, generator)
     error = math.hypot(error, torch.finfo(operator.dtype).eps * math.sqrt(found.square))
-    return Trace(value, error, used, error <= tolerance * abs(value))
+    value, error = matrix.back(value), matrix.back(error)
+    least = _underflow(operator, value)
+    error = math.hypot(error, least)
+    return Trace(value, error, used, error <= max(tolerance * abs(value), least))
 
 
 def frobenius_norm(
@@ -139,10 +144,10 @@ def frobenius_norm(
     """
     size = _check(operator, tolerance, max_products, seed)
     if max_products >= size:
-        columns = (operator @ unit for unit in unit_vectors(operator.like))
-        square = math.fsum(dot(column, column) for column in columns)
-        check_finite(square, size)
-        return FrobeniusNorm(math.sqrt(square), 0.0, size, True)
+        value = math.hypot(*(norm(operator @ unit) for unit in unit_vectors(operator.like)))
+        check_finite(value, size)
+        return FrobeniusNorm(value, _underflow(operator, value), size, True)
+    matrix = InRange(operator)
     generator = torch.Generator().manual_seed(seed)
 
     def samples(found: _Range, left: int) -> tuple[float, float]:
@@ -150,16 +155,19 @@ def frobenius_norm(
         share = found.rest / (found.square + found.rest) if found.rest > 0.0 else 0.0
         return 1.0, min(left, share**2 / (2.0 * tolerance**2))
 
-    found = _find_range(operator, max_products, generator, samples)
+    found = _find_range(matrix, operator.like, max_products, generator, samples)
 
     def sample(v: Tensor, Av: Tensor) -> float:
         outside = _outside(Av, found.rows)
         return dot(outside, outside)
 
-    square, error, used = _sample(operator, found, found.square, sample, max_products, 2.0 * tolerance, generator)
+    square, error, used = _sample(matrix, found, found.square, sample, max_products, 2.0 * tolerance, generator)
     value = math.sqrt(square)
     error = math.hypot(0.5 * error / value if value > 0.0 else 0.0, torch.finfo(operator.dtype).eps * value)
-    return FrobeniusNorm(value, error, used, error <= tolerance * value)
+    value, error = matrix.back(value), matrix.back(error)
+    least = _underflow(operator, value)
+    error = math.hypot(error, least)
+    return FrobeniusNorm(value, error, used, error <= max(tolerance * value, least))
 
 
 def _check(operator: LinearOperator, tolerance: float, max_products: int, seed: int) -> int:
@@ -168,6 +176,13 @@ def _check(operator: LinearOperator, tolerance: float, max_products: int, seed: 
     check_whole("max_products", max_products, 1)
     check_seed(seed)
     return size
+
+
+def _underflow(operator: LinearOperator, value: float) -> float:
+    """Return by how much underflow may change the value; zero where that is below its rounding."""
+    size = operator.shape[0]
+    change = math.sqrt(size) * lost(operator.dtype, size)
+    return change if change > torch.finfo(operator.dtype).eps * abs(value) else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +211,8 @@ class _Range:
 
 
 def _find_range(
-    operator: LinearOperator,
+    matrix: InRange,
+    like: Tensor,
     max_products: int,
     generator: torch.Generator,
     samples: Callable[[_Range, int], tuple[float, float]],
@@ -207,15 +223,16 @@ def _find_range(
     the variance goes with |B|^4), and costs two products.
 
     Args:
-        operator: A.
+        matrix: A.
+        like: The operator's, no rows `(0, n)`.
         max_products: All that may be spent, samples included; zero for no range at all.
         generator: Of the vectors g.
         samples: From what is known and the products left to the drop's worth and the number of samples to come.
     """
-    found = _Range(operator.like, torch.zeros(0, 0, dtype=torch.float64, device="cpu"))
+    found = _Range(like, torch.zeros(0, 0, dtype=torch.float64, device="cpu"))
     history: list[tuple[float, float, float]] = []
     while found.products + 2 + LEAST_SAMPLES <= max_products:
-        grown, seen = _grow(operator, found, generator)
+        grown, seen = _grow(matrix, found, generator)
         if grown is None:
             return found
         history = [*history, seen][-_WINDOW:]
@@ -228,14 +245,14 @@ def _find_range(
 
 
 def _grow(
-    operator: LinearOperator, found: _Range, generator: torch.Generator
+    matrix: InRange, found: _Range, generator: torch.Generator
 ) -> tuple[_Range | None, tuple[float, float, float]]:
     """One more row: the new range, None where A g brings nothing new; and its (level, rest, drop).
 
     As g is independent of Q, it also gives unbiased estimates of tr(A) and of |(I - Q'Q) A|^2, free of charge.
     """
-    g = normals(operator.like, generator)
-    y = operator @ g
+    g = normals(found.rows, generator)
+    y = matrix @ g
     check_finite(dot(y, y), found.products + 1)
     inside, image = _float64(found.rows @ g), _float64(found.rows @ y)
     level = found.trace + dot(g, y) - float(2.0 * inside @ image - inside @ (found.core @ inside))
@@ -245,7 +262,7 @@ def _grow(
     if rest <= (100.0 * torch.finfo(y.dtype).eps) ** 2 * dot(y, y):
         return None, (level, rest, 0.0)
     q = new / math.sqrt(rest)
-    a = operator @ q
+    a = matrix @ q
     check_finite(dot(a, a), found.products + 2)
     border, corner = _float64(found.rows @ a), dot(q, a)
     drop = 2.0 * dot(a, a) - 2.0 * float(border @ border) - corner**2
@@ -256,7 +273,7 @@ def _grow(
 
 
 def _sample(
-    operator: LinearOperator,
+    matrix: InRange,
     found: _Range,
     known: float,
     sample: Callable[[Tensor, Tensor], float],
@@ -267,8 +284,8 @@ def _sample(
     """Mean of samples on the complement added to what is known, its standard error, and all products used."""
     drawn, used = Samples(), found.products
     while used < max_products:
-        v = _outside(signs(operator.like, generator), found.rows)
-        drawn.add(sample(v, operator @ v))
+        v = _outside(signs(found.rows, generator), found.rows)
+        drawn.add(sample(v, matrix @ v))
         used += 1
         check_finite(drawn.mean, used)
         if drawn.count >= LEAST_SAMPLES and drawn.standard_error <= tolerance * abs(known + drawn.mean):

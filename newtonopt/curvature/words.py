@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 # Between these ratios of the largest eigenvalue to the threshold training is called at the edge: full-batch gradient
 # descent and Adam hover within 6 % of it (Cohen et al. 2021, 2022).
 _BELOW, _BEYOND = 0.9, 1.1
+# Bounds this close to a value of zero are those of underflow.
+_NOTHING = 1e-30
 
 
 def describe(read: Callable[[str], float | None], settings: Settings) -> list[str]:
@@ -51,6 +53,9 @@ def _with_bounds(read: Callable[[str], float | None], name: str) -> str:
     if value is None or lower is None or upper is None:
         return f"{value:.4g}"
     width = max(upper - value, value - lower)
+    asymmetry = read("asymmetry")
+    if asymmetry is not None:
+        return f"{value:.4g} (not certified: products fail to be symmetric by {asymmetry:.2g} of the norm)"
     if read("certified") == 0.0:
         missed = "smaller" if name == "lambda_min" else "larger"
         return (
@@ -64,7 +69,7 @@ def _smallest(read: Callable[[str], float | None]) -> Iterator[str]:
     value, lower, upper = (read(f"lambda_min{end}") for end in ("", "_lower", "_upper"))
     if value is None or lower is None or upper is None:
         return
-    if lower == upper == 0.0:
+    if value == 0.0 and max(-lower, upper) < _NOTHING:
         yield "The smallest is zero: the loss is flat along it."
         return
     yield f"The smallest, {_with_bounds(read, 'lambda_min')}, " + (

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from newtonopt._scaling import InRange, dot, norm, scale_of, shifted, times_power
 from newtonopt.solvers.solution import Iterate, Matrix, Solution
 
 # Martens 2010, sec. 4.6: iterates are kept for backtracking at indices that grow by this factor.
@@ -60,8 +62,26 @@ def conjugate_gradients(
     if start is not None and math.isfinite(radius):
         raise ValueError(f"start must be None for a finite radius, with which Steihaug starts at zero, got {radius!r}.")
     limit = gradient.numel() if max_iterations is None else max_iterations
+    # With g = 2^p g' and A = 2^a A' of ordinary size the minimiser is s = 2^(p - a) s'.
+    matrix, power = InRange(A), scale_of(gradient)
     stop = _Stop(progress_tolerance, residual_tolerance, torch.finfo(gradient.dtype).eps, rounding)
-    return _iterate(A, gradient, start, preconditioner, radius, limit, stop, keep_path)
+    scaled = times_power(gradient, -power)
+    return _back(_iterate(matrix, scaled, power, start, preconditioner, radius, limit, stop, keep_path), power, matrix)
+
+
+def _back(solution: Solution, power: int, matrix: InRange) -> Solution:
+    """Return the solution in the units of the caller's gradient and matrix."""
+    far = power - matrix.exponent
+    if not (power or matrix.exponent):
+        return solution
+    path = [Iterate(times_power(i.step, far), shifted(i.decrease, power + far)) for i in solution.path]
+    return replace(
+        solution,
+        step=times_power(solution.step, far),
+        decrease=shifted(solution.decrease, power + far),
+        path=tuple(path),
+        bend=matrix.back(solution.bend),
+    )
 
 
 def shortened(solution: Solution, gradient: Tensor, radius: float) -> Solution:
@@ -78,13 +98,15 @@ def shortened(solution: Solution, gradient: Tensor, radius: float) -> Solution:
     Returns:
         The point and the model's decrease there.
     """
-    before = Iterate(torch.zeros_like(gradient), 0.0)
+    before, far = Iterate(torch.zeros_like(gradient), 0.0), math.frexp(radius)[1]
     for node in (*solution.path, Iterate(solution.step, solution.decrease)):
-        if float(node.step.norm()) > radius:
+        if norm(node.step) > radius:
             d = node.step - before.step
-            slope, size = float(gradient @ d), float(before.step @ before.step)
+            slope = dot(gradient, d)
             bend = 2 * (before.decrease - node.decrease - slope)
-            t = _to_boundary(size, float(before.step @ d), float(d @ d), radius)
+            # In units of the radius.
+            place, way = times_power(before.step, -far), times_power(d, -far)
+            t = _to_boundary(dot(place, place), dot(place, way), dot(way, way), shifted(radius, -far))
             point = Iterate(before.step + t * d, before.decrease - t * slope - t * t * bend / 2)
             # Negative curvature may have been followed backwards, at first uphill.
             best = max(point, before, key=lambda iterate: iterate.decrease)
@@ -99,8 +121,9 @@ def forcing_sequence(gradient_norm: float) -> float:
 
 
 def _iterate(
-    A: Matrix,
+    A: InRange,
     g: Tensor,
+    power: int,
     start: Tensor | None,
     preconditioner: Callable[[Tensor], Tensor] | None,
     radius: float,
@@ -109,8 +132,12 @@ def _iterate(
     keep_path: bool,
 ) -> Solution:
     apply = preconditioner if preconditioner is not None else _identity
-    s = torch.zeros_like(g) if start is None else start
-    r = -g if start is None else -g - A @ s
+    if start is None:
+        s, r = torch.zeros_like(g), -g
+    else:
+        image = A @ start
+        A.settle()
+        s, r = times_power(start, A.exponent - power), -g - times_power(image, A.exponent - power)
     y = apply(r)
     d = y.clone()
     rho = r @ y
@@ -123,6 +150,7 @@ def _iterate(
     reason = "zero residual" if r_norm == 0.0 else "iteration limit"
     while iteration < limit and r_norm > 0.0:
         Ad = A @ d
+        reach = shifted(radius, A.exponent - power)
         curvature = d @ Ad
         alpha = rho / curvature
         lengths = [d.norm(), Ad.norm()] if stop.rounding else []
@@ -139,17 +167,17 @@ def _iterate(
             return Solution(s, decrease, iteration, "non-finite product", tuple(path))
         if sizes and stop.is_rounding(bend, *sizes):
             path += [Iterate(s, decrease)] * keep_path
-            if math.isfinite(radius) and stop.floor > 0.0:
-                tau = min(_to_boundary(size, along, length, radius), rho_now / (stop.floor * sizes[0] ** 2))
+            if math.isfinite(reach) and stop.floor > 0.0:
+                tau = min(_to_boundary(size, along, length, reach), rho_now / (stop.floor * sizes[0] ** 2))
                 return Solution(s + tau * d, decrease + tau * rho_now, iteration, "no curvature", tuple(path))
             bend = 0.0
         elif bend <= 0.0:
             path += [Iterate(s, decrease)] * keep_path
         if bend <= 0.0:
-            return _negative_curvature(g, s, d, decrease, rho_now, bend, radius, (size, along, length), iteration, path)
+            return _negative_curvature(g, s, d, decrease, rho_now, bend, reach, (size, along, length), iteration, path)
         size_new = size + 2 * alpha_now * along + alpha_now * alpha_now * length
-        if math.isfinite(radius) and math.sqrt(max(size_new, 0.0)) >= radius:
-            tau = _to_boundary(size, along, length, radius)
+        if math.isfinite(reach) and math.sqrt(max(size_new, 0.0)) >= reach:
+            tau = _to_boundary(size, along, length, reach)
             gain = tau * rho_now - tau * tau * bend / 2
             path += [Iterate(s, decrease)] * keep_path
             return Solution(s + tau * d, decrease + gain, iteration, "reached the radius", tuple(path))

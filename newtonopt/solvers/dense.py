@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newtonopt._scaling import norm
 from newtonopt.solvers import secular
 from newtonopt.solvers.secular import Minimise
 from newtonopt.solvers.solution import Solution
@@ -130,11 +131,11 @@ def solve_cubic(values: Tensor, vectors: Tensor, gradient: Tensor, sigma: float)
 
 def _rounding(A: Tensor) -> float:
     """Return `n eps |A|`, by which computed eigenvalues are uncertain."""
-    return A.shape[0] * torch.finfo(A.dtype).eps * float(A.norm())
+    return A.shape[0] * torch.finfo(A.dtype).eps * norm(A.reshape(-1))
 
 
 def _solve(values: Tensor, vectors: Tensor, gradient: Tensor, minimise: Minimise) -> Solution:
     slopes = vectors.T @ gradient
     y, reason = minimise(values, slopes)
-    decrease = -float(slopes.double().cpu() @ y + values.double().cpu() @ y.square() / 2)
+    decrease = -float(slopes.double().cpu() @ y + (values.double().cpu() * y) @ y / 2)
     return Solution(vectors @ y.to(vectors), decrease, 1, reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from newtonopt._scaling import norm
 from newtonopt.solvers.lanczos import LanczosResult, Tridiagonal, lanczos
 from newtonopt.solvers.secular import Minimise, above_rounding
 from newtonopt.solvers.solution import Matrix, Solution
@@ -41,7 +42,7 @@ def krylov_space(
         due = max(tridiagonal.size + 1, int(_GROWTH * tridiagonal.size))
         coordinates, _, _ = _solve(tridiagonal, gradient, minimise)
         # What is left of A s + m s + g is along the next Lanczos vector (their eq. 5.7).
-        return float(tridiagonal.betas[-1] * coordinates[-1].abs()) <= residual_tolerance * float(gradient.norm())
+        return float(tridiagonal.betas[-1] * coordinates[-1].abs()) <= residual_tolerance * norm(gradient)
 
     return lanczos(A, gradient, max_products, stop=is_enough)
 
@@ -56,7 +57,7 @@ def minimise_in(space: LanczosResult, gradient: Tensor, minimise: Minimise) -> S
 def _solve(tridiagonal: Tridiagonal, gradient: Tensor, minimise: Minimise) -> tuple[Tensor, float, str]:
     """The minimiser's coordinates in the Lanczos basis, its decrease, and which case it was."""
     values, vectors = tridiagonal.ritz()
-    slopes = float(gradient.norm()) * vectors[0]
+    slopes = norm(gradient) * vectors[0]
     values = above_rounding(values, vectors, tridiagonal.dense(), torch.finfo(gradient.dtype).eps)
     y, reason = minimise(values, slopes)
-    return vectors @ y, -float(torch.dot(slopes, y) + torch.dot(values, y.square()) / 2), reason
+    return vectors @ y, -float(torch.dot(slopes, y) + torch.dot(values * y, y) / 2), reason

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from newtonopt._scaling import InRange, dot, norm, scale_of, shifted, times_power
 from newtonopt.solvers.solution import Matrix
 
 # Rows of the basis allocated at a time: memory follows the iterations made, not the budget.
@@ -153,7 +154,8 @@ def lanczos(
 
     Every new vector is orthogonalised against all earlier ones and against U twice ("twice is enough": Giraud,
     Langou, Rozloznik & van den Eshof 2005), so no ghost copies of an eigenvalue appear. Coefficients are
-    float64; the basis stays in the dtype of `start`.
+    float64; the basis stays in the dtype of `start`. The operator may be of any size: products are scaled by a power of
+    two where their squares would not be numbers.
 
     Args:
         operator: The symmetric operator A, used only as `A @ v`.
@@ -178,21 +180,22 @@ def lanczos(
     size = start.shape[0] - (0 if deflate is None else deflate.shape[0])
     room = max_products if restarts is None else min(restarts.room, max_products)
     fixed = [] if deflate is None or deflate.shape[0] == 0 else [deflate]
-    basis = _Basis(_first(start, fixed), room)
-    noise = 0.0
+    matrix = InRange(operator)
+    basis = _Basis(_first(start, fixed), room, matrix)
+    noise = largest = 0.0
     while True:
         if restarts is not None and basis.length == room:
             basis.restart(restarts.keep)
         vector = basis.append()
-        rest = operator @ vector
-        alpha = _dot(vector, rest)
+        rest = matrix @ vector
+        alpha = dot(vector, rest)
         _check_finite(alpha, basis.products)
         rest = torch.sub(rest, vector, alpha=alpha)
         basis.subtract_known(rest)
         noise = max(noise, _project(rest, [*fixed, *basis.blocks()], len(fixed)))
-        beta = math.sqrt(_dot(rest, rest))
-        scale = max(scale, abs(alpha) + beta)
-        small = beta <= _BREAKDOWN * torch.finfo(start.dtype).eps * scale
+        beta = norm(rest)
+        largest = max(largest, abs(alpha) + beta)
+        small = beta <= _BREAKDOWN * torch.finfo(start.dtype).eps * max(largest, shifted(scale, -matrix.exponent))
         if small or basis.length == size:
             beta = 0.0
         basis.close(alpha, beta, rest)
@@ -202,9 +205,10 @@ def lanczos(
 
 
 class _Basis:
-    """The Lanczos vectors and the coefficients while they are made."""
+    """The Lanczos vectors and the coefficients, those of the scaled matrix, while they are made."""
 
-    def __init__(self, first: Tensor, room: int) -> None:
+    def __init__(self, first: Tensor, room: int, matrix: InRange) -> None:
+        self._matrix = matrix
         self._next, self._previous, self._room = first, torch.zeros_like(first), room
         self._kept: list[Tensor] = []
         self._chunks: list[Tensor] = []
@@ -248,8 +252,10 @@ class _Basis:
         self._next = rest / beta if beta > 0.0 else torch.zeros_like(rest)
 
     def tridiagonal(self, noise: float) -> Tridiagonal:
-        alphas, betas = _float64(self._alphas), _float64(self._betas)
-        return Tridiagonal(alphas, betas, noise, self._values, self._couplings, self._before)
+        """The coefficients in the matrix's own units."""
+        found = (_float64(self._alphas), _float64(self._betas), self._values, self._couplings)
+        alphas, betas, values, couplings = (times_power(x, self._matrix.exponent) for x in found)
+        return Tridiagonal(alphas, betas, self._matrix.back(noise), values, couplings, self._before)
 
     def result(self, tridiagonal: Tridiagonal) -> LanczosResult:
         return LanczosResult(tridiagonal, tuple(self.blocks()), self._next)
@@ -260,17 +266,19 @@ class _Basis:
         values, coordinates = done.ritz()
         kept = keep(values)
         self._kept = [self.result(done).vectors(coordinates[:, kept])]
-        self._values, self._couplings = values[kept], done.betas[-1] * coordinates[-1, kept]
+        couplings = done.betas[-1] * coordinates[-1, kept]
+        self._values, self._couplings = (times_power(x, -self._matrix.exponent) for x in (values[kept], couplings))
         self._chunks, self._alphas, self._betas, self._before = [], [], [], done
 
 
 def _first(start: Tensor, fixed: list[Tensor]) -> Tensor:
     """The start vector projected and normalised."""
     vector = start.clone()
-    before = math.sqrt(_dot(vector, vector))
+    vector = times_power(vector, -scale_of(vector))
+    before = norm(vector)
     if fixed:
         _project(vector, fixed, 0)
-    after = math.sqrt(_dot(vector, vector))
+    after = norm(vector)
     # Projection leaves rounding of the size of the vector it started from: below that nothing is left.
     if not after > 100.0 * torch.finfo(vector.dtype).eps * before:
         raise ValueError(
@@ -283,20 +291,14 @@ def _first(start: Tensor, fixed: list[Tensor]) -> Tensor:
 
 def _project(vector: Tensor, blocks: list[Tensor], skip: int) -> float:
     """Removes the blocks' rows from the vector in place, twice; returns the norm removed first by blocks[skip:]."""
-    removed = 0.0
+    removed = []
     for sweep in range(2):
         for index, block in enumerate(blocks):
             coefficients = block @ vector
             vector.addmv_(block.T, coefficients, alpha=-1.0)
             if sweep == 0 and index >= skip:
-                removed += _dot(coefficients, coefficients)
-    return math.sqrt(removed)
-
-
-def _dot(left: Tensor, right: Tensor) -> float:
-    """Inner product, accumulated in float64 where the device has it (Apple's does not)."""
-    accumulator = left.dtype if left.device.type == "mps" else torch.float64
-    return float((left * right).sum(dtype=accumulator))
+                removed.append(norm(coefficients))
+    return math.hypot(*removed)
 
 
 def _float64(values: list[float]) -> Tensor:

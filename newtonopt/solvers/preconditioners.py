@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from newtonopt._scaling import InRange, times_power
 from newtonopt.solvers.solution import Matrix
 
 Preconditioner = Callable[[Tensor], Tensor]
@@ -90,9 +91,9 @@ def _nystrom(A: Matrix, rank: int, generator: torch.Generator, like: Tensor) -> 
     """Algorithm 2.1 of Frangella, Tropp & Udell 2023. The shift `sqrt(n) eps |Y|` keeps the Cholesky factorisation
     stable, and is taken off again; it is raised where rounding in the products makes the small core indefinite.
     """
-    test = _orthonormal(like, rank, generator)
+    test, matrix = _orthonormal(like, rank, generator), InRange(A)
     n, rank = test.shape
-    Y = _products(A, test)
+    Y = _products(matrix, test)
     norm = float(Y.norm())
     shift = max(math.sqrt(n) * torch.finfo(Y.dtype).eps * norm, torch.finfo(Y.dtype).tiny)
     core = test.T @ Y
@@ -111,19 +112,21 @@ def _nystrom(A: Matrix, rank: int, generator: torch.Generator, like: Tensor) -> 
     basis, triangle = torch.linalg.qr(B)
     del B
     vectors, singular, _ = torch.linalg.svd(triangle)
-    return Sketch((basis @ vectors).mul_(used), (singular.square() - shift).clamp(min=0))
+    values = times_power((singular.square() - shift).clamp(min=0), matrix.exponent)
+    return Sketch((basis @ vectors).mul_(used), values)
 
 
 def _range_finder(A: Matrix, rank: int, generator: torch.Generator, like: Tensor) -> Sketch:
     """For an indefinite matrix: eigenvalues on the range of `A test` (Halko, Martinsson & Tropp 2011, sec. 5.3)."""
-    image = _products(A, _orthonormal(like, rank, generator))
+    matrix = InRange(A)
+    image = _products(matrix, _orthonormal(like, rank, generator))
     used = _used(image)
     basis, _ = torch.linalg.qr(image)
     del image
-    core = basis.T @ _products(A, basis)
+    core = basis.T @ _products(matrix, basis)
     values, vectors = torch.linalg.eigh((core + core.T) / 2)
     order = values.abs().argsort(descending=True)
-    return Sketch((basis @ vectors[:, order]).mul_(used), values.abs()[order])
+    return Sketch((basis @ vectors[:, order]).mul_(used), times_power(values.abs()[order], matrix.exponent))
 
 
 def _used(image: Tensor) -> Tensor:
@@ -154,11 +157,11 @@ def estimated_diagonal(A: Matrix, probes: int, generator: torch.Generator, like:
     Raises:
         FloatingPointError: A product was not finite.
     """
-    squares = torch.zeros_like(like)
+    squares, matrix = torch.zeros_like(like), InRange(A)
     for _ in range(probes):
-        product = A @ _normal(like, generator).sign()
+        product = matrix @ _normal(like, generator).sign()
         squares.addcmul_(product, product)
-    return _finite(squares.div_(probes).sqrt_())
+    return times_power(_finite(squares.div_(probes).sqrt_()), matrix.exponent)
 
 
 def _finite(products: Tensor) -> Tensor:

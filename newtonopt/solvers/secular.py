@@ -8,9 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from newtonopt._scaling import exponent, shifted, times_power
+
 Minimise = Callable[[Tensor, Tensor], tuple[Tensor, str]]
 
 _MAX_ITERATIONS = 100
+# No number has a larger power of two, nor a square that is one a smaller.
+_RANGE = 1100
 
 
 def above_rounding(values: Tensor, vectors: Tensor, matrix: Tensor, eps: float) -> Tensor:
@@ -45,12 +49,20 @@ def ball(values: Tensor, slopes: Tensor, radius: float) -> tuple[Tensor, str]:
         `y`, `(k,)`, float64 on the CPU, and in words which case it was.
     """
     values, slopes = values.double().cpu(), slopes.double().cpu()
+    # In units of powers of two in which eigenvalues, slopes and radius are at most one.
+    far = math.frexp(radius)[1]
+    size = max(_power(values), _power(slopes) - far)
+    y, reason = _ball(times_power(values, -size), times_power(slopes, -size - far), shifted(radius, -far))
+    return times_power(y, far), reason
+
+
+def _ball(values: Tensor, slopes: Tensor, radius: float) -> tuple[Tensor, str]:
     lift = max(0.0, -float(values[0]))
     gaps = values + lift  # the lowest is exactly zero where the matrix is not positive definite
     least = max(0.0, float((slopes.abs() / radius - gaps).max()))
     if lift == 0.0:
         inside = _coordinates(gaps, slopes, 0.0)
-        if bool(torch.isfinite(inside).all()) and float(inside.norm()) <= radius:
+        if bool(torch.isfinite(inside).all()) and _length(inside) <= radius:
             return inside, "inside the ball"
     return _on_the_boundary(gaps, slopes, lift, least, lambda shift: (1 / radius, 0.0), "on the boundary")
 
@@ -69,6 +81,16 @@ def cubic(values: Tensor, slopes: Tensor, sigma: float) -> tuple[Tensor, str]:
         `y`, `(k,)`, float64 on the CPU, and in words which case it was.
     """
     values, slopes = values.double().cpu(), slopes.double().cpu()
+    # In units of powers of two in which eigenvalues, slopes and weight are at most one: the minimiser's m is of the
+    # size of the eigenvalues or of the root of sigma |c|, and |y| is m / sigma.
+    weight = math.frexp(sigma)[1]
+    size = max(_power(values), (_power(slopes) + weight + 1) // 2)
+    far = size - weight
+    y, reason = _cubic(times_power(values, -size), times_power(slopes, -size - far), shifted(sigma, -weight))
+    return times_power(y, far), reason
+
+
+def _cubic(values: Tensor, slopes: Tensor, sigma: float) -> tuple[Tensor, str]:
     lift = max(0.0, -float(values[0]))
     gaps = values + lift
     if lift == 0.0 and not bool(slopes.any()):
@@ -119,6 +141,12 @@ def _on_the_boundary(
 def _coordinates(gaps: Tensor, slopes: Tensor, t: float) -> Tensor:
     """`-c / (gaps + t)`, zero where the gradient is."""
     return torch.where(slopes == 0, torch.zeros_like(slopes), -slopes / (gaps + t))
+
+
+def _power(x: Tensor) -> int:
+    """Return the exponent of the largest entry; the least there is for zeros."""
+    power = exponent(x)
+    return -_RANGE if power is None else power
 
 
 def _length(y: Tensor) -> float:

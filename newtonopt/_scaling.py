@@ -1,0 +1,138 @@
+"""Norms, inner products and matrices whose squares would leave the range of floating-point numbers.
+
+The square of a float32 number below 1e-19 loses digits, and below 1e-23 it is zero; above 2e19 it is infinite.
+Curvature of that size is ordinary: a classifier that fits its data, a loss in large units. Everything here is scaled by
+powers of two, which do not round.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+# A matrix of a size within 2^-16 and 2^16 is left as it is: squares of its products and of their rounding are numbers.
+_BAND = 16
+
+
+class Multiplies(Protocol):
+    """Anything that multiplies a vector."""
+
+    def __matmul__(self, v: Any, /) -> Any: ...
+
+
+def norm(v: Tensor) -> float:
+    """Return the Euclidean norm of a vector `(n,)`, accumulated as by `dot`, whether or not its square is a number."""
+    square = _dot(v, v)
+    if _least(v) < square < math.inf:
+        return math.sqrt(square)
+    power = exponent(v)
+    if power is None:
+        return math.sqrt(square)
+    scaled = times_power(v, -power)
+    return shifted(math.sqrt(_dot(scaled, scaled)), power)
+
+
+def dot(left: Tensor, right: Tensor) -> float:
+    """Return the inner product of two vectors `(n,)`, whether or not the products of their entries are numbers.
+
+    It is accumulated in float64 where the device has it (Apple's does not).
+    """
+    plain = _dot(left, right)
+    if _least(left) < abs(plain) < math.inf:
+        return plain
+    powers = exponent(left), exponent(right)
+    if powers[0] is None or powers[1] is None:
+        return plain
+    return shifted(_dot(times_power(left, -powers[0]), times_power(right, -powers[1])), powers[0] + powers[1])
+
+
+def _dot(left: Tensor, right: Tensor) -> float:
+    accumulator = left.dtype if left.device.type == "mps" else torch.float64
+    return float((left * right).sum(dtype=accumulator))
+
+
+def _least(v: Tensor) -> float:
+    """Return the least sum of `n` products of which underflow takes no digit."""
+    of = torch.finfo(v.dtype)
+    return v.shape[0] * of.tiny / of.eps
+
+
+def exponent(v: Tensor) -> int | None:
+    """Return the power of two just above the largest entry's size; None for a vector that is zero or not finite."""
+    largest = float(v.abs().max()) if v.numel() else 0.0
+    return math.frexp(largest)[1] if 0.0 < largest < math.inf else None
+
+
+def scale_of(v: Tensor) -> int:
+    """Return the exponent of a vector, zero for one of ordinary size, which needs no scaling."""
+    power = exponent(v) or 0
+    return power if abs(power) > _BAND else 0
+
+
+def times_power(v: Tensor, power: int) -> Tensor:
+    """Return `2^power v`."""
+    # In two steps, for the factor itself may be no number.
+    half = power // 2
+    return v * 2.0**half * 2.0 ** (power - half) if power else v
+
+
+def shifted(x: float, power: int) -> float:
+    """Return `2^power x`, infinite where that overflows."""
+    try:
+        return math.ldexp(x, power)
+    except OverflowError:
+        return math.copysign(math.inf, x)
+
+
+def lost(dtype: torch.dtype, size: int) -> float:
+    """Return by how much underflow may change the norm of a product `(size,)` of that dtype.
+
+    Numbers below the least normal one have fewer digits, or none. An entry that is computed from them errs by a tiny
+    part of that number, times what the rest of the computation multiplies it by: 1e7 in float32 and 1e16 in float64 are
+    allowed for.
+    """
+    return torch.finfo(dtype).tiny * math.sqrt(size)
+
+
+class InRange:
+    """The matrix `A / 2^exponent`, whose products with unit vectors, and their squares, are numbers of ordinary size.
+
+    The exponent is found from the first product that is not zero, and stays: products up to then are zero in any units.
+
+    Args:
+        matrix: `A`.
+
+    Attributes:
+        exponent: Zero where the matrix is of ordinary size itself.
+    """
+
+    def __init__(self, matrix: Multiplies) -> None:
+        self._matrix = matrix
+        self._known = False
+        self.exponent = 0
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """Return `A v / 2^exponent`."""
+        product: Tensor = self._matrix @ v
+        if not self._known:
+            self._find(product, v)
+        return times_power(product, -self.exponent)
+
+    def settle(self) -> None:
+        """Keep the exponent that is known by now."""
+        self._known = True
+
+    def _find(self, product: Tensor, v: Tensor) -> None:
+        powers = exponent(product), exponent(v)
+        if powers[0] is None or powers[1] is None:
+            return
+        self._known = True
+        if abs(powers[0] - powers[1]) > _BAND:
+            self.exponent = powers[0] - powers[1]
+
+    def back(self, x: float, degree: int = 1) -> float:
+        """Return a number computed from these products in the units of `A`, or in those of its power `degree`."""
+        return shifted(x, degree * self.exponent)
