@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,12 +11,15 @@ from torch import Tensor
 
 from newtonopt._memory import check_room
 from newtonopt._progress import progress
+from newtonopt._scaling import norm
 from newtonopt._sharded import Sharded
 
 Product = Callable[[Tensor], Tensor]
 
 # Products that `dense` asks for at a time.
 _ROWS = 128
+# Products at once may differ by so many times what rounding does to a single one.
+_COARSER = 4.0
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,8 @@ class LinearOperator:
         """The whole matrix, for one product a column (a row if there are fewer); symmetric matrices are symmetrised.
 
         Several products are formed at once where operations allow that, and a bar shows how far a long run of them is.
+        One product more compares each number of rows formed at once with a single one: where they differ, because an
+        operation mixes the rows, all are formed one by one.
 
         Raises:
             MemoryError: The matrix would not fit in the memory that is available: nothing was allocated.
@@ -162,18 +168,36 @@ class LinearOperator:
         remedy = "Products A @ v need no more than vectors."
         check_room(rows * columns, self.dtype, self.device, f"A {rows} x {columns} matrix", remedy)
         transposed = torch.empty(columns, rows, dtype=self.dtype, device=self.device)
+        at_once, checked = self._rows, {1}
         with progress(columns, "curvature matrix") as tick:
             for first, piece in zip(range(0, columns, _ROWS), transposed.split(_ROWS), strict=True):
                 units = torch.zeros(len(piece), columns, dtype=self.dtype, device=self.device)
                 units.diagonal(first).fill_(1)
-                if self._rows is None:
+                if at_once is not None:
+                    piece.copy_(at_once(units))
+                    self._count[0] += len(piece)
+                    if not (len(piece) in checked or self._agrees(units, piece)):
+                        at_once = None
+                    checked.add(len(piece))
+                if at_once is None:
                     for row, unit in zip(piece, units, strict=True):
-                        row.copy_(self._product(unit))
-                else:
-                    piece.copy_(self._rows(units))
-                self._count[0] += len(piece)
+                        row.copy_(self @ unit)
                 tick(len(piece))
         return transposed.T if self._transpose is not None else _symmetrised(transposed)
+
+    def _agrees(self, V: Tensor, images: Tensor) -> bool:
+        """Whether products formed at once, row by row, add up as a single one does: a random combination of them."""
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(len(V), generator=generator, dtype=torch.float64, device="cpu").to(V)
+        v, expected = weights @ V, weights @ images
+        image, size = self @ v, norm((weights.unsqueeze(1) * images).reshape(-1))
+        error = norm(image - expected)
+        if not math.isfinite(error):
+            return False
+        if error <= math.sqrt(torch.finfo(self.dtype).eps) * size:
+            return True
+        # Coarser rounding, that of autocast or TensorFloat-32, shows where the same vector is rounded otherwise.
+        return error <= _COARSER * norm((self @ (3 * v)) / 3 - image)
 
     def _check_kind(self, v: Tensor) -> None:
         if isinstance(v, Sharded) != isinstance(self.like, Sharded):

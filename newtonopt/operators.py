@@ -147,7 +147,7 @@ def _symmetric(
 
     whole = _latest(lambda manner: form(manner, None))
     product = Vouched(evaluation, matrix, whole if number is None else block, lambda m: examine(m, whole))
-    rows = None if is_sharded(params) else product
+    rows = product if evaluation.form == "cached" and not is_sharded(params) else None
     shape = (like.numel(), like.numel())
     operator = LinearOperator(product, shape, like, psd=psd, rows=rows, trust=lambda: product.trust)
     return operator.shift(decay) if decays(decay) else operator

@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_recording": {"_autograd", "_convexity", "_flat", "_graph", "_shards", "_subclasses", "_tap", "evaluation"},
     "_differences": {"_flat", "_shards", "evaluation"},
     "isolation": {"_discovery", "_subclasses"},
-    "linear_operator": {"_memory", "_progress", "_sharded"},
+    "linear_operator": {"_memory", "_progress", "_scaling", "_sharded"},
     "solvers": {"_scaling"},
     "globalization": set(),
     "evaluation": {"_autograd", "_convexity", "_flat", "_graph", "_tap", "linear_operator"},

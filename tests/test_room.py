@@ -35,7 +35,7 @@ def test_nothing_happens_before_the_error(name: str, monkeypatch: pytest.MonkeyP
     assert optimizer.state_dict()["state"] == {}
     monkeypatch.setattr(_memory, "available_memory", lambda device: 4 * n**2 * 8)
     optimizer.step(case.closure)
-    assert optimizer.last_step.products == n
+    assert optimizer.last_step.products == n + 1  # and one that checks those formed at once
 
 
 def test_blocks_fit_where_the_matrix_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,10 @@ _SOLVERS = {"absolute": solve_absolute, "shifted": solve_shifted, "clamped": sol
 class DampedNewton(NewtonOptimizer):
     """Newton steps `-(A + damping I)^-1 g` with the whole matrix `A`, and Levenberg-Marquardt damping.
 
-    Use it for models of some hundreds of parameters, where it converges quadratically: a step costs `n` products and
-    `n^2` numbers of memory, 0.2 s at n = 500 and 15 s at n = 5000 on a processor core. Do not use it for larger ones,
-    or with small noisy batches: `HessianFree` needs a fraction of the products.
+    Use it for models of some hundreds of parameters, where it converges quadratically: a step costs `n` products, a few
+    more that check those formed at once, and `n^2` numbers of memory, 0.2 s at n = 500 and 15 s at n = 5000 on a
+    processor core. Do not use it for larger ones, or with small noisy batches: `HessianFree` needs a fraction of the
+    products.
 
     The loss times `c` gives the same steps with `c` times the `damping` and `weight_decay`.
 
