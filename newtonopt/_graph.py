@@ -49,6 +49,20 @@ def bytes_handed_on(start: Iterable[Node | None]) -> int:
     return total
 
 
+def coarsest(start: Iterable[Node | None], eps: float) -> float:
+    """Return the eps of the coarsest floating dtype of the gradients passed to the nodes reachable from `start`, or
+    `eps` if that is more.
+    """
+
+    def look(node: Node) -> bool:
+        nonlocal eps
+        eps = max([eps, *(torch.finfo(of.dtype).eps for of in node._input_metadata if of.dtype.is_floating_point)])
+        return False
+
+    reaches(start, look)
+    return eps
+
+
 def reached(start: Node | Iterable[Node | None] | None, nodes: set[Node | None] | set[Node]) -> set[Node]:
     """Those of `nodes` that are met going back from `start`."""
     met: set[Node] = set()

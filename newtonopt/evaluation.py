@@ -14,6 +14,7 @@ from newtonopt._autograd import CHANGED, Gradients, grad
 from newtonopt._convexity import Output
 from newtonopt._flat import flatten
 from newtonopt._graph import reaches
+from newtonopt._scaling import norm
 from newtonopt._tap import OnTerm
 from newtonopt.linear_operator import Trust
 
@@ -70,6 +71,10 @@ class Source(Protocol):
         """Run the closure in forward mode: the sum of its losses, and `J v` for the outputs of these numbers."""
         ...
 
+    def replay(self, evaluation: Evaluation) -> None:
+        """See that the closure computes the evaluation's loss and gradient when it runs again."""
+        ...
+
     def add_gradient(self, gradient: Tensor, step: Tensor) -> Tensor:
         """Add this process's gradient at a step from the point to `gradient` in place; returns its loss there."""
         ...
@@ -107,6 +112,8 @@ class Evaluation:
         gradient: Its gradient, `(n,)`, in the order of `params`.
         data_gradient: The gradient without the term of `decay`.
         slope: The same, of its own losses: an optimizer gives other data's gradient to an evaluation for curvature.
+        local_gradient: This process's part of it, where the objective is a mean over several.
+        replayed: Whether the closure was seen to compute the same loss and gradient when it ran again.
         params: The parameters.
         returned: What the closure returned, detached when it is a tensor.
         clipped: Whether the closure shrank `.grad` after its backward.
@@ -155,10 +162,12 @@ class Evaluation:
         self.holds_constant = self.hooks_gradients = False
         self._graph: tuple[Tensor, tuple[Output, ...]] | None = (loss, tuple(outputs))
         self._alive = True
+        self.replayed = False
         self._versions = [p._version for p in self.params]
         self.data_gradient = local_gradient(loss, self.params) if gradient is None else gradient
         self.slope = self.data_gradient
         self.gradient, self.loss = self.data_gradient, loss.detach()
+        self.local_gradient = self.data_gradient
         if decays(decay):
             point = flatten(self.params, self.params).detach()
             self.gradient = self.data_gradient + decay * point
@@ -209,6 +218,14 @@ class Evaluation:
         if [p._version for p in self.params] != self._versions:
             raise RuntimeError(CHANGED)
 
+    def check_rerun(self) -> None:
+        """Refuse products that run the closure again at other parameters, or if it computes something else by then:
+        before the first of them its loss and its gradient are compared, for one forward and one backward pass.
+        """
+        self.check_unchanged()
+        if self.source is not None and not self.replayed:
+            self.source.replay(self)
+
     def check_same_function(self, loss: float, tolerance: float, bend: float = 0.0, slack: float = 0.0) -> None:
         """Refuse a closure that computed another loss at a later call.
 
@@ -227,6 +244,26 @@ class Evaluation:
             raise RuntimeError(
                 f"The closure computed the loss {loss:.9g} where it had computed {expected:.9g} at the same "
                 f"parameters. {SAME_FUNCTION}"
+            )
+
+    def check_same_gradient(self, gradient: Tensor, eps: float) -> None:
+        """Refuse a closure that computed another gradient at a later call: batches may differ and their losses not.
+
+        Args:
+            gradient: Of that call, on this process, `(n,)`.
+            eps: Of the coarsest dtype that it was computed in.
+
+        Raises:
+            RuntimeError: It differs by more than rounding.
+        """
+        size, change = norm(self.local_gradient), norm(gradient - self.local_gradient)
+        # Where terms cancel, as at a minimum, the gradient's rounding is that of the terms.
+        reach = norm(flatten(self.params, self.params).detach())
+        rounding = 16 * eps * abs(self.local_loss) / reach if reach > 0.0 else 0.0
+        if change > min(eps ** (1 / 3), _COARSEST) * size + rounding:  # false where one is not finite
+            raise RuntimeError(
+                f"The closure computed another gradient at the same parameters, which differs from the first by "
+                f"{change / size if size else math.inf:.2g} times its norm. {SAME_FUNCTION}"
             )
 
     def free(self) -> None:
@@ -291,8 +328,11 @@ def source_of(evaluation: Evaluation) -> Source:
 
 SAME_FUNCTION = (
     "Trials and products need the same function each time, so let it use the same data on every call: begin its loader "
-    "anew, and do not call next() on an iterator from outside."
+    "anew, do not call next() on an iterator from outside, and let no counter or running average that the closure "
+    "itself advances enter the loss."
 )
+# Of a gradient that was computed in part in bfloat16, by kernels that may add in any order.
+_COARSEST = 0.05
 _FREED = "This evaluation was freed and gives no more products: evaluate the closure again."
 
 

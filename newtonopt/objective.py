@@ -16,6 +16,7 @@ from newtonopt._autograd import forward_mode, grad
 from newtonopt._checks import check_closure, check_products, check_weight
 from newtonopt._flat import add_flat, flatten, is_rounding, place, put_back, trained_parameters, unflatten
 from newtonopt._gradients import Group
+from newtonopt._graph import coarsest
 from newtonopt._progress import progress
 from newtonopt._ranks import Ranks
 from newtonopt._recording import (
@@ -103,6 +104,8 @@ class Objective:
         weight: Of this process in the mean, above zero; None (default): found from the losses.
         verdicts: What earlier checks of its products found; None (default): they are checked anew.
         length: How far finite differences look, as for an `Evaluation`.
+        replayed: Whether such a closure was seen before to compute the same loss and gradient when it runs again, so
+            that products need not see to it.
 
     Attributes:
         params: The parameters.
@@ -119,6 +122,8 @@ class Objective:
         weight: float | None = None,
         verdicts: Mapping[Matrix, Verdict] | None = None,
         length: float | None = None,
+        *,
+        replayed: bool = False,
     ) -> None:
         self._closure = closure
         self._verdicts, self._length = verdicts, length
@@ -142,6 +147,7 @@ class Objective:
         self._fills = False
         self._numbers: dict[object, int] = {}
         self._may_release, self._has_released = True, False
+        self._replayed = replayed
         self._ranks = Ranks(self.point)
         if not self._sharded:
             self._ranks.check_same(self.point)
@@ -268,15 +274,30 @@ class Objective:
         return self._value(lambda: self._at_rest(self.point + step))
 
     def check_replay(self, evaluation: Evaluation) -> None:
-        """See that the closure computes the same loss when it runs again: one forward pass, without a trace.
+        """See on all processes that the closure computes the same loss and gradient when it runs again, unless that was
+        seen before: one forward and one backward pass, without a trace.
 
         Raises:
             RuntimeError: It does not.
         """
         for group, (part, _) in zip(self._groups or (), evaluation.parts, strict=False):
             self._only(group).check_replay(part)
-        if not evaluation.parts:
-            self._ranks.each(lambda: evaluation.check_same_function(float(self.visit(None)), evaluation.eps**0.25))
+        if not evaluation.parts and not evaluation.replayed:
+            self._ranks.each(lambda: self.replay(evaluation))
+
+    def replay(self, evaluation: Evaluation) -> None:
+        """The same on this process."""
+        gradient, eps = torch.zeros_like(self.point), evaluation.eps
+        add = self._adding_to(gradient)
+
+        def take(term: Term) -> None:
+            nonlocal eps
+            eps = coarsest([term.loss.grad_fn], eps)
+            add(term)
+
+        evaluation.check_same_function(float(self.visit(take)), evaluation.eps**0.25)
+        evaluation.check_same_gradient(gradient, eps)
+        evaluation.replayed = self._replayed = True
 
     def gradient_at(self, step: Tensor) -> tuple[float, Tensor]:
         """The objective and its gradient at `point + step`: one forward and one backward pass, without a trace."""
@@ -560,6 +581,7 @@ class Objective:
         if self._ranks.count > 1:
             evaluation.loss = self._mean_loss(losses, recording.loss.dtype, self.point).to(self.point.device)
         evaluation.returned = recording.returned
+        evaluation.local_gradient, evaluation.replayed = recording.gradient, self._replayed
         evaluation.may_fall_back = self.products == "auto"
         evaluation.unrecognised_advice = unrecognised(tap.losses_seen, tap.ends, tap.wrappers)
         evaluation.output_sizes, evaluation.outside = recording.output_sizes, recording.outside

@@ -15,7 +15,7 @@ from newtonopt._batches import batches, one_by_one
 from newtonopt._convexity import Output, Root
 from newtonopt._differences import displacement
 from newtonopt._flat import add_flat, flatten, unflatten, unflatten_rows
-from newtonopt._graph import bytes_handed_on
+from newtonopt._graph import bytes_handed_on, coarsest
 from newtonopt._tap import OnTerm, Term
 from newtonopt.evaluation import SAME_FUNCTION, Evaluation, Source, source_of
 
@@ -32,7 +32,11 @@ def hessian_of(
     loss: Tensor, _: Sequence[Output], params: Sequence[Tensor], keep: bool
 ) -> Callable[[Tensor], Gradients]:
     """`v -> H v` with a loss's Hessian, by a second differentiation."""
-    gradients = grad_with_graph(loss, params)
+    return _derivative(grad_with_graph(loss, params), params, keep)
+
+
+def _derivative(gradients: Gradients, params: Sequence[Tensor], keep: bool) -> Callable[[Tensor], Gradients]:
+    """`v -> H v` from gradients with their graph."""
     # Entries that are constant in the parameters have no graph, and no second derivative.
     live = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
 
@@ -172,16 +176,28 @@ def restricted(product: Product, part: slice, n: int) -> Product:
 
 
 def streamed_hessian(evaluation: Evaluation) -> Product:
-    """Products that run the closure again, each of its losses differentiated twice at its `backward` and let go."""
+    """Products that run the closure again, each of its losses differentiated twice at its `backward` and let go.
+
+    Each of them sees the gradient too, which is compared with the evaluation's.
+    """
     source, params = source_of(evaluation), evaluation.params
+    eps: float | None = None
 
     def product(v: Tensor) -> Tensor:
-        result = torch.zeros_like(v)
+        nonlocal eps
+        result, seen, coarse = torch.zeros_like(v), torch.zeros_like(v), eps or evaluation.eps
 
         def add(term: Term) -> None:
-            add_flat(result, hessian_of(term.loss, term.outputs, params, term.keep)(v), params)
+            nonlocal coarse
+            coarse = coarsest([term.loss.grad_fn], coarse) if eps is None else coarse
+            gradients = grad_with_graph(term.loss, params)
+            add_flat(seen, [None if g is None else g.detach() for g in gradients], params)
+            add_flat(result, _derivative(gradients, params, term.keep)(v), params)
 
-        _visit(evaluation, add)
+        evaluation.check_unchanged()
+        evaluation.check_same_function(float(source.visit(add)), math.sqrt(evaluation.eps))
+        evaluation.check_same_gradient(seen, coarse)
+        evaluation.replayed, eps = True, coarse
         return result
 
     return one_by_one(_averaged(source, product))
@@ -238,7 +254,7 @@ def streamed_push(evaluation: Evaluation, forward: bool = True) -> Push:
     has_forward_mode = forward
 
     def forwards(v: Tensor) -> dict[int, Tensor]:
-        evaluation.check_unchanged()
+        evaluation.check_rerun()
         loss, pushed = source.push(v, evaluation.output_sizes)
         evaluation.check_same_function(float(loss), math.sqrt(evaluation.eps))
         _check_met(evaluation, pushed)
@@ -277,7 +293,7 @@ def differenced_hessian(evaluation: Evaluation, length: float | None = None) -> 
         if norm == 0.0:
             return result
         h = length / norm
-        evaluation.check_unchanged()
+        evaluation.check_rerun()
         below = source.add_gradient(result, -h * v)
         steepest = float(result.norm())
         above = source.add_gradient(result.neg_(), h * v)
@@ -309,7 +325,7 @@ def differenced_push(evaluation: Evaluation, length: float | None = None) -> Pus
     def push(v: Tensor) -> dict[int, Tensor]:
         # Any step will do for the zero vector.
         h = length / (float(v.norm()) or 1.0)
-        evaluation.check_unchanged()
+        evaluation.check_rerun()
         above, below = outputs_at(h * v), outputs_at(-h * v)
         if {n: z.shape for n, z in above.items()} != {n: z.shape for n, z in below.items()}:
             raise RuntimeError(f"The closure computed outputs of other shapes at the second call. {SAME_FUNCTION}")
@@ -369,7 +385,7 @@ def _check_met(evaluation: Evaluation, numbers: Collection[int]) -> None:
 
 
 def _visit(evaluation: Evaluation, on_term: OnTerm, numbers: Collection[int] = ()) -> None:
-    evaluation.check_unchanged()
+    evaluation.check_rerun()
     loss = float(source_of(evaluation).visit(on_term, numbers=numbers))
     evaluation.check_same_function(loss, math.sqrt(evaluation.eps))
 

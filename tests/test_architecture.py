@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 # What each room of the package may import from the others; "newtonopt" are its public names.
 # What optimizers and measurements alike are made from.
 KNOWN = {"_checks", "_flat", "evaluation", "linear_operator", "objective", "operators"}
-PRIVATE = {"_advice", "_autograd", "_flat", "_gradients", "_progress", "_ranks", "_recording", "_shards", "_tap"}
+PRIVATE = {"_advice", "_autograd", "_flat", "_gradients", "_graph", "_progress", "_ranks", "_recording", "_shards", "_tap"}
 MAY_IMPORT: dict[str, set[str]] = {
     "_flat": {"_sharded", "_shards"},
     "_sharded": set(),
@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "linear_operator": {"_memory", "_progress", "_scaling", "_sharded"},
     "solvers": {"_scaling"},
     "globalization": set(),
-    "evaluation": {"_autograd", "_convexity", "_flat", "_graph", "_tap", "linear_operator"},
+    "evaluation": {"_autograd", "_convexity", "_flat", "_graph", "_scaling", "_tap", "linear_operator"},
     "objective": {"_checks", "evaluation", "isolation", *PRIVATE},
     "products": {"_autograd", "_batches", "_convexity", "_differences", "_flat", "_graph", "_tap", "evaluation"},
     "verification": {

@@ -69,6 +69,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         self._warned_of_clipping = False
         self._fell_back = False
         self._verdicts: Mapping[Matrix, Verdict] = {}
+        self._replayed = False
 
     def _check(self, settings: dict[str, Any]) -> None:
         """Refuse settings out of their range with a ValueError: when they are given, and again in every step."""
@@ -166,6 +167,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             falls_back=self._fell_back,
             verdicts=self._verdicts,
             length=length,
+            replayed=self._replayed,
         )
         before = {key: dict(value) if isinstance(value, dict) else value for key, value in self.state.items()}
         try:
@@ -209,8 +211,9 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         broken = not_finite(loss, norm, evaluation, basis)
         try:
             if not broken:
-                if memory["steps"] == 1:
+                if not self._replayed:
                     call.objective.check_replay(evaluation)
+                    self._replayed = True
                 # The model's slope is the loss's.
                 basis.gradient = basis.data_gradient = evaluation.gradient
                 with unrounded(basis.gradient):
@@ -450,7 +453,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("last_step", "_warned_of_clipping", "_fell_back", "_verdicts")
+        names = ("last_step", "_warned_of_clipping", "_fell_back", "_verdicts", "_replayed")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

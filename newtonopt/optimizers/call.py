@@ -31,6 +31,7 @@ class Call:
         falls_back: Whether products are known to need finite differences.
         verdicts: What earlier checks of the products found.
         length: How far finite differences look; None: not known yet.
+        replayed: Whether the closures were seen to compute the same again when they run again.
 
     Attributes:
         params: The parameters that are neither frozen nor empty.
@@ -50,6 +51,7 @@ class Call:
         falls_back: bool,
         verdicts: Mapping[Matrix, Verdict],
         length: float | None,
+        replayed: bool,
     ) -> None:
         trained = [(group, p) for group in groups for p in group["params"] if p.requires_grad and p.numel()]
         if not trained:
@@ -62,10 +64,12 @@ class Call:
         decay = per_entry([float(group["weight_decay"]) for group, _ in trained], self.params)
         products: Products = "finite_difference" if falls_back else groups[0]["products"]
         curved = closure if curvature_closure is None else curvature_closure
-        self._curved = Objective(curved, self.params, decay, products, verdicts=verdicts, length=length)
+        self._curved = Objective(curved, self.params, decay, products, verdicts=verdicts, length=length, replayed=replayed)
         # By differences, which the loss alone never needs, no graph of it is kept.
         alone: Products = "finite_difference"
-        self.objective = self._curved if curvature_closure is None else Objective(closure, self.params, decay, alone)
+        self.objective = self._curved
+        if curvature_closure is not None:
+            self.objective = Objective(closure, self.params, decay, alone, replayed=replayed)
         self._start = self.objective.point
         self._began = False
         self._gradient: Tensor | None = None
