@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from newtonopt._checks import check_instance, check_seed, check_share, check_whole
-from newtonopt._scaling import InRange, lost
+from newtonopt._scaling import InRange, dot, lost, norm
 from newtonopt.curvature.bounds import (
     GUARD,
     Knowledge,
@@ -34,6 +34,9 @@ _VECTORS = 120
 _BOTTOM_WEIGHT = 0.3
 
 
+# By which part of the spectrum's width a followed eigenvalue may have moved inwards if its vector is a new one, or lie
+# on the other side of zero; and how much of the old vectors is in one that is not new.
+_MOVED, _ACROSS, _PART = 0.3, 0.03, 0.3
 _ANYWHERE = Range(-math.inf, math.inf)
 # So many may be asked for of the smallest operator too, which has fewer: the defaults do.
 _FEW = 5
@@ -157,7 +160,7 @@ def extreme_eigenvalues(
             return _spectrum(request, known, matrix, confidence, settled(request, known), False)
         return _spectrum(request, known, matrix, confidence, certified(request, known), True)
     known = track(matrix, request, _nothing(operator), old, seed, functools.partial(settled, request))
-    return _spectrum(request, known, matrix, confidence, settled(request, known), False)
+    return _followed(request, known, matrix, confidence, start, old)
 
 
 def follow(
@@ -177,13 +180,49 @@ def follow(
         return settled(request, seen) or (seen.products >= least and _known_roughly(request, seen))
 
     known = track(matrix, request, _nothing(operator), old, seed, is_enough)
-    return _spectrum(request, known, matrix, 0.99, settled(request, known), False)
+    return _followed(request, known, matrix, 0.99, start, old)
 
 
 def _known_roughly(request: Request, known: Knowledge) -> bool:
     (_, top), _ = request.ends
     largest = replace(request, ends=((1.0, min(top, 1)), (-1.0, 0)))
     return settled(largest, known) and settled(replace(request, tolerance=max(request.tolerance, 0.1)), known)
+
+
+def _followed(
+    request: Request, known: Knowledge, matrix: InRange, confidence: float, start: Spectrum | None, old: Tensor
+) -> Spectrum:
+    """The spectrum of a tracking run, without values that come from the other end of it."""
+    kept = request if start is None else _own(request, known, start, old)
+    return _spectrum(kept, known, matrix, confidence, kept == request and settled(request, known), False)
+
+
+def _own(request: Request, known: Knowledge, start: Spectrum, old: Tensor) -> Request:
+    """The request with as many values of each end as are those of that end.
+
+    A run sees equal eigenvalues once, and nearly equal ones late: where several of the top are about zero, the next
+    largest Ritz value is one of the bottom's. Such a value lies far further in than the one measured last, or on the
+    other side of zero, and its vector has little of those that were followed. The first of each end stays.
+    """
+    values, total = known.block.values.tolist(), norm(old)
+    parts = [abs(dot(vector, old)) / total for vector in known.block.vectors]
+    before = [entry.value for entry in (*start.top, *start.bottom)]
+    width, width_before = max(values) - min(values), max(before) - min(before)
+    olds = ((start.top, 1.0), (start.bottom, _BOTTOM_WEIGHT))
+    ends = []
+    for (sign, count), (entries, weight) in zip(request.ends, olds, strict=True):
+        order = sorted(range(len(values)), key=lambda index: -sign * values[index])[:count]
+        rank = min(1, len(order))
+        while 0 < rank < len(order) and entries:
+            value, was = sign * values[order[rank]], sign * entries[min(rank, len(entries) - 1)].value
+            inwards = (sign * values[order[0]] - value) * width_before - (sign * entries[0].value - was) * width
+            far = inwards > _MOVED * width * width_before
+            across = value < -_ACROSS * width and was > -_ACROSS * width_before
+            if (far or across) and parts[order[rank]] < _PART * weight / total:
+                break
+            rank += 1
+        ends.append((sign, rank if entries else len(order)))
+    return replace(request, ends=(ends[0], ends[1]))
 
 
 def _spectrum(

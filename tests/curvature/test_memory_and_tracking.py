@@ -288,3 +288,24 @@ def test_a_start_of_another_length_is_refused() -> None:
         extreme_eigenvalues(_diagonal(SLOW), start=other)
     with pytest.raises(ValueError, match=r"start must hold vectors of length .* got 0 vectors"):
         extreme_eigenvalues(_diagonal(SLOW), start=replace(other, top=(), bottom=()))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("budget", [6, 10, 24])
+def test_followed_values_are_those_of_their_own_end(sign: float, budget: int) -> None:
+    """A run sees eigenvalues that are nearly zero once: the next ones are not taken from the other end."""
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        n = 40
+        Q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+        values = sign * torch.cat([torch.linspace(-10, -1, 8), torch.zeros(n - 8)]).double()
+        noise = torch.randn(n, n, generator=generator, dtype=torch.float64)
+        A, B = ((Q * values) @ Q.T + size * (noise + noise.T) for size in (1e-4, 1e-3))
+        ends = (3, 1) if sign > 0 else (1, 3)
+        first = extreme_eigenvalues(LinearOperator(A.mv, (n, n), A[0]), *ends)
+        found = extreme_eigenvalues(LinearOperator(B.mv, (n, n), B[0]), *ends, start=first, max_products=budget)
+        truth = torch.linalg.eigvalsh(B)
+        for end, expected in ((found.top, truth.flip(0)), (found.bottom, truth)):
+            assert len(end) >= 1
+            assert all(abs(e.value - t) < 0.05 * 10 for e, t in zip(end[1:], expected[1:].tolist(), strict=False))
+        assert not (found.converged and (len(found.top) + len(found.bottom)) < 4)
