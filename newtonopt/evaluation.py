@@ -226,24 +226,45 @@ class Evaluation:
         if self.source is not None and not self.replayed:
             self.source.replay(self)
 
-    def check_same_function(self, loss: float, tolerance: float, bend: float = 0.0, slack: float = 0.0) -> None:
+    def check_same_function(self, loss: float, tolerance: float) -> None:
         """Refuse a closure that computed another loss at a later call.
 
         Args:
             loss: Of that call, on this process.
             tolerance: Relative.
+
+        Raises:
+            RuntimeError: It differs.
+        """
+        expected = self.local_loss
+        if abs(loss - expected) > tolerance * abs(expected):  # false where one is not finite
+            raise RuntimeError(
+                f"The closure computed the loss {loss:.9g} where it had computed {expected:.9g} at the same "
+                f"parameters. {SAME_FUNCTION}"
+            )
+
+    def check_near(self, loss: float, tolerance: float, bend: float, slack: float) -> None:
+        """Refuse a loss close by that is not what value, slope and curvature let expect.
+
+        Args:
+            loss: There, on this process.
+            tolerance: Relative.
             bend: By how much it should differ.
             slack: By how much more it may.
 
         Raises:
-            RuntimeError: It differs by another amount.
+            RuntimeError: It differs by another amount, because the closure computes another function, or because this
+                one jumps.
         """
-        expected = self.local_loss
-        allowed = tolerance * (abs(expected) + abs(bend)) + slack
-        if abs(loss - expected - bend) > allowed:  # false where one is not finite
+        expected = self.local_loss + bend
+        if abs(loss - expected) > tolerance * (abs(self.local_loss) + abs(bend)) + slack:
+            if self.source is not None:
+                self.source.replay(self)
             raise RuntimeError(
-                f"The closure computed the loss {loss:.9g} where it had computed {expected:.9g} at the same "
-                f"parameters. {SAME_FUNCTION}"
+                f"Close to the parameters the loss is {loss:.9g}, where {expected:.9g} was expected from its slope and "
+                "curvature, so there are no finite differences: it jumps, as where the model rounds a value (int(), "
+                'round(), the diagonal in orthogonal_map="householder"), or changes at a scale far below the size of '
+                'the parameters. Use products="cached" or "streamed".'
             )
 
     def check_same_gradient(self, gradient: Tensor, eps: float) -> None:

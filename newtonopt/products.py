@@ -301,7 +301,7 @@ def differenced_hessian(evaluation: Evaluation, length: float | None = None) -> 
         bend = 0.25 * h * float(result @ v)
         # By how much the loss can change over that length, where a kink lies between and at losses near zero.
         slack = length * (2 * steepest + float(result.norm()))
-        evaluation.check_same_function(0.5 * (float(below) + float(above)), evaluation.eps**0.25, bend, slack)
+        evaluation.check_near(0.5 * (float(below) + float(above)), evaluation.eps**0.25, bend, slack)
         return result.div_(2 * h)
 
     return one_by_one(_averaged(source, product))
