@@ -95,11 +95,12 @@ def _any_differs(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     on_cpu = all(a.device.type == "cpu" for a, _ in pairs)
     if not on_cpu and not bool(torch.stack([(a != b).any() for a, b in pairs]).any()):
         return False
-    return any(_differs(a, b) for a, b in pairs)
+    return any(differs(a, b) for a, b in pairs)
 
 
-def _differs(a: Tensor, b: Tensor) -> bool:
-    # The first is quick, and does not take NaN for equal to itself.
+def differs(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape differ anywhere; NaN is equal to itself here."""
+    # The first is quick, and does not take NaN for that.
     return not torch.equal(a, b) and bool(((a != b) & ~(a.isnan() & b.isnan())).any())
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from newtonopt._autograd import CHANGED, Gradients, grad
 from newtonopt._convexity import Output
-from newtonopt._flat import flatten
+from newtonopt._flat import differs, flatten
 from newtonopt._graph import reaches
 from newtonopt._scaling import norm
+from newtonopt._shards import is_sharded
 from newtonopt._tap import OnTerm
 from newtonopt.linear_operator import Trust
 
@@ -106,6 +107,7 @@ class Evaluation:
         length: How far finite differences look, `h |v|`; None (default): what products at two lengths suggest.
         parts: Evaluations that this one is the sum of, each with a mask `(n,)`: ones at the parameters that its losses
             count for.
+        point: The parameters' values, `(n,)`, which nobody changes; None: to be copied.
 
     Attributes:
         loss: The objective's value, a detached scalar.
@@ -140,6 +142,7 @@ class Evaluation:
         verdicts: Mapping[Matrix, Verdict] | None = None,
         length: float | None = None,
         parts: Sequence[tuple[Evaluation, Tensor]] = (),
+        point: Tensor | None = None,
     ) -> None:
         self.params = tuple(params)
         self.decay = decay
@@ -164,6 +167,7 @@ class Evaluation:
         self._alive = True
         self.replayed = False
         self._versions = [p._version for p in self.params]
+        self._point = flatten(self.params, self.params).detach().clone() if point is None else point
         self.data_gradient = local_gradient(loss, self.params) if gradient is None else gradient
         self.slope = self.data_gradient
         self.gradient, self.loss = self.data_gradient, loss.detach()
@@ -214,8 +218,14 @@ class Evaluation:
             )
 
     def check_unchanged(self) -> None:
-        """Refuse products at other parameters than the evaluation's."""
-        if [p._version for p in self.params] != self._versions:
+        """Refuse products at other parameters than the evaluation's, however they came there.
+
+        Autograd does not see what is done to `p.data`, so that values are compared, except those of sharded parameters.
+        """
+        moved = [p._version for p in self.params] != self._versions
+        if not moved and not is_sharded(self.params):
+            moved = differs(flatten(self.params, self.params).detach(), self._point)
+        if moved:
             raise RuntimeError(CHANGED)
 
     def check_rerun(self) -> None:

@@ -419,7 +419,12 @@ class Objective:
                 or an operation has no forward mode.
         """
         tangents: dict[int, Tensor] = {}
-        with self._isolation.isolated(), progress(self._terms) as tick, forward_mode(self.params, v):
+        with (
+            self._placed(None),
+            self._isolation.isolated(),
+            progress(self._terms) as tick,
+            forward_mode(self.params, v),
+        ):
             tap = self._tap(on_term=lambda term: tick(), wanted=numbers, tangents=tangents)
             versions, unchanged = [p._version for p in self.params], kept_versions(self.params)
             returned = self._call(tap)
@@ -576,6 +581,7 @@ class Objective:
             form="cached" if self.products == "auto" else self.products,
             verdicts=self._verdicts,
             length=self._length,
+            point=self.point,
         )
         self._evaluated = losses, evaluation.data_gradient
         if self._ranks.count > 1:

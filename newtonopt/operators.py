@@ -265,7 +265,12 @@ def _pull(evaluation: Evaluation, manner: Manner) -> Product:
     if manner.form != "cached":
         return products.pull_from(evaluation)
     outputs, params = [z.tensor for z in evaluation.graph[1]], evaluation.params
-    return lambda u: flatten(grad(outputs, params, unflatten(u, outputs), keep=True), params)
+
+    def pull(u: Tensor) -> Tensor:
+        evaluation.check_unchanged()
+        return flatten(grad(outputs, params, unflatten(u, outputs), keep=True), params)
+
+    return pull
 
 
 def _check(evaluation: Evaluation) -> None:

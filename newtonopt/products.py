@@ -160,7 +160,11 @@ def cached(evaluation: Evaluation, build: Build, number: int | None = None) -> P
     product = build(loss, outputs, params, True)
     # Twice, for the second differentiation goes back through both passes.
     rows = batches(product, params, 2 * bytes_handed_on([loss.grad_fn]))
-    one = lambda v: rows(v) if v.dim() == 2 else flatten(product(v), params)  # noqa: E731
+
+    def one(v: Tensor) -> Tensor:
+        evaluation.check_unchanged()
+        return rows(v) if v.dim() == 2 else flatten(product(v), params)
+
     return _averaged(evaluation.source, one)
 
 
@@ -254,7 +258,6 @@ def streamed_push(evaluation: Evaluation, forward: bool = True) -> Push:
     has_forward_mode = forward
 
     def forwards(v: Tensor) -> dict[int, Tensor]:
-        evaluation.check_rerun()
         loss, pushed = source.push(v, evaluation.output_sizes)
         evaluation.check_same_function(float(loss), math.sqrt(evaluation.eps))
         _check_met(evaluation, pushed)
@@ -274,6 +277,7 @@ def streamed_push(evaluation: Evaluation, forward: bool = True) -> Push:
     def push(v: Tensor) -> dict[int, Tensor]:
         nonlocal has_forward_mode
         if has_forward_mode:
+            evaluation.check_rerun()
             try:
                 return forwards(v)
             except RuntimeError:  # an error that has nothing to do with forward mode comes again

@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "linear_operator": {"_memory", "_progress", "_scaling", "_sharded"},
     "solvers": {"_scaling"},
     "globalization": set(),
-    "evaluation": {"_autograd", "_convexity", "_flat", "_graph", "_scaling", "_tap", "linear_operator"},
+    "evaluation": {"_autograd", "_convexity", "_flat", "_graph", "_scaling", "_shards", "_tap", "linear_operator"},
     "objective": {"_checks", "evaluation", "isolation", *PRIVATE},
     "products": {"_autograd", "_batches", "_convexity", "_differences", "_flat", "_graph", "_tap", "evaluation"},
     "verification": {

@@ -114,6 +114,7 @@ def test_derivatives_inside_the_loss() -> None:
             torch.nn.utils.vector_to_parameters(start + sign * 1e-6 * direction, params)
             ends.append(residual().detach()[:, 0])
         columns.append((ends[0] - ends[1]) / 2e-6)
+    torch.nn.utils.vector_to_parameters(start, params)
     torch.testing.assert_close(J, torch.stack(columns, 1), rtol=1e-6, atol=1e-8)
     close(gauss_newton(evaluation).dense(), 2 / 7 * J.T @ J)
 

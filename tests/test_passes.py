@@ -54,6 +54,43 @@ def test_products_of_changed_parameters_are_an_error_and_leave_them(operator: An
     assert all(torch.equal(p, m) for p, m in zip(problem.params, moved, strict=True))
 
 
+def _all_by_data(params: list[nn.Parameter]) -> None:
+    for p in params:
+        p.data = p.data + 1.0
+
+
+def _in_place_by_data(params: list[nn.Parameter]) -> None:
+    params[-1].data.view(-1)[0].add_(1e-3)
+
+
+def _by_a_vector(params: list[nn.Parameter]) -> None:
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(params) + 1.0, params)
+
+
+@pytest.mark.parametrize("move", [_all_by_data, _in_place_by_data, _by_a_vector])
+@pytest.mark.parametrize("after_a_product", [True, False])
+@pytest.mark.parametrize("products", ["cached", "streamed", "finite_difference"])
+@ALL
+def test_products_see_moves_that_autograd_does_not(
+    operator: Any, products: Any, move: Any, after_a_product: bool
+) -> None:
+    problem = Batches()
+    A = operator(evaluate(problem.closure, problem.params, products=products))
+    v = torch.ones(A.shape[1], dtype=torch.float64)
+    before = [p.detach().clone() for p in problem.params]
+    first = A @ v if after_a_product else None
+    move(problem.params)
+    moved = [p.detach().clone() for p in problem.params]
+    with pytest.raises(RuntimeError, match="changed after this evaluation"):
+        A @ v
+    with pytest.raises(RuntimeError, match="changed after this evaluation"):
+        A.T @ torch.ones(A.shape[0], dtype=torch.float64)
+    assert all(torch.equal(p, m) for p, m in zip(problem.params, moved, strict=True))
+    for p, value in zip(problem.params, before, strict=True):
+        p.data = value
+    assert first is None or torch.equal(A @ v, first)
+
+
 def test_differences_in_proportion_to_large_parameters() -> None:
     torch.manual_seed(0)
     theta = nn.Parameter(1e4 * torch.randn(20))

@@ -171,19 +171,11 @@ def test_the_check_costs_one_run_for_an_optimizer() -> None:
     assert counts == [1, 0, 0]
 
 
-@pytest.mark.parametrize("kind", ["householder", "small"])
-def test_differences_say_that_the_loss_jumps(kind: str) -> None:
-    """Of the same function, whose data needs no other treatment."""
+def test_differences_say_that_the_loss_jumps() -> None:
+    """Of the same function, whose data needs no other treatment: torch rounds the diagonal to whole numbers there."""
     torch.manual_seed(0)
     inputs, targets = torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
-    if kind == "householder":
-        layer = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map="householder").double()
-        params = list(layer.parameters())
-        closure = lambda: F.mse_loss(layer(inputs), targets)  # noqa: E731
-    else:
-        params = [nn.Parameter(1e-12 * torch.randn(4, dtype=torch.float64))]
-        closure = lambda: F.mse_loss((1e13 * inputs * params[0]).sin(), targets)  # noqa: E731
-    H = hessian(evaluate(closure, params, products="finite_difference"))
-    with pytest.raises(RuntimeError, match="Close to the parameters the loss is .* it jumps.*Use products="):
-        H.dense()
-    assert hessian(evaluate(closure, params, products="streamed")).dense().isfinite().all()
+    layer = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map="householder").double()
+    evaluation = evaluate(lambda: F.mse_loss(layer(inputs), targets), layer.parameters(), products="finite_difference")
+    with pytest.raises(RuntimeError, match=r"Close to the parameters the loss is .* it jumps.*Use products="):
+        hessian(evaluation).dense()
