@@ -43,11 +43,23 @@ def grad(
         NoSecondDerivativeError: The graph of a first derivative ends in an operation without a second one.
         RuntimeError: The graph is gone, or something in it was changed in place.
     """
-    with _differentiating():
+    with _differentiating(of):
         if is_sharded(by):
             return pulled(of, by, along, keep=keep)
         found = torch.autograd.grad(of, by, along, retain_graph=keep, allow_unused=True, is_grads_batched=batched)
     return tuple(plain(g) for g in found)
+
+
+def gradient_of(loss: Tensor, params: Sequence[Tensor], *, keep: bool) -> Gradients:
+    """The gradient of a loss, which training needs too.
+
+    Raises:
+        RuntimeError: As `grad`, or an operation has no derivative at all.
+    """
+    try:
+        return grad(loss, params, keep=keep)
+    except NoSecondDerivativeError as error:
+        raise RuntimeError(f"The loss has no gradient, so that backward fails too: {error.__cause__}") from error
 
 
 def grad_with_graph(
@@ -59,7 +71,7 @@ def grad_with_graph(
         NoSecondDerivativeError: The result depends on `by` through an operation without a second derivative, which
             autograd would leave out of the next differentiation without a word.
     """
-    with _differentiating():
+    with _differentiating(of):
         found = torch.autograd.grad(of, by, along, create_graph=True, allow_unused=True)
         gradients: Gradients = tuple(plain(g) for g in found)
     if reaches([g.grad_fn for g in gradients if g is not None], _is_dead_end):
@@ -74,8 +86,12 @@ def _is_dead_end(node: Node) -> bool:
     return node.name() in ("torch::autograd::Error", "torch::autograd::NotImplemented")
 
 
+def _takes_nested(node: Node) -> bool:
+    return any(of.is_nested_tensor for of in node._input_metadata)
+
+
 @contextmanager
-def _differentiating() -> Iterator[None]:
+def _differentiating(of: Tensor | Sequence[Tensor]) -> Iterator[None]:
     # A checkpoint computes its part of the forward pass again, and must meet the kernels that it met the first time.
     # Fabric, under some precisions, hooks the model's outputs and refuses any other derivative than fabric.backward's.
     wrappers = [sys.modules[name] for name in _FABRIC if name in sys.modules]
@@ -94,6 +110,10 @@ def _differentiating() -> Iterator[None]:
             ) from error
         if "modified by an inplace operation" in text:
             raise RuntimeError(CHANGED) from error
+        if reaches([t.grad_fn for t in ([of] if isinstance(of, Tensor) else of)], _takes_nested):
+            raise NoSecondDerivativeError(
+                f"An operation on nested tensors has no second derivative in PyTorch: {text}"
+            ) from error
         if "backward through the graph a second time" in text:
             raise RuntimeError(
                 "The graph of the loss was freed before the closure called loss.backward(): by a backward outside of "

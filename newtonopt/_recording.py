@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newtonopt._autograd import grad
+from newtonopt._autograd import gradient_of
 from newtonopt._convexity import Output
 from newtonopt._flat import add_flat, flatten, is_rounding
 from newtonopt._graph import all_behind, reaches
@@ -77,7 +77,7 @@ class Recording:
             return
         self._sizes.update({z.number: z.tensor.numel() for z in term.outputs})
         self.outside = self.outside or leaves_outside(term.loss, term.tensors, self._params)
-        gradients = grad(term.loss, self._params, keep=term.keep)
+        gradients = gradient_of(term.loss, self._params, keep=term.keep)
         refuse_sparse(gradients)
         self._relate(gradients)
         add_flat(self.gradient, gradients, self._params)

@@ -62,9 +62,15 @@ def mark_outputs(z: Tensor) -> Tensor:
 
     Raises:
         TypeError: `z` is no tensor.
+        ValueError: It is a nested tensor without a jagged layout, which has no shape.
     """
     if not isinstance(z, Tensor):
         raise TypeError(f"z must be a tensor, got a value of type {type(z).__name__}. Give the model's output.")
+    if z.is_nested and z.layout == torch.strided:
+        raise ValueError(
+            "z must have a shape, got a nested tensor of strided layout. Mark torch.nested.to_padded_tensor(z, 0.0), "
+            "or make it with layout=torch.jagged and mark z.values()."
+        )
     if has_torch_function_unary(z):
         marked: Tensor = handle_torch_function(mark_outputs, (z,), z)
         return marked

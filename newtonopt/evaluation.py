@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from newtonopt._autograd import CHANGED, Gradients, grad
+from newtonopt._autograd import CHANGED, Gradients, gradient_of
 from newtonopt._convexity import Output
 from newtonopt._flat import differs, flatten
 from newtonopt._graph import reaches
@@ -165,6 +165,7 @@ class Evaluation:
         self.holds_constant = self.hooks_gradients = False
         self._graph: tuple[Tensor, tuple[Output, ...]] | None = (loss, tuple(outputs))
         self._alive = True
+        self._compared = False
         self.replayed = False
         self._versions = [p._version for p in self.params]
         self._point = flatten(self.params, self.params).detach().clone() if point is None else point
@@ -220,10 +221,13 @@ class Evaluation:
     def check_unchanged(self) -> None:
         """Refuse products at other parameters than the evaluation's, however they came there.
 
-        Autograd does not see what is done to `p.data`, so that values are compared, except those of sharded parameters.
+        Autograd does not see what is done to `p.data`, so that values are compared: except those of sharded parameters, and
+        elsewhere than on the CPU, where that waits for the device, before the first product only.
         """
         moved = [p._version for p in self.params] != self._versions
-        if not moved and not is_sharded(self.params):
+        compares = not self._compared or self._point.device.type == "cpu"
+        if not moved and compares and not is_sharded(self.params):
+            self._compared = True
             moved = differs(flatten(self.params, self.params).detach(), self._point)
         if moved:
             raise RuntimeError(CHANGED)
@@ -382,7 +386,7 @@ def local_gradients(loss: Tensor, params: Sequence[Tensor]) -> Gradients:
     Raises:
         RuntimeError: A gradient is sparse, or the loss does not depend on the parameters.
     """
-    gradients = grad(loss, params, keep=True)
+    gradients = gradient_of(loss, params, keep=True)
     refuse_sparse(gradients)
     if all(g is None for g in gradients):
         raise UnrelatedError(UNRELATED)

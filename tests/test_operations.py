@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from newtonopt import HessianFree, NewtonCG, evaluate, gauss_newton, hessian, jacobian
+from newtonopt import HessianFree, NewtonCG, evaluate, gauss_newton, hessian, jacobian, mark_outputs
 
 Operation = Callable[[Tensor], Tensor]
 N = 12
@@ -348,7 +348,57 @@ def test_nested_tensors_inside_a_model(layout: torch.layout) -> None:
         return torch.nested.to_padded_tensor(nested * nested, 0.0).mean()
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="An operation of the model has no second derivative")
+        warnings.filterwarnings("ignore", message="An operation .* has no second derivative")
         optimizer = HessianFree(layer.parameters(), curvature="hessian")
         losses = [float(optimizer.step(closure)) for _ in range(3)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*fx_tracing")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("case", ["padded", "unbound", "marked"])
+@pytest.mark.parametrize("of", [hessian, gauss_newton])
+def test_products_through_nested_tensors(case: str, of: Any) -> None:
+    """Differences where torch has no second derivative, under "auto", and else an error that says so."""
+    layout = torch.strided if case == "unbound" else torch.jagged
+    torch.manual_seed(0)
+    layer, rows = nn.Linear(2, 3).double(), [constant(k, 2) for k in (1, 3)]
+    targets = constant(2, 3)
+
+    def closure(nested: bool = True) -> Tensor:
+        if not nested:
+            parts = [layer(row) for row in rows]
+        elif case == "padded":
+            z = torch.nested.to_padded_tensor(layer(torch.nested.nested_tensor(rows, layout=layout)), 0.0)
+            return F.mse_loss(torch.tanh(z.sum(1)), targets)
+        else:
+            z = layer(torch.nested.nested_tensor(rows, layout=layout))
+            parts = list((mark_outputs(z) if case == "marked" else z).unbind())
+        if case == "padded":
+            return F.mse_loss(torch.tanh(torch.stack([part.sum(0) for part in parts])), targets)
+        return sum((part.square().sum() for part in parts), torch.zeros((), dtype=torch.float64))
+
+    truth = of(evaluate(lambda: closure(nested=False), layer.parameters())).dense()
+    with pytest.warns(UserWarning, match=r"nested tensors has no second derivative.*finite differences instead"):
+        found = of(evaluate(closure, layer.parameters())).dense()
+    torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match=r"nested tensors has no second derivative.*needs none"):
+        of(evaluate(closure, layer.parameters(), products="cached")).dense()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_that_have_no_shape_or_no_gradient() -> None:
+    layer = nn.Linear(2, 3).double()
+    rows = [constant(k, 2) for k in (1, 3)]
+    with pytest.raises(
+        ValueError, match=r"z must have a shape, got a nested tensor of strided layout\. Mark torch\.nested"
+    ):
+        mark_outputs(torch.nested.nested_tensor(rows, layout=torch.strided))
+
+    def closure() -> Tensor:
+        z = torch.tanh(layer(torch.nested.nested_tensor(rows, layout=torch.strided)))
+        return torch.nested.to_padded_tensor(z, 0.0).square().sum()
+
+    for products in ("cached", "streamed", "finite_difference"):
+        with pytest.raises(RuntimeError, match="The loss has no gradient, so that backward fails too: Could not run"):
+            evaluate(closure, layer.parameters(), products=products)  # type: ignore[arg-type]
