@@ -235,7 +235,6 @@ def average(ball: Ball, samples: int, seed: int) -> Sharpness:
     if math.inf in rises:
         return Sharpness(math.inf, "average", ball.radius, ball.base, None, samples, True)
     mean = math.fsum(rises) / len(rises)
-    variance = math.fsum((rise - mean) ** 2 for rise in rises) / (len(rises) - 1)
-    error = math.sqrt(variance / len(rises))
+    error = math.hypot(*(rise - mean for rise in rises)) / math.sqrt((len(rises) - 1) * len(rises))
     converged = error <= ball.tolerance * abs(mean)
     return Sharpness(mean, "average", ball.radius, ball.base, None, samples, converged, error)

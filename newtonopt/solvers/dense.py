@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newtonopt._scaling import norm
+from newtonopt._scaling import dot, norm
 from newtonopt.solvers import secular
 from newtonopt.solvers.secular import Minimise
 from newtonopt.solvers.solution import Solution
@@ -44,7 +44,7 @@ def solve_shifted(A: Tensor, gradient: Tensor, damping: float, eigh: Eigh = torc
         reason = "shifted past the lowest eigenvalue"
     else:
         step = -torch.cholesky_solve(gradient.unsqueeze(1), factor).squeeze(1)
-    return Solution(step, float(-(gradient @ step) / 2), 1, reason)
+    return Solution(step, -dot(gradient, step) / 2, 1, reason)
 
 
 def solve_absolute(A: Tensor, gradient: Tensor, damping: float, eigh: Eigh = torch.linalg.eigh) -> Solution:
@@ -67,7 +67,7 @@ def solve_absolute(A: Tensor, gradient: Tensor, damping: float, eigh: Eigh = tor
         return Solution(solution.step, solution.decrease, 1, "positive definite")
     values, vectors = eigh(A)
     step = -vectors @ ((vectors.T @ gradient) / (values.abs().clamp(min=_rounding(A)) + damping))
-    return Solution(step, float(-(gradient @ step) / 2), 1, "eigenvalues replaced by their absolute value")
+    return Solution(step, -dot(gradient, step) / 2, 1, "eigenvalues replaced by their absolute value")
 
 
 def solve_clamped(A: Tensor, gradient: Tensor, damping: float, eigh: Eigh = torch.linalg.eigh) -> Solution:
@@ -96,7 +96,7 @@ def solve_clamped(A: Tensor, gradient: Tensor, damping: float, eigh: Eigh = torc
     else:
         step = -torch.cholesky_solve(gradient.unsqueeze(1), torch.linalg.cholesky(A)).squeeze(1)
         reason = "no eigenvalue below the damping"
-    return Solution(step, float(-(gradient @ step) / 2), 1, reason)
+    return Solution(step, -dot(gradient, step) / 2, 1, reason)
 
 
 def solve_ball(values: Tensor, vectors: Tensor, gradient: Tensor, radius: float) -> Solution:
