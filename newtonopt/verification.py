@@ -31,11 +31,11 @@ from torch import Tensor
 
 from newtonopt._autograd import NoSecondDerivativeError
 from newtonopt._checks import warn
-from newtonopt._differences import Difference, difference, displacement, gradient_at, lengths_from
+from newtonopt._differences import Difference, difference, displacement, lengths_from
 from newtonopt._flat import local_pieces
 from newtonopt._graph import Graph, look_through
 from newtonopt._shards import is_sharded
-from newtonopt.evaluation import SAME_FUNCTION, Evaluation, Manner, Matrix, Verdict, source_of
+from newtonopt.evaluation import Evaluation, Manner, Matrix, Verdict, source_of
 from newtonopt.linear_operator import Trust
 
 Product = Callable[[Tensor], Tensor]
@@ -379,9 +379,12 @@ def _check_replays(evaluation: Evaluation) -> None:
     Raises:
         RuntimeError: It does not.
     """
-    again = gradient_at(evaluation, torch.zeros_like(evaluation.slope))[0]
-    if float((again - evaluation.slope).norm()) > 0.01 * float(evaluation.slope.norm()):
-        raise RuntimeError(f"The closure computed another gradient at the same parameters. {SAME_FUNCTION}")
+
+    def rerun() -> Tensor:
+        evaluation.check_rerun()
+        return torch.zeros(())
+
+    _mean(evaluation, rerun)
 
 
 def _agrees(evaluation: Evaluation, image: Tensor, seen: Sequence[Difference]) -> bool | None:

@@ -22,7 +22,18 @@ ROOT = Path(__file__).parents[1]
 # What each room of the package may import from the others; "newtonopt" are its public names.
 # What optimizers and measurements alike are made from.
 KNOWN = {"_checks", "_flat", "evaluation", "linear_operator", "objective", "operators"}
-PRIVATE = {"_advice", "_autograd", "_flat", "_gradients", "_graph", "_progress", "_ranks", "_recording", "_shards", "_tap"}
+PRIVATE = {
+    "_advice",
+    "_autograd",
+    "_flat",
+    "_gradients",
+    "_graph",
+    "_progress",
+    "_ranks",
+    "_recording",
+    "_shards",
+    "_tap",
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "_flat": {"_sharded", "_shards"},
     "_sharded": set(),

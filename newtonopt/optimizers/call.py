@@ -64,7 +64,9 @@ class Call:
         decay = per_entry([float(group["weight_decay"]) for group, _ in trained], self.params)
         products: Products = "finite_difference" if falls_back else groups[0]["products"]
         curved = closure if curvature_closure is None else curvature_closure
-        self._curved = Objective(curved, self.params, decay, products, verdicts=verdicts, length=length, replayed=replayed)
+        self._curved = Objective(
+            curved, self.params, decay, products, verdicts=verdicts, length=length, replayed=replayed
+        )
         # By differences, which the loss alone never needs, no graph of it is kept.
         alone: Products = "finite_difference"
         self.objective = self._curved
