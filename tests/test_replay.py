@@ -179,3 +179,17 @@ def test_differences_say_that_the_loss_jumps() -> None:
     evaluation = evaluate(lambda: F.mse_loss(layer(inputs), targets), layer.parameters(), products="finite_difference")
     with pytest.raises(RuntimeError, match=r"Close to the parameters the loss is .* it jumps.*Use products="):
         hessian(evaluation).dense()
+
+
+def test_differences_tell_other_data_from_a_jump() -> None:
+    """A closure that goes on to other data only after some calls."""
+    case, count = Fresh(torch.float64), itertools.count()
+
+    def closure() -> Tensor:
+        return case.loss(temperature=1.0 if next(count) < 4 else 300.0)
+
+    H = hessian(evaluate(closure, case.params, products="finite_difference"))
+    ones = torch.ones(H.shape[0], dtype=torch.float64)
+    H @ ones
+    with pytest.raises(RuntimeError, match=OTHER):
+        H @ ones
