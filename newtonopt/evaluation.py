@@ -221,8 +221,8 @@ class Evaluation:
     def check_unchanged(self) -> None:
         """Refuse products at other parameters than the evaluation's, however they came there.
 
-        Autograd does not see what is done to `p.data`, so that values are compared: not those of sharded parameters, and
-        elsewhere than on the CPU, where that waits for the device, only before the first product.
+        Autograd does not see what is done to `p.data`, so that values are compared: not those of sharded parameters,
+        and elsewhere than on the CPU, where that waits for the device, only before the first product.
         """
         moved = [p._version for p in self.params] != self._versions
         compares = not self._compared or self._point.device.type == "cpu"

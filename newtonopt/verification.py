@@ -62,6 +62,7 @@ class Finding:
         wrong: Why they are wrong, while the gradient is the loss's; empty: they are not.
         doubt: Why they cannot be vouched for; empty: they can.
         error: Relative error of a product, estimated.
+        warns: Whether the doubt is worth a warning.
         finite: Whether the products were numbers.
         cost: How many products and gradients it took.
     """
@@ -70,6 +71,7 @@ class Finding:
     wrong: str = ""
     doubt: str = ""
     error: float = 0.0
+    warns: bool = True
     finite: bool = True
     cost: int = 0
 
@@ -175,7 +177,7 @@ class Vouched:
         self._use(Manner("finite_difference"))
 
     def _keep(self, finding: Finding, *, quiet: bool = False) -> Verdict:
-        if finding.doubt and finding.finite and not quiet:  # solvers refuse what is not finite
+        if finding.doubt and finding.warns and finding.finite and not quiet:  # solvers refuse what is not finite
             warn(f"{finding.doubt} No measurement of this curvature is certified.")
         verdict = Verdict(finding.manner, Trust(finding.doubt, finding.error), finding.cost)
         self._evaluation.judge(self._matrix, verdict)
@@ -187,7 +189,7 @@ class Vouched:
 def examine_hessian(evaluation: Evaluation, manner: Manner, form: Callable[[Manner], Product]) -> Finding:
     """Examine products with the Hessian."""
     if manner.form == "finite_difference":
-        return _examine_differences(evaluation, manner)
+        return _examine_differences(evaluation, manner, form)
     graph, product = _graph_of(evaluation), form(manner)
     u, w, images = _two_products(evaluation, product)
     if not _are_finite(*images):
@@ -203,7 +205,8 @@ def examine_hessian(evaluation: Evaluation, manner: Manner, form: Callable[[Mann
         return replace(found, doubt=_UNDECIDED.format(names)) if graph.is_foreign else found
     not_the_gradient = replace(found, doubt=_NOT_THE_GRADIENT.format(graph.named(", as through ")))
     if seen.agrees is not False:
-        return replace(found, doubt=_ASYMMETRIC.format(f"{asymmetry:.1g}", graph.named(" through ")))
+        # Most often it is rounding, as where a softmax has saturated.
+        return replace(found, doubt=_ASYMMETRIC.format(f"{asymmetry:.1g}", graph.named(" through ")), warns=False)
     _check_replays(evaluation)
     if graph.has_hooks:
         return not_the_gradient
@@ -244,7 +247,8 @@ def examine_gauss_newton(
         images = form(found.manner)(u), form(found.manner)(w)
     asymmetry = _asymmetry(u, w, images)
     if asymmetry > _tolerance(graph.eps) + 3 * found.error:
-        return replace(found, doubt=_ASYMMETRIC.format(f"{asymmetry:.1g}", graph.named(" through ")))
+        # Most often it is rounding, as where a softmax has saturated.
+        return replace(found, doubt=_ASYMMETRIC.format(f"{asymmetry:.1g}", graph.named(" through ")), warns=False)
     if not graph.is_foreign or is_sharded(evaluation.params):
         return found
     seen = _compared(evaluation, w, None, _MANY)
@@ -309,10 +313,10 @@ def _examine_transposes(
     return Finding(manner, wrong=_WRONG_JACOBIAN.format(graph.named("through ", "of the outputs") + " "), cost=cost)
 
 
-def _examine_differences(evaluation: Evaluation, manner: Manner) -> Finding:
+def _examine_differences(evaluation: Evaluation, manner: Manner, form: Callable[[Manner], Product]) -> Finding:
+    _check_replays(evaluation)
     u = _direction([_inside(evaluation, evaluation.slope), _noise(evaluation, 0)], first=True)
-    start = displacement(evaluation.params)
-    image = _inside(evaluation, difference(evaluation, u, start).product)
+    image = _inside(evaluation, form(manner)(u))
     w = _direction([image, _noise(evaluation, 1), u])
     slopes: list[tuple[float, float]] = []
 
@@ -563,6 +567,6 @@ _UNDECIDED = (
     "The second derivative through {} could not be compared with differences of gradients, which are too rough here."
 )
 _SEEN_THROUGH = (
-    "Finite differences see through what backward holds constant (detach, no_grad) or changes (hooks), so that their "
-    'products are not those of a symmetric matrix. Write products="cached" to have that held constant.'
+    "Finite differences see through what backward holds constant (detach, no_grad, a rounded value) or changes (hooks), "
+    'so that their products are not those of a symmetric matrix. Write products="cached" to have that held constant.'
 )

@@ -177,6 +177,8 @@ def take(
     verdicts = None if last is None else last.verdicts
     objective = Objective(closure, params, products=settings.products, weight=weight, verdicts=verdicts)
     evaluation = objective.evaluate()
+    if last is None:
+        objective.check_replay(evaluation)
     gradient = evaluation.gradient
     A = hessian(evaluation) if settings.curvature == "hessian" else gauss_newton(evaluation)
     quotient = along_gradient(look, A, gradient)
@@ -191,8 +193,6 @@ def take(
     values.verdicts, values.doubt = evaluation.verdicts, A.trust.doubt
     del A
     evaluation.free()
-    if last is None:
-        objective.check_replay(evaluation)
     # What has no second derivative now has none the next time.
     values.form = "finite_difference" if evaluation.form == "finite_difference" else settings.products
     enter_sharpness(look, objective, float(evaluation.loss), gradient)

@@ -127,6 +127,7 @@ def sharpness(
     check_weight(weight)
     objective = Objective(closure, trained_parameters(params), products=products, weight=weight)
     evaluation = objective.evaluate()
+    objective.check_replay(evaluation)
     ball = ball_around(objective, kind, radius, tolerance, float(evaluation.loss))
     generator = torch.Generator().manual_seed(seed)
     if kind != "average":
@@ -135,7 +136,6 @@ def sharpness(
         )
         places += [radius * _sphere(len(objective.point), generator, objective.point) for _ in range(starts)]
     evaluation.free()
-    objective.check_replay(evaluation)
     if kind == "average":
         return average(ball, samples, seed)
     found = ascent(ball, kind, places, max_gradients - spent)
