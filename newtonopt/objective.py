@@ -139,6 +139,8 @@ class Objective:
             self.point = flatten(self.params, self.params).clone()
         self._moves = False
         self._evaluated: tuple[Tensor, Tensor] | None = None
+        # This process's gradient, as last evaluated.
+        self._own = self.point
         self._terms: int | None = None
         # Which losses count; None: all, or not known yet.
         self._groups: tuple[Group, ...] | None = None
@@ -183,8 +185,7 @@ class Objective:
         complete = recording.is_complete
         evaluation = self._evaluation(lambda: (recording, tap)) if complete else self.evaluate()
         if tap.called_backward:
-            own = recording.gradient if complete else evaluation.data_gradient
-            averages = self._averages(evaluation, own)
+            averages = self._averages(evaluation, evaluation.data_gradient if self._is_divided else self._own)
             evaluation.clipped = is_clipped(self.params, averages, accumulated=tap.gradients.had_some)
         return evaluation
 
@@ -571,6 +572,7 @@ class Objective:
                     "(drop_last=True in its loader)."
                 )
         recording, tap = done[0]
+        self._own = recording.gradient
         evaluation = Evaluation(
             recording.loss,
             self.params,

@@ -103,6 +103,46 @@ def train_with(rank: int, options: dict[str, Any]) -> Tensor:
     return train(rank, 6, "hessian_free", {}, **options)[0]
 
 
+def train_in_phases(rank: int, cut: int) -> Tensor:
+    problem = Problem(part_of(rank, cut))
+
+    def closure() -> Tensor:
+        problem.model.zero_grad()
+        F.cross_entropy(problem.model(problem.x.flip(0)), problem.y).backward()
+        return problem.closure()
+
+    optimizer = OPTIMIZERS["hessian_free"](problem.model.parameters(), weight_decay=1e-3)
+    for _ in range(4):
+        optimizer.step(closure)
+    return problem.flat()
+
+
+def step_for_some(rank: int) -> str:
+    problem = Problem(part_of(rank, 6))
+    params = list(problem.model.parameters())
+
+    def closure() -> Tensor:
+        problem.model.zero_grad()
+        loss = F.cross_entropy(problem.model(problem.x), problem.y)
+        loss.backward(inputs=params[:1])
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"by some of the parameters only.* give each network an optimizer"):
+        evaluate(closure, params)
+    return "refused"
+
+
+def test_a_phase_whose_gradients_are_cleared_does_not_count() -> None:
+    expected, _ = train(0, None, "hessian_free", {})
+    first, second = run(train_in_phases, 4)
+    torch.testing.assert_close(first, expected, rtol=1e-9, atol=1e-10)
+    assert torch.equal(first, second)
+
+
+def test_losses_that_count_for_some_of_the_parameters_are_an_error() -> None:
+    assert run(step_for_some) == ["refused"] * 2
+
+
 @pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph", "gradient_as_bucket_view"])
 def test_steps_with_options_of_the_wrapper_are_the_same(option: str) -> None:
     plain, other = run(train_with, {})[0], run(train_with, {option: True})[0]
