@@ -664,12 +664,14 @@ def evaluate(
 
     Args:
         closure: The one that `torch.optim.LBFGS` takes, or any function of no argument that returns a live scalar loss.
+            The function evaluated is the one whose gradient `.grad` would hold at its end.
         params: The parameters, such as `model.parameters()`; those that do not require a gradient are left out.
         products: How products are formed. "cached" keeps the graph of the evaluation: fastest. "streamed" runs the
             closure again for each product and differentiates at each of its `backward` calls, so that a closure that
             loops over micro-batches takes the memory of one. "finite_difference" takes central differences of
             gradients: needs no second derivatives. "auto" (default) is "cached", with a warning and
-            "finite_difference" where an operation has no second derivative.
+            "finite_difference" where an operation has no second derivative; it is "streamed" for a loss at other
+            parameters than the closure leaves, as SAM's.
         weight: Of this process in the mean, above zero, such as the size of its batch; None (default): what its losses
             are means over, where these are losses of `torch.nn.functional`, and the same for all if not.
 
@@ -680,7 +682,7 @@ def evaluate(
         TypeError: `closure` cannot be called, or `params` is not an iterable of tensors.
         ValueError: `params` is empty or spread over devices, `products` is unknown, or `weight` is not positive.
         RuntimeError: The closure neither calls `backward` nor returns a live loss, the loss does not depend on
-            `params`, or the processes hold different parameters.
+            `params`, no gradient is left in `.grad`, or the processes hold different parameters.
     """
     check_products(products)
     check_closure(closure)
