@@ -31,6 +31,7 @@ from newtonopt._graph import Held, SavedTensors, all_behind, reached
 from newtonopt._losses import CONVEX_LOSSES, LOG_PROBABILITY_LOSSES, mean_over
 from newtonopt._squares import ROOTS, SQUARES, first_operand, own_view, root, root_operand, square
 from newtonopt._subclasses import alike, is_wrapper, plain
+from newtonopt._writes import Writes, is_write
 
 _LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
 _SOFTMAX = frozenset({F.softmax, torch.softmax, Tensor.softmax})
@@ -103,6 +104,7 @@ class Tap(TorchFunctionMode):
         release: Whether a loss's graph is emptied where `backward` would have emptied it, for closures with several.
         weigh: Whether to count what the losses are means over.
         tangents: Where to put the tangents of the outputs, by number, in a run in forward mode.
+        writes: What is told before a tensor is written to; None: nobody.
     """
 
     def __init__(
@@ -118,8 +120,10 @@ class Tap(TorchFunctionMode):
         release: bool = False,
         weigh: bool = False,
         tangents: dict[int, Tensor] | None = None,
+        writes: Writes | None = None,
     ) -> None:
         super().__init__()
+        self._writes = writes
         self._params = params
         self.runs_backward = backward
         self._pulled = pulled
@@ -252,6 +256,8 @@ class Tap(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.backward:
             return self._on_backward(func, *args, **kwargs)
+        if self._writes is not None and is_write(func, kwargs):
+            self._writes.before(func, args, kwargs)
         if func is mark_outputs:
             self.has_marks = True
         if self._finds_outputs:

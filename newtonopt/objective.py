@@ -28,6 +28,7 @@ from newtonopt._recording import (
 )
 from newtonopt._shards import check_sharding, is_sharded, resharded, supported
 from newtonopt._tap import OnTerm, Tap, Term, mark_outputs, tapped
+from newtonopt._writes import Writes
 from newtonopt.evaluation import Evaluation, Products, decay_term, decays
 from newtonopt.isolation import Isolation
 
@@ -115,8 +116,8 @@ class Objective:
             RuntimeError: The closure gives no loss, `.grad` holds more than this closure's gradient, or the closure
                 moves the parameters each time.
         """
-        with self._isolation.recorded():
-            recording, tap, left = self._run(backward=True, release=False)
+        with self._isolation.recorded() as writes:
+            recording, tap, left = self._run(writes, backward=True, release=False)
         if left is not None:
             # A projection goes to the same place without gradients; an update by them does not.
             _, again = self._pass(None, self.point)
@@ -146,8 +147,8 @@ class Objective:
         """
 
         def attempt(release: bool) -> tuple[Recording, Tap]:
-            with self._isolation.isolated():
-                recording, tap, left = self._run(backward=False, release=release)
+            with self._isolation.isolated() as writes:
+                recording, tap, left = self._run(writes, backward=False, release=release)
             # A weight that is normalised twice may differ by rounding.
             if left is not None and not is_rounding(left, self.point, self.params):
                 raise ParametersMovedError(MOVED, left)
@@ -235,7 +236,7 @@ class Objective:
         at = self.point if point is None else point
 
         def attempt(release: bool) -> tuple[Tensor, Tensor | None]:
-            with self._placed(point), self._isolation.isolated(), progress(self._terms) as tick:
+            with self._placed(point), self._isolation.isolated() as writes, progress(self._terms) as tick:
 
                 def take(term: Term) -> None:
                     self._has_released = release
@@ -243,7 +244,9 @@ class Objective:
                         on_term(term)
                     tick()
 
-                tap = Tap(self.params, on_term=take, release=release, numbers=self._numbers, wanted=numbers)
+                tap = Tap(
+                    self.params, on_term=take, release=release, numbers=self._numbers, wanted=numbers, writes=writes
+                )
                 unchanged = kept_versions(self.params)
                 returned = self._call(tap)
                 unchanged()
@@ -270,9 +273,14 @@ class Objective:
                 or an operation has no forward mode.
         """
         tangents: dict[int, Tensor] = {}
-        with self._isolation.isolated(), progress(self._terms) as tick, forward_mode(self.params, v):
+        with self._isolation.isolated() as writes, progress(self._terms) as tick, forward_mode(self.params, v):
             tap = Tap(
-                self.params, on_term=lambda term: tick(), numbers=self._numbers, wanted=numbers, tangents=tangents
+                self.params,
+                on_term=lambda term: tick(),
+                numbers=self._numbers,
+                wanted=numbers,
+                tangents=tangents,
+                writes=writes,
             )
             versions, unchanged = [p._version for p in self.params], kept_versions(self.params)
             returned = self._call(tap)
@@ -349,7 +357,7 @@ class Objective:
                 tap.take(returned)
         return returned
 
-    def _run(self, *, backward: bool, release: bool) -> tuple[Recording, Tap, Tensor | None]:
+    def _run(self, writes: Writes, *, backward: bool, release: bool) -> tuple[Recording, Tap, Tensor | None]:
         """The closure once, with what an evaluation needs of it, and where it left the parameters if elsewhere."""
         cached = self.products in ("auto", "cached")
         recording = Recording(self.params, cached=cached, accumulates=backward and self._sharded)
@@ -361,6 +369,7 @@ class Objective:
             numbers=self._numbers,
             keep=cached,
             release=release and not cached,
+            writes=writes,
             weigh=self._ranks.count > 1 and self._weight is None,
         )
         try:

@@ -22,14 +22,16 @@ ROOT = Path(__file__).parents[1]
 # What each room of the package may import from the others; "newtonopt" are its public names.
 # What optimizers and measurements alike are made from.
 KNOWN = {"_checks", "_flat", "evaluation", "linear_operator", "objective", "operators"}
-PRIVATE = {"_advice", "_autograd", "_flat", "_progress", "_ranks", "_recording", "_shards", "_tap"}
+PRIVATE = {"_advice", "_autograd", "_flat", "_progress", "_ranks", "_recording", "_shards", "_tap", "_writes"}
 MAY_IMPORT: dict[str, set[str]] = {
     "_flat": {"_sharded", "_shards"},
     "_sharded": set(),
     "_shards": {"_sharded", "_subclasses"},
     "_subclasses": set(),
     "_checks": {"evaluation"},
-    "_discovery": set(),
+    "_discovery": {"_state"},
+    "_state": set(),
+    "_writes": {"_graph", "_subclasses"},
     "_graph": set(),
     "_losses": set(),
     "_memory": set(),
@@ -38,11 +40,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_advice": set(),
     "_convexity": {"_graph"},
     "_squares": {"_convexity", "_graph", "_subclasses"},
-    "_tap": {"_advice", "_convexity", "_graph", "_losses", "_squares", "_subclasses"},
+    "_tap": {"_advice", "_convexity", "_graph", "_losses", "_squares", "_subclasses", "_writes"},
     "_batches": {"_flat"},
     "_autograd": {"_flat", "_graph", "_shards", "_subclasses", "_tap"},
     "_recording": {"_autograd", "_convexity", "_flat", "_graph", "_shards", "_subclasses", "_tap", "evaluation"},
-    "isolation": {"_discovery", "_subclasses"},
+    "isolation": {"_discovery", "_subclasses", "_writes"},
     "linear_operator": {"_memory", "_progress", "_sharded"},
     "solvers": set(),
     "globalization": set(),
