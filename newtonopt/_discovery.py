@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import types
 import weakref
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from newtonopt._state import (
     Attributes,
     Binding,
+    Bytes,
     Cell,
     Entries,
     Holder,
@@ -135,7 +137,7 @@ def _kind(kind: type) -> _Kind:
         ((tuple, frozenset, types.MappingProxyType), _Kind.FIXED),
         (dict, _Kind.DICT),
         (set, _Kind.SET),
-        (bytearray, _Kind.BYTES),
+        ((bytearray, array), _Kind.BYTES),
         (np.ndarray, _Kind.ARRAY),
         (GENERATORS, _Kind.GENERATOR),
         (_ITERATORS, _Kind.ITERATOR),
@@ -233,13 +235,13 @@ class _Walk:
             self._keep(Slots(host, kind, path))
             for name, value in Slots.values(host, kind):
                 self._meet(value, f"{path}.{name}")
-        self._meet(getattr(host, "__self__", None), path)  # a method written in C
-        self._meet(getattr(host, "__wrapped__", None), path)  # functools.cache
+        self._meet(_get(host, "__self__"), path)  # a method written in C
+        self._meet(_get(host, "__wrapped__"), path)  # functools.cache
         self._class_of(host)
 
     def _attributes(self, host: Any, path: str) -> None:
-        own = getattr(host, "__dict__", None)
-        if type(own) is not dict or (not own and isinstance(host, (Tensor, FunctionType))):
+        own = _get(host, "__dict__")
+        if type(own) is not dict or (not own and isinstance(host, Tensor)):
             return
         self._keep(Attributes(host, path))
         for name, value in tuple(own.items()):
@@ -271,7 +273,7 @@ class _Walk:
 
     def _library(self, host: Any, path: str) -> None:
         """Follow an object of a library's, whose own attributes are left alone."""
-        own = getattr(host, "__dict__", None)
+        own = _get(host, "__dict__")
         for name, value in tuple(own.items()) if type(own) is dict else ():
             self._meet(value, f"{path}.{name}")
 
@@ -306,7 +308,7 @@ class _Walk:
         self._meet(cell.cell_contents, name)
 
     def _binding(self, host: Any, name: str, path: str) -> None:
-        value = host[name] if isinstance(host, dict) else getattr(host, name)
+        value = (host if isinstance(host, dict) else vars(host))[name]
         if not isinstance(value, (FunctionType, ModuleType, type, BuiltinMethodType)):
             self._keep(Binding(host, name, path))
         self._meet(value, path)
@@ -323,35 +325,36 @@ class _Walk:
         pass
 
     def _sequence(self, host: Any, path: str) -> None:
-        self._container(Entries(host, path), host, len(host), path)
+        kind: Any = list if isinstance(host, list) else deque
+        self._container(Entries(host, path), kind.__len__(host), kind.__iter__(host))
 
     def _set(self, host: set[Any], path: str) -> None:
-        self._container(Members(host, path), host, len(host), path)
+        self._container(Members(host, path), set.__len__(host), set.__iter__(host))
 
     def _dict(self, host: dict[Any, Any], path: str) -> None:
-        self._container(Items(host, path), None, len(host), path)
-        for key, value in itertools.islice(tuple(dict.items(host)), _MOST_FOLLOWED):
-            self._meet(key, path)
+        # Values first, under their keys.
+        for key, value in itertools.islice(dict.items(host), _MOST_FOLLOWED):
             self._meet(value, f"{path}[{key!r}]" if isinstance(key, (str, int)) else path)
-        self._object(host, path)  # a subclass may have attributes
+        self._container(Items(host, path), dict.__len__(host), dict.__iter__(host))
 
-    def _container(self, holder: Holder, entries: Iterable[Any] | None, length: int, path: str) -> None:
+    def _container(self, holder: Holder, length: int, entries: Iterator[Any]) -> None:
+        host, path = holder.host, holder.path
         if length <= _MOST_ENTRIES:
             self._keep(holder)
         else:
-            self._watch(Sample(holder.host, path))
-        for value in itertools.islice(tuple(entries), _MOST_FOLLOWED) if entries is not None else ():
+            self._watch(Sample(host, path))
+        for value in itertools.islice(entries, _MOST_FOLLOWED):
             self._meet(value, path)
-        if entries is not None and type(holder.host) not in (list, deque, set):
-            self._object(holder.host, path)
+        if type(host) not in (list, deque, set, dict):
+            self._object(host, path)  # a subclass may have attributes
 
     def _fixed(self, host: Any, path: str) -> None:
         values = host.values() if isinstance(host, types.MappingProxyType) else host
         for value in itertools.islice(values, _MOST_FOLLOWED):
             self._meet(value, path)
 
-    def _bytes(self, host: bytearray, path: str) -> None:
-        self._keep(Entries(host, path))
+    def _bytes(self, host: Any, path: str) -> None:
+        self._keep(Bytes(host, path))
 
     def _array(self, host: np.ndarray[Any, Any], path: str) -> None:
         if host.flags.writeable:
@@ -393,6 +396,14 @@ def explore(
         running: Whether the closure runs.
     """
     _Walk(reach, params, running=running).go(roots, callables)
+
+
+def _get(host: Any, name: str) -> Any:
+    """Return an attribute without asking the object, whose own ways may raise or do something."""
+    try:
+        return object.__getattribute__(host, name)
+    except AttributeError:
+        return None
 
 
 MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}

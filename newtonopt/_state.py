@@ -46,26 +46,45 @@ class Holder(ABC):
 
 
 class Entries(Holder):
-    """A list, a deque or a bytearray."""
+    """A list or a deque."""
+
+    __slots__ = ("_kind",)
+
+    def __init__(self, host: Any, path: str) -> None:
+        super().__init__(host, path)
+        self._kind: Any = list if isinstance(host, list) else deque
+
+    def read(self) -> Any:
+        """See the base class."""
+        return tuple(self._kind.__iter__(self.host))
+
+    def holds(self, content: Any) -> bool:
+        """See the base class."""
+        kind = self._kind
+        return kind.__len__(self.host) == len(content) and all(map(operator.is_, kind.__iter__(self.host), content))
+
+    def write(self, content: Any) -> None:
+        """See the base class."""
+        self._kind.clear(self.host)
+        self._kind.extend(self.host, content)
+
+
+class Bytes(Holder):
+    """A bytearray or an `array.array`."""
 
     __slots__ = ()
 
     def read(self) -> Any:
         """See the base class."""
-        return tuple(self.host)
+        return self.host[:]
 
     def holds(self, content: Any) -> bool:
         """See the base class."""
-        return len(self.host) == len(content) and all(map(operator.is_, self.host, content))
+        return bytes(self.host) == bytes(content)
 
     def write(self, content: Any) -> None:
         """See the base class."""
-        if isinstance(self.host, deque):
-            deque.clear(self.host)
-            deque.extend(self.host, content)
-        else:
-            kind: Any = list if isinstance(self.host, list) else bytearray
-            kind.__setitem__(self.host, slice(None), content)
+        self.host[:] = content
 
 
 class Members(Holder):
@@ -75,11 +94,11 @@ class Members(Holder):
 
     def read(self) -> Any:
         """See the base class."""
-        return {id(value): value for value in self.host}
+        return {id(value): value for value in set.__iter__(self.host)}
 
     def holds(self, content: Any) -> bool:
         """See the base class."""
-        return len(self.host) == len(content) and all(id(value) in content for value in self.host)
+        return set.__len__(self.host) == len(content) and all(id(value) in content for value in set.__iter__(self.host))
 
     def write(self, content: Any) -> None:
         """See the base class."""
@@ -102,7 +121,7 @@ class Items(Holder):
 
     def holds(self, content: Any) -> bool:
         """See the base class."""
-        return len(self.host) == len(content[0]) and _same_items(self._kind, self.host, content)
+        return dict.__len__(self.host) == len(content[0]) and _same_items(self._kind, self.host, content)
 
     def write(self, content: Any) -> None:
         """See the base class."""
@@ -123,7 +142,7 @@ class Attributes(Holder):
 
     def __init__(self, host: Any, path: str) -> None:
         super().__init__(host, path)
-        self._own = vars(host)
+        self._own = object.__getattribute__(host, "__dict__")
 
     def read(self) -> Any:
         """See the base class."""

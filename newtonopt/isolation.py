@@ -97,6 +97,8 @@ class Isolation:
 
     def rewind(self) -> None:
         """Take back what the recorded run did."""
+        if not self._began:
+            return
         self._set_random_state(self._start)
         self._writes.swap()
         self._put_back(self._contents)
@@ -162,9 +164,9 @@ class Isolation:
         if self._began:
             return
         self._extend([(self._closure, "the closure")], bound_callables(self._closure), running=False)
-        self._began = True
         self._modules = list(self._reach.modules)
         self._start = self._random_state()
+        self._began = True
         buffers = {id(b): b for module in self._modules for b in module._buffers.values() if b is not None}
         if not buffers:
             return
