@@ -20,6 +20,7 @@ from newtonopt._recording import (
     MOVED_BEYOND,
     MOVED_IN_A_GROUP,
     RESTLESS,
+    OverwrittenError,
     ParametersMovedError,
     Recording,
     is_clipped,
@@ -116,6 +117,15 @@ class Objective:
             RuntimeError: The closure gives no loss, `.grad` holds more than this closure's gradient, or the closure
                 moves the parameters each time.
         """
+        try:
+            return self._record()
+        except OverwrittenError:
+            if self.products != "auto":
+                raise
+            self.products = "streamed"
+            return self._record()
+
+    def _record(self) -> Evaluation:
         with self._isolation.recorded() as writes:
             recording, tap, left = self._run(writes, backward=True, release=False)
         if left is not None:
@@ -154,7 +164,13 @@ class Objective:
                 raise ParametersMovedError(MOVED, left)
             return recording, tap
 
-        return self._evaluation(lambda: self._released(attempt))
+        try:
+            return self._evaluation(lambda: self._released(attempt))
+        except OverwrittenError:
+            if self.products != "auto":
+                raise
+            self.products = "streamed"
+            return self._evaluation(lambda: self._released(attempt))
 
     def loss_at(self, step: Tensor) -> float:
         """The objective at `point + step`, `(n,)`: one forward pass, without a trace."""
@@ -376,6 +392,7 @@ class Objective:
             returned = self._call(tap)
             recording.versions()
             left = self._left(self.point)
+            recording.check_intact(writes)
             if left is None or not backward:
                 recording.finish(tap, returned)
         finally:
