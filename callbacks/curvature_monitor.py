@@ -16,6 +16,7 @@ from newtonopt.curvature.measure import take
 from newtonopt.curvature.measurement import Layers, Matrix, Measurement, Settings
 from newtonopt.curvature.sharpness import Kind
 from newtonopt.evaluation import Products
+from newtonopt.isolation import UnprotectedError, Watch
 
 from .charts import curvature_charts
 from .logs import Charts, add_charts, log_values
@@ -35,6 +36,9 @@ _ELSEWHERE = {
     "params": "parameters",
     "radius": "sharpness_radius",
 }
+
+
+_A_LOSS_OF_ITS_OWN = 'Or give the module another method that returns the loss alone, and name it by step="...".'
 
 
 class CurvatureMonitor(Callback):
@@ -191,6 +195,8 @@ class CurvatureMonitor(Callback):
         """Forget the last fit."""
         self._probe.clear()
         self._enabled = True
+        self._watch: Watch | None = None
+        self._watched = False
         self._last: Measurement | None = None
         self._followed = 0
         self._differences = False
@@ -241,10 +247,17 @@ class CurvatureMonitor(Callback):
         self._probe.offer(batch, batch_idx)
         if self._schedule.at_start and self._measured_at is None:
             self._look(trainer, pl_module)
+        if self._enabled and not self._watched and self._subject.step == "training_step":
+            # The first step of training tells whether a measurement would change what cannot be put back.
+            self._watched = True
+            self._watch = Watch(pl_module.training_step, pl_module.parameters())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
+        if self._watch is not None and (changed := self._watch.changed()):
+            self._stop(f"measuring would change training. {UnprotectedError(changed)}")
+        self._watch = None
         due = self._schedule.after_step(self._last_step, trainer.global_step)
         self._last_step = trainer.global_step
         if trainer.is_last_batch:
@@ -289,6 +302,9 @@ class CurvatureMonitor(Callback):
         certifies, began = self._certifies(), time.perf_counter()
         try:
             values = self._measure(trainer, pl_module)
+        except UnprotectedError as error:
+            self._stop(f"at step {trainer.global_step} a measurement would have changed training further. {error}")
+            return
         except Exception as error:
             self._last = None
             self._warn(
@@ -315,6 +331,11 @@ class CurvatureMonitor(Callback):
                 self._charts[category] = {**known, **charts}
                 add_charts(trainer, category, self._charts[category])
 
+    def _stop(self, why: str) -> None:
+        """Measure no more in this fit."""
+        self._enabled = False
+        rank_zero_warn(f"CurvatureMonitor measures nothing from here on: {why} {_A_LOSS_OF_ITS_OWN}")
+
     def _warn(self, subject: str, message: str) -> None:
         """Once a fit on each subject."""
         if subject not in self._warned:
@@ -328,11 +349,16 @@ class CurvatureMonitor(Callback):
             named = self._subject.trained(pl_module)
             last = None if self._certifies() else self._last
             params = [p for _, p in named]
-            values = at_rest(
-                lambda: take(closure, params, trainer.optimizers, settings, samples, named, last),
-                params,
-                trainer.optimizers,
-            )
+            watch = Watch(closure, params)
+            try:
+                values = at_rest(
+                    lambda: take(closure, params, trainer.optimizers, settings, samples, named, last),
+                    params,
+                    trainer.optimizers,
+                )
+            finally:
+                if changed := watch.changed():
+                    raise UnprotectedError(changed)
         self._last = values
         self._followed = 0 if values.read("certified") == 1.0 else self._followed + 1
         # What has no second derivative now has none the next time.

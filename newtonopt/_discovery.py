@@ -395,7 +395,8 @@ def explore(
         reach: What is known so far. Added to.
         running: Whether the closure runs.
     """
-    _Walk(reach, params, running=running).go(roots, callables)
+    with torch._C.DisableTorchFunction():  # a subclass of Tensor may refuse to tell
+        _Walk(reach, params, running=running).go(roots, callables)
 
 
 def _get(host: Any, name: str) -> Any:

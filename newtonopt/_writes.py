@@ -115,12 +115,13 @@ class Writes:
     def before(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called before a function writes."""
         name = func.__name__
-        if name == "__set__":
-            self._before_assignment(args[0], func.__self__.__name__)  # type: ignore[attr-defined]
-            return
-        first, last = (1, 3) if name in _WITH_STATISTICS else (0, None if name.startswith("_fused") else 1)
-        for t in _tensors_in((args[first:last], kwargs)):
-            self.save(t)
+        with torch._C.DisableTorchFunction():  # a subclass of Tensor may refuse to tell
+            if name == "__set__":
+                self._before_assignment(args[0], func.__self__.__name__)  # type: ignore[attr-defined]
+                return
+            first, last = (1, 3) if name in _WITH_STATISTICS else (0, None if name.startswith("_fused") else 1)
+            for t in _tensors_in((args[first:last], kwargs)):
+                self.save(t)
 
     def save(self, t: Tensor) -> None:
         """Keep what a tensor holds now, unless it is known or the run has made it."""

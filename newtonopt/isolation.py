@@ -226,6 +226,35 @@ class Isolation:
             set_generator_state(generator, of_generator)
 
 
+class UnprotectedError(RuntimeError):
+    """A run that should leave no trace has changed what cannot be put back."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        super().__init__(
+            f"The closure changes {', '.join(paths)}, which cannot be put back: an iterator, or an array or container "
+            "too large to be copied. Move it on outside of the closure, or keep such state in numbers, lists, dicts or "
+            "tensors."
+        )
+
+
+class Watch:
+    """Whatever a function can reach that could not be put back, while the function runs for real.
+
+    Args:
+        function: The function.
+        params: The parameters that it trains.
+    """
+
+    def __init__(self, function: Callable[..., Any], params: Iterable[Tensor]) -> None:
+        reach = Reach()
+        explore([(function, "the function")], (), params, reach, running=False)
+        self._positions = [(holder, holder.read()) for holder in reach.watched]
+
+    def changed(self) -> list[str]:
+        """Return the names of what has changed since."""
+        return [holder.path for holder, before in self._positions if not holder.holds(before)]
+
+
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return a copy of each tensor; those that share memory have copies that share memory."""
     together = Counter(storage._cdata for t in tensors if (storage := storage_of(t)) is not None)

@@ -31,7 +31,7 @@ from newtonopt._shards import check_sharding, is_sharded, resharded, supported
 from newtonopt._tap import OnTerm, Tap, Term, mark_outputs, tapped
 from newtonopt._writes import Writes
 from newtonopt.evaluation import Evaluation, Products, decay_term, decays
-from newtonopt.isolation import Isolation
+from newtonopt.isolation import Isolation, UnprotectedError
 
 __all__ = [
     "RESTLESS",
@@ -183,6 +183,16 @@ class Objective:
             RuntimeError: It does not.
         """
         self._ranks.each(lambda: evaluation.check_same_function(float(self.visit(None)), evaluation.eps**0.25))
+
+    @property
+    def unprotected(self) -> list[str]:
+        """Names of what runs without a trace have changed and cannot put back."""
+        return self._isolation.unprotected
+
+    def check_restored(self) -> None:
+        """Raise an UnprotectedError if runs without a trace have changed something that cannot be put back."""
+        if self.unprotected:
+            raise UnprotectedError(self.unprotected)
 
     def gradient_at(self, step: Tensor) -> tuple[float, Tensor]:
         """The objective and its gradient at `point + step`: one forward and one backward pass, without a trace."""

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 KNOWN = {"_checks", "_flat", "evaluation", "linear_operator", "objective", "operators"}
 PRIVATE = {"_advice", "_autograd", "_flat", "_progress", "_ranks", "_recording", "_shards", "_tap", "_writes"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "_flat": {"_sharded", "_shards"},
+    "_flat": {"_sharded", "_shards", "_subclasses"},
     "_sharded": set(),
     "_shards": {"_sharded", "_subclasses"},
     "_subclasses": set(),

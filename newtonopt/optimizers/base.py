@@ -41,6 +41,10 @@ _CLIPPING = (
     "The closure clips gradients. newtonopt takes the gradient of the loss itself: clipping has no effect on its "
     "step, which is bounded by other means. Remove gradient_clip_val (or clip_grad_norm_) to silence this."
 )
+_UNPROTECTED = (
+    "The closure changes {}, which cannot be put back after a trial: an iterator, or an array or container too "
+    "large to be copied. Each trial moves it on. Move it on outside of the closure, once a step."
+)
 _NO_CLOSURE = (
     "step() needs a closure that computes the loss and calls backward: optimizer.step(closure), under manual "
     "optimization too. Lightning's automatic optimization gives one, "
@@ -229,6 +233,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
             return False
         if memory["steps"] == 1:
             call.objective.check_replay(evaluation)
+            if call.objective.unprotected:
+                warn(_UNPROTECTED.format(", ".join(call.objective.unprotected)))
         return self._try(call.objective, evaluation, proposal, basis.form, searching)
 
     def _proposed(self, basis: Evaluation, rates: float | Tensor, loss: float, norm: float) -> tuple[Proposal, int]:
