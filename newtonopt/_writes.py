@@ -160,12 +160,13 @@ def _read(t: Tensor, name: str) -> Tensor | None:
 
 def storage_of(t: Tensor) -> UntypedStorage | None:
     """Return the memory of a tensor; None where it has none of its own."""
-    if is_wrapper(t) or t.layout != torch.strided:
+    if is_wrapper(t):
         return None
-    try:
-        return t.untyped_storage()
-    except (RuntimeError, NotImplementedError):  # a tensor inside a transform of torch.func
-        return None
+    with torch._C.DisableTorchFunction():
+        try:
+            return t.untyped_storage() if t.layout == torch.strided else None
+        except (RuntimeError, NotImplementedError):  # a tensor inside a transform of torch.func
+            return None
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

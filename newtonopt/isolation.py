@@ -59,7 +59,9 @@ class Isolation:
         self._writes = Writes(self._memory)
         self._began = False
         self._start: list[Any] = []
+        self._after: list[Any] = []
         self._contents: list[Any] = []
+        self._settled: list[Any] = []
         # The numbers of the holders that the recorded run has changed.
         self._moved: list[int] = []
         # By identity here and below: a torchmetrics.Metric hashes by its state, which a run changes.
@@ -92,8 +94,13 @@ class Isolation:
         except BaseException:
             self.rewind()
             raise
-        pairs = zip(self._reach.holders, self._contents, strict=True)
-        self._moved = [i for i, (holder, start) in enumerate(pairs) if not holder.holds(start)]
+
+    def ended(self) -> None:
+        """Note what the recorded run leaves, before its loss is differentiated once more."""
+        pairs = list(zip(self._reach.holders, self._contents, strict=True))
+        self._settled = [start if holder.holds(start) else holder.read() for holder, start in pairs]
+        self._moved = [i for i, (_, start) in enumerate(pairs) if self._settled[i] is not start]
+        self._after = self._random_state()
 
     def rewind(self) -> None:
         """Take back what the recorded run did."""
@@ -159,13 +166,22 @@ class Isolation:
             changed = [holder.path for holder, before in positions if not holder.holds(before)]
             self.unprotected += [path for path in changed if path not in self.unprotected]
 
+    def settle(self) -> None:
+        """Put everything back to where the recorded run left it, or to before the first run if none was recorded.
+
+        Hooks on tensors run outside of any run, when a graph that was kept is differentiated.
+        """
+        if self._began:
+            self._put_back(self._settled)
+            self._set_random_state(self._after)
+
     def _begin(self) -> None:
         """Note where the first run starts."""
         if self._began:
             return
         self._extend([(self._closure, "the closure")], bound_callables(self._closure), running=False)
         self._modules = list(self._reach.modules)
-        self._start = self._random_state()
+        self._start = self._after = self._random_state()
         self._began = True
         buffers = {id(b): b for module in self._modules for b in module._buffers.values() if b is not None}
         if not buffers:
@@ -191,6 +207,7 @@ class Isolation:
         self._memory.add(self._reach.tensors[tensors:])
         contents = [holder.read() for holder in self._reach.holders[first:]]
         self._contents.extend(contents)
+        self._settled.extend(contents)
         return contents
 
     def _lend_buffers(self, writes: Writes) -> None:

@@ -146,8 +146,12 @@ class Objective:
         return evaluation
 
     def rewind(self) -> None:
-        """Take back what `record` did to random state and buffers."""
+        """Take back what `record` did to the state that the closure can reach."""
         self._isolation.rewind()
+
+    def settle(self) -> None:
+        """Take back what hooks on a graph that was kept have done since `record`, or since the first evaluation."""
+        self._isolation.settle()
 
     def evaluate(self) -> Evaluation:
         """The same without a trace: `backward` is left out, and all is put back.
@@ -400,6 +404,8 @@ class Objective:
         )
         try:
             returned = self._call(tap)
+            if backward:
+                self._isolation.ended()
             recording.versions()
             left = self._left(self.point)
             recording.check_intact(writes)

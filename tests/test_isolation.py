@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import lightning as L
+import lightning_problems
 import numpy as np
 import pytest
 import torch
@@ -43,7 +46,7 @@ class Training:
 
 
 @KEPT
-@pytest.mark.parametrize("kind", [HessianFree, DampedNewton])
+@pytest.mark.parametrize("kind", [HessianFree, pytest.param(DampedNewton, marks=pytest.mark.slow)])
 def test_a_step_leaves_what_one_run_leaves_and_trials_repeat_it(kind: Any, name: str) -> None:
     once = Training(name)
     for _ in range(3):
@@ -259,3 +262,66 @@ def test_a_network_in_the_graph_that_the_closure_writes_to(when: str, how: str) 
     if evaluation.form == "streamed":
         with pytest.raises(RuntimeError, match=r"writes in place to a tensor that its loss is computed from.*streamed"):
             evaluate(closure, actor.parameters(), products="cached")
+
+
+@pytest.mark.parametrize("products", ["cached", "streamed"])
+def test_hooks_that_products_run_leave_nothing(products: Any) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)), torch.randn(8, 3), torch.randn(8, 2)
+    norms: list[float] = []
+    source = random.Random(0)
+
+    def hook(gradient: Tensor) -> None:
+        norms.append(source.random() + random.random() + float(torch.rand(())))
+
+    def closure() -> Tensor:
+        model.zero_grad()
+        z = model(x)
+        z.register_hook(hook)
+        loss = F.mse_loss(z, y)
+        loss.backward()
+        return loss
+
+    random.seed(0)
+    measure(closure, model.parameters(), top=1, bottom=0, products=products)
+    assert norms == []
+    state = random.getstate(), torch.get_rng_state()
+    closure()
+    expected, after = norms[:], (random.getstate(), torch.get_rng_state())
+    random.setstate(state[0])
+    torch.set_rng_state(state[1])
+    source.seed(0)
+    norms.clear()
+    if products == "streamed":
+        return  # differentiates as the closure runs, beside its own backward
+    HessianFree(model.parameters(), products=products).step(closure)
+    assert norms == expected
+    assert random.getstate() == after[0] and torch.equal(torch.get_rng_state(), after[1])
+
+
+class CountingCallback(L.Callback):
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_before_zero_grad(self, *args: Any) -> None:
+        self.seen.append(1)
+
+
+class Counting(L.LightningDataModule):
+    count = 0
+
+    def train_dataloader(self) -> Any:
+        return lightning_problems.loader()
+
+
+class UsesItsDataModule(lightning_problems.Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.trainer.datamodule.count += 1
+        return super().training_step(batch, batch_idx)
+
+
+def test_callbacks_and_data_modules_of_the_users_see_one_run_a_step() -> None:
+    callback, data, model = CountingCallback(), Counting(), UsesItsDataModule()
+    lightning_problems.quiet_trainer(max_epochs=1, callbacks=[callback]).fit(model, datamodule=data)
+    assert len(model.calls.batches) > lightning_problems.BATCHES
+    assert data.count == len(callback.seen) == lightning_problems.BATCHES

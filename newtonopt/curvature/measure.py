@@ -195,6 +195,7 @@ def take(
     values.form = "finite_difference" if evaluation.form == "finite_difference" else settings.products
     enter_sharpness(look, objective, float(evaluation.loss), gradient)
     enter_slice(look, closure, params, weight)
+    objective.settle()
     objective.check_restored()
     values.add("seconds", look.clock.elapsed())
     return values

@@ -51,6 +51,32 @@ def monitor(**settings: Any) -> CurvatureMonitor:
     return CurvatureMonitor(**{**quick, **settings})
 
 
+class All:
+    """All keepers at once."""
+
+    def __init__(self) -> None:
+        self.keepers = {name: make(name) for name in KEEPERS}
+
+    def draw(self) -> float:
+        return sum(keeper.draw() for keeper in self.keepers.values()) / len(self.keepers)
+
+    def state(self) -> Any:
+        return {name: keeper.state() for name, keeper in self.keepers.items()}
+
+
+@pytest.mark.parametrize("products", ["auto", "streamed", "finite_difference"])
+@pytest.mark.parametrize("where", ["attribute", "submodule"])
+def test_training_that_keeps_all_kinds_of_state_is_the_same_to_the_bit(where: str, products: Any) -> None:
+    keeper = All()
+    without = trained(Keeping(keeper, where), keeper.state)
+    keeper, watcher = All(), monitor(products=products)
+    watched = trained(Keeping(keeper, where), keeper.state, watcher)
+    assert watcher._measured_at == BATCHES, "it has measured"
+    assert dict(watched[1]) == dict(without[1])
+    assert watched == without
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KEEPERS)
 def test_training_with_and_without_a_monitor_is_the_same_to_the_bit(name: str) -> None:
     where = "submodule" if list(KEEPERS).index(name) % 2 else "attribute"
