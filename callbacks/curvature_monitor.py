@@ -46,8 +46,9 @@ class CurvatureMonitor(Callback):
 
     The loss is that of `training_step` on the first batches that training saw, kept as the probe, weighted by their
     sizes. It is measured in full precision, without autocast, and leaves no trace: parameters, `.grad`, buffers, random
-    state, metrics and logs stay as they were to the bit. A measurement that fails warns once and is left out; training
-    goes on.
+    state, metrics, logs, and all state that `training_step` can reach stay as they were to the bit. What cannot be put
+    back, such as an iterator that `training_step` moves on, ends measuring with a warning that names it. A measurement
+    that fails warns once and is left out; training goes on.
 
     Under the Trainer's `fast_dev_run` it measures once, at the end, if not before.
 

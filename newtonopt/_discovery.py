@@ -16,7 +16,7 @@ import sysconfig
 import types
 import weakref
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -33,6 +33,7 @@ from newtonopt._state import (
     Binding,
     Bytes,
     Cell,
+    Empty,
     Entries,
     Holder,
     Items,
@@ -212,21 +213,27 @@ class _Walk:
         self._reach.modules.append(host)
         own = vars(host)
         self._keep(Attributes(host, path))
+        without_hooks = []
         for name, value in own.items():
             if name in MODULE_INTERNALS:
                 registered = name in ("_parameters", "_buffers", "_modules")
-                if isinstance(value, dict) and (value or registered):
+                if type(value) in (dict, OrderedDict) and not value and not registered:
+                    without_hooks.append(value)
+                elif isinstance(value, dict):
                     if not (registered and self._running):
                         self._keep(Items(value, path))
                     for key, entry in value.items():
                         self._meet(entry, f"{path}.{key}", registered=registered)
             elif name != "_trainer":
                 self._meet(value, f"{path}.{name}")
+        self._keep(Empty(without_hooks, path))
         # The Trainer is left alone, but for what the user has given it.
         trainer = own.get("_trainer")
         for held in () if trainer is None else (*trainer.callbacks, getattr(trainer, "datamodule", None)):
             if not _is_library(type(held)):
                 self._take(held, type(held).__name__)
+        for optimizer in () if trainer is None else trainer.optimizers:
+            self._meet(optimizer, type(optimizer).__name__)
         self._class_of(host)
 
     def _object(self, host: Any, path: str) -> None:
@@ -263,10 +270,9 @@ class _Walk:
                     self._meet(function, f"{path}.{name}")
             elif isinstance(value, functools.cached_property):
                 value = value.func
-            if isinstance(value, FunctionType):
-                self._meet(value, f"{path}.{name}")
-            elif not name.startswith("__") and not hasattr(type(value), "__get__"):
+            if not name.startswith("__") and not hasattr(type(value), "__get__"):
                 self._keep(Binding(host, name, f"{path}.{name}"))
+            if not name.startswith("__") or isinstance(value, FunctionType):
                 self._meet(value, f"{path}.{name}")
         for base in host.__bases__:
             self._meet(base, base.__name__)
@@ -278,7 +284,9 @@ class _Walk:
             self._meet(value, f"{path}.{name}")
 
     def _optimizer(self, host: torch.optim.Optimizer, path: str) -> None:
-        if not any(id(p) in self._params for group in host.param_groups for p in group["params"]):
+        if any(id(p) in self._params for group in host.param_groups for p in group["params"]):
+            self._meet(host.param_groups, f"{path}.param_groups")
+        else:
             self._object(host, path)
 
     def _function(self, host: FunctionType, path: str) -> None:
@@ -294,11 +302,20 @@ class _Walk:
         for name in names & host.__globals__.keys():
             value = host.__globals__[name]
             if isinstance(value, ModuleType):
-                # `helpers.draw()`: whatever of the module is named as well.
-                for inner in names & vars(value).keys() if not _is_library_file(_file(value)) else ():
-                    self._binding(value, inner, f"{name}.{inner}")
+                self._named_in(value, names, name)
             else:
                 self._binding(host.__globals__, name, name)
+
+    def _named_in(self, module: ModuleType, names: frozenset[str], path: str) -> None:
+        """Follow what code names of a module that it names as well, as in `helpers.draw()`."""
+        if _is_library_file(_file(module)):
+            return
+        for name in names & vars(module).keys():
+            value = vars(module)[name]
+            if isinstance(value, ModuleType):
+                self._named_in(value, names - {name}, f"{path}.{name}")
+            else:
+                self._binding(module, name, f"{path}.{name}")
 
     def _cell(self, cell: CellType, name: str) -> None:
         if id(cell) in self._reach.seen or cell == CellType():

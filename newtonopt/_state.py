@@ -135,6 +135,28 @@ def _same_items(kind: Any, host: Any, content: Any) -> bool:
     return all(map(operator.is_, kind.values(host), values)) and all(map(operator.is_, kind.keys(host), keys))
 
 
+class Empty(Holder):
+    """Several dictionaries that are empty as a rule, such as those of a module's hooks."""
+
+    __slots__ = ()
+    host: list[dict[Any, Any]]
+
+    def read(self) -> Any:
+        """See the base class."""
+        return [tuple(one.items()) for one in self.host] if any(self.host) else ()
+
+    def holds(self, content: Any) -> bool:
+        """See the base class."""
+        return not any(self.host) if content == () else bool(self.read() == content)
+
+    def write(self, content: Any) -> None:
+        """See the base class."""
+        for one in self.host:
+            one.clear()
+        for one, items in zip(self.host, content, strict=False):
+            one.update(items)
+
+
 class Attributes(Holder):
     """The attributes in the dictionary of an object."""
 

@@ -18,7 +18,7 @@ from newtonopt._subclasses import is_wrapper
 
 # Functions that write to their arguments, or hand out memory that others may write to, and do not say so by their name.
 _BY_NAME = frozenset(
-    {"__setitem__", "numpy", "__array__", "__dlpack__"}
+    {"__setitem__", "numpy", "__array__", "__dlpack__", "storage", "typed_storage", "untyped_storage"}
     | {f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "matmul")}
     | {f"__i{name}__" for name in ("and", "or", "xor", "lshift", "rshift")}
 )
@@ -41,6 +41,9 @@ _KNOWN: dict[Any, bool] = {}
 
 
 def _writes(func: Callable[..., Any]) -> bool:
+    schema = getattr(func, "_schema", None)
+    if schema is not None:  # an operator, such as one of `torch.library.custom_op`
+        return bool(schema.is_mutable)
     name = getattr(func, "__name__", "")
     if name == "__set__":
         return getattr(getattr(func, "__self__", None), "__name__", "") in _SETTERS
@@ -119,7 +122,8 @@ class Writes:
             if name == "__set__":
                 self._before_assignment(args[0], func.__self__.__name__)  # type: ignore[attr-defined]
                 return
-            first, last = (1, 3) if name in _WITH_STATISTICS else (0, None if name.startswith("_fused") else 1)
+            several = name.startswith("_fused") or hasattr(func, "_schema")
+            first, last = (1, 3) if name in _WITH_STATISTICS else (0, None if several else 1)
             for t in _tensors_in((args[first:last], kwargs)):
                 self.save(t)
 

@@ -878,9 +878,100 @@ class TensorAttribute:
         return self.p.seen  # type: ignore[attr-defined]
 
 
+@keeper
+class Mode:
+    def __init__(self) -> None:
+        self.layer = nn.Dropout(0.5)
+
+    def draw(self) -> float:
+        self.layer.train(not self.layer.training)
+        return float(self.layer.training)
+
+    def state(self) -> Any:
+        return self.layer.training
+
+
+@keeper
+class HooksAdded:
+    def __init__(self) -> None:
+        self.layer = nn.Linear(2, 2).requires_grad_(False)
+
+    def draw(self) -> float:
+        self.layer.register_forward_hook(lambda *_: None)
+        return float(len(self.layer._forward_hooks))
+
+    def state(self) -> Any:
+        return len(self.layer._forward_hooks)
+
+
+@keeper
+class ModulesAdded:
+    def __init__(self) -> None:
+        self.layers = nn.ModuleList()
+        self.holder = nn.Module()
+
+    def draw(self) -> float:
+        self.layers.append(nn.Linear(1, 1).requires_grad_(False))
+        self.holder.register_buffer(f"count_{len(self.layers)}", torch.ones(1))
+        return float(len(self.layers) + len(self.holder._buffers))
+
+    def state(self) -> Any:
+        return len(self.layers), list(self.holder._buffers)
+
+
+@torch.library.custom_op("keepers::add_one", mutates_args={"t"})
+def add_one(t: Tensor) -> None:
+    t.numpy()[...] += 1.0
+
+
+@keeper
+class CustomOperator:
+    def __init__(self) -> None:
+        self.total = torch.zeros(2)
+
+    def draw(self) -> float:
+        add_one(self.total)
+        return float(self.total.sum())
+
+    def state(self) -> Any:
+        return self.total
+
+
+@keeper
+class Settings:
+    """The settings of an optimizer of other parameters."""
+
+    def __init__(self) -> None:
+        self.optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+
+    def draw(self) -> float:
+        self.optimizer.param_groups[0]["lr"] *= 0.5
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def state(self) -> Any:
+        return self.optimizer.param_groups
+
+
+@keeper
+class Replaced:
+    """New objects in place of the old ones."""
+
+    def __init__(self) -> None:
+        self.layer, self.inner = nn.Linear(2, 2).requires_grad_(False), types.SimpleNamespace(rows=[0.0])
+
+    def draw(self) -> float:
+        self.inner = types.SimpleNamespace(rows=[*self.inner.rows, 1.0])
+        self.layer.weight = nn.Parameter(self.layer.weight * 1.1, requires_grad=False)
+        return len(self.inner.rows) + float(self.layer.weight.sum())
+
+    def state(self) -> Any:
+        return self.inner.rows, self.layer
+
+
 def make(name: str) -> Any:
     """Return a new keeper, whose class and globals are at their start."""
     kind = KEEPERS[name]
     if hasattr(kind, "reset"):
         kind.reset()
+    torch.manual_seed(7)
     return kind()

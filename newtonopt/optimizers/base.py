@@ -126,9 +126,9 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         """Take `steps_per_call` Newton steps, fewer where one ends at a tolerance, a minimum, or is not finite.
 
         All of them are steps on one function, with the same random numbers. What the closure leaves behind,
-        such as `.grad`, BatchNorm's statistics, the random state and logs, is as after one run of it at the starting
-        point. A closure may clamp or normalise parameters: the starting point and each trial are then where it leaves
-        them.
+        such as `.grad`, BatchNorm's statistics, the random state, logs, counters and lists, is as after one run of it
+        at the starting point. A closure may clamp or normalise parameters: the starting point and each trial are then
+        where it leaves them.
 
         Args:
             closure: Clears the gradients, computes the loss, calls `backward` and returns the loss, as for

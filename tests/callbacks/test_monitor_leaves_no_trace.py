@@ -152,3 +152,23 @@ def test_parameters_that_share_memory_are_not_measured() -> None:
     without = trained(Tied(), lambda: None)
     with pytest.warns(UserWarning, match="could not measure at step 1.*params must not share memory"):
         assert trained(Tied(), lambda: None, monitor()) == without
+
+
+class Scheduling(Keeping):
+    """Lowers the learning rate of its own optimizer as it goes."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        self.optimizers().param_groups[0]["lr"] *= 0.5
+        return F.cross_entropy(self.layers(batch[0]), batch[1])
+
+
+def test_settings_of_the_optimizer_that_the_step_changes_are_put_back() -> None:
+    ends = []
+    for callbacks in ([], [monitor()]):
+        model = Scheduling()
+        ends.append(trained(model, lambda model=model: model.trainer.optimizers[0].param_groups[0]["lr"], *callbacks))
+    assert ends[0] == ends[1]
+    assert ends[0][1] == 0.1 * 0.5**BATCHES
