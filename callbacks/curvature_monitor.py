@@ -251,7 +251,7 @@ class CurvatureMonitor(Callback):
         if self._enabled and not self._watched and self._subject.step == "training_step":
             # The first step of training tells whether a measurement would change what cannot be put back.
             self._watched = True
-            self._watch = Watch(pl_module.training_step, pl_module.parameters())
+            self._watch = Watch(pl_module.training_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
@@ -350,7 +350,7 @@ class CurvatureMonitor(Callback):
             named = self._subject.trained(pl_module)
             last = None if self._certifies() else self._last
             params = [p for _, p in named]
-            watch = Watch(closure, params)
+            watch = Watch(closure)
             try:
                 values = at_rest(
                     lambda: take(closure, params, trainer.optimizers, settings, samples, named, last),

@@ -13,12 +13,15 @@ import os
 import random
 import sys
 import sysconfig
+import threading
 import types
 import weakref
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from queue import Queue
 from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
@@ -33,6 +36,7 @@ from newtonopt._state import (
     Binding,
     Bytes,
     Cell,
+    Context,
     Empty,
     Entries,
     Holder,
@@ -42,6 +46,7 @@ from newtonopt._state import (
     Position,
     Sample,
     Slots,
+    Weak,
 )
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
@@ -97,6 +102,8 @@ class _Kind(enum.Enum):
     ARRAY = enum.auto()
     GENERATOR = enum.auto()
     ITERATOR = enum.auto()
+    CONTEXT = enum.auto()
+    WEAK = enum.auto()
     OPTIMIZER = enum.auto()
     LIBRARY = enum.auto()
     OBJECT = enum.auto()
@@ -141,7 +148,10 @@ def _kind(kind: type) -> _Kind:
         ((bytearray, array), _Kind.BYTES),
         (np.ndarray, _Kind.ARRAY),
         (GENERATORS, _Kind.GENERATOR),
-        (_ITERATORS, _Kind.ITERATOR),
+        ((*_ITERATORS, Queue), _Kind.ITERATOR),
+        (ContextVar, _Kind.CONTEXT),
+        ((weakref.WeakKeyDictionary, weakref.WeakValueDictionary), _Kind.WEAK),
+        (threading.local, _Kind.OBJECT),
         (torch.optim.Optimizer, _Kind.OPTIMIZER),
         ((DataLoader, weakref.ref), _Kind.LIBRARY),
     ):
@@ -158,14 +168,13 @@ class _Walk:
 
     Args:
         reach: What is known already. Added to.
-        params: The parameters that are differentiated by, whose optimizers are left alone.
         running: Whether the closure runs, so that `functional_call` may have lent modules what they have registered.
     """
 
-    def __init__(self, reach: Reach, params: Iterable[Tensor], *, running: bool) -> None:
+    def __init__(self, reach: Reach, *, running: bool) -> None:
         self._reach = reach
         self._running = running
-        self._params = {id(p) for p in params}
+        self._left_alone: set[int] = set()
         self._waiting: deque[tuple[Any, str]] = deque()
 
     def go(self, roots: Iterable[tuple[Any, str]], callables: Iterable[Any]) -> None:
@@ -177,6 +186,8 @@ class _Walk:
         while waiting and len(seen) < _MOST:
             host, path = waiting.popleft()
             _FOLLOW[_kind(type(host))](self, host, path)
+        if self._left_alone:
+            self._reach.holders[:] = [one for one in self._reach.holders if id(one.host) not in self._left_alone]
 
     def _meet(self, host: Any, path: str, *, registered: bool = False) -> None:
         kind, seen = _kind(type(host)), self._reach.seen
@@ -213,6 +224,9 @@ class _Walk:
         self._reach.modules.append(host)
         own = vars(host)
         self._keep(Attributes(host, path))
+        if isinstance(host, torch.jit.ScriptModule):
+            self._script(host, path)
+            return
         without_hooks = []
         for name, value in own.items():
             if name in MODULE_INTERNALS:
@@ -236,6 +250,13 @@ class _Walk:
             self._meet(optimizer, type(optimizer).__name__)
         self._class_of(host)
 
+    def _script(self, host: torch.jit.ScriptModule, path: str) -> None:
+        """Follow a compiled module, whose buffers cannot be lent as copies."""
+        for name, t in (*host.named_parameters(recurse=False), *host.named_buffers(recurse=False)):
+            self._meet(t, f"{path}.{name}")
+        for name, module in host.named_children():
+            self._meet(module, f"{path}.{name}")
+
     def _object(self, host: Any, path: str) -> None:
         self._attributes(host, path)
         for kind in _slotted(type(host)):
@@ -247,7 +268,7 @@ class _Walk:
         self._class_of(host)
 
     def _attributes(self, host: Any, path: str) -> None:
-        own = _get(host, "__dict__")
+        own = vars(host) if isinstance(host, threading.local) else _get(host, "__dict__")
         if type(own) is not dict or (not own and isinstance(host, Tensor)):
             return
         self._keep(Attributes(host, path))
@@ -284,7 +305,9 @@ class _Walk:
             self._meet(value, f"{path}.{name}")
 
     def _optimizer(self, host: torch.optim.Optimizer, path: str) -> None:
-        if any(id(p) in self._params for group in host.param_groups for p in group["params"]):
+        if any(kind.__module__.startswith("newtonopt.") for kind in type(host).__mro__):
+            # Its state changes between the runs of a step; nobody else may take it for the closure's.
+            self._left_alone.update(map(id, (host.state, *host.state.values())))
             self._meet(host.param_groups, f"{path}.param_groups")
         else:
             self._object(host, path)
@@ -387,6 +410,15 @@ class _Walk:
         self._reach.generators.append(host)
         self._attributes(host, path)
 
+    def _context(self, host: ContextVar[Any], path: str) -> None:
+        self._keep(Context(host, path))
+        self._meet(host.get(None), path)
+
+    def _weak(self, host: Any, path: str) -> None:
+        self._keep(Weak(host, path))
+        for value in itertools.islice(list(host.values()), _MOST_FOLLOWED):
+            self._meet(value, path)
+
     def _iterator(self, host: Any, path: str) -> None:
         self._watch(Position(host, path))
 
@@ -397,7 +429,6 @@ _FOLLOW = {kind: getattr(_Walk, f"_{kind.name.lower()}") for kind in _Kind}
 def explore(
     roots: Iterable[tuple[Any, str]],
     callables: Iterable[Any],
-    params: Iterable[Tensor],
     reach: Reach,
     *,
     running: bool,
@@ -408,12 +439,11 @@ def explore(
         roots: Objects to begin at, each with the name under which messages speak of it.
         callables: Callable objects that the closure consists of, which are followed although a library wrote them:
             Lightning's closure keeps the result of its last call.
-        params: The parameters that are differentiated by; an optimizer that trains them is left alone.
         reach: What is known so far. Added to.
         running: Whether the closure runs.
     """
     with torch._C.DisableTorchFunction():  # a subclass of Tensor may refuse to tell
-        _Walk(reach, params, running=running).go(roots, callables)
+        _Walk(reach, running=running).go(roots, callables)
 
 
 def _get(host: Any, name: str) -> Any:

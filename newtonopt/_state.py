@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import operator
 import sys
+import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from contextvars import ContextVar
+from queue import Queue
+from threading import local
 from types import CellType, GeneratorType, MemberDescriptorType
 from typing import Any, ClassVar
 
@@ -164,7 +168,8 @@ class Attributes(Holder):
 
     def __init__(self, host: Any, path: str) -> None:
         super().__init__(host, path)
-        self._own = object.__getattribute__(host, "__dict__")
+        # The dictionary of a threading.local is that of the thread.
+        self._own = vars(host) if isinstance(host, local) else object.__getattribute__(host, "__dict__")
 
     def read(self) -> Any:
         """See the base class."""
@@ -290,6 +295,49 @@ class Binding(Holder):
             setattr(self.host, self._name, content)
 
 
+class Context(Holder):
+    """A context variable."""
+
+    __slots__ = ()
+    host: ContextVar[Any]
+
+    def read(self) -> Any:
+        """See the base class."""
+        return self.host.get(_EMPTY)
+
+    def holds(self, content: Any) -> bool:
+        """See the base class."""
+        return self.read() is content
+
+    def write(self, content: Any) -> None:
+        """See the base class."""
+        if content is not _EMPTY:
+            self.host.set(content)
+
+
+class Weak(Holder):
+    """A dictionary with weak keys or weak values."""
+
+    __slots__ = ()
+    host: weakref.WeakKeyDictionary[Any, Any]
+
+    def read(self) -> Any:
+        """See the base class."""
+        return list(self.host.items())
+
+    def holds(self, content: Any) -> bool:
+        """See the base class."""
+        now = self.read()
+        return len(now) == len(content) and all(
+            key is other and value is another for (key, value), (other, another) in zip(now, content, strict=True)
+        )
+
+    def write(self, content: Any) -> None:
+        """See the base class."""
+        self.host.clear()
+        self.host.update(content)
+
+
 class Numbers(Holder):
     """A NumPy array."""
 
@@ -311,7 +359,7 @@ class Numbers(Holder):
 
 
 class Position(Holder):
-    """How far an iterator has got, which cannot be put back."""
+    """How far an iterator or a queue has got, which cannot be put back."""
 
     __slots__ = ()
 
@@ -354,6 +402,8 @@ def _position(host: Any) -> Any:
     if isinstance(host, GeneratorType):
         frame = host.gi_frame
         return None if frame is None else (frame.f_lasti, *map(_told, frame.f_locals.values()))
+    if isinstance(host, Queue):  # threads may put something in at any time
+        return tuple(map(id, host.queue))
     if isinstance(host, _BaseDataLoaderIter):
         return (host._num_yielded,)
     kind = type(host)

@@ -203,7 +203,7 @@ class Isolation:
     def _extend(self, roots: Iterable[tuple[Any, str]], callables: Iterable[Any] = (), *, running: bool) -> list[Any]:
         """Take in what can be reached from these roots; returns the content of what has come to it."""
         first, tensors = len(self._reach.holders), len(self._reach.tensors)
-        explore(roots, callables, self._params, self._reach, running=running)
+        explore(roots, callables, self._reach, running=running)
         self._memory.add(self._reach.tensors[tensors:])
         contents = [holder.read() for holder in self._reach.holders[first:]]
         self._contents.extend(contents)
@@ -259,12 +259,11 @@ class Watch:
 
     Args:
         function: The function.
-        params: The parameters that it trains.
     """
 
-    def __init__(self, function: Callable[..., Any], params: Iterable[Tensor]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         reach = Reach()
-        explore([(function, "the function")], (), params, reach, running=False)
+        explore([(function, "the function")], (), reach, running=False)
         self._positions = [(holder, holder.read()) for holder in reach.watched]
 
     def changed(self) -> list[str]:

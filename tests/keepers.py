@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import array
 import collections
+import contextvars
 import copy
 import dataclasses
 import functools
 import heapq
 import random
 import sys
+import threading
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -966,6 +969,78 @@ class Replaced:
 
     def state(self) -> Any:
         return self.inner.rows, self.layer
+
+
+@keeper
+class ThreadLocal:
+    def __init__(self) -> None:
+        self.local = threading.local()
+        self.local.count = 0
+
+    def draw(self) -> float:
+        self.local.count += 1
+        return float(self.local.count)
+
+    def state(self) -> Any:
+        return self.local.count
+
+
+TURN: contextvars.ContextVar[int] = contextvars.ContextVar("turn", default=0)
+
+
+@keeper
+class ContextVariable:
+    def draw(self) -> float:
+        TURN.set(TURN.get() + 1)
+        return float(TURN.get())
+
+    def state(self) -> Any:
+        return TURN.get()
+
+    @staticmethod
+    def reset() -> None:
+        TURN.set(0)
+
+
+@keeper
+class WeakKeys:
+    def __init__(self) -> None:
+        self.owner = Meter()
+        self.table = weakref.WeakKeyDictionary({self.owner: 0.0})
+
+    def draw(self) -> float:
+        self.table[self.owner] += 1.0
+        return self.table[self.owner]
+
+    def state(self) -> Any:
+        return list(self.table.values())
+
+
+@keeper
+class Scripted:
+    def __init__(self) -> None:
+        self.layer = torch.jit.script(nn.BatchNorm1d(2).requires_grad_(False))
+        self.x = torch.arange(6.0).view(3, 2)
+
+    def draw(self) -> float:
+        self.layer(self.x)
+        return float(self.layer.running_mean.sum())
+
+    def state(self) -> Any:
+        return list(self.layer.buffers())
+
+
+@keeper
+class StateOfAnOptimizer:
+    def __init__(self) -> None:
+        self.optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+
+    def draw(self) -> float:
+        self.optimizer.state["count"] = self.optimizer.state.get("count", 0) + 1
+        return float(self.optimizer.state["count"])
+
+    def state(self) -> Any:
+        return dict(self.optimizer.state)
 
 
 def make(name: str) -> Any:
