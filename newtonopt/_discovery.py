@@ -178,16 +178,17 @@ class _Walk:
         self._waiting: deque[tuple[Any, str]] = deque()
 
     def go(self, roots: Iterable[tuple[Any, str]], callables: Iterable[Any]) -> None:
+        seen, waiting, first = self._reach.seen, self._waiting, len(self._reach.holders)
         for root, path in roots:
             self._meet(root, path)
         for host in callables:
             self._take(host, type(host).__name__)
-        seen, waiting = self._reach.seen, self._waiting
         while waiting and len(seen) < _MOST:
             host, path = waiting.popleft()
             _FOLLOW[_kind(type(host))](self, host, path)
         if self._left_alone:
-            self._reach.holders[:] = [one for one in self._reach.holders if id(one.host) not in self._left_alone]
+            kept = [one for one in self._reach.holders[first:] if id(one.host) not in self._left_alone]
+            self._reach.holders[first:] = kept
 
     def _meet(self, host: Any, path: str, *, registered: bool = False) -> None:
         kind, seen = _kind(type(host)), self._reach.seen

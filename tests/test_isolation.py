@@ -325,3 +325,31 @@ def test_callbacks_and_data_modules_of_the_users_see_one_run_a_step() -> None:
     lightning_problems.quiet_trainer(max_epochs=1, callbacks=[callback]).fit(model, datamodule=data)
     assert len(model.calls.batches) > lightning_problems.BATCHES
     assert data.count == len(callback.seen) == lightning_problems.BATCHES
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer around another one, whose state it shows as its own."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.state, self.inner, self.param_groups = inner.state, inner, inner.param_groups
+
+    def step(self, closure: Any) -> Any:
+        return self.inner.step(closure)
+
+
+def test_the_optimizers_own_state_is_not_taken_for_the_closures() -> None:
+    ends = []
+    for wraps in (False, True):
+        training = Training("Counts")
+        inner = HessianFree(training.model.parameters())
+        optimizer = Wrapper(inner) if wraps else inner
+
+        def closure(training: Training = training, optimizer: Any = optimizer) -> Tensor:
+            assert optimizer.param_groups
+            return training.closure()
+
+        for _ in range(3):
+            optimizer.step(closure)
+        ends.append([content(training.model), inner.last_step, inner._memory["steps"], inner._memory["damping"]])
+    assert ends[0] == ends[1]
+    assert ends[0][2] == 3

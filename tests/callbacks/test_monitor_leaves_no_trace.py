@@ -64,8 +64,14 @@ class All:
         return {name: keeper.state() for name, keeper in self.keepers.items()}
 
 
-@pytest.mark.parametrize("products", ["auto", "streamed", "finite_difference"])
-@pytest.mark.parametrize("where", ["attribute", "submodule"])
+@pytest.mark.parametrize(
+    ("where", "products"),
+    [
+        ("attribute", "auto"),
+        ("submodule", "finite_difference"),
+        pytest.param("submodule", "streamed", marks=pytest.mark.slow),
+    ],
+)
 def test_training_that_keeps_all_kinds_of_state_is_the_same_to_the_bit(where: str, products: Any) -> None:
     keeper = All()
     without = trained(Keeping(keeper, where), keeper.state)
