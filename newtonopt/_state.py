@@ -411,8 +411,19 @@ def _position(host: Any) -> Any:
         return (repr(host),)
     if kind in _OF_HASH_TABLES:
         return (operator.length_hint(host),)
-    _, inner, *state = host.__reduce__()
-    return (*state, *map(_told, inner)) if state else tuple(map(_told, inner))
+    try:
+        reduced = host.__reduce__()
+    except TypeError:  # itertools.pairwise and the like tell nothing
+        return ()
+    return tuple(map(_told, _leaves(reduced[1:])))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, tuple):
+        for entry in value:
+            yield from _leaves(entry)
+    else:
+        yield value
 
 
 def _told(value: Any) -> Any:
