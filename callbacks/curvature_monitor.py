@@ -16,6 +16,7 @@ from newtonopt.curvature.measure import take
 from newtonopt.curvature.measurement import Layers, Matrix, Measurement, Settings
 from newtonopt.curvature.sharpness import Kind
 from newtonopt.evaluation import Products
+from newtonopt.isolation import UnprotectedError, Watch
 
 from .charts import curvature_charts
 from .logs import Charts, add_charts, log_values
@@ -37,13 +38,17 @@ _ELSEWHERE = {
 }
 
 
+_A_LOSS_OF_ITS_OWN = 'Or give the module another method that returns the loss alone, and name it by step="...".'
+
+
 class CurvatureMonitor(Callback):
     """Log the extreme eigenvalues of the Hessian, a sharpness measure and the stability threshold during training.
 
     The loss is that of `training_step` on the first batches that training saw, kept as the probe, weighted by their
     sizes. It is measured in full precision, without autocast, and leaves no trace: parameters, `.grad`, buffers, random
-    state, metrics and logs stay as they were to the bit. A measurement that fails warns once and is left out; training
-    goes on.
+    state, metrics, logs, and all state that `training_step` can reach stay as they were to the bit. What cannot be put
+    back, such as an iterator that `training_step` moves on, ends measuring with a warning that names it. A measurement
+    that fails warns once and is left out; training goes on.
 
     Under the Trainer's `fast_dev_run` it measures once, at the end, if not before.
 
@@ -191,6 +196,8 @@ class CurvatureMonitor(Callback):
         """Forget the last fit."""
         self._probe.clear()
         self._enabled = True
+        self._watch: Watch | None = None
+        self._watched = False
         self._last: Measurement | None = None
         self._followed = 0
         self._differences = False
@@ -241,10 +248,17 @@ class CurvatureMonitor(Callback):
         self._probe.offer(batch, batch_idx)
         if self._schedule.at_start and self._measured_at is None:
             self._look(trainer, pl_module)
+        if self._enabled and not self._watched and self._subject.step == "training_step":
+            # The first step of training tells whether a measurement would change what cannot be put back.
+            self._watched = True
+            self._watch = Watch(pl_module.training_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
+        if self._watch is not None and (changed := self._watch.changed()):
+            self._stop(f"measuring would change training. {UnprotectedError(changed)}")
+        self._watch = None
         due = self._schedule.after_step(self._last_step, trainer.global_step)
         self._last_step = trainer.global_step
         if trainer.is_last_batch:
@@ -289,6 +303,9 @@ class CurvatureMonitor(Callback):
         certifies, began = self._certifies(), time.perf_counter()
         try:
             values = self._measure(trainer, pl_module)
+        except UnprotectedError as error:
+            self._stop(f"at step {trainer.global_step} a measurement would have changed training further. {error}")
+            return
         except Exception as error:
             self._last = None
             self._warn(
@@ -315,6 +332,11 @@ class CurvatureMonitor(Callback):
                 self._charts[category] = {**known, **charts}
                 add_charts(trainer, category, self._charts[category])
 
+    def _stop(self, why: str) -> None:
+        """Measure no more in this fit."""
+        self._enabled = False
+        rank_zero_warn(f"CurvatureMonitor measures nothing from here on: {why} {_A_LOSS_OF_ITS_OWN}")
+
     def _warn(self, subject: str, message: str) -> None:
         """Once a fit on each subject."""
         if subject not in self._warned:
@@ -328,11 +350,16 @@ class CurvatureMonitor(Callback):
             named = self._subject.trained(pl_module)
             last = None if self._certifies() else self._last
             params = [p for _, p in named]
-            values = at_rest(
-                lambda: take(closure, params, trainer.optimizers, settings, samples, named, last),
-                params,
-                trainer.optimizers,
-            )
+            watch = Watch(closure)
+            try:
+                values = at_rest(
+                    lambda: take(closure, params, trainer.optimizers, settings, samples, named, last),
+                    params,
+                    trainer.optimizers,
+                )
+            finally:
+                if changed := watch.changed():
+                    raise UnprotectedError(changed)
         self._last = values
         self._followed = 0 if last is None or values.read("certified") == 1.0 else self._followed + 1
         # What has no second derivative now has none the next time.

@@ -1,100 +1,522 @@
-"""What a closure holds on to: modules, random generators, and objects that it calls."""
+"""A walk over the Python objects that a closure can reach: what it may change when it runs.
+
+`explore` follows cells, defaults, attributes, slots, containers, and the globals, classes and functions that the user's
+own code names. It leaves out what belongs to libraries: the Trainer, loggers, threads, and torch's own machinery.
+"""
 
 from __future__ import annotations
 
+import enum
 import functools
+import itertools
+import os
 import random
-from collections import deque
-from collections.abc import Iterable, Iterator
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+import sys
+import sysconfig
+import threading
+import types
+import weakref
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from queue import Queue
+from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-MODULE_INTERNALS = frozenset(vars(nn.Module()))
-CONTAINERS = (list, dict, set, deque)
-GENERATORS = (torch.Generator, np.random.Generator, random.Random)
-# What is looked for in a closure holds none of it, and would take long to look through.
-_OPAQUE = (Tensor, torch.optim.Optimizer, ModuleType, type, str, bytes, int, float)
-_FOLLOWED = (functools.partial, MethodType, FunctionType)
-_DEPTH = 5
-_MOST_ENTRIES = 64
+from newtonopt._state import (
+    Attributes,
+    Binding,
+    Bytes,
+    Cell,
+    Context,
+    Empty,
+    Entries,
+    Holder,
+    Items,
+    Members,
+    Numbers,
+    Position,
+    Sample,
+    Slots,
+    Weak,
+)
+
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
 
 
-def found_in(closure: Any) -> Iterator[Any]:
-    """The modules and random generators within reach of a closure.
+@dataclass
+class Reach:
+    """What a closure can reach.
 
-    Followed are what `functools.partial` binds, cells, defaults and globals of functions, of those that they call in
-    turn, and one level of the attributes or entries of other objects.
+    Attributes:
+        modules: The modules, each once.
+        generators: Random generators.
+        tensors: Tensors, each once.
+        outside: Identities of the tensors that are held elsewhere than as a module's parameter or buffer.
+        holders: Whatever holds state that can be put back.
+        watched: Whatever holds state that can only be watched.
+        seen: The objects met, by identity, kept alive so that no other object takes an identity over.
     """
-    seen: set[int] = set()
-    waiting: deque[tuple[Any, int, bool]] = deque([(closure, _DEPTH, False)])
-    while waiting:
-        host, depth, inside = waiting.popleft()
-        if isinstance(host, _OPAQUE) or id(host) in seen:
-            continue
-        seen.add(id(host))
-        if isinstance(host, (nn.Module, *GENERATORS)):
-            yield host
-        if isinstance(host, DataLoader):
-            yield from (source for source in _generators_of(host) if isinstance(source, GENERATORS))
-        elif depth > 0 and isinstance(host, _FOLLOWED):
-            waiting.extend((held, depth - 1, False) for held in _bound_to(host))
-        elif depth > 0 and (not inside or type(host) in CONTAINERS or type(host) is tuple):
-            waiting.extend((held, depth - 1, True) for held in _contents(host))
+
+    modules: list[nn.Module] = field(default_factory=list)
+    generators: list[Any] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    outside: set[int] = field(default_factory=set)
+    holders: list[Holder] = field(default_factory=list)
+    watched: list[Holder] = field(default_factory=list)
+    seen: dict[int, Any] = field(default_factory=dict)
 
 
-def _bound_to(host: Any) -> Iterator[Any]:
-    if isinstance(host, functools.partial):
-        yield from (host.func, *host.args, *host.keywords.values())
-    elif isinstance(host, MethodType):
-        yield from (host.__self__, host.__func__)
-    elif not (host.__module__ or "").startswith("torch."):
-        filled = [cell for cell in host.__closure__ or () if cell != CellType()]
-        yield from (cell.cell_contents for cell in filled)
-        yield from host.__defaults__ or ()
-        yield from (host.__kwdefaults__ or {}).values()
-        yield from (host.__globals__[name] for name in _names(host.__code__) if name in host.__globals__)
+Result = TypeVar("Result")
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
+def _cached(function: Callable[[type], Result]) -> Callable[[type], Result]:
+    """Keep the answers of a function of a class."""
+    return functools.lru_cache(maxsize=4096)(function)
 
 
-def _contents(host: Any) -> Iterable[Any]:
-    if type(host) in CONTAINERS or type(host) is tuple:
-        entries = host.values() if isinstance(host, dict) else host
-        return tuple(entries) if len(entries) <= _MOST_ENTRIES else ()
-    own = getattr(host, "__dict__", None)
-    called = (type(host).__call__,) if callable(host) and isinstance(type(host).__call__, FunctionType) else ()
-    if type(own) is not dict:
-        return called
-    return (*called, *(value for name, value in own.items() if name not in MODULE_INTERNALS))
+class _Kind(enum.Enum):
+    """How the walk treats the instances of a class."""
+
+    NOTHING = enum.auto()
+    TENSOR = enum.auto()
+    MODULE = enum.auto()
+    FUNCTION = enum.auto()
+    METHOD = enum.auto()
+    PARTIAL = enum.auto()
+    CLASS = enum.auto()
+    FILE = enum.auto()  # a module of Python's
+    SEQUENCE = enum.auto()
+    FIXED = enum.auto()
+    DICT = enum.auto()
+    SET = enum.auto()
+    BYTES = enum.auto()
+    ARRAY = enum.auto()
+    GENERATOR = enum.auto()
+    ITERATOR = enum.auto()
+    CONTEXT = enum.auto()
+    WEAK = enum.auto()
+    OPTIMIZER = enum.auto()
+    LIBRARY = enum.auto()
+    OBJECT = enum.auto()
 
 
-def _generators_of(loader: DataLoader[Any]) -> Iterator[Any]:
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    for host in (loader, loader.sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
-        yield getattr(host, "generator", None)
+# A budget: objects met, entries of a container that are followed, and entries or bytes that are copied in each run.
+_MOST = 20_000
+_MOST_FOLLOWED = 1_024
+_MOST_ENTRIES = 100_000
+_MOST_BYTES = 2**24
+
+_SEQUENCES: tuple[Any, ...] = ([], (), "", b"", range(0), range(2**70), reversed([]))
+_HASH_TABLES: tuple[Any, ...] = ({}, {}.values(), {}.items(), set())
+_ITERATORS = (
+    types.GeneratorType,
+    *(kind for kind in vars(itertools).values() if isinstance(kind, type)),
+    *(zip, map, filter, enumerate),
+    *(type(iter(host)) for host in (*_SEQUENCES, *_HASH_TABLES)),
+    _BaseDataLoaderIter,
+)
+_IGNORED = (str, bytes, int, float, complex, type(None), range, slice, torch.dtype, torch.device, torch.Size)
+_OPAQUE = {"asyncio", "concurrent", "enum", "io", "_io", "logging", "multiprocessing", "queue", "socket", "tensorboard"}
+_OPAQUE |= {"lightning", "lightning_fabric", "pytorch_lightning", "threading", "_thread", "weakref", "wandb", "mlflow"}
+_OPAQUE_OF_TORCH = ("torch._", "torch.cuda", "torch.distributed", "torch.fx", "torch.jit", "torch.profiler")
+
+
+@_cached
+def _kind(kind: type) -> _Kind:
+    for bases, answer in (
+        (_IGNORED, _Kind.NOTHING),
+        (Tensor, _Kind.TENSOR),
+        (nn.Module, _Kind.MODULE),
+        (FunctionType, _Kind.FUNCTION),
+        ((MethodType, BuiltinMethodType), _Kind.METHOD),
+        (functools.partial, _Kind.PARTIAL),
+        (type, _Kind.CLASS),
+        (ModuleType, _Kind.FILE),
+        ((list, deque), _Kind.SEQUENCE),
+        ((tuple, frozenset, types.MappingProxyType), _Kind.FIXED),
+        (dict, _Kind.DICT),
+        (set, _Kind.SET),
+        ((bytearray, array), _Kind.BYTES),
+        (np.ndarray, _Kind.ARRAY),
+        (GENERATORS, _Kind.GENERATOR),
+        ((*_ITERATORS, Queue), _Kind.ITERATOR),
+        (ContextVar, _Kind.CONTEXT),
+        ((weakref.WeakKeyDictionary, weakref.WeakValueDictionary), _Kind.WEAK),
+        (threading.local, _Kind.OBJECT),
+        (torch.optim.Optimizer, _Kind.OPTIMIZER),
+        ((DataLoader, weakref.ref), _Kind.LIBRARY),
+    ):
+        if issubclass(kind, bases):
+            return answer
+    names = [base.__module__ for base in kind.__mro__]
+    if any(name.partition(".")[0] in _OPAQUE or name.startswith(_OPAQUE_OF_TORCH) for name in names):
+        return _Kind.NOTHING
+    return _Kind.LIBRARY if kind.__module__.partition(".")[0] == "newtonopt" else _Kind.OBJECT
+
+
+class _Walk:
+    """One walk, breadth first, so that a budget leaves out what is farthest away.
+
+    Args:
+        reach: What is known already. Added to.
+        running: Whether the closure runs, so that `functional_call` may have lent modules what they have registered.
+    """
+
+    def __init__(self, reach: Reach, *, running: bool) -> None:
+        self._reach = reach
+        self._running = running
+        self._left_alone: set[int] = set()
+        self._waiting: deque[tuple[Any, str]] = deque()
+
+    def go(self, roots: Iterable[tuple[Any, str]], callables: Iterable[Any]) -> None:
+        seen, waiting, first = self._reach.seen, self._waiting, len(self._reach.holders)
+        for root, path in roots:
+            self._meet(root, path)
+        for host in callables:
+            self._take(host, type(host).__name__)
+        while waiting and len(seen) < _MOST:
+            host, path = waiting.popleft()
+            _FOLLOW[_kind(type(host))](self, host, path)
+        if self._left_alone:
+            kept = [one for one in self._reach.holders[first:] if id(one.host) not in self._left_alone]
+            self._reach.holders[first:] = kept
+
+    def _meet(self, host: Any, path: str, *, registered: bool = False) -> None:
+        kind, seen = _kind(type(host)), self._reach.seen
+        if kind is _Kind.NOTHING:
+            return
+        if kind is _Kind.TENSOR and not registered:
+            self._reach.outside.add(id(host))
+        if id(host) not in seen:
+            seen[id(host)] = host
+            self._waiting.append((host, path))
+
+    def _take(self, host: Any, path: str) -> None:
+        """Follow an object whatever its kind."""
+        if id(host) not in self._reach.seen:
+            self._reach.seen[id(host)] = host
+            self._object(host, path)
+
+    def _keep(self, holder: Holder) -> None:
+        self._reach.holders.append(holder)
+
+    def _watch(self, holder: Holder) -> None:
+        self._reach.watched.append(holder)
+
+    def _nothing(self, host: Any, path: str) -> None:
+        pass
+
+    def _tensor(self, host: Tensor, path: str) -> None:
+        self._reach.tensors.append(host)
+        self._attributes(host, path)
+        for hook in (host._backward_hooks or {}).values() if not host._is_view() else ():
+            self._meet(hook, f"a hook of {path}")
+
+    def _module(self, host: nn.Module, path: str) -> None:
+        self._reach.modules.append(host)
+        own = vars(host)
+        self._keep(Attributes(host, path))
+        if isinstance(host, torch.jit.ScriptModule):
+            self._script(host, path)
+            return
+        without_hooks = []
+        for name, value in own.items():
+            if name in MODULE_INTERNALS:
+                registered = name in ("_parameters", "_buffers", "_modules")
+                if type(value) in (dict, OrderedDict) and not value and not registered:
+                    without_hooks.append(value)
+                elif isinstance(value, dict):
+                    if not (registered and self._running):
+                        self._keep(Items(value, path))
+                    for key, entry in value.items():
+                        self._meet(entry, f"{path}.{key}", registered=registered)
+            elif name != "_trainer":
+                self._meet(value, f"{path}.{name}")
+        self._keep(Empty(without_hooks, path))
+        # The Trainer is left alone, but for what the user has given it.
+        trainer = own.get("_trainer")
+        for held in () if trainer is None else (*trainer.callbacks, getattr(trainer, "datamodule", None)):
+            if not _is_library(type(held)):
+                self._take(held, type(held).__name__)
+        for optimizer in () if trainer is None else trainer.optimizers:
+            self._meet(optimizer, type(optimizer).__name__)
+        self._class_of(host)
+
+    def _script(self, host: torch.jit.ScriptModule, path: str) -> None:
+        """Follow a compiled module, whose buffers cannot be lent as copies."""
+        for name, t in (*host.named_parameters(recurse=False), *host.named_buffers(recurse=False)):
+            self._meet(t, f"{path}.{name}")
+        for name, module in host.named_children():
+            self._meet(module, f"{path}.{name}")
+
+    def _object(self, host: Any, path: str) -> None:
+        self._attributes(host, path)
+        for kind in _slotted(type(host)):
+            self._keep(Slots(host, kind, path))
+            for name, value in Slots.values(host, kind):
+                self._meet(value, f"{path}.{name}")
+        self._meet(_get(host, "__self__"), path)  # a method written in C
+        self._meet(_get(host, "__wrapped__"), path)  # functools.cache
+        self._class_of(host)
+
+    def _attributes(self, host: Any, path: str) -> None:
+        own = vars(host) if isinstance(host, threading.local) else _get(host, "__dict__")
+        if type(own) is not dict or (not own and isinstance(host, Tensor)):
+            return
+        self._keep(Attributes(host, path))
+        for name, value in tuple(own.items()):
+            self._meet(value, f"{path}.{name}")
+
+    def _class_of(self, host: Any) -> None:
+        for kind in type(host).__mro__:
+            if not _is_library(kind):
+                self._meet(kind, kind.__name__)
+
+    def _class(self, host: type, path: str) -> None:
+        if _is_library(host) or issubclass(host, enum.Enum):
+            return
+        for name, value in tuple(vars(host).items()):
+            if isinstance(value, (staticmethod, classmethod)):
+                value = value.__func__
+            elif isinstance(value, property):
+                for function in (value.fget, value.fset):
+                    self._meet(function, f"{path}.{name}")
+            elif isinstance(value, functools.cached_property):
+                value = value.func
+            if not name.startswith("__") and not hasattr(type(value), "__get__"):
+                self._keep(Binding(host, name, f"{path}.{name}"))
+            if not name.startswith("__") or isinstance(value, FunctionType):
+                self._meet(value, f"{path}.{name}")
+        for base in host.__bases__:
+            self._meet(base, base.__name__)
+
+    def _library(self, host: Any, path: str) -> None:
+        """Follow an object of a library's, whose own attributes are left alone."""
+        own = _get(host, "__dict__")
+        for name, value in tuple(own.items()) if type(own) is dict else ():
+            self._meet(value, f"{path}.{name}")
+
+    def _optimizer(self, host: torch.optim.Optimizer, path: str) -> None:
+        if any(kind.__module__.startswith("newtonopt.") for kind in type(host).__mro__):
+            # Its state changes between the runs of a step; nobody else may take it for the closure's.
+            self._left_alone.update(map(id, (host.state, *host.state.values())))
+            self._meet(host.param_groups, f"{path}.param_groups")
+        else:
+            self._object(host, path)
+
+    def _function(self, host: FunctionType, path: str) -> None:
+        code = host.__code__
+        for name, cell in zip(code.co_freevars, host.__closure__ or (), strict=True):
+            self._cell(cell, name)
+        for value in (*(host.__defaults__ or ()), *(host.__kwdefaults__ or {}).values()):
+            self._meet(value, f"a default of {host.__name__}")
+        if _is_library_file(code.co_filename):
+            return
+        self._attributes(host, path)
+        names = _names(code)
+        for name in names & host.__globals__.keys():
+            value = host.__globals__[name]
+            if isinstance(value, ModuleType):
+                self._named_in(value, names, name)
+            else:
+                self._binding(host.__globals__, name, name)
+
+    def _named_in(self, module: ModuleType, names: frozenset[str], path: str) -> None:
+        """Follow what code names of a module that it names as well, as in `helpers.draw()`."""
+        if _is_library_file(_file(module)):
+            return
+        for name in names & vars(module).keys():
+            value = vars(module)[name]
+            if isinstance(value, ModuleType):
+                self._named_in(value, names - {name}, f"{path}.{name}")
+            else:
+                self._binding(module, name, f"{path}.{name}")
+
+    def _cell(self, cell: CellType, name: str) -> None:
+        if id(cell) in self._reach.seen or cell == CellType():
+            return
+        self._reach.seen[id(cell)] = cell
+        self._keep(Cell(cell, name))
+        self._meet(cell.cell_contents, name)
+
+    def _binding(self, host: Any, name: str, path: str) -> None:
+        value = (host if isinstance(host, dict) else vars(host))[name]
+        if not isinstance(value, (FunctionType, ModuleType, type, BuiltinMethodType)):
+            self._keep(Binding(host, name, path))
+        self._meet(value, path)
+
+    def _method(self, host: Any, path: str) -> None:
+        self._meet(host.__self__, "self" if isinstance(host.__self__, nn.Module) else path)
+        self._meet(getattr(host, "__func__", None), path)
+
+    def _partial(self, host: functools.partial[Any], path: str) -> None:
+        for value in (host.func, *host.args, *host.keywords.values()):
+            self._meet(value, "self" if isinstance(value, nn.Module) else path)
+
+    def _file(self, host: ModuleType, path: str) -> None:
+        pass
+
+    def _sequence(self, host: Any, path: str) -> None:
+        kind: Any = list if isinstance(host, list) else deque
+        self._container(Entries(host, path), kind.__len__(host), kind.__iter__(host))
+
+    def _set(self, host: set[Any], path: str) -> None:
+        self._container(Members(host, path), set.__len__(host), set.__iter__(host))
+
+    def _dict(self, host: dict[Any, Any], path: str) -> None:
+        # Values first, under their keys.
+        for key, value in itertools.islice(dict.items(host), _MOST_FOLLOWED):
+            self._meet(value, f"{path}[{key!r}]" if isinstance(key, (str, int)) else path)
+        self._container(Items(host, path), dict.__len__(host), dict.__iter__(host))
+
+    def _container(self, holder: Holder, length: int, entries: Iterator[Any]) -> None:
+        host, path = holder.host, holder.path
+        if length <= _MOST_ENTRIES:
+            self._keep(holder)
+        else:
+            self._watch(Sample(host, path))
+        for value in itertools.islice(entries, _MOST_FOLLOWED):
+            self._meet(value, path)
+        if type(host) not in (list, deque, set, dict):
+            self._object(host, path)  # a subclass may have attributes
+
+    def _fixed(self, host: Any, path: str) -> None:
+        values = host.values() if isinstance(host, types.MappingProxyType) else host
+        for value in itertools.islice(values, _MOST_FOLLOWED):
+            self._meet(value, path)
+
+    def _bytes(self, host: Any, path: str) -> None:
+        self._keep(Bytes(host, path))
+
+    def _array(self, host: np.ndarray[Any, Any], path: str) -> None:
+        if host.flags.writeable:
+            if host.nbytes <= _MOST_BYTES:
+                self._keep(Numbers(host, path))
+            else:
+                self._watch(Sample(host, path))
+        if host.dtype == object:
+            for value in itertools.islice(host.flat, _MOST_FOLLOWED):
+                self._meet(value, path)
+
+    def _generator(self, host: Any, path: str) -> None:
+        self._reach.generators.append(host)
+        self._attributes(host, path)
+
+    def _context(self, host: ContextVar[Any], path: str) -> None:
+        self._keep(Context(host, path))
+        self._meet(host.get(None), path)
+
+    def _weak(self, host: Any, path: str) -> None:
+        self._keep(Weak(host, path))
+        for value in itertools.islice(list(host.values()), _MOST_FOLLOWED):
+            self._meet(value, path)
+
+    def _iterator(self, host: Any, path: str) -> None:
+        self._watch(Position(host, path))
+
+
+_FOLLOW = {kind: getattr(_Walk, f"_{kind.name.lower()}") for kind in _Kind}
+
+
+def explore(
+    roots: Iterable[tuple[Any, str]],
+    callables: Iterable[Any],
+    reach: Reach,
+    *,
+    running: bool,
+) -> None:
+    """Add to `reach` what can be reached from these roots.
+
+    Args:
+        roots: Objects to begin at, each with the name under which messages speak of it.
+        callables: Callable objects that the closure consists of, which are followed although a library wrote them:
+            Lightning's closure keeps the result of its last call.
+        reach: What is known so far. Added to.
+        running: Whether the closure runs.
+    """
+    with torch._C.DisableTorchFunction():  # a subclass of Tensor may refuse to tell
+        _Walk(reach, running=running).go(roots, callables)
+
+
+def _get(host: Any, name: str) -> Any:
+    """Return an attribute without asking the object, whose own ways may raise or do something."""
+    try:
+        return object.__getattribute__(host, name)
+    except AttributeError:
+        return None
+
+
+MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: CodeType) -> frozenset[str]:
+    """Return the names of globals and attributes that the code uses, with that of functions inside."""
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return frozenset(code.co_names).union(*inner)
+
+
+@_cached
+def _slotted(kind: type) -> tuple[type, ...]:
+    """Return the classes among the bases of this one that have slots with state, libraries' C classes apart."""
+    return tuple(base for base in kind.__mro__ if "__slots__" in vars(base) and any(Slots.names(base)))
+
+
+@_cached
+def _is_library(kind: type) -> bool:
+    """Whether a class was not written by the user."""
+    if kind.__module__ == "builtins" or kind.__module__ in sys.stdlib_module_names:
+        return True
+    return _is_library_file(_file(sys.modules.get(kind.__module__)))
+
+
+def _file(module: ModuleType | None) -> str:
+    return getattr(module, "__file__", None) or ("" if getattr(module, "__name__", "") == "__main__" else "<built-in>")
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_library_file(name: str) -> bool:
+    # Code typed at a prompt or made by exec is in files such as "<stdin>" and "<string>".
+    return name == "<built-in>" or name.startswith(_LIBRARIES) or "site-packages" in name or "dist-packages" in name
+
+
+_LIBRARIES = (
+    os.path.dirname(__file__) + os.sep,
+    *(sysconfig.get_path(part) + os.sep for part in ("stdlib", "platstdlib")),
+    "<frozen",
+)
 
 
 def generator_state(generator: Any) -> Any:
+    """Return the state of a random generator."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
-    return generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state()
+    return generator.state if isinstance(generator, np.random.BitGenerator) else generator.bit_generator.state
 
 
 def set_generator_state(generator: Any, state: Any) -> None:
+    """Put a random generator into a state that it had."""
     if isinstance(generator, torch.Generator):
         generator.set_state(state)
     elif isinstance(generator, random.Random):
         generator.setstate(state)
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    elif isinstance(generator, np.random.BitGenerator):
+        generator.state = state
     else:
         generator.bit_generator.state = state
 
@@ -104,7 +526,7 @@ def bound_callables(closure: Any) -> Iterator[Any]:
     if isinstance(closure, functools.partial):
         for bound in (closure.func, *closure.args, *closure.keywords.values()):
             yield from bound_callables(bound)
-    elif isinstance(closure, (*_FOLLOWED, nn.Module)) or not callable(closure):
+    elif isinstance(closure, (MethodType, FunctionType, nn.Module)) or not callable(closure):
         return
     elif type(getattr(closure, "__dict__", None)) is dict:
         yield closure

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from newtonopt._sharded import Sharded
 from newtonopt._shards import as_parameters, check_sharding, is_sharded, layout_of, local_part
+from newtonopt._subclasses import is_wrapper
 
 
 def flat_dtype(params: Sequence[Tensor]) -> torch.dtype:
@@ -138,6 +139,12 @@ def check_parameters(params: Sequence[Tensor]) -> None:
             "params must hold each parameter once, got one that is given twice, which the step would count as two. "
             "Write model.parameters(), which gives tied ones once."
         )
+    if _share_memory(params):
+        raise ValueError(
+            "params must not share memory, got two that do, or one with entries that do, as weights tied by "
+            "decoder.weight.data = encoder.weight.data.t() and tensors made by expand() have: a step would write to it "
+            "twice. Use one parameter in both places, encoder.weight and encoder.weight.t() in the forward pass."
+        )
     if any(p.is_inference() for p in params):
         raise ValueError(
             "params must have derivatives, got one made under torch.inference_mode. Make the model outside of it, or "
@@ -163,6 +170,44 @@ def check_parameters(params: Sequence[Tensor]) -> None:
                 f"params must be float32, float64 or bfloat16, got {p.dtype}. Keep the weights in float32, and for "
                 'speed use bfloat16 autocast (precision="bf16-mixed" in Lightning).'
             )
+
+
+def _share_memory(params: Sequence[Tensor]) -> bool:
+    """Whether two entries of these parameters lie at the same address."""
+    plain = [p for p in params if p.device.type != "meta" and p.layout == torch.strided and p.numel()]
+    plain = [p for p in plain if not is_wrapper(p)]
+    spans = sorted((p.data_ptr(), p.data_ptr() + _extent(p) * p.element_size(), i) for i, p in enumerate(plain))
+    groups: list[list[Tensor]] = []
+    end = 0
+    for first, last, i in spans:
+        if first >= end:
+            groups.append([])
+        groups[-1].append(plain[i])
+        end = max(end, last)
+    return any(_collide(group) for group in groups if len(group) > 1 or _extent(group[0]) < group[0].numel())
+
+
+def _extent(p: Tensor) -> int:
+    """Return the number of entries from the first to the last one of a tensor in memory."""
+    if p.is_contiguous():
+        return p.numel()
+    return 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+
+
+def _collide(group: Sequence[Tensor]) -> bool:
+    """Whether tensors whose extents overlap do more than interleave, as the columns of a matrix do."""
+    start = group[0].data_ptr()
+    end = max(p.data_ptr() + _extent(p) * p.element_size() for p in group)
+    taken = torch.zeros(end - start, dtype=torch.bool, device="cpu")
+    for p in group:
+        width = p.element_size()
+        strides = (*(width * stride for stride in p.stride()), 1)
+        own = taken.as_strided((*p.shape, width), strides, p.data_ptr() - start)
+        before = int(taken.sum())
+        own.fill_(True)
+        if int(taken.sum()) - before < own.numel():
+            return True
+    return False
 
 
 def listed(name: str, items: Any, holds: str, such_as: str) -> list[Any]:

@@ -16,6 +16,7 @@ from newtonopt._graph import all_behind, reaches
 from newtonopt._shards import accumulate
 from newtonopt._subclasses import detached
 from newtonopt._tap import Tap, Term
+from newtonopt._writes import Writes
 from newtonopt.evaluation import UNRELATED, UnrelatedError, leaves_outside, local_gradients, refuse_sparse
 
 
@@ -101,6 +102,18 @@ class Recording:
     def _relate(self, gradients: Sequence[Tensor | None]) -> None:
         self.related.update(number for number, g in enumerate(gradients) if g is not None)
 
+    def check_intact(self, writes: Writes) -> None:
+        """Refuse graphs that keep a tensor to which the closure has written.
+
+        Raises:
+            OverwrittenError: One of the losses kept has such a graph.
+        """
+        if any(writes.used_by(loss.grad_fn) for loss in self._kept):
+            raise OverwrittenError(
+                "The closure writes in place to a tensor that its loss is computed from, so products cannot be formed "
+                'later from the graph: use products="streamed" (or "auto"), which forms them as the closure runs.'
+            )
+
     def finish(self, tap: Tap, returned: Any) -> None:
         """Called after the closure, with what it returned."""
         self.is_complete = True
@@ -122,6 +135,10 @@ class Recording:
         self.gradient = flatten(gradients, self._params)
         self.outputs = tap.outputs_of(self.loss)
         self._sizes = {z.number: z.tensor.numel() for z in self.outputs}
+
+
+class OverwrittenError(RuntimeError):
+    """A graph keeps a tensor to which the closure has written."""
 
 
 class ParametersMovedError(RuntimeError):

@@ -33,6 +33,7 @@ from newtonopt._graph import Held, SavedTensors, all_behind, reached
 from newtonopt._losses import CONVEX_LOSSES, LOG_PROBABILITY_LOSSES, is_convex, mean_over
 from newtonopt._squares import ROOTS, SQUARES, first_operand, own_view, root, root_operand, square
 from newtonopt._subclasses import alike, is_wrapper, plain
+from newtonopt._writes import Writes, is_write
 
 _LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
 _SOFTMAX = frozenset({F.softmax, torch.softmax, Tensor.softmax})
@@ -142,6 +143,7 @@ class Tap(TorchFunctionMode):
         tangents: Where to put the tangents of the outputs, by number, in a run in forward mode.
         counted: The numbers of the calls of `backward` whose losses count; None: to be found out.
         fills: Whether a run without `backward` writes gradients to `.grad`, for a closure that computes with them.
+        writes: What is told before a tensor is written to; None: nobody.
     """
 
     def __init__(
@@ -159,8 +161,10 @@ class Tap(TorchFunctionMode):
         tangents: dict[int, Tensor] | None = None,
         counted: Collection[int] | None = None,
         fills: bool = False,
+        writes: Writes | None = None,
     ) -> None:
         super().__init__()
+        self._writes = writes
         self._params = params
         self.runs_backward = backward
         self._pulled = pulled
@@ -324,6 +328,8 @@ class Tap(TorchFunctionMode):
     def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is Tensor.backward:
             return self._on_backward(func, *args, **kwargs)
+        if self._writes is not None and is_write(func, kwargs):
+            self._writes.before(func, args, kwargs)
         if (accessed := self.gradients.on_call(func, args, kwargs)) is not NotImplemented:
             return accessed
         if func is mark_outputs:

@@ -1,8 +1,9 @@
 """Everything a closure changes besides the parameters, put back after a run that must leave no trace.
 
 A trial evaluation of the loss, and a measurement, run the user's closure again. The closure then draws random numbers,
-moves BatchNorm's running statistics, updates metrics, writes to Lightning's logs and clears `.grad`. `Isolation` lets
-it, on copies.
+moves BatchNorm's running statistics, updates metrics and teacher networks, appends to lists, writes to Lightning's logs
+and clears `.grad`. `Isolation` lets it, and puts everything back. `_discovery` finds what a closure can reach, `_state`
+reads and writes it, and `_writes` keeps the values of tensors when the first write to them comes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,123 +27,208 @@ from torch.distributed.utils import _to_kwargs
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from newtonopt._discovery import (
-    CONTAINERS,
-    GENERATORS,
-    MODULE_INTERNALS,
-    bound_callables,
-    found_in,
-    generator_state,
-    set_generator_state,
-)
-from newtonopt._subclasses import copied
+from newtonopt._discovery import Reach, bound_callables, explore, generator_state, set_generator_state
+from newtonopt._subclasses import alike, copied
+from newtonopt._writes import Memory, Writes, storage_of
 
 
 class Isolation:
     """Runs a closure so that nothing but the parameters can tell it ran.
 
-    The first run, recorded or isolated, notes the random state and the buffers it starts from. Every isolated run
-    starts from there again, so it computes the same function of the parameters: the same Dropout masks, the same
-    power-iteration vectors of a spectral norm.
+    The first run, recorded or isolated, notes the state that it starts from: random numbers, buffers, and the content
+    of all Python objects that the closure can reach. An isolated run starts from there again, so it computes the same
+    function of the parameters: the same Dropout masks, the same counter, the same teacher network. Content is written
+    in place, so objects keep their identity. Buffers alone are lent as copies, because BatchNorm writes to them unseen
+    and a graph may keep them.
 
     Args:
-        closure: The user's closure. Modules and random generators that it holds (bound by `functools.partial`, as
-            Lightning does, as `self` or its attributes, in cells and globals, its own and those of functions that it
-            calls) are looked after from the start, other modules from when the closure first calls them.
-        params: The parameters; their `.grad` is put back after an isolated run.
+        closure: The user's closure.
+        params: The parameters; their `.grad` is put back after an isolated run. None of them is ever copied, wherever
+            it is held.
+
+    Attributes:
+        unprotected: Names of objects that isolated runs changed and that cannot be put back, such as generators.
     """
 
     def __init__(self, closure: Callable[[], Any], params: Iterable[Tensor]) -> None:
+        self._closure = closure
         self._params = tuple(params)
-        found = list(found_in(closure))
-        self._modules = [host for host in found if isinstance(host, nn.Module)]
-        self._generators = [host for host in found if isinstance(host, GENERATORS)]
-        self._callables = list(bound_callables(closure))
         self._devices = {p.device for p in self._params if p.device.type == "cuda"}
+        self._reach = Reach()
+        self._memory = Memory((), self._params)
+        self._writes = Writes(self._memory)
+        self._began = False
         self._start: list[Any] = []
+        self._after: list[Any] = []
+        self._contents: list[Any] = []
+        self._settled: list[Any] = []
+        # The numbers of the holders that the recorded run has changed.
+        self._moved: list[int] = []
         # By identity here and below: a torchmetrics.Metric hashes by its state, which a run changes.
-        self._buffers: dict[int, tuple[nn.Module, dict[str, Tensor]]] = {}
+        self._modules: list[nn.Module] = []
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
         self._visiting: dict[int, tuple[Tensor, Tensor]] = {}
-        self._before: list[tuple[nn.Module, dict[str, Tensor]]] = []
+        # Buffers that something else than a module holds too: they are put back in place.
+        self._shared: list[Tensor] = []
+        self.unprotected: list[str] = []
 
     @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """The run whose traces stay, as in any training step; they are taken back if it raises, or by `rewind`."""
-        self._start = self._random_state()
+    def recorded(self) -> Iterator[Writes]:
+        """The run whose traces stay, as in any training step; they are taken back if it raises, or by `rewind`.
+
+        Yields:
+            What is to be told before a tensor is written to.
+        """
+        self._begin()
         visits = _Visits(self._visiting, lend=False)
-        for module in self._submodules():
+        for module in self._modules:
             visits.own(module)
-            own = {name: b for name, b in module._buffers.items() if b is not None}
-            self._before.append((module, own))
-            self._starting_buffers(module)
+
+        def enter(module: nn.Module) -> None:
+            self._meet(module)
+            visits.enter(module)
+
         try:
-            with _around_each_module(visits.enter, visits.leave):
-                yield
+            with _around_each_module(enter, visits.leave):
+                yield self._writes
         except BaseException:
             self.rewind()
             raise
 
+    def ended(self) -> None:
+        """Note what the recorded run leaves, before its loss is differentiated once more."""
+        pairs = list(zip(self._reach.holders, self._contents, strict=True))
+        self._settled = [start if holder.holds(start) else holder.read() for holder, start in pairs]
+        self._moved = [i for i, (_, start) in enumerate(pairs) if self._settled[i] is not start]
+        self._after = self._random_state()
+
     def rewind(self) -> None:
-        """Take back what the recorded run did to random state and buffers."""
+        """Take back what the recorded run did."""
+        if not self._began:
+            return
         self._set_random_state(self._start)
+        self._writes.swap()
+        self._put_back(self._contents)
         with torch.no_grad():
-            for buffer, start in self._visiting.values():
+            for buffer, start in (*self._visiting.values(), *self._buffers.values()):
                 buffer.copy_(start)
-            for module, buffers in self._before:
-                for name, buffer in buffers.items():
-                    buffer.copy_(self._starting_buffers(module)[name])
-                    module._buffers[name] = buffer
 
     @contextmanager
-    def isolated(self) -> Iterator[None]:
-        """A run from where the first one started; random state, modules, gradients, results and logs are put back."""
+    def isolated(self) -> Iterator[Writes]:
+        """A run from where the first one started, after which everything is as it was before.
+
+        Yields:
+            What is to be told before a tensor is written to.
+        """
+        self._begin()
         after = self._random_state()
-        if not self._start:
-            self._start = after
         gradients = [p.grad for p in self._params]
-        swapped: dict[int, _Swapped] = {}
         visits = _Visits(self._visiting, lend=True)
+        alone = {id(module) for module in self._modules}
+        holders = self._reach.holders
+        contents = [
+            start if holder.holds(start) else holder.read()
+            for holder, start in zip(holders, self._contents, strict=True)
+        ]
+        positions = [(holder, holder.read()) for holder in self._reach.watched]
 
         def enter(module: nn.Module) -> None:
-            if id(module) not in swapped:
-                swapped[id(module)] = _Swapped(module, {})
+            contents.extend(self._meet(module))
+            if id(module) not in alone:
+                alone.add(id(module))
+                _run_alone(module)
             visits.enter(module)
 
+        writes = self._writes.swap()
         try:
             with ExitStack() as stack:
-                for host in self._callables:
-                    stack.enter_context(_attributes_restored(host))
+                for i in self._moved:
+                    holders[i].write(self._contents[i])
                 # The closure may zero gradients in place: let it find none.
                 for p in self._params:
                     p.grad = None
                 self._set_random_state(self._start)
-                for module in self._submodules():
-                    swapped[id(module)] = _Swapped(module, self._starting_buffers(module))
-                    visits.own(module)
+                self._lend_buffers(writes)
                 for module in self._modules:
-                    stack.enter_context(_silenced(module))
+                    visits.own(module)
+                    _run_alone(module)
+                    if _is_lightning_module(module):
+                        stack.enter_context(_silenced(module))
                 stack.enter_context(_around_each_module(enter, visits.leave))
-                yield
+                yield writes
         finally:
             visits.leave_all()
-            for entry in swapped.values():
-                entry.put_back()
+            writes.swap()
+            self._put_back(contents)
             for p, gradient in zip(self._params, gradients, strict=True):
                 p.grad = gradient
             self._set_random_state(after)
+            changed = [holder.path for holder, before in positions if not holder.holds(before)]
+            self.unprotected += [path for path in changed if path not in self.unprotected]
 
-    def _submodules(self) -> Iterable[nn.Module]:
-        return {id(module): module for host in self._modules for module in host.modules()}.values()
+    def settle(self) -> None:
+        """Put everything back to where the recorded run left it, or to before the first run if none was recorded.
 
-    def _starting_buffers(self, module: nn.Module) -> dict[str, Tensor]:
-        if id(module) not in self._buffers:
-            copies = {name: copied(b) for name, b in module._buffers.items() if b is not None}
-            self._buffers[id(module)] = module, copies
-        return self._buffers[id(module)][1]
+        Hooks on tensors run outside of any run, when a graph that was kept is differentiated.
+        """
+        if self._began:
+            self._put_back(self._settled)
+            self._set_random_state(self._after)
+
+    def _begin(self) -> None:
+        """Note where the first run starts."""
+        if self._began:
+            return
+        self._extend([(self._closure, "the closure")], bound_callables(self._closure), running=False)
+        self._modules = list(self._reach.modules)
+        self._start = self._after = self._random_state()
+        self._began = True
+        buffers = {id(b): b for module in self._modules for b in module._buffers.values() if b is not None}
+        if not buffers:
+            return
+        alone = {key: b for key, b in buffers.items() if key not in self._reach.outside}
+        others = [t for t in (*self._reach.tensors, *self._params) if id(t) not in alone]
+        taken = {storage._cdata for t in others if (storage := storage_of(t)) is not None}
+        lent = [b for b in alone.values() if (storage := storage_of(b)) is None or storage._cdata not in taken]
+        self._buffers = {id(b): (b, copy) for b, copy in zip(lent, _copies(lent), strict=True)}
+        self._shared = [b for key, b in buffers.items() if key not in self._buffers]
+        self._memory.leave_out(lent)
+        for buffer in self._shared:
+            self._writes.save(buffer)
+
+    def _meet(self, module: nn.Module) -> list[Any]:
+        """Take in a module that was not found before a run calls it; returns the content of what has come to it."""
+        return [] if id(module) in self._reach.seen else self._extend([(module, type(module).__name__)], running=True)
+
+    def _extend(self, roots: Iterable[tuple[Any, str]], callables: Iterable[Any] = (), *, running: bool) -> list[Any]:
+        """Take in what can be reached from these roots; returns the content of what has come to it."""
+        first, tensors = len(self._reach.holders), len(self._reach.tensors)
+        explore(roots, callables, self._reach, running=running)
+        self._memory.add(self._reach.tensors[tensors:])
+        contents = [holder.read() for holder in self._reach.holders[first:]]
+        self._contents.extend(contents)
+        self._settled.extend(contents)
+        return contents
+
+    def _lend_buffers(self, writes: Writes) -> None:
+        """Give modules copies of the buffers that they started with."""
+        starts = [start for _, start in self._buffers.values()]
+        lent = dict(zip(self._buffers, _copies(starts), strict=True))
+        for module in self._modules if lent else ():
+            for name, buffer in module._buffers.items():
+                if id(buffer) in lent:
+                    module._buffers[name] = lent[id(buffer)]
+        for buffer in self._shared:
+            writes.save(buffer)
+
+    def _put_back(self, contents: Iterable[Any]) -> None:
+        for holder, content in zip(self._reach.holders, contents, strict=True):
+            if not holder.holds(content):
+                holder.write(content)
 
     def _random_state(self) -> list[Any]:
         on_devices = [(device, torch.cuda.get_rng_state(device)) for device in self._devices]
-        held = [generator_state(generator) for generator in self._generators]
+        held = [generator_state(generator) for generator in self._reach.generators]
         return [torch.get_rng_state(), random.getstate(), np.random.get_state(), on_devices, held]
 
     def _set_random_state(self, state: list[Any]) -> None:
@@ -151,33 +238,65 @@ class Isolation:
         np.random.set_state(of_numpy)
         for device, of_device in on_devices:
             torch.cuda.set_rng_state(of_device, device)
-        for generator, of_generator in zip(self._generators, held, strict=True):
+        # Generators that a run has found since come last.
+        for generator, of_generator in zip(self._reach.generators, held, strict=False):
             set_generator_state(generator, of_generator)
 
 
-class _Swapped:
-    """One module working on copies of its buffers and plain attributes (counters, lists, states of a metric)."""
+class UnprotectedError(RuntimeError):
+    """A run that should leave no trace has changed what cannot be put back."""
 
-    def __init__(self, module: nn.Module, starting_buffers: dict[str, Tensor]) -> None:
-        self._module = module
-        self._attributes = {name: value for name, value in vars(module).items() if name not in MODULE_INTERNALS}
-        vars(module).update({name: _copied(value) for name, value in self._attributes.items()})
-        self._buffers = {name: module._buffers[name] for name in starting_buffers if name in module._buffers}
-        module._buffers.update({name: copied(starting_buffers[name]) for name in self._buffers})
-        if isinstance(module, DistributedDataParallel):
-            # Nothing that waits for other processes; the flags are for a call that has begun already.
-            vars(module).update(
-                require_backward_grad_sync=False,
-                require_forward_param_sync=False,
-                forward=functools.partial(_forward_of_one_process, module),
-            )
+    def __init__(self, paths: Iterable[str]) -> None:
+        super().__init__(
+            f"The closure changes {', '.join(paths)}, which cannot be put back: an iterator, or an array or container "
+            "too large to be copied. Move it on outside of the closure, or keep such state in numbers, lists, dicts or "
+            "tensors."
+        )
 
-    def put_back(self) -> None:
-        own = vars(self._module)
-        for name in [name for name in own if name not in MODULE_INTERNALS and name not in self._attributes]:
-            del own[name]
-        own.update(self._attributes)
-        self._module._buffers.update(self._buffers)
+
+class Watch:
+    """Whatever a function can reach that could not be put back, while the function runs for real.
+
+    Args:
+        function: The function.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        reach = Reach()
+        explore([(function, "the function")], (), reach, running=False)
+        self._positions = [(holder, holder.read()) for holder in reach.watched]
+
+    def changed(self) -> list[str]:
+        """Return the names of what has changed since."""
+        return [holder.path for holder, before in self._positions if not holder.holds(before)]
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return a copy of each tensor; those that share memory have copies that share memory."""
+    together = Counter(storage._cdata for t in tensors if (storage := storage_of(t)) is not None)
+    memory: dict[int, Tensor] = {}
+    result = []
+    for t in tensors:
+        storage = storage_of(t)
+        if storage is None or together[storage._cdata] == 1:
+            result.append(copied(t))
+            continue
+        if storage._cdata not in memory:
+            memory[storage._cdata] = torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage.clone())
+        same = memory[storage._cdata].untyped_storage()
+        view = torch.empty(0, dtype=t.dtype, device=t.device).set_(same, t.storage_offset(), t.shape, t.stride())
+        result.append(alike(view, t))
+    return result
+
+
+def _run_alone(module: nn.Module) -> None:
+    """Have a module wait for no other process; the flags are for a call that has begun already."""
+    if isinstance(module, DistributedDataParallel):
+        vars(module).update(
+            require_backward_grad_sync=False,
+            require_forward_param_sync=False,
+            forward=functools.partial(_forward_of_one_process, module),
+        )
 
 
 def _forward_of_one_process(module: DistributedDataParallel, *inputs: Any, **kwargs: Any) -> Any:
@@ -243,25 +362,6 @@ class _Visits:
             self.leave(self._open[-1][0])
 
 
-def _copied(value: Any) -> Any:
-    if type(value) in CONTAINERS:
-        return value.copy()
-    if isinstance(value, Tensor) and value.is_leaf and not isinstance(value, nn.Parameter):
-        return copied(value).requires_grad_(value.requires_grad)
-    return value
-
-
-@contextmanager
-def _attributes_restored(host: Any) -> Iterator[None]:
-    """A closure object keeps the result of its last call (Lightning's does): keep that of the recorded one."""
-    before = dict(vars(host))
-    try:
-        yield
-    finally:
-        vars(host).clear()
-        vars(host).update(before)
-
-
 @contextmanager
 def _around_each_module(enter: Callable[[nn.Module], None], leave: Callable[[nn.Module], None]) -> Iterator[None]:
     """Call these before and after every forward call of a module in this thread (torch's hooks are global)."""
@@ -295,10 +395,7 @@ def _allow_global_hooks() -> None:
 @contextmanager
 def _silenced(module: nn.Module) -> Iterator[None]:
     """Keep a LightningModule and its trainer's callbacks from logging, by `self.log`, `log_dict` or the loggers."""
-    if not _is_lightning_module(module):
-        yield
-        return
-    # An attribute of the instance hides the method of the class; `log_dict` calls `log`. `_Swapped` removes it again.
+    # An attribute of the instance hides the method of the class; `log_dict` calls `log`. It goes with the run.
     vars(module)["log"] = _Silent()
     trainer: Any = module._trainer
     if trainer is None:

@@ -24,6 +24,7 @@ from newtonopt._recording import (
     MOVED_BEYOND,
     MOVED_IN_A_GROUP,
     RESTLESS,
+    OverwrittenError,
     ParametersMovedError,
     Recording,
     is_clipped,
@@ -33,6 +34,7 @@ from newtonopt._recording import (
 )
 from newtonopt._shards import check_sharding, is_sharded, resharded, supported
 from newtonopt._tap import OnTerm, Tap, Term, mark_outputs, tapped
+from newtonopt._writes import Writes
 from newtonopt.evaluation import (
     SAME_FUNCTION,
     UNRELATED,
@@ -44,7 +46,7 @@ from newtonopt.evaluation import (
     decay_term,
     decays,
 )
-from newtonopt.isolation import Isolation
+from newtonopt.isolation import Isolation, UnprotectedError
 
 __all__ = [
     "RESTLESS",
@@ -164,8 +166,17 @@ class Objective:
             RuntimeError: The closure gives no loss, `.grad` holds more than this closure's gradient, or the closure
                 moves the parameters each time.
         """
-        with self._isolation.recorded():
-            recording, tap, left = self._run(backward=True, release=False)
+        try:
+            return self._record()
+        except OverwrittenError:
+            if self.products != "auto":
+                raise
+            self.products = "streamed"
+            return self._record()
+
+    def _record(self) -> Evaluation:
+        with self._isolation.recorded() as writes:
+            recording, tap, left = self._run(writes, backward=True, release=False)
             if left is not None and self._is_divided:
                 raise RuntimeError(_MOVED)
         if left is not None:
@@ -190,8 +201,12 @@ class Objective:
         return evaluation
 
     def rewind(self) -> None:
-        """Take back what `record` did to random state and buffers."""
+        """Take back what `record` did to the state that the closure can reach."""
         self._isolation.rewind()
+
+    def settle(self) -> None:
+        """Take back what hooks on a graph that was kept have done since `record`, or since the first evaluation."""
+        self._isolation.settle()
 
     def evaluate(self) -> Evaluation:
         """The same without a trace: `backward` is left out, and all is put back.
@@ -201,8 +216,8 @@ class Objective:
         """
 
         def attempt(release: bool) -> tuple[Recording, Tap]:
-            with self._isolation.isolated():
-                recording, tap, left = self._run(backward=False, release=release)
+            with self._isolation.isolated() as writes:
+                recording, tap, left = self._run(writes, backward=False, release=release)
             # A weight that is normalised twice may differ by rounding.
             if left is not None and not is_rounding(left, self.point, self.params):
                 raise ParametersMovedError(MOVED, left)
@@ -214,6 +229,11 @@ class Objective:
                 before = self._fills, self._counted, self.products
                 try:
                     found = attempt(release)
+                except OverwrittenError:
+                    if self.products != "auto":
+                        raise
+                    self.products = "streamed"
+                    continue
                 except Exception:
                     if (self._fills, self._counted, self.products) == before:
                         raise
@@ -300,6 +320,16 @@ class Objective:
         evaluation.check_same_gradient(gradient, eps)
         evaluation.replayed = self._replayed = True
 
+    @property
+    def unprotected(self) -> list[str]:
+        """Names of what runs without a trace have changed and cannot put back."""
+        return self._isolation.unprotected
+
+    def check_restored(self) -> None:
+        """Raise an UnprotectedError if runs without a trace have changed something that cannot be put back."""
+        if self.unprotected:
+            raise UnprotectedError(self.unprotected)
+
     def gradient_at(self, step: Tensor) -> tuple[float, Tensor]:
         """The objective and its gradient at `point + step`: one forward and one backward pass, without a trace."""
         gradient = torch.zeros_like(self.point)
@@ -385,7 +415,7 @@ class Objective:
         at = self.point if point is None else point
 
         def attempt(release: bool) -> tuple[Tensor, Tensor | None]:
-            with self._placed(point), self._isolation.isolated(), progress(self._terms) as tick:
+            with self._placed(point), self._isolation.isolated() as writes, progress(self._terms) as tick:
 
                 def take(term: Term) -> None:
                     self._has_released = release
@@ -393,7 +423,7 @@ class Objective:
                         on_term(term)
                     tick()
 
-                tap = self._tap(on_term=take, release=release, wanted=numbers)
+                tap = self._tap(on_term=take, release=release, wanted=numbers, writes=writes)
                 unchanged = kept_versions(self.params)
                 returned = self._call(tap)
                 unchanged()
@@ -422,11 +452,11 @@ class Objective:
         tangents: dict[int, Tensor] = {}
         with (
             self._placed(None),
-            self._isolation.isolated(),
+            self._isolation.isolated() as writes,
             progress(self._terms) as tick,
             forward_mode(self.params, v),
         ):
-            tap = self._tap(on_term=lambda term: tick(), wanted=numbers, tangents=tangents)
+            tap = self._tap(on_term=lambda term: tick(), wanted=numbers, tangents=tangents, writes=writes)
             versions, unchanged = [p._version for p in self.params], kept_versions(self.params)
             returned = self._call(tap)
             if [p._version for p in self.params] != versions:
@@ -509,7 +539,7 @@ class Objective:
             )
         return returned
 
-    def _run(self, *, backward: bool, release: bool) -> tuple[Recording, Tap, Tensor | None]:
+    def _run(self, writes: Writes, *, backward: bool, release: bool) -> tuple[Recording, Tap, Tensor | None]:
         """The closure once, with what an evaluation needs of it, and where it left the parameters if elsewhere."""
         cached = self.products in ("auto", "cached")
         recording = Recording(self.params, cached=cached, accumulates=backward and self._sharded)
@@ -519,12 +549,16 @@ class Objective:
             on_term=recording.take,
             keep=cached,
             release=release and not cached,
+            writes=writes,
             weigh=self._ranks.count > 1 and self._weight is None,
         )
         try:
             returned = self._call(tap)
+            if backward:
+                self._isolation.ended()
             recording.versions()
             left = self._left(self.point)
+            recording.check_intact(writes)
             counts_all, at_rest = self._counts_all(tap), left is None or is_rounding(left, self.point, self.params)
             if at_rest and recording.is_elsewhere(self.point):
                 if self.products == "cached":

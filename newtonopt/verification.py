@@ -567,6 +567,6 @@ _UNDECIDED = (
     "The second derivative through {} could not be compared with differences of gradients, which are too rough here."
 )
 _SEEN_THROUGH = (
-    "Finite differences see through what backward holds constant (detach, no_grad, a rounded value) or changes (hooks), "
-    'so that their products are not those of a symmetric matrix. Write products="cached" to have that held constant.'
+    "Finite differences see through what backward holds constant (detach, no_grad, rounding) or changes (hooks), so "
+    'that their products are not those of a symmetric matrix. Write products="cached" to have that held constant.'
 )

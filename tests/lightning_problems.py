@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from problems import Unseen
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.custom_scalar.layout_pb2 import Chart, Layout
@@ -51,7 +52,7 @@ def loader(batch_size: int = 8, *, shuffle: bool = False, dtype: torch.dtype = t
 
 @dataclass
 class Calls:
-    """What each call of `training_step` saw; kept outside the module, so that no isolation can take it back."""
+    """What each call of `training_step` saw; kept where no isolation finds it."""
 
     batches: list[tuple[int, int]] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
@@ -67,6 +68,8 @@ class Calls:
 class Classifier(L.LightningModule):
     """BatchNorm, Dropout, numbers from three random generators, metrics and every way to log."""
 
+    calls = Unseen(Calls)
+
     def __init__(self, optimizer: Callable[..., Any] | str = "HessianFree", dropout: float = 0.2) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 3))
@@ -74,7 +77,6 @@ class Classifier(L.LightningModule):
         self.updated = MulticlassAccuracy(3, average="micro")
         self.several = MetricCollection({"precision": MulticlassPrecision(3), "recall": MulticlassRecall(3)})
         self.make_optimizer = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
-        vars(self)["calls"] = Calls()
 
     def configure_optimizers(self) -> Any:
         return self.make_optimizer(self.parameters())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,34 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from newtonopt import mark_outputs
+
+T = TypeVar("T")
+
+
+def unseen(value: T) -> Callable[[], T]:
+    """Return a function that returns `value`, kept where newtonopt does not find it: a closure can count its runs there
+    without having the count put back.
+    """
+
+    def hold() -> Iterator[T]:
+        while True:
+            yield value
+
+    return hold().__next__
+
+
+class Unseen(Generic[T]):
+    """An attribute that newtonopt does not find, made by `make` for each instance."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._values = unseen(weakref.WeakKeyDictionary[Any, T]())
+
+    def __get__(self, owner: Any, kind: type) -> T:
+        return self._values().setdefault(owner, self._make())
+
+    def __set__(self, owner: Any, value: T) -> None:
+        self._values()[owner] = value
 
 
 @dataclass
@@ -235,12 +263,12 @@ class Batches:
 class Held(torch.autograd.Function):
     """Squares its input, and saves a tensor whose memory can be watched."""
 
-    alive: ClassVar[list[weakref.ref[np.ndarray]]] = []
+    alive: ClassVar[Callable[[], list[weakref.ref[np.ndarray]]]] = unseen([])
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         memory = np.full(x.shape, 2.0)
-        Held.alive.append(weakref.ref(memory))
+        Held.alive().append(weakref.ref(memory))
         ctx.save_for_backward(x, torch.from_numpy(memory))
         return x * x
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from lightning.pytorch.strategies import DDPStrategy
 from lightning_problems import quiet_trainer
 from optimizer_db import OPTIMIZERS
+from problems import unseen
 from processes import run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -300,12 +302,11 @@ def test_measurements_are_those_of_the_whole_batch() -> None:
 
 def raise_in(rank: int, when: str) -> str:
     problem = Problem(part_of(rank, 6))
-    calls = 0
+    calls: Callable[[], list[int]] = unseen([])
 
     def closure() -> Tensor:
-        nonlocal calls
-        calls += 1
-        if rank == 0 and calls > {"evaluate": 0, "product": 1, "trial": 1}[when]:
+        calls().append(1)
+        if rank == 0 and len(calls()) > {"evaluate": 0, "product": 1, "trial": 1}[when]:
             raise OverflowError("here")
         return problem.closure()
 

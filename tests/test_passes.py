@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import Batches, Doubled, Held, distances, error
+from problems import Batches, Doubled, Held, distances, error, unseen
 from torch import Tensor, nn
 
 from newtonopt import HessianFree, evaluate, gauss_newton, hessian, jacobian, mark_outputs
@@ -108,22 +109,22 @@ def test_differences_at_a_minimum_are_the_same_function() -> None:
 
 
 def test_streamed_gauss_newton_pushes_without_a_graph() -> None:
-    problem, graphs = Batches(), []
+    problem, graphs = Batches(), unseen([])
 
     def closure() -> Tensor:
-        graphs.append(torch.is_grad_enabled())
+        graphs().append(torch.is_grad_enabled())
         return problem.closure()
 
     G = gauss_newton(evaluate(closure, problem.params, products="streamed"))
     G @ torch.ones(G.shape[1], dtype=torch.float64)  # checked
-    graphs.clear()
+    graphs().clear()
     G @ torch.ones(G.shape[1], dtype=torch.float64)
-    assert graphs == [False, True]
+    assert graphs() == [False, True]
 
 
 def test_forward_mode_is_tried_once() -> None:
     torch.manual_seed(0)
-    model, x, y, runs = nn.Linear(4, 3).double(), torch.randn(6, 4).double(), torch.randn(6, 3).double(), []
+    model, x, y, runs = nn.Linear(4, 3).double(), torch.randn(6, 4).double(), torch.randn(6, 3).double(), unseen([])
 
     class Square(torch.autograd.Function):
         @staticmethod
@@ -136,16 +137,16 @@ def test_forward_mode_is_tried_once() -> None:
             return 2 * g * ctx.saved_tensors[0]
 
     def closure() -> Tensor:
-        runs.append(1)
+        runs().append(1)
         return F.mse_loss(Square.apply(model(x)), y)
 
     G = gauss_newton(evaluate(closure, model.parameters(), products="streamed"))
     G @ torch.ones(G.shape[1], dtype=torch.float64)  # checked, and forward mode tried in vain
     counts = []
     for _ in range(2):
-        runs.clear()
+        runs().clear()
         G @ torch.ones(G.shape[1], dtype=torch.float64)
-        counts.append(len(runs))
+        counts.append(len(runs()))
     assert counts == [2, 2]
 
 
@@ -168,12 +169,12 @@ def test_a_graph_that_is_kept_stays_whole(keep: str) -> None:
 class Watched(torch.autograd.Function):
     """An identity whose result's memory can be watched."""
 
-    alive: ClassVar[list[weakref.ref[np.ndarray]]] = []
+    alive: ClassVar[Callable[[], list[weakref.ref[np.ndarray]]]] = unseen([])
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         memory = x.detach().numpy().copy()
-        Watched.alive.append(weakref.ref(memory))
+        Watched.alive().append(weakref.ref(memory))
         return torch.from_numpy(memory)
 
     @staticmethod
@@ -183,7 +184,7 @@ class Watched(torch.autograd.Function):
 
 @pytest.mark.parametrize("loss", ["marked", "recognised", "log_softmax"])
 def test_outputs_are_let_go(loss: str) -> None:
-    problem, counts = Batches(), []
+    problem, counts = Batches(), unseen([])
     functions = {
         "marked": lambda z, y: F.softplus(mark_outputs(z)).mean(),
         "recognised": F.cross_entropy,
@@ -191,15 +192,15 @@ def test_outputs_are_let_go(loss: str) -> None:
     }
 
     def closure() -> None:
-        Watched.alive.clear()
+        Watched.alive().clear()
         for x, y in problem.loader:
             functions[loss](Watched.apply(problem.model(x)), y).backward()
-            counts.append(sum(ref() is not None for ref in Watched.alive))
+            counts().append(sum(ref() is not None for ref in Watched.alive()))
 
     H = hessian(evaluate(closure, problem.params, products="streamed"))
-    counts.clear()
+    counts().clear()
     H @ torch.ones(H.shape[1], dtype=torch.float64)
-    assert max(counts) == 0
+    assert max(counts()) == 0
 
 
 def test_two_operators_warn_once() -> None:
@@ -230,12 +231,12 @@ def test_an_output_of_no_parameter() -> None:
 def test_falling_back_lets_the_graph_go() -> None:
     torch.manual_seed(0)
     model, x, y = nn.Linear(4, 5).double(), torch.randn(5, 4).double(), torch.randn(5, 5).double()
-    Held.alive.clear()
+    Held.alive().clear()
     evaluation = evaluate(lambda: F.mse_loss(Doubled.apply(Held.apply(model(x))), y), model.parameters())
-    assert Held.alive[0]() is not None
+    assert Held.alive()[0]() is not None
     with pytest.warns(UserWarning, match="finite differences"):
         H = hessian(evaluation)
-    first = Held.alive[0]
+    first = Held.alive()[0]
     H @ torch.ones(25, dtype=torch.float64)
     assert first() is None
 

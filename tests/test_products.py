@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from optimizer_db import OPTIMIZERS
-from problems import Batches, Doubled, Held, build, distances, error, models
+from problems import Batches, Doubled, Held, build, distances, error, models, unseen
 from torch import Tensor, nn
 
 from newtonopt import Evaluation, HessianFree, LinearOperator, Objective, evaluate, gauss_newton, hessian, jacobian
@@ -74,12 +74,12 @@ def test_passes_over_a_loader_leave_no_trace(products: Any) -> None:
 def test_each_micro_batch_is_let_go_before_the_next(action: str) -> None:
     """In a closure that leaves its last loss and output in scope, as loops do."""
     problem = Batches()
-    alive: list[int] = []
+    alive: Callable[[], list[int]] = unseen([])
 
     def closure() -> None:
-        Held.alive.clear()
+        Held.alive().clear()
         for x, y in problem.loader:
-            alive.append(sum(ref() is not None for ref in Held.alive))
+            alive().append(sum(ref() is not None for ref in Held.alive()))
             z = Held.apply(problem.model(x))
             loss = F.cross_entropy(z, y)
             loss.backward()
@@ -87,15 +87,15 @@ def test_each_micro_batch_is_let_go_before_the_next(action: str) -> None:
     objective = Objective(closure, problem.params, products="streamed")
     evaluation = objective.evaluate()
     v = torch.ones_like(evaluation.gradient)
-    alive.clear()
+    alive().clear()
     if action == "trial":
         objective.loss_at(v)
     elif action == "gradient":
         objective.gradient_at(v)
     else:
         (hessian if action == "hessian" else gauss_newton)(evaluation) @ v
-    assert len(alive) >= 3
-    assert max(alive) == 0
+    assert len(alive()) >= 3
+    assert max(alive()) == 0
 
 
 def test_two_losses_built_before_their_backwards_are_both_whole() -> None:
@@ -186,13 +186,12 @@ def test_finite_differences_are_close(
 @pytest.mark.parametrize("products", ["streamed", "finite_difference"])
 def test_a_closure_that_raises_leaves_all_as_it_was(products: Any) -> None:
     problem = Batches()
-    calls = 0
+    calls: Callable[[], list[int]] = unseen([])
 
     def closure() -> Tensor:
-        nonlocal calls
-        calls += 1
+        calls().append(1)
         loss = problem.closure()
-        if calls > 1:
+        if len(calls()) > 1:
             raise OverflowError("in the closure")
         return loss
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from problems import unseen
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -617,40 +618,34 @@ class Counter(nn.Module):
         return x * self.count.clone()
 
 
-class Hidden:
-    """What a class holds is not looked through for modules."""
-
-    counter: Counter
-    model: nn.Module
-
-
 @pytest.mark.parametrize("assigns", [False, True])
 @pytest.mark.parametrize("lend", [False, True])
 @pytest.mark.parametrize("found", [False, True])
 def test_buffers_that_a_module_has_while_it_runs(found: bool, lend: bool, assigns: bool) -> None:
-    Hidden.counter = Counter(assigns)
-    own, p = Hidden.counter.count, torch.ones(2, requires_grad=True)
-    lent, scales = {"count": torch.zeros(())}, []
-    held = Hidden.counter if found else None
+    counter = Counter(assigns)
+    hidden, scales = unseen(counter), unseen([])
+    own, p = counter.count, torch.ones(2, requires_grad=True)
+    lent = {"count": torch.zeros(())}
+    held = counter if found else None
 
     def closure() -> Tensor:
         p.grad = None
-        assert held in (Hidden.counter, None)
-        scaled = [functional_call(Hidden.counter, lent, (p,)) if lend else Hidden.counter(p) for _ in range(2)]
-        scales.append([float((z / p)[0].detach()) for z in scaled])
+        assert held in (hidden(), None)
+        scaled = [functional_call(hidden(), lent, (p,)) if lend else hidden()(p) for _ in range(2)]
+        scales().append([float((z / p)[0].detach()) for z in scaled])
         loss = scaled[0].square().sum() + scaled[1].square().sum()
         loss.backward()
         return loss
 
     given = lent["count"] if lend else own
     torch.testing.assert_close(hessian(evaluate(closure, [p])).dense(), 10 * torch.eye(2))
-    assert (lent["count"] if lend else Hidden.counter.count) is given
+    assert (lent["count"] if lend else counter.count) is given
     assert float(given) == 0.0
     HessianFree([p], curvature="hessian").step(closure)
-    assert len(scales) > 2
-    assert all(scale == pytest.approx([1.0, 2.0]) for scale in scales)
-    assert float(lent["count"] if lend else Hidden.counter.count) == 2.0
-    assert Hidden.counter.count is own or not lend
+    assert len(scales()) > 2
+    assert all(scale == pytest.approx([1.0, 2.0]) for scale in scales())
+    assert float(lent["count"] if lend else counter.count) == 2.0
+    assert counter.count is own or not lend
 
 
 REPORTED: dict[str, MulticlassAccuracy] = {}
@@ -713,24 +708,24 @@ DRAWS: dict[str, tuple[Any, Callable[[Any], Callable[[], Any]]]] = {
 @pytest.mark.parametrize("kind", DRAWS)
 def test_random_generators_of_the_closure_are_replayed(kind: str) -> None:
     generator, make = DRAWS[kind]
-    draw, drawn, p = make(generator), [], torch.ones(2, requires_grad=True)
+    draw, drawn, p = make(generator), unseen([]), torch.ones(2, requires_grad=True)
 
     def closure() -> Tensor:
         p.grad = None
-        drawn.append(float(draw()))
-        loss = (1 + drawn[-1] ** 2) * p.square().sum()
+        drawn().append(float(draw()))
+        loss = (1 + drawn()[-1] ** 2) * p.square().sum()
         loss.backward()
         return loss
 
     evaluate(closure, [p])
     evaluate(closure, [p])
-    assert drawn[0] == drawn[1], "the state is put back"
-    drawn.clear()
+    assert drawn()[0] == drawn()[1], "the state is put back"
+    drawn().clear()
     HessianFree([p], curvature="hessian").step(closure)
-    assert len(drawn) > 1
-    assert len(set(drawn)) == 1, "trials draw the same numbers"
+    assert len(drawn()) > 1
+    assert len(set(drawn())) == 1, "trials draw the same numbers"
     closure()
-    assert drawn[-1] != drawn[0], "the step leaves the state of one run"
+    assert drawn()[-1] != drawn()[0], "the step leaves the state of one run"
 
 
 @pytest.fixture
@@ -745,18 +740,18 @@ def test_isolated_runs_of_distributed_models_make_no_collective_call(
     found: bool, one_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)))
-    Hidden.model, x, y = model, torch.randn(6, 4), torch.randn(6, 3)
+    hidden, x, y = unseen(model), torch.randn(6, 4), torch.randn(6, 3)
     calls: list[bool] = []
     monkeypatch.setattr(DistributedDataParallel, "_sync_buffers", lambda self: calls.append(True))
 
     def closure() -> Tensor:
-        Hidden.model.zero_grad()
-        loss = F.mse_loss(Hidden.model(x), y)
+        hidden().zero_grad()
+        loss = F.mse_loss(hidden()(x), y)
         loss.backward()
         return loss
 
     def holding() -> Tensor:
-        assert model is Hidden.model
+        assert model is hidden()
         return closure()
 
     for _ in range(3):

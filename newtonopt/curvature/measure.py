@@ -111,7 +111,7 @@ def measure(
     Raises:
         TypeError: `closure`, `params`, `optimizer` or `last` is of another kind.
         ValueError: A setting out of its range, or an optimizer that trains none of `params`.
-        RuntimeError: As `evaluate`.
+        RuntimeError: As `evaluate`, or the closure has changed something that cannot be put back, such as an iterator.
         FloatingPointError: The loss or a product is not finite.
     """
     settings = Settings(
@@ -197,5 +197,7 @@ def take(
     values.form = "finite_difference" if evaluation.form == "finite_difference" else settings.products
     enter_sharpness(look, objective, float(evaluation.loss), gradient)
     enter_slice(look, closure, params, weight)
+    objective.settle()
+    objective.check_restored()
     values.add("seconds", look.clock.elapsed())
     return values

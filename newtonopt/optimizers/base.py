@@ -41,6 +41,10 @@ _CLIPPING = (
     "The closure clips gradients. newtonopt takes the gradient of the loss itself: clipping has no effect on its "
     "step, which is bounded by other means. Remove gradient_clip_val (or clip_grad_norm_) to silence this."
 )
+_UNPROTECTED = (
+    "The closure changes {}, which cannot be put back after a trial: an iterator, or an array or container too "
+    "large to be copied. Each trial moves it on. Move it on outside of the closure, once a step."
+)
 _NO_CLOSURE = (
     "step() needs a closure that computes the loss and calls backward: optimizer.step(closure), under manual "
     "optimization too. Lightning's automatic optimization gives one, "
@@ -124,9 +128,9 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         """Take `steps_per_call` Newton steps, fewer where one ends at a tolerance, a minimum, or is not finite.
 
         All of them are steps on one function, with the same random numbers. What the closure leaves behind,
-        such as `.grad`, BatchNorm's statistics, the random state and logs, is as after one run of it at the starting
-        point. A closure may clamp or normalise parameters: the starting point and each trial are then where it leaves
-        them.
+        such as `.grad`, BatchNorm's statistics, the random state, logs, counters and lists, is as after one run of it
+        at the starting point. A closure may clamp or normalise parameters: the starting point and each trial are then
+        where it leaves them.
 
         Args:
             closure: Clears the gradients, computes the loss, calls `backward` and returns the loss, as for
@@ -214,6 +218,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
                 if not self._replayed:
                     call.objective.check_replay(evaluation)
                     self._replayed = True
+                    if call.objective.unprotected:
+                        warn(_UNPROTECTED.format(", ".join(call.objective.unprotected)))
                 # The model's slope is the loss's.
                 basis.gradient = basis.data_gradient = evaluation.gradient
                 with unrounded(basis.gradient):

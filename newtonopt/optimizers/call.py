@@ -128,6 +128,7 @@ class Call:
 
     def finish(self) -> Any:
         """Leave the first point's gradient in `.grad`; returns what the closure returned there, or the loss."""
+        self.objective.settle()
         if self._gradient is not None:
             _put_gradients(self.params, self._gradient)
         return self._returned

@@ -11,6 +11,7 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 import torch
+from problems import unseen
 from torch import Tensor, nn
 
 from newtonopt.curvature import sharpness
@@ -215,12 +216,11 @@ def test_measuring_changes_nothing(kind: str) -> None:
 def test_parameters_are_put_back_when_the_closure_raises(call: int) -> None:
     model, inner = _model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    calls = 0
+    calls: Callable[[], list[int]] = unseen([])
 
     def closure() -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == call:
+        calls().append(1)
+        if len(calls()) == call:
             raise KeyError("data")
         return inner()
 
@@ -279,6 +279,6 @@ def test_no_parameters_and_no_finite_loss() -> None:
 
 @pytest.mark.parametrize("kind", ["ball", "adaptive_ball", "average"])
 def test_a_closure_that_takes_other_data_each_time_is_refused(kind: Any) -> None:
-    model, data = torch.nn.Linear(3, 2), iter(torch.randn(100, 5, 3))
+    model, data = torch.nn.Linear(3, 2), (x for x in torch.randn(100, 5, 3))
     with pytest.raises(RuntimeError, match="the same data"):
         sharpness(lambda: model(next(data)).square().mean(), model.parameters(), kind=kind)

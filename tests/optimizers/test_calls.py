@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from optimizer_db import OPTIMIZERS, Build
-from problems import Doubled
+from problems import Doubled, unseen
 from problems import build as build_case
 from torch import Tensor, nn
 
@@ -175,18 +175,18 @@ def test_an_error_in_a_later_step_undoes_the_call(build: Build, products: Any) -
     optimizer.step(problem.closure)
     for group in optimizer.param_groups:
         group["steps_per_call"] = 4
-    start, state, reached = problem.flat(), copy.deepcopy(optimizer._memory), []
+    start, state, reached = problem.flat(), copy.deepcopy(optimizer._memory), unseen([])
 
     def failing() -> Tensor:
-        if not any(torch.equal(problem.flat(), point) for point in reached):
-            reached.append(problem.flat())
+        if not any(torch.equal(problem.flat(), point) for point in reached()):
+            reached().append(problem.flat())
         if optimizer._memory["steps"] == 4:
             raise ValueError("the disk is full")
         return problem.closure()
 
     with pytest.raises(ValueError, match="the disk is full"):
         optimizer.step(failing)
-    assert len(reached) > 2, "steps were taken before"
+    assert len(reached()) > 2, "steps were taken before"
     assert torch.equal(problem.flat(), start)
     assert str(optimizer._memory) == str(state)
 
@@ -367,6 +367,7 @@ class Outside:
 def test_a_forward_pass_outside_the_closure_is_an_error(build: Build, where: str, weight_decay: float) -> None:
     problem = Outside()
     optimizer = build(problem.model.parameters(), weight_decay=weight_decay)
+    problem.kept_from_the_first_call()
     before = problem.flat()
     with pytest.raises(RuntimeError, match=r"(Move the call of|[Cc]all) the model"):
         optimizer.step(getattr(problem, where))

@@ -9,12 +9,14 @@ import math
 import os
 import pickle
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from optimizer_db import OPTIMIZERS, Build
+from problems import Unseen, unseen
 from torch import Tensor, nn
 
 from newtonopt import CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton, mark_outputs
@@ -24,6 +26,8 @@ from newtonopt.optimizers.base import NewtonOptimizer
 class Training:
     """A small noisy model, its data and its closure, with counts of what the closure did."""
 
+    forwards = Unseen(int)
+
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(2)
         self.model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Dropout(0.2), nn.Linear(3, 3)).to(
@@ -31,7 +35,6 @@ class Training:
         )
         self.x = torch.randn(20, 4, dtype=dtype)
         self.y = self.x[:, :3].argmax(1)
-        self.forwards = self.backwards = 0
 
     def closure(self) -> Tensor:
         self.model.zero_grad()
@@ -343,14 +346,14 @@ class Witness(torch.autograd.Function):
 def test_no_graph_is_left_and_none_is_alive_in_a_trial(build: Build) -> None:
     training = Training()
     optimizer = build(training.model.parameters())
-    graphs: list[weakref.ref[set[None]]] = []
-    alive: list[int] = []
+    graphs: Callable[[], list[weakref.ref[set[None]]]] = unseen([])
+    alive: Callable[[], list[int]] = unseen([])
 
     def closure() -> Tensor:
         training.model.zero_grad()
-        alive.append(sum(graph() is not None for graph in graphs))
-        z = Witness.apply(training.model(training.x), graphs)
-        assert graphs[-1]() is not None
+        alive().append(sum(graph() is not None for graph in graphs()))
+        z = Witness.apply(training.model(training.x), graphs())
+        assert graphs()[-1]() is not None
         loss = F.cross_entropy(z, training.y)
         loss.backward()
         return loss
@@ -363,11 +366,11 @@ def test_no_graph_is_left_and_none_is_alive_in_a_trial(build: Build) -> None:
             optimizer.step(closure)
     finally:
         gc.enable()
-    assert len(graphs) > 3
+    assert len(graphs()) > 3
     # A rejected proposal of HessianFree's is solved again, on the graph.
     kept = isinstance(optimizer, HessianFree) and optimizer.param_groups[0]["max_trials"] > 1
-    assert max(alive) == kept
-    assert all(graph() is None for graph in graphs)
+    assert max(alive()) == kept
+    assert all(graph() is None for graph in graphs())
 
 
 @pytest.mark.slow
@@ -490,13 +493,12 @@ def test_parameters_of_another_model_are_an_error(build: Build) -> None:
 def test_an_error_in_a_step_leaves_the_state_as_it_was(build: Build) -> None:
     training = Training()
     optimizer = build(training.model.parameters())
-    calls = 0
+    calls: Callable[[], list[int]] = unseen([])
 
     def other_batches() -> Tensor:
-        nonlocal calls
-        calls += 1
+        calls().append(1)
         loss = training.closure()
-        if calls > 1:
+        if len(calls()) > 1:
             (loss.detach().requires_grad_() * 10.0).backward()
         return loss
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from optimizer_db import OPTIMIZERS, Build
+from problems import Unseen
 from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.lr_scheduler import LRScheduler
@@ -305,13 +306,15 @@ def test_tensors_made_in_inference_mode_are_an_error_that_changes_nothing(build:
 class Noisy:
     """Dropout, BatchNorm and three kinds of random numbers; raises in the call of a given number, half way."""
 
+    calls = Unseen(int)
+
     def __init__(self) -> None:
         torch.manual_seed(2)
         random.seed(2)
         np.random.seed(2)
         self.model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Tanh(), nn.Dropout(0.3), nn.Linear(2, 2))
         self.x, self.y = torch.randn(8, 2), torch.arange(8) % 2
-        self.calls, self.fails_at = 0, 0
+        self.fails_at = 0
 
     def closure(self) -> Tensor:
         self.calls += 1
