@@ -132,11 +132,13 @@ class Graph:
 
     Attributes:
         functions: Names of the autograd Functions in it that are not PyTorch's own.
+        heads: Whether there are some between the loss and its outputs.
         has_hooks: Whether hooks may change gradients.
         eps: Rounding unit of the coarsest precision in it.
     """
 
     functions: tuple[str, ...]
+    heads: bool
     has_hooks: bool
     eps: float
 
@@ -150,21 +152,17 @@ class Graph:
         return f"{before}{', '.join(self.functions)}" if self.functions else otherwise
 
 
-def look_through(loss: Tensor, eps: float) -> Graph:
+def look_through(loss: Tensor, outputs: Iterable[Tensor], eps: float) -> Graph:
     """Return what may make a derivative wrong in the graph of a loss; `eps` is the least rounding unit to report."""
     names: dict[str, None] = {}
     hooked = False
 
     def look(node: Any) -> bool:
         nonlocal eps, hooked
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            function = type(node)._forward_cls  # type: ignore[attr-defined]
-            if not function.__module__.startswith("torch."):
-                names[function.__name__] = None
-            elif function.__name__ == "BackwardHookFunction":  # of a module with full backward hooks
-                hooked = True
-        elif "CppNode" in node.name():
-            names[node.name()] = None
+        name = _foreign(node)
+        if name is not None:
+            names[name] = None
+        hooked = hooked or node.name() == "BackwardHookFunctionBackward"  # of a module with full backward hooks
         for of in node._input_metadata:
             if of.dtype.is_floating_point:
                 eps = max(eps, torch.finfo(of.dtype).eps)
@@ -173,7 +171,19 @@ def look_through(loss: Tensor, eps: float) -> Graph:
     reaches(loss.grad_fn, look)
     if loss.device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         eps = max(eps, _TF32)
-    return Graph(tuple(names), hooked, eps)
+    barrier = {z.grad_fn for z in outputs if z.grad_fn is not None}
+    heads = bool(names) and bool(barrier) and reaches(loss.grad_fn, lambda node: _foreign(node) is not None, barrier)
+    return Graph(tuple(names), heads, hooked, eps)
+
+
+def _foreign(node: Any) -> str | None:
+    """The name of an autograd Function that is not PyTorch's own; None for another node."""
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        function = type(node)._forward_cls  # type: ignore[attr-defined]
+        own: str = function.__name__
+        return None if function.__module__.startswith("torch.") else own
+    name: str = node.name()
+    return name if "CppNode" in name else None
 
 
 # Rounding unit of TensorFloat-32, in which cuDNN convolves by default.

@@ -38,11 +38,11 @@ from newtonopt._writes import Writes, is_write
 _LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
 _SOFTMAX = frozenset({F.softmax, torch.softmax, Tensor.softmax})
 _UNRECOGNISED = frozenset(getattr(F, name) for name in CALLED) - LOG_PROBABILITY_LOSSES
-# What takes a tensor for a constant: those on a tensor, and `torch.no_grad` by its flag.
+# What takes a tensor for a constant: those on a tensor, `torch.no_grad` by its flag, and gradients without a graph.
 _DATA: Any = Tensor.data
 _HOLDING = frozenset(
     {Tensor.detach, torch.detach, Tensor.detach_, Tensor.item, Tensor.tolist, Tensor.__float__, _DATA.__get__}
-    | {torch._C._set_grad_enabled}
+    | {torch._C._set_grad_enabled, torch.autograd.grad}
 )
 _RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 
@@ -336,7 +336,7 @@ class Tap(TorchFunctionMode):
             self.has_marks = True
         if func is Tensor.register_hook:
             return func(args[0], self.hooks.watched(*args[1:], **kwargs))
-        if self._running and func in _HOLDING and torch.is_grad_enabled() and _needs_gradient(args[0]):
+        if self._running and func in _HOLDING and torch.is_grad_enabled() and _holds(args, kwargs):
             self.holds_constant = True
         if self._finds_outputs:
             if func is mark_outputs:
@@ -503,8 +503,11 @@ class Tap(TorchFunctionMode):
         return (output,) if (SELECTIONS | {"Log"}).issuperset(passed) else ()
 
 
-def _needs_gradient(held: object) -> bool:
-    return held.requires_grad if isinstance(held, Tensor) else held is False
+def _holds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    held = args[0] if args else kwargs.get("outputs")
+    if isinstance(held, Tensor):
+        return held.requires_grad and not kwargs.get("create_graph")
+    return held is False or (isinstance(held, Sequence) and not kwargs.get("create_graph"))
 
 
 def _place() -> tuple[object, ...]:

@@ -16,6 +16,8 @@ from newtonopt._sharded import Sharded
 
 Product = Callable[[Tensor], Tensor]
 
+# From which error on products may be those of a matrix that is not positive semi-definite.
+_CLOSE = 0.05
 # Products that `dense` asks for at a time.
 _ROWS = 128
 # Products at once may differ by so many times what rounding does to a single one.
@@ -88,7 +90,7 @@ class LinearOperator:
     @property
     def psd(self) -> bool:
         """Whether the matrix is positive semi-definite by construction, and the products can be vouched for."""
-        return self._psd and not self.trust.doubt
+        return self._psd and not self.trust.doubt and self.trust.error < _CLOSE
 
     @property
     def T(self) -> LinearOperator:

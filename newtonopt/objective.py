@@ -627,7 +627,8 @@ class Objective:
         evaluation.may_fall_back = self.products == "auto"
         evaluation.unrecognised_advice = unrecognised(tap.losses_seen, tap.ends, tap.wrappers)
         evaluation.output_sizes, evaluation.outside = recording.output_sizes, recording.outside
-        evaluation.holds_constant, evaluation.hooks_gradients = tap.holds_constant, tap.hooks.change
+        evaluation.holds_constant = tap.holds_constant or tap.gradients.was_read
+        evaluation.hooks_gradients = tap.hooks.change
         evaluation.linear_marks = tap.linear_marks
         evaluation.related = frozenset(recording.related)
         evaluation.convex = not tap.has_marks and tap.is_convex(recording.output_sizes)

@@ -35,6 +35,7 @@ from newtonopt._differences import Difference, difference, displacement, lengths
 from newtonopt._flat import local_pieces
 from newtonopt._graph import Graph, look_through
 from newtonopt._shards import is_sharded
+from newtonopt._tap import Term
 from newtonopt.evaluation import Evaluation, Manner, Matrix, Verdict, source_of
 from newtonopt.linear_operator import Trust
 
@@ -49,6 +50,8 @@ _COARSEST = 0.3
 _CLEAR = 10.0
 # Differences at two lengths that agree to this part need no shorter ones.
 _CLOSE = 0.03
+# Differences at two lengths that do not agree to this part at any are those of no second derivative.
+_ROUGHEST = 0.3
 # Lengths of differences: in a plain graph, and where something in it asks for certainty.
 _FEW, _MANY = 2, 6
 
@@ -107,6 +110,8 @@ class Vouched:
 
         def product() -> Tensor:
             self._evaluation.check_unchanged()
+            if self._evaluation.verdict(self._matrix) is None:
+                self._seen_finite = True  # the check looks at that
             self._settle()
             return self._product(v)
 
@@ -155,17 +160,21 @@ class Vouched:
         return known
 
     def _better(self, wrong: Finding) -> Verdict:
-        """Turn to finite differences from products that are wrong, if that is allowed and they are better."""
-        if not self._may_turn:
-            if wrong.finite:
-                raise RuntimeError(f'{wrong.wrong} products="finite_difference" needs no second derivative.')
-            return self._keep(replace(wrong, doubt=f'{wrong.wrong} products="finite_difference" has numbers there.'))
-        other = self._examine(Manner("finite_difference"))
-        other = replace(other, cost=wrong.cost + other.cost)
-        if other.finite and (not other.doubt or not wrong.finite):
+        """Turn to finite differences from products that are wrong, if they pass; an error if that is not allowed."""
+        try:
+            other = self._examine(Manner("finite_difference"))
+        except (RuntimeError, ValueError):  # there may be none, as beyond a bound or at a jump
+            return self._keep(replace(wrong, doubt=wrong.wrong, finite=True))
+        other = replace(other, cost=wrong.cost + other.cost, warns=False)
+        if not other.finite or (other.doubt and wrong.finite):
+            # Differences that are too rough say nothing, and what is wrong may be rounding, as in a saturated softmax.
+            return self._keep(replace(wrong, doubt=wrong.wrong, cost=other.cost, warns=other.error <= _ROUGHEST))
+        if self._may_turn:
             self._turn(wrong.wrong)
-            return self._keep(other, quiet=True)
-        return self._keep(replace(wrong, doubt=wrong.wrong, cost=other.cost))
+            return self._keep(other)
+        if wrong.finite:
+            raise RuntimeError(f'{wrong.wrong} products="finite_difference" passes the check.')
+        return self._keep(replace(wrong, doubt=f"{wrong.wrong} {_NUMBERS}", finite=True))
 
     def _turn(self, why: str) -> None:
         if self._evaluation.form == "cached":
@@ -176,8 +185,8 @@ class Vouched:
             self._evaluation.turn_to("finite_difference")
         self._use(Manner("finite_difference"))
 
-    def _keep(self, finding: Finding, *, quiet: bool = False) -> Verdict:
-        if finding.doubt and finding.warns and finding.finite and not quiet:  # solvers refuse what is not finite
+    def _keep(self, finding: Finding) -> Verdict:
+        if finding.doubt and finding.warns and finding.finite:  # solvers refuse what is not finite
             warn(f"{finding.doubt} No measurement of this curvature is certified.")
         verdict = Verdict(finding.manner, Trust(finding.doubt, finding.error), finding.cost)
         self._evaluation.judge(self._matrix, verdict)
@@ -198,23 +207,25 @@ def examine_hessian(evaluation: Evaluation, manner: Manner, form: Callable[[Mann
     is_symmetric = asymmetry <= _tolerance(graph.eps)
     seen = _compared(evaluation, w, images[1], _MANY if graph.is_foreign or not is_symmetric else _FEW)
     found = Finding(manner, cost=2 + seen.cost)
-    if seen.agrees and is_symmetric:
-        return found
-    if seen.agrees is None and is_symmetric:
-        names = graph.named("", "hooks")
-        return replace(found, doubt=_UNDECIDED.format(names)) if graph.is_foreign else found
     not_the_gradient = replace(found, doubt=_NOT_THE_GRADIENT.format(graph.named(", as through ")))
+    if seen.follows is False and (graph.is_foreign or not evaluation.holds_constant):
+        _check_replays(evaluation)
+        return not_the_gradient
+    if is_symmetric and seen.agrees:
+        return found
+    if is_symmetric and seen.agrees is None:
+        undecided = _UNDECIDED.format(graph.named("", "hooks"))
+        return replace(found, doubt=undecided, warns=False) if graph.is_foreign else found
     if seen.agrees is not False:
         # Most often it is rounding, as where a softmax has saturated.
         return replace(found, doubt=_ASYMMETRIC.format(f"{asymmetry:.1g}", graph.named(" through ")), warns=False)
     _check_replays(evaluation)
-    if graph.has_hooks:
+    if graph.has_hooks or (seen.follows is False and not is_symmetric):
         return not_the_gradient
-    if seen.follows is False:
-        # Reverse mode's derivative with parts held constant is meant, and symmetric.
-        return found if is_symmetric and not graph.functions else not_the_gradient
+    # Reverse mode's derivative with parts held constant is meant. Their slope vanishes now and then, as that of a
+    # spectral norm's vectors does.
     if evaluation.holds_constant and is_symmetric and not graph.functions:
-        return found  # the slope of what is held constant vanishes here, as that of a spectral norm's vectors does
+        return found
     return replace(found, wrong=_WRONG.format(graph.named("through ", "of this loss") + " "))
 
 
@@ -233,7 +244,7 @@ def examine_gauss_newton(
         found = _examine_transposes(evaluation, manner, push, pull, graph)
     if found.wrong:
         return found
-    if graph.functions and found.manner.form == "finite_difference":
+    if graph.heads and found.manner.form == "finite_difference":
         found = replace(found, manner=replace(found.manner, curved=False))
     u, w, images = _two_products(evaluation, form(found.manner))
     found = replace(found, cost=found.cost + 2)
@@ -256,12 +267,13 @@ def examine_gauss_newton(
     if seen.follows is False:
         _check_replays(evaluation)
         return replace(found, doubt=_NOT_THE_GRADIENT.format(graph.named(", as through ")))
-    if graph.functions and found.manner.form != "finite_difference":
+    if graph.heads and found.manner.form != "finite_difference":
         # A Function between the outputs and the loss may hide the loss's second derivative.
         found = replace(found, cost=found.cost + 4)
         if _is_another(evaluation, images[1], lambda length: form(_differenced(length))(w)):
             return replace(found, wrong=_WRONG.format(graph.named("through ") + " "))
-    return replace(found, doubt=_UNDECIDED.format(graph.named("", "hooks"))) if seen.follows is None else found
+    undecided = _UNDECIDED.format(graph.named("", "hooks"))
+    return replace(found, doubt=undecided, warns=False) if seen.follows is None else found
 
 
 def _differenced(length: float) -> Manner:
@@ -301,7 +313,8 @@ def _examine_transposes(
     if not math.isfinite(found):
         return Finding(manner, wrong=_NOT_FINITE, finite=False, cost=cost)
     if found <= _tolerance(graph.eps) + 3 * error:
-        return Finding(manner, error=error, cost=cost)
+        doubt = _ROUGH.format(f"{error:.0%}") if error > _ROUGHEST else ""
+        return Finding(manner, doubt=doubt, error=error, cost=cost)
     if manner.form == "streamed" and manner.forward:
         # Forward mode sees through what reverse mode holds constant, and misses some tangents.
         again = _examine_transposes(evaluation, replace(manner, forward=False), push, pull, graph)
@@ -318,21 +331,22 @@ def _examine_differences(evaluation: Evaluation, manner: Manner, form: Callable[
     u = _direction([_inside(evaluation, evaluation.slope), _noise(evaluation, 0)], first=True)
     image = _inside(evaluation, form(manner)(u))
     w = _direction([image, _noise(evaluation, 1), u])
-    slopes: list[tuple[float, float]] = []
+    seen: list[Difference] = []
 
     def product(length: float) -> Tensor:
-        d = difference(evaluation, w, length)
-        slopes.append((d.slope, length))
-        return _inside(evaluation, d.product)
+        seen.append(difference(evaluation, w, length))
+        return _inside(evaluation, seen[-1].product)
 
     length, error, cost = _length_chosen(evaluation, product, manner.length)
     images = _inside(evaluation, difference(evaluation, u, length).product), product(length)
     found = Finding(replace(manner, length=length), error=error, cost=cost + 6)
     if not _are_finite(*images):
         return replace(found, wrong=_NOT_FINITE, finite=False)
-    asymmetry = _asymmetry(u, w, images)
-    follows = _follows(evaluation, w, slopes[-2:])
-    if asymmetry > _tolerance(_graph_of(evaluation).eps) + 3 * error or follows is False:
+    if error > _ROUGHEST:
+        return replace(found, doubt=_ROUGH.format(f"{error:.0%}"))
+    longer = [d for d in seen if d.length > length]
+    follows = _follows(evaluation, w, [*longer[-1:], seen[-1]])
+    if _asymmetry(u, w, images) > _tolerance(_graph_of(evaluation).eps) + 3 * error or follows is False:
         return replace(found, doubt=_SEEN_THROUGH)
     return found
 
@@ -359,21 +373,20 @@ def _compared(evaluation: Evaluation, w: Tensor, image: Tensor | None, lengths: 
     if evaluation.source is None or any(p.dtype == torch.bfloat16 for p in evaluation.params):
         return Comparison()
     seen: list[Difference] = []
-    agrees = None
+    agrees = follows = None
     try:
         for length in lengths_from(displacement(evaluation.params), lengths):
             seen.append(difference(evaluation, w, length))
-            if image is not None:
+            follows = _follows(evaluation, w, seen)
+            if agrees is None and image is not None:
                 agrees = _agrees(evaluation, image, seen)
-            elif _follows(evaluation, w, [(d.slope, d.length) for d in seen[-2:]]) is not None:
-                break
-            if agrees is not None:
+            enough = follows is not None if image is None else agrees is not None
+            if enough and not (len(seen) == 1 and _is_off(evaluation, w, seen)):
                 break
     except (RuntimeError, ValueError):
         # There may be no loss close by, as beyond a bound. Of several processes all would have to know.
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise
-    follows = _follows(evaluation, w, [(d.slope, d.length) for d in seen[-2:]])
     return Comparison(agrees, follows, 2 * len(seen))
 
 
@@ -419,17 +432,30 @@ def _agrees(evaluation: Evaluation, image: Tensor, seen: Sequence[Difference]) -
     return False if apart else None
 
 
-def _follows(evaluation: Evaluation, w: Tensor, slopes: Sequence[tuple[float, float]]) -> bool | None:
-    """Whether `g'w` is the loss's slope along `w`, as differences at two lengths show; None: it cannot be told."""
-    if not slopes or not all(math.isfinite(slope) for slope, _ in slopes):
-        return None
-    slope, length = slopes[-1]
-    expected = float(evaluation.slope @ w)
+def _follows(evaluation: Evaluation, w: Tensor, seen: Sequence[Difference]) -> bool | None:
+    """Whether `g'w` is the loss's slope along `w`, as the last two differences show; None: it cannot be told."""
+    slope, expected = seen[-1].slope, float(evaluation.slope @ w)
+    open_, size = _open(evaluation, seen), max(abs(slope), abs(expected))
+    if _is_off(evaluation, w, seen):
+        return False if len(seen) > 1 else None
+    return True if open_ < 0.2 * size else None  # false where one is not finite
+
+
+def _is_off(evaluation: Evaluation, w: Tensor, seen: Sequence[Difference]) -> bool:
+    slope, expected = seen[-1].slope, float(evaluation.slope @ w)
     size = max(abs(slope), abs(expected))
-    open_ = 10 * abs(slope - slopes[0][0]) + 20 * evaluation.eps * abs(evaluation.local_loss) / length
-    if abs(slope - expected) > 0.02 * size + open_:
-        return False
-    return True if open_ < 0.2 * size else None
+    return abs(slope - expected) > float(_eps(evaluation) ** 0.25 * size + _open(evaluation, seen))
+
+
+def _open(evaluation: Evaluation, seen: Sequence[Difference]) -> float:
+    """What rounding, truncation and kinks leave open of the loss's slope."""
+    last = seen[-1]
+    # The logarithm of a saturated softmax is rounded as if it were one.
+    loss = abs(evaluation.local_loss)
+    rounding = 20 * evaluation.eps * max(loss, min(1.0, 1e4 * loss)) / last.length
+    # Where the gradient has a kink, its values on both sides differ by as much however short the length is.
+    kink = 2 * last.length * float(last.product.norm())
+    return rounding + kink + 10 * abs(last.slope - seen[-2].slope) if len(seen) > 1 else rounding + kink
 
 
 def _length_chosen(
@@ -439,9 +465,27 @@ def _length_chosen(
 
     Truncation falls as the length squared, and rounding grows as it gets shorter: the length is shortened until the
     difference grows.
+
+    Args:
+        evaluation: Where.
+        product: Returns the product along a vector from its length.
+        given: A length that was chosen before; None: none was.
     """
-    start = 4 * displacement(evaluation.params)
-    lengths = lengths_from(start, _MANY) if given is None else lengths_from(4 * given, 2)
+    if given is not None:
+        return _best_of(evaluation, product, lengths_from(4 * given, 2))
+    usual = displacement(evaluation.params)
+    found = _best_of(evaluation, product, lengths_from(4 * usual, _MANY))
+    absolute = 4 * _eps(evaluation) ** 0.4
+    if found[1] <= _CLOSE or absolute <= 4 * usual:
+        return found
+    # The model may not mind how small its parameters are.
+    other = _best_of(evaluation, product, lengths_from(absolute, _MANY))
+    return (*min(found, other, key=lambda f: f[1])[:2], found[2] + other[2])
+
+
+def _best_of(
+    evaluation: Evaluation, product: Callable[[float], Tensor], lengths: Sequence[float]
+) -> tuple[float, float, int]:
     before = product(lengths[0])
     best, error = lengths[0], math.inf
     cost = 2
@@ -451,9 +495,9 @@ def _length_chosen(
         # A difference of zero is below the rounding, unless all are.
         gap = _mean(evaluation, lambda: (before - after).norm() / after.norm() if before.any() else after.norm())  # noqa: B023
         if gap < error:
-            best, error = length, gap
+            best, error = length, max(gap, _eps(evaluation) ** 0.5)
         # Where there are kinks, the difference grows until none of them is in reach.
-        if error <= _eps(evaluation) ** 0.6 or error < min(gap, _CLOSE):
+        if error <= _eps(evaluation) ** 0.5 or error < min(gap, _CLOSE):
             break
         before = after
     return best, error, cost
@@ -536,17 +580,24 @@ def _graph_of(evaluation: Evaluation) -> Graph:
     eps = _eps(evaluation)
     found: list[Graph] = []
     if evaluation.form == "cached":
-        found.append(look_through(evaluation.graph[0], eps))
+        loss, outputs = evaluation.graph
+        found.append(look_through(loss, [z.tensor for z in outputs], eps))
     else:
         source = source_of(evaluation)
+
+        def look(term: Term) -> None:
+            found.append(look_through(term.loss, term.tensors, eps))
+
         # All processes hear of an error on one.
-        _mean(evaluation, lambda: source.visit(lambda term: found.append(look_through(term.loss, eps))))
+        _mean(evaluation, lambda: source.visit(look, numbers=evaluation.output_sizes))
     functions = tuple(dict.fromkeys(name for graph in found for name in graph.functions))
     hooked = evaluation.hooks_gradients or any(p._backward_hooks for p in evaluation.params)
-    return Graph(functions, hooked or any(graph.has_hooks for graph in found), max(graph.eps for graph in found))
+    hooked = hooked or any(graph.has_hooks for graph in found)
+    return Graph(functions, any(graph.heads for graph in found), hooked, max(graph.eps for graph in found))
 
 
 _NOT_FINITE = "A second derivative is not finite where loss and gradient are, as that of a norm is not at zero."
+_NUMBERS = 'products="finite_difference" has numbers there.'
 _WRONG = (
     "The second derivative {}is not the derivative of the gradient, as a difference of gradients shows: an "
     "autograd.Function that saves a detached derivative, or a formula of PyTorch that does not hold at this point."
@@ -557,7 +608,7 @@ _WRONG_JACOBIAN = (
 )
 _NOT_THE_GRADIENT = (
     "What backward computes is not the gradient of the loss{}: a hook, a straight-through estimator or a reversed "
-    "gradient changes it, so that it is no function's gradient, and has no curvature."
+    "gradient changes it, or a formula of PyTorch does not hold here, so that it is no function's gradient."
 )
 _ASYMMETRIC = (
     "The curvature's products and those of its transpose differ by {} of their size{}: by rounding, or by a wrong "
@@ -565,6 +616,10 @@ _ASYMMETRIC = (
 )
 _UNDECIDED = (
     "The second derivative through {} could not be compared with differences of gradients, which are too rough here."
+)
+_ROUGH = (
+    "Finite differences at two lengths differ by {} of their size at best: kinks or rounding are in the way. Where "
+    'autograd has a second derivative, products="cached" takes it; else use float64.'
 )
 _SEEN_THROUGH = (
     "Finite differences see through what backward holds constant (detach, no_grad, rounding) or changes (hooks), so "

@@ -427,6 +427,7 @@ def test_hessian_products_equal_the_dense_truth(setup: Setup, products: str) -> 
     assert_close(hessian(evaluation) @ vectors, truth @ vectors, products)
 
 
+@pytest.mark.filterwarnings("ignore:Finite differences see through")  # and see a spectral norm's vectors move
 @pytest.mark.slow
 @every(set())
 def test_steps_decrease_the_loss(setup: Setup, products: str) -> None:

@@ -366,15 +366,26 @@ def test_slopes_that_do_not_exist_are_marked() -> None:
     [
         lambda w: F.mse_loss(w.sum(0), torch.ones(2).double()) + 0.1 * w.norm(dim=1).sum(),
         lambda w: F.mse_loss(w.sum(0), torch.ones(2).double()) + torch.linalg.vector_norm(w),
-        lambda w: F.mse_loss(F.normalize(w, dim=1) + w, torch.ones(3, 2).double()),
     ],
-    ids=["group lasso", "vector norm", "normalize"],
+    ids=["group lasso", "vector norm"],
 )
 def test_a_second_derivative_that_is_not_finite_is_differenced(loss: Callable[[Tensor], Tensor]) -> None:
     w = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
     with pytest.warns(UserWarning, match="not finite where loss and gradient are.*finite differences"):
         H = hessian(evaluate(lambda: loss(w), [w])).dense()
     assert bool(torch.isfinite(H).all())
+
+
+def test_a_second_derivative_that_differences_have_not_either_is_said() -> None:
+    """The loss jumps at zero on the scale of 1e-12, by which `F.normalize` guards its division."""
+    w = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
+    with pytest.warns(UserWarning, match="not finite where loss and gradient are") as caught:
+        H = hessian(evaluate(lambda: F.mse_loss(F.normalize(w, dim=1) + w, torch.ones(3, 2).double()), [w]))
+        assert H.trust.doubt
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match=r'products="finite_difference" has numbers there'):
+        evaluation = evaluate(lambda: (w + 1).square().sum() + w.norm(dim=1).sum(), [w], products="cached")
+        assert hessian(evaluation).trust.doubt
 
 
 def test_a_later_point_without_a_finite_second_derivative_is_differenced() -> None:
@@ -438,6 +449,75 @@ def test_intervals_by_differences_hold(seed: int) -> None:
     assert found.certified
     assert found.top[0].lower <= float(values[-1]) <= found.top[0].upper
     assert found.bottom[0].lower <= float(values[0]) <= found.bottom[0].upper
+
+
+class Swish(torch.autograd.Function):
+    """A right activation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return g * (s + x * s * (1 - s))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_right_functions_in_networks_with_kinks_raise_no_alarm(dtype: torch.dtype, scale: float) -> None:
+    """Pre-activations of exactly zero, weights that are tiny or saturate the softmax."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).to(dtype)
+    x, y = torch.randn(8, 1, 6, 6, dtype=dtype), torch.randint(0, 3, (8,))
+    x[:, :, :4] = 0.0
+    with torch.no_grad():
+        model[0].bias.zero_()
+        for p in model.parameters():
+            p.mul_(scale)
+    for operator in (hessian, gauss_newton):
+        for form in EXACT:
+            A = operator(evaluate(lambda: F.cross_entropy(Swish.apply(model(x)), y), model.parameters(), products=form))  # type: ignore[arg-type]
+            A @ torch.ones(A.shape[1], dtype=dtype)
+
+
+def test_saturated_outputs_are_no_error() -> None:
+    w = vector(50.0, -50.0, 0.0)
+    for form in ("cached", "streamed"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            closure = lambda: F.mse_loss(torch.softmax(w, 0), torch.ones(3).double())  # noqa: E731
+            G = gauss_newton(evaluate(closure, [w], products=form))  # type: ignore[arg-type]
+            assert float(G.dense().abs().max()) < 1e-20
+
+
+@pytest.mark.parametrize("change", [torch.sign, lambda g: g.clamp(-0.01, 0.01)], ids=["sign", "clamp"])
+def test_functions_that_change_gradients_are_said(change: Callable[[Tensor], Tensor]) -> None:
+    class Changed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return change(g)
+
+    net = Net()
+    for form in EXACT:
+        for operator in (hessian, gauss_newton):
+            evaluation = evaluate(lambda: F.mse_loss(Changed.apply(net.z.tanh()), net.t), net.params, products=form)  # type: ignore[arg-type]
+            with pytest.warns(UserWarning, match="is not the gradient|do not belong to one Jacobian"):
+                assert operator(evaluation).trust.doubt
+
+
+def test_a_gradient_that_pytorch_gets_wrong_is_said() -> None:
+    """That of a determinant is zero at a matrix of rank n - 1."""
+    w = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [1.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    with pytest.warns(UserWarning, match="is not the gradient of the loss"):
+        assert hessian(evaluate(lambda: (torch.linalg.det(w) + 1) ** 2 + w.square().sum(), [w])).trust.doubt
 
 
 def test_products_that_are_not_their_transposes_are_marked() -> None:
