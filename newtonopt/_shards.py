@@ -192,10 +192,12 @@ def resharded(params: Sequence[Tensor], *, trace: bool) -> Iterator[None]:
             return
         _check_precision(module)
         met.update((id(part), part) for part in module.modules() if isinstance(part, FSDPModule))
-        for p in module.parameters() if not trace else ():
-            if id(p) not in ours and id(p) not in gradients:
-                gradients[id(p)] = p, p.grad
-                p.grad = None
+        # Unseen by the tap, which looks after what the closure does with gradients.
+        with torch._C.DisableTorchFunction():
+            for p in module.parameters() if not trace else ():
+                if id(p) not in ours and id(p) not in gradients:
+                    gradients[id(p)] = p, p.grad
+                    p.grad = None
 
     handle = register_module_forward_pre_hook(before)
     try:
@@ -204,8 +206,9 @@ def resharded(params: Sequence[Tensor], *, trace: bool) -> Iterator[None]:
         handle.remove()
         for module in met.values():
             module.reshard()
-        for p, gradient in gradients.values():
-            p.grad = gradient
+        with torch._C.DisableTorchFunction():
+            for p, gradient in gradients.values():
+                p.grad = gradient
 
 
 def _check_precision(module: Any) -> None:

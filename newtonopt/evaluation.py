@@ -15,6 +15,7 @@ from newtonopt._convexity import Output
 from newtonopt._flat import differs, flatten
 from newtonopt._graph import reaches
 from newtonopt._scaling import norm
+from newtonopt._sharded import Sharded
 from newtonopt._shards import is_sharded
 from newtonopt._tap import OnTerm
 from newtonopt.linear_operator import Trust
@@ -291,9 +292,11 @@ class Evaluation:
         Raises:
             RuntimeError: It differs by more than rounding.
         """
-        size, change = norm(self.local_gradient), norm(gradient - self.local_gradient)
+        # Each process compares its own part of sharded vectors, so that one may raise an error alone.
+        first, second = _own(self.local_gradient), _own(gradient)
+        size, change = norm(first), norm(second - first)
         # Where terms cancel, as at a minimum, the gradient's rounding is that of the terms.
-        reach = norm(flatten(self.params, self.params).detach())
+        reach = norm(_own(flatten(self.params, self.params).detach()))
         rounding = 16 * eps * abs(self.local_loss) / reach if reach > 0.0 else 0.0
         if change > min(eps ** (1 / 3), _COARSEST) * size + rounding:  # false where one is not finite
             raise RuntimeError(
@@ -359,6 +362,10 @@ def source_of(evaluation: Evaluation) -> Source:
             "newtonopt.evaluate(closure, params)."
         )
     return evaluation.source
+
+
+def _own(vector: Tensor) -> Tensor:
+    return vector.local if isinstance(vector, Sharded) else vector
 
 
 SAME_FUNCTION = (

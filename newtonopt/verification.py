@@ -34,6 +34,7 @@ from newtonopt._checks import warn
 from newtonopt._differences import Difference, difference, displacement, lengths_from
 from newtonopt._flat import local_pieces
 from newtonopt._graph import Graph, look_through
+from newtonopt._scaling import dot, norm
 from newtonopt._shards import is_sharded
 from newtonopt._tap import Term
 from newtonopt.evaluation import Evaluation, Manner, Matrix, Verdict, source_of
@@ -205,7 +206,7 @@ def examine_hessian(evaluation: Evaluation, manner: Manner, form: Callable[[Mann
         return Finding(manner, wrong=_NOT_FINITE, finite=False, cost=2)
     asymmetry = _asymmetry(u, w, images)
     is_symmetric = asymmetry <= _tolerance(graph.eps)
-    seen = _compared(evaluation, w, images[1], _MANY if graph.is_foreign or not is_symmetric else _FEW)
+    seen = _compared(evaluation, w, images[1], _MANY if graph.is_foreign or not is_symmetric else _FEW, graph.eps)
     found = Finding(manner, cost=2 + seen.cost)
     not_the_gradient = replace(found, doubt=_NOT_THE_GRADIENT.format(graph.named(", as through ")))
     if seen.follows is False and (graph.is_foreign or not evaluation.holds_constant):
@@ -262,7 +263,7 @@ def examine_gauss_newton(
         return replace(found, doubt=_ASYMMETRIC.format(f"{asymmetry:.1g}", graph.named(" through ")), warns=False)
     if not graph.is_foreign or is_sharded(evaluation.params):
         return found
-    seen = _compared(evaluation, w, None, _MANY)
+    seen = _compared(evaluation, w, None, _MANY, graph.eps)
     found = replace(found, cost=found.cost + seen.cost)
     if seen.follows is False:
         _check_replays(evaluation)
@@ -283,8 +284,8 @@ def _differenced(length: float) -> Manner:
 def _is_another(evaluation: Evaluation, image: Tensor, product: Callable[[float], Tensor]) -> bool:
     """Whether differences at two lengths agree with each other and not with a product."""
     long, short = (product(length) for length in lengths_from(displacement(evaluation.params), 2))
-    open_: float = _CLEAR * float((long - short).norm()) + _eps(evaluation) ** 0.25 * float(short.norm())
-    return float((image - short).norm()) > open_  # false where one is not finite
+    open_: float = _CLEAR * norm(long - short) + _eps(evaluation) ** 0.25 * norm(short)
+    return norm(image - short) > open_  # false where one is not finite
 
 
 def examine_jacobian(
@@ -303,11 +304,11 @@ def _examine_transposes(
         length, error, more = _length_chosen(evaluation, lambda h: push(replace(manner, length=h))(w), manner.length)
         manner, cost = replace(manner, length=length), cost + more
 
-    def gap() -> Tensor:
+    def gap() -> float:
         pushed = push(manner)(w)
         y = _direction([pushed, _normals(pushed, 2)])
         pulled = pull(y)
-        return _gap(y @ pushed, pulled @ w, pushed.norm(), pulled.norm())
+        return _gap(dot(y, pushed), dot(pulled, w), norm(pushed) + norm(pulled))
 
     found = _mean(evaluation, gap)
     if not math.isfinite(found):
@@ -345,8 +346,9 @@ def _examine_differences(evaluation: Evaluation, manner: Manner, form: Callable[
     if error > _ROUGHEST:
         return replace(found, doubt=_ROUGH.format(f"{error:.0%}"))
     longer = [d for d in seen if d.length > length]
-    follows = _follows(evaluation, w, [*longer[-1:], seen[-1]])
-    if _asymmetry(u, w, images) > _tolerance(_graph_of(evaluation).eps) + 3 * error or follows is False:
+    eps = _graph_of(evaluation).eps
+    follows = _follows(evaluation, w, [*longer[-1:], seen[-1]], eps)
+    if _asymmetry(u, w, images) > _tolerance(eps) + 3 * error or follows is False:
         return replace(found, doubt=_SEEN_THROUGH)
     return found
 
@@ -366,7 +368,7 @@ class Comparison:
     cost: int = 0
 
 
-def _compared(evaluation: Evaluation, w: Tensor, image: Tensor | None, lengths: int) -> Comparison:
+def _compared(evaluation: Evaluation, w: Tensor, image: Tensor | None, lengths: int, eps: float) -> Comparison:
     """Compare a product with differences at shorter and shorter lengths, until they agree or two lengths show that they
     do not; without a product the gradient's slope alone.
     """
@@ -377,11 +379,11 @@ def _compared(evaluation: Evaluation, w: Tensor, image: Tensor | None, lengths: 
     try:
         for length in lengths_from(displacement(evaluation.params), lengths):
             seen.append(difference(evaluation, w, length))
-            follows = _follows(evaluation, w, seen)
+            follows = _follows(evaluation, w, seen, eps)
             if agrees is None and image is not None:
-                agrees = _agrees(evaluation, image, seen)
+                agrees = _agrees(evaluation, image, seen, eps)
             enough = follows is not None if image is None else agrees is not None
-            if enough and not (len(seen) == 1 and _is_off(evaluation, w, seen)):
+            if enough and not (len(seen) == 1 and _is_off(evaluation, w, seen, eps)):
                 break
     except (RuntimeError, ValueError):
         # There may be no loss close by, as beyond a bound. Of several processes all would have to know.
@@ -397,23 +399,26 @@ def _check_replays(evaluation: Evaluation) -> None:
         RuntimeError: It does not.
     """
 
-    def rerun() -> Tensor:
+    def rerun() -> float:
         evaluation.check_rerun()
-        return torch.zeros(())
+        return 0.0
 
     _mean(evaluation, rerun)
 
 
-def _agrees(evaluation: Evaluation, image: Tensor, seen: Sequence[Difference]) -> bool | None:
+def _agrees(evaluation: Evaluation, image: Tensor, seen: Sequence[Difference], eps: float) -> bool | None:
     """Whether a product agrees with the last difference; None: it cannot be told."""
     params, last = evaluation.params, seen[-1]
-    eps, there = _eps(evaluation), _inside(evaluation, last.product)
-    rest = (image - there).abs()
-    size = float(there.norm())
+    there = _inside(evaluation, last.product)
+    rest = image - there
+    size = norm(there)
+    of = torch.finfo(there.dtype)
+    if size * last.length < of.tiny / of.eps:
+        return None  # the gradients have lost digits to underflow
     apart = False
     parts = [local_pieces(vector, params) for vector in (rest, there)]
-    distances = [float(piece.norm()) for piece in parts[0]]
-    allowed = [eps**0.25 * float(piece.norm()) + 10 * eps**0.5 * size for piece in parts[1]]
+    distances = [norm(piece) for piece in parts[0]]
+    allowed = [eps**0.25 * norm(piece) + 10 * eps**0.5 * size for piece in parts[1]]
     if all(distance <= most for distance, most in zip(distances, allowed, strict=True)):
         return True
     if len(seen) < 2:
@@ -423,38 +428,37 @@ def _agrees(evaluation: Evaluation, image: Tensor, seen: Sequence[Difference]) -
     # What two lengths leave open; and the jump of a kink at the point itself, without the smooth part of both.
     moved = before.product - last.product
     kink = (ratio * last.jump - before.jump) / (ratio - 1)
-    rounding = _CLEAR * eps * float(evaluation.slope.norm()) / last.length
+    rounding = _CLEAR * eps * norm(evaluation.slope) / last.length
     for distance, most, change, jump in zip(
         distances, allowed, local_pieces(moved, params), local_pieces(kink, params), strict=True
     ):
-        clear = max(_CLEAR * float(change.norm()), 2 * float(moved.norm()), float(jump.norm()), most, rounding)
+        clear = max(_CLEAR * norm(change), 2 * norm(moved), norm(jump), most, rounding)
         apart = apart or distance > clear
     return False if apart else None
 
 
-def _follows(evaluation: Evaluation, w: Tensor, seen: Sequence[Difference]) -> bool | None:
+def _follows(evaluation: Evaluation, w: Tensor, seen: Sequence[Difference], eps: float) -> bool | None:
     """Whether `g'w` is the loss's slope along `w`, as the last two differences show; None: it cannot be told."""
-    slope, expected = seen[-1].slope, float(evaluation.slope @ w)
-    open_, size = _open(evaluation, seen), max(abs(slope), abs(expected))
-    if _is_off(evaluation, w, seen):
+    slope, expected = seen[-1].slope, dot(evaluation.slope, w)
+    open_, size = _open(evaluation, seen, eps), max(abs(slope), abs(expected))
+    if _is_off(evaluation, w, seen, eps):
         return False if len(seen) > 1 else None
     return True if open_ < 0.2 * size else None  # false where one is not finite
 
 
-def _is_off(evaluation: Evaluation, w: Tensor, seen: Sequence[Difference]) -> bool:
-    slope, expected = seen[-1].slope, float(evaluation.slope @ w)
+def _is_off(evaluation: Evaluation, w: Tensor, seen: Sequence[Difference], eps: float) -> bool:
+    slope, expected = seen[-1].slope, dot(evaluation.slope, w)
     size = max(abs(slope), abs(expected))
-    return abs(slope - expected) > float(_eps(evaluation) ** 0.25 * size + _open(evaluation, seen))
+    return abs(slope - expected) > float(eps**0.25 * size + _open(evaluation, seen, eps))
 
 
-def _open(evaluation: Evaluation, seen: Sequence[Difference]) -> float:
+def _open(evaluation: Evaluation, seen: Sequence[Difference], eps: float) -> float:
     """What rounding, truncation and kinks leave open of the loss's slope."""
     last = seen[-1]
     # The logarithm of a saturated softmax is rounded as if it were one.
-    loss = abs(evaluation.local_loss)
-    rounding = 20 * evaluation.eps * max(loss, min(1.0, 1e4 * loss)) / last.length
+    rounding = 20 * eps * max(abs(evaluation.local_loss), 1.0) / last.length
     # Where the gradient has a kink, its values on both sides differ by as much however short the length is.
-    kink = 2 * last.length * float(last.product.norm())
+    kink = 2 * last.length * norm(last.product)
     return rounding + kink + 10 * abs(last.slope - seen[-2].slope) if len(seen) > 1 else rounding + kink
 
 
@@ -493,7 +497,7 @@ def _best_of(
         after = product(length)
         cost += 2
         # A difference of zero is below the rounding, unless all are.
-        gap = _mean(evaluation, lambda: (before - after).norm() / after.norm() if before.any() else after.norm())  # noqa: B023
+        gap = _mean(evaluation, lambda: _change(before, after))  # noqa: B023
         if gap < error:
             best, error = length, max(gap, _eps(evaluation) ** 0.5)
         # Where there are kinks, the difference grows until none of them is in reach.
@@ -513,13 +517,21 @@ def _two_products(evaluation: Evaluation, product: Product) -> tuple[Tensor, Ten
 
 def _direction(vectors: Sequence[Tensor], *, first: bool = False) -> Tensor:
     """A unit vector: a combination of those that are not zero, or with `first` the first of them."""
-    norms = [float(v.norm()) for v in vectors]
-    units = [v / norm for v, norm in zip(vectors, norms, strict=True) if norm > 0.0]
+    units = [unit for unit in map(_unit, vectors) if unit is not None]
     total = units[0]
     # Unequal weights, for in one dimension equal ones may cancel.
     for weight, unit in zip((0.7, 0.5), () if first else units[1:], strict=False):
         total = torch.add(total, unit, alpha=weight)
-    return total / float(total.norm())
+    return total / norm(total)
+
+
+def _unit(v: Tensor) -> Tensor | None:
+    # By the largest entry first, for the norm may be no number of the vector's dtype.
+    largest = float(v.abs().max()) if v.shape[0] else 0.0
+    if not 0.0 < largest < math.inf:
+        return None
+    scaled = v / largest
+    return scaled / norm(scaled)
 
 
 def _noise(evaluation: Evaluation, number: int) -> Tensor:
@@ -527,7 +539,7 @@ def _noise(evaluation: Evaluation, number: int) -> Tensor:
     noise = _normals(evaluation.slope, number)
     if not is_sharded(evaluation.params):
         for piece, p in zip(local_pieces(noise, evaluation.params), evaluation.params, strict=True):
-            size = float(p.detach().norm()) / math.sqrt(max(p.numel(), 1))
+            size = norm(p.detach().reshape(-1)) / math.sqrt(max(p.numel(), 1))
             piece.mul_(size or 1.0)
     return _inside(evaluation, noise)
 
@@ -543,27 +555,32 @@ def _normals(like: Tensor, number: int) -> Tensor:
     return noise.to(like.dtype).to(like.device)
 
 
-def _gap(one: Tensor, other: Tensor, size: Tensor, other_size: Tensor) -> Tensor:
-    """By how much two numbers differ, relative to the products of norms that bound them."""
-    scale = size + other_size
-    return torch.where(scale > 0, (one - other).abs() / scale, scale)
+def _gap(one: float, other: float, scale: float) -> float:
+    """By how much two numbers differ, relative to a bound on them."""
+    return abs(one - other) / scale if scale else 0.0
+
+
+def _change(before: Tensor, after: Tensor) -> float:
+    """By how much two vectors differ, relative to the second; none at all if both are zero."""
+    change, size = norm(before - after), norm(after)
+    return change / size if size else math.inf if change else 0.0
 
 
 def _asymmetry(u: Tensor, w: Tensor, images: tuple[Tensor, Tensor]) -> float:
     """By how much `u'(A w)` and `w'(A u)` differ for unit vectors."""
-    return float(_gap(w @ images[0], u @ images[1], images[0].norm(), images[1].norm()))
+    return _gap(dot(w, images[0]), dot(u, images[1]), norm(images[0]) + norm(images[1]))
 
 
 def _tolerance(eps: float) -> float:
     return min(_COARSEST, float(_TRANSPOSES * eps ** (2 / 3)))
 
 
-def _mean(evaluation: Evaluation, compute: Callable[[], Tensor]) -> float:
+def _mean(evaluation: Evaluation, compute: Callable[[], float]) -> float:
     """The mean over the processes of a number."""
     if evaluation.source is None:
-        return float(compute())
-    like = evaluation.slope.new_empty(1) if not is_sharded(evaluation.params) else None
-    mean: float = evaluation.source.mean(lambda: compute().reshape(1), like).item()
+        return compute()
+    like = evaluation.slope.new_empty(1) if not is_sharded(evaluation.params) else torch.empty(1, device="cpu")
+    mean: float = evaluation.source.mean(lambda: like.new_full((1,), compute()), like).item()
     return mean
 
 
@@ -578,6 +595,8 @@ def _eps(evaluation: Evaluation) -> float:
 def _graph_of(evaluation: Evaluation) -> Graph:
     """What checks have to know of the graph: from the one that is kept, or from a run of the closure."""
     eps = _eps(evaluation)
+    if is_sharded(evaluation.params):
+        return Graph((), False, False, eps)
     found: list[Graph] = []
     if evaluation.form == "cached":
         loss, outputs = evaluation.graph
@@ -589,7 +608,7 @@ def _graph_of(evaluation: Evaluation) -> Graph:
             found.append(look_through(term.loss, term.tensors, eps))
 
         # All processes hear of an error on one.
-        _mean(evaluation, lambda: source.visit(look, numbers=evaluation.output_sizes))
+        _mean(evaluation, lambda: float(source.visit(look, numbers=evaluation.output_sizes)))
     functions = tuple(dict.fromkeys(name for graph in found for name in graph.functions))
     hooked = evaluation.hooks_gradients or any(p._backward_hooks for p in evaluation.params)
     hooked = hooked or any(graph.has_hooks for graph in found)

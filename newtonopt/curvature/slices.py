@@ -108,6 +108,7 @@ def loss_slice(
     objective = Objective(closure, trained_parameters(params), products=products, weight=weight)
     axes = _axes(directions, objective.point)
     evaluation = objective.evaluate()
+    objective.check_replay(evaluation)
     H = hessian(evaluation)
     curved = [H @ axis for axis in axes]
     slopes = torch.tensor([dot(evaluation.gradient, axis) for axis in axes], dtype=torch.float64, device="cpu")
@@ -115,7 +116,6 @@ def loss_slice(
     loss = float(evaluation.loss)
     del H
     evaluation.free()
-    objective.check_replay(evaluation)
     steps = torch.linspace(-radius, radius, points, dtype=torch.float64, device="cpu")
     grid = torch.cartesian_prod(*[steps] * len(axes)).reshape(-1, len(axes))
     losses = [objective.loss_at(_combined(place, axes)) for place in grid.tolist()]

@@ -361,7 +361,7 @@ def test_no_graph_is_left_and_none_is_alive_in_a_trial(build: Build) -> None:
     gc.disable()
     try:
         optimizer.step(closure)
-        alive.clear()  # the first step compares products, on the graph, with differences of gradients
+        alive().clear()  # the first step compares products, on the graph, with differences of gradients
         for _ in range(3):
             optimizer.step(closure)
     finally:
