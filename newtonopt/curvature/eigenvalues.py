@@ -74,7 +74,8 @@ class Spectrum:
         bottom: Smallest eigenvalues, ascending.
         products: Products with the operator that were used.
         converged: Whether as many as were asked for are there and every interval is narrow enough; where the
-            measurement is not certified, every residual small enough. False where products were not symmetric.
+            measurement is not certified, every residual small enough. False where products are not symmetric, or
+            there is a doubt about them.
         confidence: Probability with which each interval holds, at least.
         certified: Whether the start was random, so that nothing larger or smaller can have been missed, and the
             operator's products are symmetric and can be vouched for. From a `start` given the values are eigenvalues
@@ -157,7 +158,7 @@ def extreme_eigenvalues(
         if operator.trust.doubt:
             unbounded = Range(-math.inf, math.inf)
             known = replace(known, whole=unbounded, rest=unbounded)
-            return _spectrum(request, known, matrix, confidence, settled(request, known), False)
+            return _spectrum(request, known, matrix, confidence, False, False)
         return _spectrum(request, known, matrix, confidence, certified(request, known), True)
     known = track(matrix, request, _nothing(operator), old, seed, functools.partial(settled, request))
     return _followed(request, known, matrix, confidence, start, old)
