@@ -209,12 +209,11 @@ def examine_hessian(evaluation: Evaluation, manner: Manner, form: Callable[[Mann
     seen = _compared(evaluation, w, images[1], _MANY if graph.is_foreign or not is_symmetric else _FEW, graph.eps)
     found = Finding(manner, cost=2 + seen.cost)
     not_the_gradient = replace(found, doubt=_NOT_THE_GRADIENT.format(graph.named(", as through ")))
-    if seen.follows is False and not seen.moves and not graph.is_foreign:
-        return found  # the closure uses a loss from outside, which the first trial tells
-    if seen.follows is False and (graph.is_foreign or not evaluation.holds_constant):
+    if seen.follows is False and graph.is_foreign:
         _check_replays(evaluation)
         return not_the_gradient
-    if is_symmetric and seen.agrees:
+    # Reverse mode's derivative with parts held constant, as the padding of an embedding is, is meant.
+    if is_symmetric and (seen.agrees or seen.follows is False):
         return found
     if is_symmetric and seen.agrees is None:
         undecided = _UNDECIDED.format(graph.named("", "hooks"))
@@ -225,8 +224,7 @@ def examine_hessian(evaluation: Evaluation, manner: Manner, form: Callable[[Mann
     _check_replays(evaluation)
     if graph.has_hooks or (seen.follows is False and not is_symmetric):
         return not_the_gradient
-    # Reverse mode's derivative with parts held constant is meant. Their slope vanishes now and then, as that of a
-    # spectral norm's vectors does.
+    # The slope of what is held constant vanishes now and then, as that of a spectral norm's vectors does.
     if evaluation.holds_constant and is_symmetric and not graph.functions:
         return found
     return replace(found, wrong=_WRONG.format(graph.named("through ", "of this loss") + " "))
@@ -362,13 +360,11 @@ class Comparison:
     Attributes:
         agrees: Whether they agree; None: it cannot be told.
         follows: Whether the gradient is the loss's; None: it cannot be told.
-        moves: Whether the loss differs from one point to another.
         cost: Gradients.
     """
 
     agrees: bool | None = None
     follows: bool | None = None
-    moves: bool = True
     cost: int = 0
 
 
@@ -393,7 +389,7 @@ def _compared(evaluation: Evaluation, w: Tensor, image: Tensor | None, lengths: 
         # There may be no loss close by, as beyond a bound. Of several processes all would have to know.
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise
-    return Comparison(agrees, follows, any(d.slope != 0.0 for d in seen), 2 * len(seen))
+    return Comparison(agrees, follows, 2 * len(seen))
 
 
 def _check_replays(evaluation: Evaluation) -> None:

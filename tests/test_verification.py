@@ -513,11 +513,17 @@ def test_functions_that_change_gradients_are_said(change: Callable[[Tensor], Ten
                 assert operator(evaluation).trust.doubt
 
 
-def test_a_gradient_that_pytorch_gets_wrong_is_said() -> None:
-    """That of a determinant is zero at a matrix of rank n - 1."""
-    w = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [1.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
-    with pytest.warns(UserWarning, match="is not the gradient of the loss"):
-        assert hessian(evaluate(lambda: (torch.linalg.det(w) + 1) ** 2 + w.square().sum(), [w])).trust.doubt
+def test_the_padding_of_an_embedding_is_held_constant() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(4, 3, padding_idx=0), nn.Flatten(), nn.Linear(6, 2)).double()
+    with torch.no_grad():
+        model[0].weight[0] = 1.0
+    x, y = torch.tensor([[0, 1], [2, 0], [3, 1]]), torch.tensor([0, 1, 1])
+    for operator in (hessian, gauss_newton):
+        for form in EXACT:
+            assert not operator(
+                evaluate(lambda: F.cross_entropy(model(x), y), model.parameters(), products=form)
+            ).trust.doubt  # type: ignore[arg-type]
 
 
 def test_products_that_are_not_their_transposes_are_marked() -> None:
