@@ -117,7 +117,7 @@ class Hooks:
         @functools.wraps(hook)
         def watched(gradient: Tensor) -> Tensor | None:
             changed = hook(gradient)
-            self.change = self.change or changed is not None
+            self.change = self.change or not (changed is None or torch.equal(changed, gradient))
             return changed
 
         return watched

@@ -22,6 +22,8 @@ _BY_NAME = frozenset(
     | {f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "matmul")}
     | {f"__i{name}__" for name in ("and", "or", "xor", "lshift", "rshift")}
 )
+# What ends as the names of operations in place do, and leaves the memory as it is.
+_NO_WRITES = frozenset({"requires_grad_", "detach_", "share_memory_", "rename_"})
 _SETTERS = ("data", "grad")
 _WITH_STATISTICS = frozenset({"batch_norm", "instance_norm"})
 
@@ -47,7 +49,8 @@ def _writes(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
     if name == "__set__":
         return getattr(getattr(func, "__self__", None), "__name__", "") in _SETTERS
-    return name in _BY_NAME or name in _WITH_STATISTICS or (name.endswith("_") and not name.endswith("__"))
+    in_place = name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES
+    return in_place or name in _BY_NAME or name in _WITH_STATISTICS
 
 
 class Memory:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from newtonopt._autograd import NoSecondDerivativeError
 from newtonopt._checks import warn
-from newtonopt._differences import Difference, difference, displacement, lengths_from
+from newtonopt._differences import Difference, difference, displacement, gradient_at, lengths_from
 from newtonopt._flat import local_pieces
 from newtonopt._graph import Graph, look_through
 from newtonopt._scaling import dot, norm
@@ -53,6 +53,8 @@ _CLEAR = 10.0
 _CLOSE = 0.03
 # Differences at two lengths that do not agree to this part at any are those of no second derivative.
 _ROUGHEST = 0.3
+# A loss below this may be that of a saturated softmax.
+_SATURATED = 1e-3
 # Lengths of differences: in a plain graph, and where something in it asks for certainty.
 _FEW, _MANY = 2, 6
 
@@ -154,7 +156,8 @@ class Vouched:
                 self._use(Manner(self._evaluation.form, self._evaluation.length))
             # Without a gradient there is nothing to compare with.
             finite = _are_finite(self._evaluation.slope)
-            finding = self._examine(self._manner) if finite else Finding(self._manner, finite=False)
+            missing = Finding(self._manner, doubt=_NO_GRADIENT, finite=False)
+            finding = self._examine(self._manner) if finite else missing
             return self._better(finding) if finding.wrong else self._keep(finding)
         if known.manner != self._manner:
             self._use(known.manner)
@@ -171,17 +174,19 @@ class Vouched:
             # Differences that are too rough say nothing, and what is wrong may be rounding, as in a saturated softmax.
             return self._keep(replace(wrong, doubt=wrong.wrong, cost=other.cost, warns=other.error <= _ROUGHEST))
         if self._may_turn:
-            self._turn(wrong.wrong)
+            self._turn(wrong.wrong, other.doubt)
             return self._keep(other)
         if wrong.finite:
-            raise RuntimeError(f'{wrong.wrong} products="finite_difference" passes the check.')
+            raise RuntimeError(f'{wrong.wrong} Write products="finite_difference", which passes the check.')
         return self._keep(replace(wrong, doubt=f"{wrong.wrong} {_NUMBERS}", finite=True))
 
-    def _turn(self, why: str) -> None:
+    def _turn(self, why: str, doubt: str = "") -> None:
         if self._evaluation.form == "cached":
+            digits = "of which five digits can be trusted in float64 and two in float32."
+            instead = f"as an estimate that is not certified: {doubt[:1].lower()}{doubt[1:]}" if doubt else digits
             warn(
-                f"{why} The products are formed by finite differences instead, of which five digits can be trusted in "
-                'float64 and two in float32. products="finite_difference" says that this is wanted.'
+                f"{why} The products are formed by finite differences instead, {instead} "
+                'products="finite_difference" says that this is wanted.'
             )
             self._evaluation.turn_to("finite_difference")
         self._use(Manner("finite_difference"))
@@ -204,9 +209,12 @@ def examine_hessian(evaluation: Evaluation, manner: Manner, form: Callable[[Mann
     u, w, images = _two_products(evaluation, product)
     if not _are_finite(*images):
         return Finding(manner, wrong=_NOT_FINITE, finite=False, cost=2)
+    if _is_changed(evaluation):
+        return Finding(manner, doubt=_NOT_THE_GRADIENT.format(""), cost=4)
     asymmetry = _asymmetry(u, w, images)
     is_symmetric = asymmetry <= _tolerance(graph.eps)
     seen = _compared(evaluation, w, images[1], _MANY if graph.is_foreign or not is_symmetric else _FEW, graph.eps)
+    seen = _with_another(evaluation, seen, graph)
     found = Finding(manner, cost=2 + seen.cost)
     not_the_gradient = replace(found, doubt=_NOT_THE_GRADIENT.format(graph.named(", as through ")))
     if seen.follows is False and graph.is_foreign:
@@ -239,6 +247,8 @@ def examine_gauss_newton(
 ) -> Finding:
     """Examine products with the Gauss-Newton matrix, and those with `J` in them (`push`) by `J'u` (`pull`)."""
     graph = _graph_of(evaluation)
+    if _is_changed(evaluation):
+        return Finding(manner, doubt=_NOT_THE_GRADIENT.format(""), cost=2)
     if is_sharded(evaluation.params):
         found = Finding(manner)  # `J` is each process's own there, and `J'u` is not
     else:
@@ -263,7 +273,7 @@ def examine_gauss_newton(
         return replace(found, doubt=_ASYMMETRIC.format(f"{asymmetry:.1g}", graph.named(" through ")), warns=False)
     if not graph.is_foreign or is_sharded(evaluation.params):
         return found
-    seen = _compared(evaluation, w, None, _MANY, graph.eps)
+    seen = _with_another(evaluation, _compared(evaluation, w, None, _MANY, graph.eps), graph)
     found = replace(found, cost=found.cost + seen.cost)
     if seen.follows is False:
         _check_replays(evaluation)
@@ -343,6 +353,8 @@ def _examine_differences(evaluation: Evaluation, manner: Manner, form: Callable[
     found = Finding(replace(manner, length=length), error=error, cost=cost + 6)
     if not _are_finite(*images):
         return replace(found, wrong=_NOT_FINITE, finite=False)
+    if max(map(norm, images)) * length <= _smallest(evaluation):
+        return found  # no curvature at all
     if error > _ROUGHEST:
         return replace(found, doubt=_ROUGH.format(f"{error:.0%}"))
     longer = [d for d in seen if d.length > length]
@@ -392,6 +404,17 @@ def _compared(evaluation: Evaluation, w: Tensor, image: Tensor | None, lengths: 
     return Comparison(agrees, follows, 2 * len(seen))
 
 
+def _with_another(evaluation: Evaluation, seen: Comparison, graph: Graph) -> Comparison:
+    """Look at the slope along a random direction too, where there are Functions: a gradient of which parts are left out
+    follows the loss along itself.
+    """
+    if not graph.is_foreign or seen.follows is False or is_sharded(evaluation.params):
+        return seen
+    other = _compared(evaluation, _direction([_noise(evaluation, 3)]), None, _MANY, graph.eps)
+    follows = False if other.follows is False else seen.follows
+    return replace(seen, follows=follows, cost=seen.cost + other.cost)
+
+
 def _check_replays(evaluation: Evaluation) -> None:
     """See that the closure computes the same gradient at the same point.
 
@@ -428,7 +451,9 @@ def _agrees(evaluation: Evaluation, image: Tensor, seen: Sequence[Difference], e
     # What two lengths leave open; and the jump of a kink at the point itself, without the smooth part of both.
     moved = before.product - last.product
     kink = (ratio * last.jump - before.jump) / (ratio - 1)
-    rounding = _CLEAR * eps * norm(evaluation.slope) / last.length
+    # A saturated softmax is rounded as if it were one.
+    grain = 1.0 if abs(evaluation.local_loss) < _SATURATED else 0.0
+    rounding = _CLEAR * eps * max(norm(evaluation.slope), grain) / last.length
     for distance, most, change, jump in zip(
         distances, allowed, local_pieces(moved, params), local_pieces(kink, params), strict=True
     ):
@@ -490,6 +515,7 @@ def _length_chosen(
 def _best_of(
     evaluation: Evaluation, product: Callable[[float], Tensor], lengths: Sequence[float]
 ) -> tuple[float, float, int]:
+    smallest = _smallest(evaluation)
     before = product(lengths[0])
     best, error = lengths[0], math.inf
     cost = 2
@@ -497,6 +523,8 @@ def _best_of(
         after = product(length)
         cost += 2
         # A difference of zero is below the rounding, unless all are.
+        if _mean(evaluation, lambda: norm(after)) * length <= smallest:  # noqa: B023
+            return lengths[0], _eps(evaluation) ** 0.5, cost  # zero, as far as gradients tell
         gap = _mean(evaluation, lambda: _change(before, after))  # noqa: B023
         if gap < error:
             best, error = length, max(gap, _eps(evaluation) ** 0.5)
@@ -505,6 +533,11 @@ def _best_of(
             break
         before = after
     return best, error, cost
+
+
+def _smallest(evaluation: Evaluation) -> float:
+    """By how much a gradient differs at least, as far as rounding allows to tell."""
+    return evaluation.eps * max(norm(evaluation.slope), abs(evaluation.local_loss))
 
 
 def _two_products(evaluation: Evaluation, product: Product) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -610,13 +643,33 @@ def _graph_of(evaluation: Evaluation) -> Graph:
         # All processes hear of an error on one.
         _mean(evaluation, lambda: float(source.visit(look, numbers=evaluation.output_sizes)))
     functions = tuple(dict.fromkeys(name for graph in found for name in graph.functions))
-    hooked = evaluation.hooks_gradients or any(p._backward_hooks for p in evaluation.params)
-    hooked = hooked or any(graph.has_hooks for graph in found)
+    hooked = any(graph.has_hooks for graph in found)
     return Graph(functions, any(graph.heads for graph in found), hooked, max(graph.eps for graph in found))
 
 
+def _is_changed(evaluation: Evaluation) -> bool:
+    """Whether hooks of the closure, or of parameters, change the gradient here."""
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in evaluation.params if p._backward_hooks]
+    if evaluation.hooks_gradients or not hooks or is_sharded(evaluation.params):
+        return evaluation.hooks_gradients
+    if evaluation.source is None:
+        return True
+    # Close by, for a gradient of zero stays one.
+    step = displacement(evaluation.params) * _direction([_noise(evaluation, 4)])
+    hooked = gradient_at(evaluation, step)[0]
+    try:
+        for own, _ in hooks:
+            own.clear()
+        plain = gradient_at(evaluation, step)[0]
+    finally:
+        for own, before in hooks:
+            own.update(before)
+    return _change(hooked, plain) > float(_eps(evaluation) ** 0.5)
+
+
+_NO_GRADIENT = "The gradient is not finite here."
 _NOT_FINITE = "A second derivative is not finite where loss and gradient are, as that of a norm is not at zero."
-_NUMBERS = 'products="finite_difference" has numbers there.'
+_NUMBERS = 'Write products="finite_difference", which has numbers there.'
 _WRONG = (
     "The second derivative {}is not the derivative of the gradient, as a difference of gradients shows: an "
     "autograd.Function that saves a detached derivative, or a formula of PyTorch that does not hold at this point."
@@ -627,7 +680,7 @@ _WRONG_JACOBIAN = (
 )
 _NOT_THE_GRADIENT = (
     "What backward computes is not the gradient of the loss{}: a hook, a straight-through estimator or a reversed "
-    "gradient changes it, or a formula of PyTorch does not hold here, so that it is no function's gradient."
+    "gradient changes it, so that it is no function's gradient. Leave that out, or put what it does into the loss."
 )
 _ASYMMETRIC = (
     "The curvature's products and those of its transpose differ by {} of their size{}: by rounding, or by a wrong "
@@ -636,10 +689,7 @@ _ASYMMETRIC = (
 _UNDECIDED = (
     "The second derivative through {} could not be compared with differences of gradients, which are too rough here."
 )
-_ROUGH = (
-    "Finite differences at two lengths differ by {} of their size at best: kinks or rounding are in the way. Where "
-    'autograd has a second derivative, products="cached" takes it; else use float64.'
-)
+_ROUGH = "Finite differences at two lengths differ by {} of their size at best: kinks or rounding are in the way."
 _SEEN_THROUGH = (
     "Finite differences see through what backward holds constant (detach, no_grad, rounding) or changes (hooks), so "
     'that their products are not those of a symmetric matrix. Write products="cached" to have that held constant.'

@@ -239,6 +239,20 @@ def test_parameters_that_lie_side_by_side_are_taken() -> None:
 # State that the loss's graph keeps.
 
 
+def test_inputs_that_a_closure_makes_leaves_are_not_written_to() -> None:
+    """As that of a physics-informed network does with its collocation points, each time."""
+    x, layer = torch.rand(6, 1), nn.Linear(1, 1)
+
+    def closure() -> Tensor:
+        points = x.requires_grad_()
+        u = layer(points).tanh()
+        (slope,) = torch.autograd.grad(u.sum(), points, create_graph=True)
+        return F.mse_loss(slope, torch.ones(6, 1))
+
+    evaluation = evaluate(closure, layer.parameters(), products="cached")
+    assert torch.isfinite(hessian(evaluation) @ torch.ones(2)).all()
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("how", ["in place", "data", "assigned"])
 def test_a_network_in_the_graph_that_the_closure_writes_to(when: str, how: str) -> None:

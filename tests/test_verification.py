@@ -306,14 +306,66 @@ def test_what_backward_changes_is_said_once_and_nothing_is_certified(
     assert A.trust.doubt and not A.psd and not found.certified
 
 
-@pytest.mark.parametrize("hook", [lambda g: 2 * g, lambda g: g * (g > 0)], ids=["scale", "mask"])
-@pytest.mark.parametrize("operator", [hessian, gauss_newton])
-def test_hooks_on_a_parameter_are_said(hook: Callable[[Tensor], Tensor], operator: Any) -> None:
-    net = Net()
-    net.params[0].register_hook(hook)
+HOOKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "scale": lambda g: 2 * g,
+    "mask": lambda g: g * (torch.arange(g.numel()).view(g.shape) % 2),
+    "zero": lambda g: 0 * g,
+    "clamp": lambda g: g.clamp(-0.01, 0.01),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_hooks_on_a_parameter_are_said(hook: str, number: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 5)).to(dtype)
+    x, y = torch.randn(64, 10, dtype=dtype), torch.randint(0, 5, (64,))
+    model[number].weight.register_hook(HOOKS[hook])
+    for operator in (hessian, gauss_newton):
+        for form in EXACT:
+            evaluation = evaluate(lambda: F.cross_entropy(model(x), y), model.parameters(), products=form)  # type: ignore[arg-type]
+            with pytest.warns(UserWarning, match="is not the gradient of the loss"):
+                assert operator(evaluation).trust.doubt
     with pytest.warns(UserWarning, match="is not the gradient of the loss"):
-        A = operator(evaluate(lambda: F.cross_entropy(net.z, net.y), net.params))
-        assert A.trust.doubt
+        HessianFree(model.parameters()).step(lambda: F.cross_entropy(model(x), y))
+
+
+class Mask(torch.autograd.Function):
+    """Lets a half of the gradient through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * (torch.arange(g.numel()).view(g.shape) % 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(4))
+def test_functions_that_leave_out_parts_of_gradients_are_said(dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 5)).to(dtype)
+    x, y = torch.randn(64, 10, dtype=dtype), torch.randint(0, 5, (64,))
+
+    def closure() -> Tensor:
+        weight = Mask.apply(model[0].weight)
+        return F.cross_entropy(model[2](F.linear(x, weight, model[0].bias).tanh()), y)
+
+    # In float32 the loss along a random direction may be too rough, and a Gauss-Newton matrix has no other witness.
+    for operator in (hessian, gauss_newton) if dtype == torch.float64 else (hessian,):
+        with pytest.warns(UserWarning, match="is not the (gradient of the loss|derivative of the gradient)"):
+            assert operator(evaluate(closure, model.parameters())).trust.doubt
+
+
+def test_hooks_on_a_parameter_that_only_look_are_let_alone() -> None:
+    net = Net()
+    net.params[0].register_hook(lambda g: None)
+    net.params[1].register_hook(lambda g: g.clone())
+    for operator in (hessian, gauss_newton):
+        assert not operator(evaluate(lambda: F.cross_entropy(net.z, net.y), net.params)).trust.doubt
 
 
 def test_hooks_that_only_look_are_let_alone() -> None:
@@ -351,6 +403,19 @@ def test_sparse_products_with_trained_values() -> None:
     assert far(H, truth) < 1e-6
 
 
+def test_a_gradient_that_is_not_finite_is_refused() -> None:
+    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    for form in FORMS:
+        with pytest.raises(FloatingPointError, match="gradient is not finite"):
+            measure(lambda: (w + 1).square().sum() + w.square().sum().sqrt(), [w], products=form)  # type: ignore[arg-type]
+
+
+def test_curvature_of_zero_is_no_rough_difference() -> None:
+    w = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    found = hessian(evaluate(lambda: (w.prod() - 1) ** 2, [w], products="finite_difference"))
+    assert not found.trust.doubt and float(found.dense().abs().max()) < 1e-6
+
+
 def test_slopes_that_do_not_exist_are_marked() -> None:
     """PReLU at exact zeros: its Jacobian's products and those of its transpose take different slopes."""
     net = Net(nn.PReLU())
@@ -383,7 +448,7 @@ def test_a_second_derivative_that_differences_have_not_either_is_said() -> None:
         H = hessian(evaluate(lambda: F.mse_loss(F.normalize(w, dim=1) + w, torch.ones(3, 2).double()), [w]))
         assert H.trust.doubt
     assert len(caught) == 1
-    with pytest.warns(UserWarning, match=r'products="finite_difference" has numbers there'):
+    with pytest.warns(UserWarning, match=r'products="finite_difference", which has numbers there'):
         evaluation = evaluate(lambda: (w + 1).square().sum() + w.norm(dim=1).sum(), [w], products="cached")
         assert hessian(evaluation).trust.doubt
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -181,6 +182,11 @@ def take(
         objective.check_replay(evaluation)
     gradient = evaluation.gradient
     A = hessian(evaluation) if settings.curvature == "hessian" else gauss_newton(evaluation)
+    if not math.isfinite(float(gradient.abs().max())):
+        raise FloatingPointError(
+            "The gradient is not finite at the parameters, so there is no curvature: look for a norm, a root or a "
+            "logarithm at zero."
+        )
     quotient = along_gradient(look, A, gradient)
     enter_eigenvalues(look, A, quotient)
     enter_gradient(look, quotient, gradient)

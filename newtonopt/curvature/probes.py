@@ -35,8 +35,8 @@ def check_finite(value: float, products: int) -> None:
     if not math.isfinite(value):
         raise FloatingPointError(
             f"product number {products} with the operator is not finite, so nothing can be said of its spectrum; "
-            "check that loss and gradient are finite at this point, and compute products in float32 or float64 rather "
-            "than under autocast."
+            "check that loss and gradient are finite at this point, compute products in float32 or float64 rather than "
+            'under autocast, and where a norm is zero write products="finite_difference".'
         )
 
 
