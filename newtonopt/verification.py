@@ -316,6 +316,8 @@ def _examine_transposes(
 
     def gap() -> float:
         pushed = push(manner)(w)
+        if manner.length is not None and norm(pushed) * manner.length <= _smallest(evaluation):
+            return 0.0  # no Jacobian at all, as far as differences tell
         y = _direction([pushed, _normals(pushed, 2)])
         pulled = pull(y)
         return _gap(dot(y, pushed), dot(pulled, w), norm(pushed) + norm(pulled))
