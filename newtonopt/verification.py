@@ -70,6 +70,7 @@ class Finding:
         error: Relative error of a product, estimated.
         warns: Whether the doubt is worth a warning.
         finite: Whether the products were numbers.
+        empty: Whether finite differences show nothing, so that they cannot judge other products.
         cost: How many products and gradients it took.
     """
 
@@ -79,6 +80,7 @@ class Finding:
     error: float = 0.0
     warns: bool = True
     finite: bool = True
+    empty: bool = False
     cost: int = 0
 
 
@@ -170,9 +172,10 @@ class Vouched:
         except (RuntimeError, ValueError):  # there may be none, as beyond a bound or at a jump
             return self._keep(replace(wrong, doubt=wrong.wrong, finite=True))
         other = replace(other, cost=wrong.cost + other.cost, warns=False)
-        if not other.finite or (other.doubt and wrong.finite):
+        if not other.finite or ((other.doubt or other.empty) and wrong.finite):
             # Differences that are too rough say nothing, and what is wrong may be rounding, as in a saturated softmax.
-            return self._keep(replace(wrong, doubt=wrong.wrong, cost=other.cost, warns=other.error <= _ROUGHEST))
+            tells = other.error <= _ROUGHEST and not other.empty
+            return self._keep(replace(wrong, doubt=wrong.wrong, cost=other.cost, warns=tells))
         if self._may_turn:
             self._turn(wrong.wrong, other.doubt)
             return self._keep(other)
@@ -317,7 +320,7 @@ def _examine_transposes(
     def gap() -> float:
         pushed = push(manner)(w)
         if manner.length is not None and norm(pushed) * manner.length <= _smallest(evaluation):
-            return 0.0  # no Jacobian at all, as far as differences tell
+            return -1.0  # no Jacobian at all, as far as differences tell
         y = _direction([pushed, _normals(pushed, 2)])
         pulled = pull(y)
         return _gap(dot(y, pushed), dot(pulled, w), norm(pushed) + norm(pulled))
@@ -325,6 +328,8 @@ def _examine_transposes(
     found = _mean(evaluation, gap)
     if not math.isfinite(found):
         return Finding(manner, wrong=_NOT_FINITE, finite=False, cost=cost)
+    if found < 0.0:
+        return Finding(manner, error=error, empty=True, cost=cost)
     if found <= _tolerance(graph.eps) + 3 * error:
         doubt = _ROUGH.format(f"{error:.0%}") if error > _ROUGHEST else ""
         return Finding(manner, doubt=doubt, error=error, cost=cost)
