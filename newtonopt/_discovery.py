@@ -54,7 +54,7 @@ GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.ra
 
 @dataclass
 class Reach:
-    """What a closure can reach.
+    """The state that a closure can reach.
 
     Attributes:
         modules: The modules, each once.
@@ -167,7 +167,7 @@ class _Walk:
     """One walk, breadth first, so that a budget leaves out what is farthest away.
 
     Args:
-        reach: What is known already. Added to.
+        reach: Reach known already; added to.
         running: Whether the closure runs, so that `functional_call` may have lent modules what they have registered.
     """
 
@@ -440,7 +440,7 @@ def explore(
         roots: Objects to begin at, each with the name under which messages speak of it.
         callables: Callable objects that the closure consists of, which are followed although a library wrote them:
             Lightning's closure keeps the result of its last call.
-        reach: What is known so far. Added to.
+        reach: Reach known so far; added to.
         running: Whether the closure runs.
     """
     with torch._C.DisableTorchFunction():  # a subclass of Tensor may refuse to tell

@@ -1,4 +1,4 @@
-"""What a closure does with `.grad` between its calls of `backward`.
+"""Follows `.grad` through a closure's calls of `backward`.
 
 An optimizer that reads `.grad` minimises the losses whose gradients are in it when the closure ends: not those that
 `zero_grad` cleared away in between, and each by the parameters that `backward(inputs=...)` asked for. A closure that

@@ -128,7 +128,7 @@ def chained(starts: Iterable[Node | None]) -> tuple[set[Node], set[Node]]:
 
 @dataclass(frozen=True)
 class Graph:
-    """What may make a derivative wrong in a graph.
+    """Parts of a graph that may make a derivative wrong.
 
     Attributes:
         functions: Names of the autograd Functions in it that are not PyTorch's own.

@@ -143,7 +143,7 @@ class Tap(TorchFunctionMode):
         tangents: Where to put the tangents of the outputs, by number, in a run in forward mode.
         counted: The numbers of the calls of `backward` whose losses count; None: to be found out.
         fills: Whether a run without `backward` writes gradients to `.grad`, for a closure that computes with them.
-        writes: What is told before a tensor is written to; None: nobody.
+        writes: Record that is told before a tensor is written to; None: there is none.
     """
 
     def __init__(

@@ -44,7 +44,7 @@ class Manner:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the checks of a matrix's products found.
+    """The verdict of the checks of a matrix's products.
 
     Attributes:
         manner: How the products are formed.
@@ -104,7 +104,7 @@ class Evaluation:
         gradient: That of the loss, `(n,)`; None: to be computed from the graph.
         source: Where the closure can be run again, for products that are streamed or by finite differences.
         form: How products are formed: "cached", "streamed" or "finite_difference".
-        verdicts: What earlier checks of these products found, elsewhere along the way of an optimizer or a monitor.
+        verdicts: Verdicts of earlier checks of these products, at other points of an optimizer or a monitor.
         length: How far finite differences look, `h |v|`; None (default): what products at two lengths suggest.
         parts: Evaluations that this one is the sum of, each with a mask `(n,)`: ones at the parameters that its losses
             count for.
@@ -286,8 +286,8 @@ class Evaluation:
         """Refuse a closure that computed another gradient at a later call: batches may differ and their losses not.
 
         Args:
-            gradient: Of that call, on this process, `(n,)`.
-            eps: Of the coarsest dtype that it was computed in.
+            gradient: Gradient of that call, on this process, `(n,)`.
+            eps: Rounding unit of the coarsest dtype that it was computed in.
 
         Raises:
             RuntimeError: It differs by more than rounding.
@@ -319,7 +319,7 @@ class Evaluation:
 
     @property
     def verdicts(self) -> Mapping[Matrix, Verdict]:
-        """What the checks of products found, by matrix; of several parts the worst."""
+        """Verdicts of the checks of products, by matrix; the worst one of several parts."""
         found = dict(self._verdicts)
         for part, _ in self.parts:
             for matrix, verdict in part.verdicts.items():
@@ -333,7 +333,7 @@ class Evaluation:
         return self._checks + sum(part.checks for part, _ in self.parts)
 
     def verdict(self, matrix: Matrix) -> Verdict | None:
-        """What the checks of a matrix's products in the present form found; None: they were not checked."""
+        """Return the verdict on a matrix's products in the present form; None if they were not checked."""
         found = self.verdicts.get(matrix)
         return found if found is not None and found.manner.form == self.form else None
 

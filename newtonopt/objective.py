@@ -104,7 +104,7 @@ class Objective:
         decay: Weight decay, one number or one for each parameter entry `(n,)`: adds `sum(decay * theta^2) / 2`.
         products: How products are formed, as for `evaluate`.
         weight: Of this process in the mean, above zero; None (default): found from the losses.
-        verdicts: What earlier checks of its products found; None (default): they are checked anew.
+        verdicts: Verdicts of earlier checks of its products; None (default): they are checked anew.
         length: How far finite differences look, as for an `Evaluation`.
         replayed: Whether such a closure was seen before to compute the same loss and gradient when it runs again, so
             that products need not see to it.

@@ -6,9 +6,9 @@ differentiation, a formula that does not hold at zero, forward mode that sees th
 
 - **transpose**: `u'(A w) = w'(A u)`, and `u'(J w) = (J'u)'w`, for all;
 - **derivative**: `H w` is a central difference of gradients;
-- **slope**: where one of these fails, or the graph has custom Functions or hooks: `g'w` is a central difference of
-  losses. It tells a wrong second derivative from a gradient that is not the loss's, because hooks, straight-through
-  estimators or parts held constant have made another.
+- **slope**: `g'w` is a central difference of losses. Looked at where another check fails or the graph has custom
+  Functions, it tells a wrong second derivative from a `backward` that does not compute the loss's gradient;
+- **hooks**: gradients are the same without the hooks of parameters.
 
 Products that are wrong turn "auto" to finite differences, if these pass, and are an error in a form that was asked for
 by name. Those that cannot be decided are formed, with one warning, and no measurement of them is certified.
@@ -61,7 +61,7 @@ _FEW, _MANY = 2, 6
 
 @dataclass(frozen=True)
 class Finding:
-    """What an examination found.
+    """The result of an examination.
 
     Attributes:
         manner: How the products are to be formed.
@@ -103,7 +103,6 @@ class Vouched:
     ) -> None:
         self._evaluation, self._matrix = evaluation, matrix
         self._form, self._examine = form, examine
-        self._formed_before = False
         self._seen_finite = False
         known = evaluation.verdict(matrix)
         self._manner = Manner(evaluation.form, evaluation.length) if known is None else known.manner
@@ -141,7 +140,7 @@ class Vouched:
         self._manner, self._product = manner, self._form(manner)
 
     def _tried(self, attempt: Callable[[], Result]) -> Result:
-        """What `attempt` returns, by finite differences if there is no second derivative."""
+        """Return the result of `attempt`, by finite differences if there is no second derivative."""
         try:
             return attempt()
         except NoSecondDerivativeError as error:
@@ -296,7 +295,11 @@ def _differenced(length: float) -> Manner:
 
 def _is_another(evaluation: Evaluation, image: Tensor, product: Callable[[float], Tensor]) -> bool:
     """Whether differences at two lengths agree with each other and not with a product."""
-    long, short = (product(length) for length in lengths_from(displacement(evaluation.params), 2))
+    try:
+        long, short = (product(length) for length in lengths_from(displacement(evaluation.params), 2))
+    except (RuntimeError, ValueError):
+        _raise_in_group()
+        return False
     open_: float = _CLEAR * norm(long - short) + _eps(evaluation) ** 0.25 * norm(short)
     return norm(image - short) > open_  # false where one is not finite
 
@@ -405,10 +408,18 @@ def _compared(evaluation: Evaluation, w: Tensor, image: Tensor | None, lengths: 
             if enough and not (len(seen) == 1 and _is_off(evaluation, w, seen, eps)):
                 break
     except (RuntimeError, ValueError):
-        # There may be no loss close by, as beyond a bound. Of several processes all would have to know.
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise
+        _raise_in_group()
     return Comparison(agrees, follows, 2 * len(seen))
+
+
+def _raise_in_group() -> None:
+    """Raise the error being handled again if there are several processes, all of which would have to know of it.
+
+    One process goes on without differences: there may be no loss close by, as beyond a bound, or the parameters may be
+    too coarse, as in bfloat16.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise
 
 
 def _with_another(evaluation: Evaluation, seen: Comparison, graph: Graph) -> Comparison:
@@ -485,7 +496,7 @@ def _is_off(evaluation: Evaluation, w: Tensor, seen: Sequence[Difference], eps: 
 
 
 def _open(evaluation: Evaluation, seen: Sequence[Difference], eps: float) -> float:
-    """What rounding, truncation and kinks leave open of the loss's slope."""
+    """Return the part of the loss's slope that rounding, truncation and kinks leave open."""
     last = seen[-1]
     # The logarithm of a saturated softmax is rounded as if it were one.
     rounding = 20 * eps * max(abs(evaluation.local_loss), 1.0) / last.length
@@ -633,7 +644,7 @@ def _eps(evaluation: Evaluation) -> float:
 
 
 def _graph_of(evaluation: Evaluation) -> Graph:
-    """What checks have to know of the graph: from the one that is kept, or from a run of the closure."""
+    """Look through the graph that is kept, or through those of a run of the closure."""
     eps = _eps(evaluation)
     if is_sharded(evaluation.params):
         return Graph((), False, False, eps)
@@ -661,9 +672,13 @@ def _is_changed(evaluation: Evaluation) -> bool:
         return evaluation.hooks_gradients
     if evaluation.source is None:
         return True
-    # Close by, for a gradient of zero stays one.
-    step = displacement(evaluation.params) * _direction([_noise(evaluation, 4)])
-    hooked = gradient_at(evaluation, step)[0]
+    try:
+        # Close by, for a hook leaves a gradient of zero as it is.
+        step = displacement(evaluation.params) * _direction([_noise(evaluation, 4)])
+        hooked = gradient_at(evaluation, step)[0]
+    except (RuntimeError, ValueError):
+        _raise_in_group()
+        step, hooked = torch.zeros_like(evaluation.slope), evaluation.slope
     try:
         for own, _ in hooks:
             own.clear()

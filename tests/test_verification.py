@@ -548,6 +548,22 @@ def test_right_functions_in_networks_with_kinks_raise_no_alarm(dtype: torch.dtyp
             A @ torch.ones(A.shape[1], dtype=dtype)
 
 
+def test_coarse_parameters_are_no_error() -> None:
+    """There are no differences in bfloat16, so that hooks and Functions are marked at most."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 4).bfloat16()
+    model.weight.register_hook(lambda g: None)
+    x, y = torch.randn(8, 3).bfloat16(), torch.randint(0, 4, (8,))
+    for closure in (
+        lambda: F.cross_entropy(model(x).float(), y),
+        lambda: Fused.apply(mark_outputs(model(x).float()), y),
+    ):
+        evaluation = evaluate(closure, model.parameters())
+        for operator in (hessian, gauss_newton):
+            assert bool(torch.isfinite(operator(evaluation) @ torch.ones(16)).all())
+    assert gauss_newton(evaluation).trust.doubt
+
+
 def test_saturated_outputs_are_no_error() -> None:
     w = vector(50.0, -50.0, 0.0)
     for form in ("cached", "streamed"):

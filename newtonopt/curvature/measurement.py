@@ -99,7 +99,7 @@ class Measurement(dict[str, float]):
         density: Of all eigenvalues, where it was asked for.
         slice: The loss along eigenvectors, where it was asked for.
         form: How products were formed.
-        verdicts: What checks of the products found, for measurements that follow.
+        verdicts: Verdicts of the checks of products, for measurements that follow.
         doubt: Why the products cannot be vouched for; empty where they can.
         lack: Why there is no preconditioned eigenvalue, where it was asked for; None where there is, or no time.
     """

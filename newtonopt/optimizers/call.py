@@ -29,7 +29,7 @@ class Call:
         curvature_closure: Of the curvature; None: the same.
         groups: The parameter groups.
         falls_back: Whether products are known to need finite differences.
-        verdicts: What earlier checks of the products found.
+        verdicts: Verdicts of earlier checks of the products.
         length: How far finite differences look; None: not known yet.
         replayed: Whether the closures were seen to compute the same again when they run again.
 
