@@ -57,7 +57,7 @@ def tests(where: Where, note: Note) -> None:
     chosen = (
         ["-m", "gpu", "tests"]
         if where.device == "cuda"
-        else ["-m", "not slow and not gpu", "-k", "cpu", "tests/test_device.py"]
+        else ["-m", "not slow and not gpu", "-k", "cpu", "tests/system/test_device.py"]
     )
     options = ["-q", "--continue-on-collection-errors", "-p", "no:cacheprovider", "--durations=10", "--tb=short"]
     code = pytest.main([*options, *chosen], plugins=[Record()])

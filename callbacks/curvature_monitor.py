@@ -11,12 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from newtonopt._checks import check_flag, check_whole, explains_arguments
+from newtonopt.checks import check_flag, check_whole, explains_arguments
+from newtonopt.closure.evaluation import Products
+from newtonopt.closure.isolation import UnprotectedError, Watch
 from newtonopt.curvature.measure import take
 from newtonopt.curvature.measurement import Layers, Matrix, Measurement, Settings
 from newtonopt.curvature.sharpness import Kind
-from newtonopt.evaluation import Products
-from newtonopt.isolation import UnprotectedError, Watch
 
 from .charts import curvature_charts
 from .logs import Charts, add_charts, log_values

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from newtonopt._checks import check_choice, shown
-from newtonopt._flat import flatten, place, put_back
+from newtonopt.checks import check_choice, shown
+from newtonopt.closure.objective import ParametersMovedError
 from newtonopt.curvature.eigenvalues import check_count
 from newtonopt.curvature.measurement import Settings
-from newtonopt.objective import ParametersMovedError
+from newtonopt.vectors.flat import flatten, place, put_back
 
 from .probe import Probe
 

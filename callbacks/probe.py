@@ -17,8 +17,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from newtonopt._checks import check_whole, shown
-from newtonopt.isolation import Isolation
+from newtonopt.checks import check_whole, shown
+from newtonopt.closure.isolation import Isolation
 
 
 class Probe:

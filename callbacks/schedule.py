@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from newtonopt._checks import check_flag, check_positive_share, check_whole
+from newtonopt.checks import check_flag, check_positive_share, check_whole
 
 
 def passes_multiple(before: int, now: int, every: int) -> bool:

@@ -9,8 +9,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from newtonopt._checks import check_whole, explains_arguments
-from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.checks import check_whole, explains_arguments
+from newtonopt.optimizers.newton import NewtonOptimizer
 from newtonopt.optimizers.report import StepReport
 
 from .logs import Charts, add_charts, log_values

@@ -1,13 +1,25 @@
-"""Second-order optimizers for PyTorch, and curvature you can trust."""
+"""Second-order optimizers for PyTorch, and curvature you can trust.
+
+From the ground up, each package built on those before it:
+
+- `checks` and `progress`: argument checks; progress bars.
+- `vectors`: flat vectors, whole or sharded, over one or several processes.
+- `autodiff`: derivatives, graphs, and kernels that can be differentiated twice.
+- `closure`: the user's closure as an `Objective`, and what is known of it at a point, an `Evaluation`.
+- `operators`: curvature matrices, known by their products, which are checked before they are trusted.
+- `solvers`: linear systems and eigenvalues of anything with `A @ v`.
+- `optimizers`: Newton steps. `curvature`: measurements.
+- `callbacks`: Lightning's monitors, which use both; imported when they are asked for.
+"""
 
 import importlib
 from types import ModuleType
 
 from newtonopt import curvature as curvature
-from newtonopt.evaluation import Evaluation
-from newtonopt.linear_operator import LinearOperator
-from newtonopt.objective import Objective, evaluate, mark_outputs
-from newtonopt.operators import gauss_newton, hessian, jacobian
+from newtonopt.closure.evaluation import Evaluation
+from newtonopt.closure.objective import Objective, evaluate, mark_outputs
+from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.operators.matrices import gauss_newton, hessian, jacobian
 from newtonopt.optimizers import CubicNewton, DampedNewton, HessianFree, NewtonCG, StepReport, TrustRegionNewton
 
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from newtonopt import CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton
-from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.optimizers.newton import NewtonOptimizer
 
 Build = Callable[..., NewtonOptimizer]
 

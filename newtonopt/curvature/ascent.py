@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from newtonopt._scaling import norm, scale_of, shifted, times_power
+from newtonopt.closure.objective import Objective
 from newtonopt.curvature.eigenvalues import Eigenvalue
-from newtonopt.objective import Objective
 from newtonopt.solvers.dense import solve_ball
+from newtonopt.vectors.scaling import norm, scale_of, shifted, times_power
 
 # Steps are damped down to 2^-10 before a point counts as a maximiser along its ascent direction.
 _HALVINGS = 10

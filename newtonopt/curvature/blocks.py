@@ -7,11 +7,11 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
-from newtonopt._checks import shown
-from newtonopt._flat import listed
-from newtonopt._shards import is_sharded
+from newtonopt.checks import shown
 from newtonopt.curvature.probes import check_operator
-from newtonopt.linear_operator import LinearOperator
+from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.vectors.flat import listed
+from newtonopt.vectors.sharded import is_sharded
 
 
 def blocks(

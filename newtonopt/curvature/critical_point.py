@@ -8,12 +8,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from newtonopt._checks import check_positive, check_seed, check_share, check_whole
-from newtonopt._scaling import dot, lost, norm
+from newtonopt.checks import check_positive, check_seed, check_share, check_whole
+from newtonopt.closure.evaluation import Evaluation
 from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, check_spectrum, extreme_eigenvalues
-from newtonopt.evaluation import Evaluation
-from newtonopt.linear_operator import LinearOperator
-from newtonopt.operators import hessian
+from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.operators.matrices import hessian
+from newtonopt.vectors.scaling import dot, lost, norm
 
 CriticalKind = Literal["minimum", "maximum", "saddle", "degenerate", "not critical"]
 

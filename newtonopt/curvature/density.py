@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_positive, check_seed, check_whole, shown
+from newtonopt.checks import check_positive, check_seed, check_whole, shown
 from newtonopt.curvature.effective_dimension import eigenvalues
 from newtonopt.curvature.probes import check_operator, few, normals
-from newtonopt.linear_operator import LinearOperator
+from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.solvers.lanczos import lanczos
 
 if TYPE_CHECKING:

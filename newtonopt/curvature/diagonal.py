@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_seed, check_share, check_whole
-from newtonopt._scaling import InRange, lost, norm, times_power
+from newtonopt.checks import check_seed, check_share, check_whole
 from newtonopt.curvature.probes import LEAST_SAMPLES, check_finite, check_operator, few, signs, unit_vectors
-from newtonopt.linear_operator import LinearOperator
+from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.vectors.scaling import InRange, lost, norm, times_power
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_positive, check_seed, check_share, check_whole
-from newtonopt._scaling import shifted, times_power
+from newtonopt.checks import check_positive, check_seed, check_share, check_whole
 from newtonopt.curvature.probes import LEAST_SAMPLES, Samples, check_operator, signs, unit_vectors
-from newtonopt.linear_operator import LinearOperator
+from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.solvers.lanczos import Tridiagonal, lanczos
+from newtonopt.vectors.scaling import shifted, times_power
 
 # Rounding of the eigenvalues, in units of eps times the norm, as for the bounds of extreme eigenvalues.
 _GUARD = 16.0

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_instance, check_seed, check_share, check_whole
-from newtonopt._scaling import InRange, dot, lost, norm
+from newtonopt.checks import check_instance, check_seed, check_share, check_whole
 from newtonopt.curvature.bounds import (
     GUARD,
     Knowledge,
@@ -25,7 +24,8 @@ from newtonopt.curvature.bounds import (
 from newtonopt.curvature.probes import check_operator
 from newtonopt.curvature.ritz import RitzBlock
 from newtonopt.curvature.runs import search, track
-from newtonopt.linear_operator import LinearOperator
+from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.vectors.scaling import InRange, dot, lost, norm
 
 # Vectors of length n that a measurement may hold, unless more eigenvalues are asked for.
 _VECTORS = 120

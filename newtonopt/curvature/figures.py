@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from newtonopt._checks import shown
+from newtonopt.checks import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

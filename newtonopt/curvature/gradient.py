@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from newtonopt._scaling import InRange, dot, lost, norm, scale_of, times_power
+from newtonopt.closure.evaluation import Evaluation
 from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, check_spectrum
-from newtonopt.evaluation import Evaluation
-from newtonopt.operators import hessian
+from newtonopt.operators.matrices import hessian
+from newtonopt.vectors.scaling import InRange, dot, lost, norm, scale_of, times_power
 
 # Of a residual, in units of eps times the largest eigenvalue.
 _ROUNDING = 16.0

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from newtonopt._checks import check_closure, check_instance, check_weight, shown
-from newtonopt._flat import listed, trained_parameters
+from newtonopt.checks import check_closure, check_instance, check_weight, shown
+from newtonopt.closure.evaluation import Products
+from newtonopt.closure.objective import Objective
 from newtonopt.curvature.blocks import is_named
 from newtonopt.curvature.measurement import Layers, Matrix, Measurement, Settings
 from newtonopt.curvature.parts import (
@@ -28,9 +29,8 @@ from newtonopt.curvature.parts import (
     those_that_train,
 )
 from newtonopt.curvature.sharpness import Kind
-from newtonopt.evaluation import Products
-from newtonopt.objective import Objective
-from newtonopt.operators import gauss_newton, hessian
+from newtonopt.operators.matrices import gauss_newton, hessian
+from newtonopt.vectors.flat import listed, trained_parameters
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 

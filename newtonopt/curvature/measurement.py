@@ -10,24 +10,23 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from newtonopt._checks import (
+from newtonopt.checks import (
     check_choice,
     check_flag,
     check_positive,
-    check_products,
     check_seed,
     check_share,
     check_whole,
     shown,
 )
+from newtonopt.closure.evaluation import Matrix as Checked
+from newtonopt.closure.evaluation import Products, Verdict, check_products
 from newtonopt.curvature.blocks import are_patterns
 from newtonopt.curvature.density import SpectralDensity
 from newtonopt.curvature.eigenvalues import Spectrum
 from newtonopt.curvature.sharpness import Kind
 from newtonopt.curvature.slices import LossSlice
 from newtonopt.curvature.words import describe
-from newtonopt.evaluation import Matrix as Checked
-from newtonopt.evaluation import Products, Verdict
 
 Matrix = Literal["hessian", "gauss_newton"]
 Layers = Literal["parts"] | Sequence[str] | None

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from newtonopt._scaling import InRange, dot, norm, scale_of, times_power
+from newtonopt.closure.objective import Objective
 from newtonopt.curvature.blocks import blocks
 from newtonopt.curvature.bounds import ASYMMETRIC
 from newtonopt.curvature.density import spectral_density
@@ -25,8 +25,8 @@ from newtonopt.curvature.sharpness import ascent, average, ball_around
 from newtonopt.curvature.slices import loss_slice
 from newtonopt.curvature.stability import stability_threshold
 from newtonopt.curvature.trace import trace
-from newtonopt.linear_operator import LinearOperator
-from newtonopt.objective import Objective
+from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.vectors.scaling import InRange, dot, norm, scale_of, times_power
 
 # Gradients for the sharpest point: that many at most, and no search with fewer; losses for the average sharpness.
 _GRADIENTS, _LEAST_GRADIENTS, _SAMPLES = 20, 8, 64

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
-from newtonopt._flat import flat_dtype, flatten, trained_parameters
-from newtonopt._shards import local_part
 from newtonopt.curvature.probes import check_operator
 from newtonopt.curvature.stability import group_threshold, is_decoupled, kind_of, stability_threshold
-from newtonopt.linear_operator import LinearOperator
+from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.vectors.flat import flat_dtype, flatten, trained_parameters
+from newtonopt.vectors.sharded import local_part
 
 # The state that P is made of.
 _SECOND_MOMENT = {

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_instance
-from newtonopt._sharded import Sharded
-from newtonopt.linear_operator import LinearOperator
+from newtonopt.checks import check_instance
+from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.vectors.sharded import Sharded
 
 # A standard deviation from fewer samples is off by a quarter and more, and a test that stops on it stops too soon.
 LEAST_SAMPLES = 10

@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from newtonopt._scaling import InRange
 from newtonopt.curvature.bounds import (
     Knowledge,
     Range,
@@ -23,6 +22,7 @@ from newtonopt.curvature.bounds import (
 from newtonopt.curvature.probes import normals
 from newtonopt.curvature.ritz import Extension, RitzPairs
 from newtonopt.solvers.lanczos import LanczosResult, Restarts, Tridiagonal, lanczos
+from newtonopt.vectors.scaling import InRange
 
 # Share of the budget for the first run, where a second one has to certify what it finds.
 _FIRST_SHARE = 2.0 / 3.0

@@ -11,26 +11,25 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from newtonopt._checks import (
+from newtonopt.checks import (
     check_choice,
     check_closure,
     check_positive,
-    check_products,
     check_seed,
     check_share,
     check_weight,
     check_whole,
 )
-from newtonopt._flat import trained_parameters
-from newtonopt._scaling import dot, norm
+from newtonopt.closure.evaluation import Products, check_products
+from newtonopt.closure.objective import Objective
 from newtonopt.curvature.ascent import Ball, scaled_to
-from newtonopt.evaluation import Products
-from newtonopt.linear_operator import LinearOperator
-from newtonopt.objective import Objective
-from newtonopt.operators import hessian
+from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.operators.matrices import hessian
 from newtonopt.solvers import secular
 from newtonopt.solvers.krylov import krylov_space, minimise_in
 from newtonopt.solvers.lanczos import Tridiagonal, lanczos
+from newtonopt.vectors.flat import trained_parameters
+from newtonopt.vectors.scaling import dot, norm
 
 Kind = Literal["ball", "adaptive_ball", "average"]
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_closure, check_positive, check_products, check_weight, check_whole, shown
-from newtonopt._flat import trained_parameters
-from newtonopt._scaling import dot, norm
-from newtonopt.evaluation import Products
-from newtonopt.objective import Objective
-from newtonopt.operators import hessian
+from newtonopt.checks import check_closure, check_positive, check_weight, check_whole, shown
+from newtonopt.closure.evaluation import Products, check_products
+from newtonopt.closure.objective import Objective
+from newtonopt.operators.matrices import hessian
+from newtonopt.vectors.flat import trained_parameters
+from newtonopt.vectors.scaling import dot, norm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from newtonopt._checks import check_choice, check_seed, check_share, check_whole
-from newtonopt._scaling import InRange, dot, lost, norm
+from newtonopt.checks import check_choice, check_seed, check_share, check_whole
 from newtonopt.curvature.probes import (
     LEAST_SAMPLES,
     Samples,
@@ -21,7 +20,8 @@ from newtonopt.curvature.probes import (
     signs,
     unit_vectors,
 )
-from newtonopt.linear_operator import LinearOperator
+from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.vectors.scaling import InRange, dot, lost, norm
 
 Method = Literal["hutch++", "hutchinson"]
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newtonopt._flat import flat_dtype, flatten, local_pieces
-from newtonopt._sharded import Sharded
-from newtonopt._shards import as_parameters, is_sharded, layout_of, local_part, taken_back
+from newtonopt.vectors.flat import flat_dtype, flatten, local_pieces
+from newtonopt.vectors.sharded import Sharded, as_parameters, is_sharded, layout_of, local_part, taken_back
 
 # An entry that every optimizer's state has. Torch keeps states by parameter: the one with this entry is ours.
 _ALWAYS = "steps"

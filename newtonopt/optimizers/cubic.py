@@ -11,13 +11,13 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from newtonopt import globalization
-from newtonopt._checks import explains_arguments
-from newtonopt.evaluation import Evaluation, Products
-from newtonopt.linear_operator import LinearOperator
-from newtonopt.objective import Objective
-from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.checks import explains_arguments
+from newtonopt.closure.evaluation import Evaluation, Products
+from newtonopt.closure.objective import Objective
+from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.optimizers import rules
 from newtonopt.optimizers.matrices import check_decomposition, spectrum
+from newtonopt.optimizers.newton import NewtonOptimizer
 from newtonopt.optimizers.regions import bounded, check_subproblem, judge, refuse_exact
 from newtonopt.optimizers.settings import ELSEWHERE
 from newtonopt.optimizers.trials import Outcome, Proposal, curvature_along
@@ -133,9 +133,9 @@ class CubicNewton(NewtonOptimizer):
     def _next_control(self, control: float, ratio: float, length: float) -> float:
         settings = self.param_groups[0]
         low, high = settings["min_sigma"], settings["max_sigma"]
-        if self._seeks_sigma and ratio < globalization.LOW_RATIO:
+        if self._seeks_sigma and ratio < rules.LOW_RATIO:
             return min(_FIRST_FACTOR * control, float(high))
-        return globalization.cubic_weight(control, ratio, minimum=low, maximum=high)
+        return rules.cubic_weight(control, ratio, minimum=low, maximum=high)
 
     def _matters(self, proposal: Proposal, gradient: Tensor) -> float:
         return curvature_along(proposal, gradient) / proposal.length if proposal.length else 0.0
@@ -147,7 +147,7 @@ class CubicNewton(NewtonOptimizer):
     def _judge(self, objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> Outcome:
         if not self._seeks_sigma or proposal.leaves:
             return judge(objective, proposal, loss, eps, _LEAST_RATIO)
-        outcome = judge(objective, proposal, loss, eps, globalization.LOW_RATIO)
+        outcome = judge(objective, proposal, loss, eps, rules.LOW_RATIO)
         if outcome.accepted:
             self._memory["found_sigma"] = True
         elif outcome.ratio >= _LEAST_RATIO:

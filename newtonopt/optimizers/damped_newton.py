@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from newtonopt._checks import check_above_one, check_whole, explains_arguments
-from newtonopt._shards import is_sharded
-from newtonopt.evaluation import Evaluation, Products
-from newtonopt.linear_operator import LinearOperator
-from newtonopt.operators import diagonal_blocks
-from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.checks import check_above_one, check_whole, explains_arguments
+from newtonopt.closure.evaluation import Evaluation, Products
+from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.operators.matrices import diagonal_blocks
 from newtonopt.optimizers.matrices import blocks_fit, check_decomposition, finite_dense
+from newtonopt.optimizers.newton import NewtonOptimizer
 from newtonopt.optimizers.settings import ELSEWHERE, check_choices, damping_rule
 from newtonopt.optimizers.trials import Proposal, curvature_along
 from newtonopt.solvers.dense import solve_absolute, solve_clamped, solve_shifted
+from newtonopt.vectors.sharded import is_sharded
 
 _SOLVERS = {"absolute": solve_absolute, "shifted": solve_shifted, "clamped": solve_clamped}
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newtonopt.linear_operator import LinearOperator
+from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.optimizers.rates import ray, scaled
 from newtonopt.optimizers.trials import Outcome, Proposal
 from newtonopt.solvers.negative_curvature import negative_curvature

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from newtonopt._checks import check_above_one, check_below_one, check_whole, explains_arguments
-from newtonopt.evaluation import Evaluation, Products
-from newtonopt.globalization import LOW_RATIO, undamped_decrease
-from newtonopt.linear_operator import LinearOperator
-from newtonopt.objective import Objective
-from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.checks import check_above_one, check_below_one, check_whole, explains_arguments
+from newtonopt.closure.evaluation import Evaluation, Products
+from newtonopt.closure.objective import Objective
+from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.optimizers.newton import NewtonOptimizer
 from newtonopt.optimizers.preconditioning import (
     blank,
     check_preconditioner,
@@ -26,6 +25,7 @@ from newtonopt.optimizers.preconditioning import (
     worked,
 )
 from newtonopt.optimizers.rates import scaled
+from newtonopt.optimizers.rules import LOW_RATIO, undamped_decrease
 from newtonopt.optimizers.settings import ELSEWHERE, damping_rule
 from newtonopt.optimizers.trials import Outcome, Proposal, curvature_along
 from newtonopt.solvers.cg import conjugate_gradients

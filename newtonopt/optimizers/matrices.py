@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from newtonopt._flat import flat_dtype
-from newtonopt._memory import check_room, fits
-from newtonopt.linear_operator import LinearOperator
+from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.solvers.secular import above_rounding
+from newtonopt.vectors.flat import flat_dtype
+from newtonopt.vectors.memory import check_room, fits
 
 # A matrix, its eigenvectors, and twice as much for LAPACK's divide and conquer to work in (syevd).
 _COPIES = 4

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from newtonopt._checks import check_whole, explains_arguments
-from newtonopt.evaluation import Evaluation, Products
-from newtonopt.objective import Objective
-from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.checks import check_whole, explains_arguments
+from newtonopt.closure.evaluation import Evaluation, Products
+from newtonopt.closure.objective import Objective
+from newtonopt.optimizers.newton import NewtonOptimizer
 from newtonopt.optimizers.preconditioning import (
     blank,
     check_preconditioner,

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newtonopt._checks import SEEDS, check_seed, check_whole
-from newtonopt._flat import flat_dtype
-from newtonopt._memory import check_room
-from newtonopt._shards import local_part
-from newtonopt.linear_operator import LinearOperator
+from newtonopt.checks import SEEDS, check_seed, check_whole
+from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.optimizers.settings import check_choices
 from newtonopt.solvers import preconditioners
 from newtonopt.solvers.preconditioners import Preconditioner, Sketch
+from newtonopt.vectors.flat import flat_dtype
+from newtonopt.vectors.memory import check_room
+from newtonopt.vectors.sharded import local_part
 
 # Of the running mean of squared gradients.
 _FISHER_DECAY = 0.99

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from newtonopt._flat import flatten
-from newtonopt._shards import local_part
 from newtonopt.solvers.solution import Iterate, Matrix
+from newtonopt.vectors.flat import flatten
+from newtonopt.vectors.sharded import local_part
 
 
 def per_entry(values: Sequence[float], params: Sequence[Tensor]) -> float | Tensor:

@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from newtonopt import globalization
-from newtonopt._checks import check_whole
-from newtonopt._shards import is_sharded
-from newtonopt.linear_operator import LinearOperator
-from newtonopt.objective import Objective
+from newtonopt.checks import check_whole
+from newtonopt.closure.objective import Objective
+from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.optimizers import rules
 from newtonopt.optimizers.rates import ray, scaled
 from newtonopt.optimizers.settings import check_choices
 from newtonopt.optimizers.trials import Outcome, Proposal
 from newtonopt.solvers.solution import Iterate, Solution
+from newtonopt.vectors.sharded import is_sharded
 
 
 def bounded(
@@ -72,7 +72,7 @@ def judge(objective: Objective, proposal: Proposal, loss: float, eps: float, lea
     """Accept the step if the actual decrease is at least this part of the predicted one."""
     step, predicted = proposal.steps[0], proposal.decreases[0]
     trial = objective.loss_at(step)
-    ratio = globalization.reduction_ratio(loss, trial, predicted, eps)
+    ratio = rules.reduction_ratio(loss, trial, predicted, eps)
     fell = f"the loss fell by less than {least:g} of the promise"
     refusal = fell if trial < loss else "the loss did not fall"
     return Outcome(step, predicted, trial, ratio, ratio, ratio >= least, 1, refusal)

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from newtonopt import globalization
-from newtonopt._checks import (
+from newtonopt.checks import (
     check_choice,
     check_not_negative,
     check_positive,
-    check_products,
     check_whole,
     instead,
     shown,
     warn,
 )
+from newtonopt.closure.evaluation import check_products
+from newtonopt.optimizers import rules
 
 # Settings that a parameter group may have of its own.
 PER_GROUP = ("lr", "weight_decay")
@@ -167,7 +167,7 @@ def rate_of(group: dict[str, Any]) -> Any:
 
 def damping_rule(settings: dict[str, Any], damping: float, ratio: float) -> float:
     """The next damping by the Levenberg-Marquardt rule of these settings."""
-    return globalization.levenberg_marquardt(
+    return rules.levenberg_marquardt(
         damping,
         ratio,
         factor=settings["damping_factor"],

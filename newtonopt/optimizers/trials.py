@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from newtonopt import globalization
-from newtonopt.objective import Objective
+from newtonopt.closure.objective import Objective
+from newtonopt.optimizers import rules
 from newtonopt.optimizers.rates import ray
 from newtonopt.solvers.solution import Iterate
 
@@ -115,18 +115,18 @@ def search(
             step, predicted, best = candidate, decrease, trial
         elif best < loss:
             break
-    first_ratio = ratio = globalization.reduction_ratio(loss, best, predicted, eps)
+    first_ratio = ratio = rules.reduction_ratio(loss, best, predicted, eps)
     slope = float(gradient @ step)
     bend = -2 * (predicted + slope)  # s'As, from the model's value at the whole step
     follows = proposal.follows_negative_curvature
 
     def suffices(t: float, trial: float) -> bool:
         promise = t * min(slope, 0.0) + 0.5 * t * t * (min(bend, 0.0) if follows else 0.0)
-        return globalization.sufficient_decrease(loss, trial, promise, eps)
+        return rules.sufficient_decrease(loss, trial, promise, eps)
 
     t, changes = 1.0, 0
     while (slope < 0.0 or follows) and changes < max_changes and not suffices(t, best):
-        t *= 0.5 if changes < _HALVINGS else globalization.shortening(best - loss, t * slope)
+        t *= 0.5 if changes < _HALVINGS else rules.shortening(best - loss, t * slope)
         best, trials, changes = objective.loss_at(t * step), trials + 1, changes + 1
     accepted = suffices(t, best)
     while follows and accepted and 1.0 <= t < 2.0**max_changes:
@@ -136,7 +136,7 @@ def search(
         t, best = 2 * t, further
     if t != 1.0:
         step, predicted = t * step, -(t * slope + 0.5 * t * t * bend)
-        ratio = globalization.reduction_ratio(loss, best, predicted, eps)
+        ratio = rules.reduction_ratio(loss, best, predicted, eps)
     return Outcome(step, predicted, best, ratio, first_ratio, accepted, trials)
 
 
@@ -151,11 +151,11 @@ def wolfe_search(
         trial, there = objective.gradient_at(t * step)
         return trial, float(there @ step)
 
-    found = globalization.strong_wolfe(along, loss, slope, eps, max_trials)
-    first_ratio = globalization.reduction_ratio(loss, found.first, predicted, eps)
+    found = rules.strong_wolfe(along, loss, slope, eps, max_trials)
+    first_ratio = rules.reduction_ratio(loss, found.first, predicted, eps)
     bend = -2 * (predicted + slope)
     accepted = found.t > 0.0
     t, value = (found.t, found.value) if accepted else (found.last, found.last_value)
     predicted = -(t * slope + 0.5 * t * t * bend)
-    ratio = globalization.reduction_ratio(loss, value, predicted, eps)
+    ratio = rules.reduction_ratio(loss, value, predicted, eps)
     return Outcome(step if t == 1.0 else t * step, predicted, value, ratio, first_ratio, accepted, found.trials)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from newtonopt import globalization
-from newtonopt._checks import explains_arguments
-from newtonopt.evaluation import Evaluation, Products
-from newtonopt.linear_operator import LinearOperator
-from newtonopt.objective import Objective
-from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.checks import explains_arguments
+from newtonopt.closure.evaluation import Evaluation, Products
+from newtonopt.closure.objective import Objective
+from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.optimizers import rules
 from newtonopt.optimizers.matrices import check_decomposition, spectrum
+from newtonopt.optimizers.newton import NewtonOptimizer
 from newtonopt.optimizers.regions import bounded, check_subproblem, judge, refuse_exact
 from newtonopt.optimizers.settings import ELSEWHERE
 from newtonopt.optimizers.trials import Outcome, Proposal
@@ -134,7 +134,7 @@ class TrustRegionNewton(NewtonOptimizer):
     def _next_control(self, control: float, ratio: float, length: float) -> float:
         settings = self.param_groups[0]
         low, high = settings["min_radius"], settings["max_radius"]
-        return globalization.trust_radius(control, ratio, length, minimum=low, maximum=high)
+        return rules.trust_radius(control, ratio, length, minimum=low, maximum=high)
 
     def _length_along(self, slope: float, bend: float) -> float:
         radius: float = self._memory["radius"]

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from newtonopt._scaling import InRange, dot, norm, scale_of, shifted, times_power
 from newtonopt.solvers.solution import Iterate, Matrix, Solution
+from newtonopt.vectors.scaling import InRange, dot, norm, scale_of, shifted, times_power
 
 # Martens 2010, sec. 4.6: iterates are kept for backtracking at indices that grow by this factor.
 _PATH_FACTOR = 1.3

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newtonopt._scaling import dot, norm
 from newtonopt.solvers import secular
 from newtonopt.solvers.secular import Minimise
 from newtonopt.solvers.solution import Solution
+from newtonopt.vectors.scaling import dot, norm
 
 Eigh = Callable[[Tensor], Any]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from newtonopt._scaling import norm
 from newtonopt.solvers.lanczos import LanczosResult, Tridiagonal, lanczos
 from newtonopt.solvers.secular import Minimise, above_rounding
 from newtonopt.solvers.solution import Matrix, Solution
+from newtonopt.vectors.scaling import norm
 
 # The tridiagonal problem is solved again when the space has grown by this factor: its eigenvectors take k^3.
 _GROWTH = 1.1

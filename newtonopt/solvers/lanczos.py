@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from newtonopt._scaling import InRange, dot, norm, scale_of, shifted, times_power
 from newtonopt.solvers.solution import Matrix
+from newtonopt.vectors.scaling import InRange, dot, norm, scale_of, shifted, times_power
 
 # Rows of the basis allocated at a time: memory follows the iterations made, not the budget.
 _CHUNK = 16

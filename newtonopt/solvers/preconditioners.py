@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from newtonopt._scaling import InRange, times_power
 from newtonopt.solvers.solution import Matrix
+from newtonopt.vectors.scaling import InRange, times_power
 
 Preconditioner = Callable[[Tensor], Tensor]
 

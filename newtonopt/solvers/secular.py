@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from newtonopt._scaling import exponent, shifted, times_power
+from newtonopt.vectors.scaling import exponent, shifted, times_power
 
 Minimise = Callable[[Tensor, Tensor], tuple[Tensor, str]]
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from newtonopt import evaluate, hessian
+from newtonopt.closure.objective import Objective
 from newtonopt.curvature import extreme_eigenvalues, measure, sharpness
 from newtonopt.curvature.sharpness import ball_around
-from newtonopt.objective import Objective
 from newtonopt.solvers.dense import solve_ball
 
 VALUES = torch.tensor([5.0, 3.0, 1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)

@@ -11,7 +11,7 @@ import torch
 
 from newtonopt.curvature import Spectrum, extreme_eigenvalues
 from newtonopt.curvature import runs as module
-from newtonopt.operators import LinearOperator
+from newtonopt.operators.matrices import LinearOperator
 
 
 def _dense(matrix: torch.Tensor, psd: bool = False) -> LinearOperator:

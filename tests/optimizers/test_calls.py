@@ -16,7 +16,7 @@ from problems import build as build_case
 from torch import Tensor, nn
 
 from newtonopt import DampedNewton, HessianFree, NewtonCG, TrustRegionNewton, evaluate, gauss_newton, hessian
-from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.optimizers.newton import NewtonOptimizer
 
 MEMBERS = ["hessian_free", "damped_newton", "newton_cg", "trust_region", "cubic_newton"]
 

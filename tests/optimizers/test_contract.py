@@ -20,7 +20,7 @@ from problems import Unseen, unseen
 from torch import Tensor, nn
 
 from newtonopt import CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton, mark_outputs
-from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.optimizers.newton import NewtonOptimizer
 
 
 class Training:

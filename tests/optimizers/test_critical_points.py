@@ -11,7 +11,7 @@ from optimizer_db import OPTIMIZERS
 from torch import Tensor
 
 from newtonopt.optimizers import escape
-from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.optimizers.newton import NewtonOptimizer
 from newtonopt.solvers.negative_curvature import negative_curvature
 
 ESCAPING = {

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from problems import build as build_case
 from torch import Tensor, nn
 
-from newtonopt import HessianFree, _memory, evaluate, gauss_newton
+from newtonopt import HessianFree, evaluate, gauss_newton
 from newtonopt.optimizers.hessian_free import _best_start
 from newtonopt.solvers.cg import conjugate_gradients
+from newtonopt.vectors import memory
 
 
 @pytest.mark.parametrize("preconditioner", ["nystrom", "hutchinson", "empirical_fisher", None])
@@ -234,12 +235,12 @@ def test_a_sketch_that_does_not_fit_is_refused_before_it_is_made(monkeypatch: py
     start, state = case.flat(), dict(optimizer._memory)
     # Two matrices of 43 x 20 numbers.
     needed = 2 * 43 * 20 * 8
-    monkeypatch.setattr(_memory, "available_memory", lambda device: needed - 1)
+    monkeypatch.setattr(memory, "available_memory", lambda device: needed - 1)
     with pytest.raises(MemoryError, match=r"rank=20, for 43 parameters, would take 13,760 bytes.*hutchinson"):
         optimizer.step(case.closure)
     assert torch.equal(case.flat(), start)
     assert {name: optimizer._memory[name] for name in state} == state and "sketch_vectors" not in optimizer._memory
-    monkeypatch.setattr(_memory, "available_memory", lambda device: needed)
+    monkeypatch.setattr(memory, "available_memory", lambda device: needed)
     optimizer.step(case.closure)
     assert optimizer.last_step is not None and optimizer.last_step.accepted
 

@@ -14,7 +14,7 @@ from optimizer_db import OPTIMIZERS
 from torch import Tensor, nn
 
 from newtonopt import NewtonCG, StepReport
-from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.optimizers.newton import NewtonOptimizer
 
 N = 5
 SIZES = (2, 1, 2)

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.optimizers.newton import NewtonOptimizer
 
 # With vectors in the state, with other entries, and with a control alone; the rest is tested where time allows.
 FIRST = ("hessian_free", "newton_cg_nystrom", "trust_region")

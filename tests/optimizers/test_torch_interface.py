@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import newtonopt
 from newtonopt import HessianFree
-from newtonopt.optimizers.base import NewtonOptimizer
+from newtonopt.optimizers.newton import NewtonOptimizer
 
 INPUTS = torch.tensor([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 3.0]])
 TARGETS = torch.tensor([0.0, 1.0, 1.0, 0.0])

@@ -1,0 +1,163 @@
+"""Differentiation, once and twice, with errors that say what to do."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import Node
+
+from newtonopt.autodiff.graph import reaches
+from newtonopt.autodiff.kernels import differentiable_kernels
+from newtonopt.vectors.flat import unflatten
+from newtonopt.vectors.sharded import is_sharded, pulled
+from newtonopt.vectors.subclasses import plain
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class NoSecondDerivativeError(RuntimeError):
+    """An operation of the model cannot be differentiated twice."""
+
+
+def grad(
+    of: Tensor | Sequence[Tensor],
+    by: Sequence[Tensor],
+    along: Sequence[Tensor] | None = None,
+    *,
+    keep: bool,
+    batched: bool = False,
+) -> Gradients:
+    """`along' d of / d by`, for sharded parameters its mean over the processes; without `keep` it empties the graph.
+
+    With `batched` each of `along` holds several tensors, stacked in a dimension before its own, and so do the results.
+
+    Raises:
+        NoSecondDerivativeError: The graph of a first derivative ends in an operation without a second one.
+        RuntimeError: The graph is gone, or something in it was changed in place.
+    """
+    with _differentiating(of):
+        if is_sharded(by):
+            return pulled(of, by, along, keep=keep)
+        found = torch.autograd.grad(of, by, along, retain_graph=keep, allow_unused=True, is_grads_batched=batched)
+    return tuple(plain(g) for g in found)
+
+
+def gradient_of(loss: Tensor, params: Sequence[Tensor], *, keep: bool) -> Gradients:
+    """The gradient of a loss, which training needs too.
+
+    Raises:
+        RuntimeError: As `grad`, or an operation has no derivative at all.
+    """
+    try:
+        return grad(loss, params, keep=keep)
+    except NoSecondDerivativeError as error:
+        raise RuntimeError(f"The loss has no gradient, so that backward fails too: {error.__cause__}") from error
+
+
+def grad_with_graph(
+    of: Tensor | Sequence[Tensor], by: Sequence[Tensor], along: Sequence[Tensor] | None = None
+) -> Gradients:
+    """The same with a graph of its own, to be differentiated again.
+
+    Raises:
+        NoSecondDerivativeError: The result depends on `by` through an operation without a second derivative, which
+            autograd would leave out of the next differentiation without a word.
+    """
+    with _differentiating(of):
+        found = torch.autograd.grad(of, by, along, create_graph=True, allow_unused=True)
+        gradients: Gradients = tuple(plain(g) for g in found)
+    if reaches([g.grad_fn for g in gradients if g is not None], _is_dead_end):
+        raise NoSecondDerivativeError(
+            "An operation of the model has no second derivative (it is marked once_differentiable, or PyTorch has no "
+            "formula for it), so there are no exact curvature products through it."
+        )
+    return gradients
+
+
+def _is_dead_end(node: Node) -> bool:
+    return node.name() in ("torch::autograd::Error", "torch::autograd::NotImplemented")
+
+
+def _takes_nested(node: Node) -> bool:
+    return any(of.is_nested_tensor for of in node._input_metadata)
+
+
+@contextmanager
+def _differentiating(of: Tensor | Sequence[Tensor]) -> Iterator[None]:
+    # A checkpoint computes its part of the forward pass again, and must meet the kernels that it met the first time.
+    # Fabric, under some precisions, hooks the model's outputs and refuses any other derivative than fabric.backward's.
+    wrappers = [sys.modules[name] for name in _FABRIC if name in sys.modules]
+    flags = [getattr(module, "_in_fabric_backward", False) for module in wrappers]
+    try:
+        for module in wrappers:
+            vars(module)["_in_fabric_backward"] = True
+        with differentiable_kernels(), torch.enable_grad():
+            yield
+    except RuntimeError as error:  # NotImplementedError is one
+        text = str(error)
+        if isinstance(error, NotImplementedError) or _WITHOUT.search(text):
+            raise NoSecondDerivativeError(
+                "An operation of the model has no second derivative, so there are no exact curvature products through "
+                f"it: {text}"
+            ) from error
+        if "modified by an inplace operation" in text:
+            raise RuntimeError(CHANGED) from error
+        if reaches([t.grad_fn for t in ([of] if isinstance(of, Tensor) else of)], _takes_nested):
+            raise NoSecondDerivativeError(
+                f"An operation on nested tensors has no second derivative in PyTorch: {text}"
+            ) from error
+        if "backward through the graph a second time" in text:
+            raise RuntimeError(
+                "The graph of the loss was freed before the closure called loss.backward(): by a backward outside of "
+                "the closure, or by torch.autograd.backward(loss), which is not seen here. Call the model, the loss "
+                "function and loss.backward() inside the closure."
+            ) from error
+        raise
+    finally:
+        for module, flag in zip(wrappers, flags, strict=True):
+            vars(module)["_in_fabric_backward"] = flag
+
+
+# In the words of torch and of its extensions.
+_WITHOUT = re.compile(
+    r"derivative for .* not implemented|differentiate twice|once_differentiable|double.?backward|"
+    r"not (twice differentiable|differentiable twice)|no autograd formula was registered",
+    re.IGNORECASE | re.DOTALL,
+)
+_FABRIC = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
+CHANGED = (
+    "The parameters, or something else that the loss was computed from, changed after this evaluation was made, as an "
+    "optimizer's step or a closure that clamps weights changes them: its products are no longer defined. Call "
+    "evaluate again."
+)
+
+
+@contextmanager
+def forward_mode(params: Sequence[Tensor], v: Tensor) -> Iterator[None]:
+    """Run what follows in forward mode, the parameters with the pieces of `v` as tangents."""
+    _load_forward_mode()
+    with forward_ad.dual_level():
+        with torch.no_grad():
+            for p, piece in zip(params, unflatten(v, params), strict=True):
+                # An operation in place gives the parameter itself a tangent, which goes with the level; its value and
+                # its version stay.
+                with torch.autograd._unsafe_preserve_version_counter(p):  # type: ignore[attr-defined]
+                    p.copy_(forward_ad.make_dual(p.detach().clone(), piece))
+        yield
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """Torch compiles some of its rules at the first use, which it has deprecated itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros((), device="cpu"), torch.zeros((), device="cpu"))

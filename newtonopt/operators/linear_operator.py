@@ -1,0 +1,233 @@
+"""Matrices known by their products with vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from newtonopt.progress import progress
+from newtonopt.vectors.memory import check_room
+from newtonopt.vectors.scaling import norm
+from newtonopt.vectors.sharded import Sharded
+
+# `v -> A v`, or row by row for rows `(k, n)`.
+Product = Callable[[Tensor], Tensor]
+
+# From which error on products may be those of a matrix that is not positive semi-definite.
+_CLOSE = 0.05
+# Products that `dense` asks for at a time.
+_ROWS = 128
+# Products at once may differ by so many times what rounding does to a single one.
+_COARSER = 4.0
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How far the products of an operator can be trusted.
+
+    Attributes:
+        doubt: Why they cannot be vouched for; empty: they can.
+        error: Relative error of a product, estimated; zero for exact ones.
+    """
+
+    doubt: str = ""
+    error: float = 0.0
+
+
+class LinearOperator:
+    """A matrix known by its products, over flat vectors in the order of the parameters.
+
+    Args:
+        product: Computes `A v` for `v` of shape `(columns,)`.
+        shape: `(rows, columns)`.
+        like: A tensor of the operator's dtype and device.
+        psd: Whether the matrix is positive semi-definite by construction.
+        transpose: Computes `A' u`; None for a symmetric matrix.
+        rows: Computes `A v` for each row `v` of `(k, columns)`; None: one by one.
+        trust: Returns how far the products can be trusted; None: they are exact.
+
+    Attributes:
+        like: No rows `(0, columns)`, from which vectors of the operator's kind can be made.
+    """
+
+    def __init__(
+        self,
+        product: Product,
+        shape: tuple[int, int],
+        like: Tensor,
+        *,
+        psd: bool = False,
+        transpose: Product | None = None,
+        rows: Product | None = None,
+        trust: Callable[[], Trust] | None = None,
+    ) -> None:
+        self._trust = trust
+        self._product = product
+        self._rows = rows
+        self._transpose = transpose
+        self.shape = shape
+        self.dtype = like.dtype
+        self.device = like.device
+        self.like = like.new_empty(0, shape[1])
+        self._psd = psd
+        self._count = [0]
+
+    @property
+    def products(self) -> int:
+        """How many products were formed, by this operator and by those derived from it."""
+        return self._count[0]
+
+    @property
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def trust(self) -> Trust:
+        """How far the products can be trusted; before the first one it takes some to find that out."""
+        return Trust() if self._trust is None else self._trust()
+
+    @property
+    def psd(self) -> bool:
+        """Whether the matrix is positive semi-definite by construction, and the products can be vouched for."""
+        return self._psd and not self.trust.doubt and self.trust.error < _CLOSE
+
+    @property
+    def T(self) -> LinearOperator:
+        """The transpose; a symmetric operator is its own."""
+        if self._transpose is None:
+            return self
+        rows, columns = self.shape
+        return self._derived(LinearOperator(self._transpose, (columns, rows), self.like, transpose=self._product))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """`A v` for `v` of shape `(columns,)`, or column by column for `(columns, k)`.
+
+        Raises:
+            TypeError: `v` is no tensor.
+            ValueError: `v` has another length, or only one of it and the operator is sharded.
+        """
+        if not isinstance(v, Tensor):
+            raise TypeError(f"v must be a tensor of shape ({self.shape[1]},), got a value of type {type(v).__name__}.")
+        if v.dim() not in (1, 2) or v.shape[0] != self.shape[1]:
+            raise ValueError(
+                f"v must be of shape ({self.shape[1]},) or ({self.shape[1]}, k) for this {self.shape[0]} x "
+                f"{self.shape[1]} operator, got shape {tuple(v.shape)}."
+            )
+        self._check_kind(v)
+        if v.dim() == 2:
+            return torch.stack([self @ column for column in v.unbind(1)], dim=1)
+        self._count[0] += 1
+        return self._product(v.to(self.dtype))
+
+    def shift(self, c: float | Tensor) -> LinearOperator:
+        """`A + c I`, or `A + diag(c)` for `c` of shape `(n,)`, sharing this operator's count of products."""
+        psd = self._psd and bool((c.min() if isinstance(c, Tensor) else c) >= 0)
+        rows = self._rows
+        shifted = None if rows is None else lambda V: _plus(rows(V), c, V)
+        return self._derived(
+            LinearOperator(lambda v: _plus(self._product(v), c, v), self.shape, self.like, psd=psd, rows=shifted)
+        )
+
+    def scale(self, d: Tensor) -> LinearOperator:
+        """`D A D` with `D = diag(d)`, `d` of shape `(n,)`, sharing this operator's count of products."""
+        scaled = LinearOperator(lambda v: d * self._product(d * v), self.shape, self.like, psd=self._psd)
+        return self._derived(scaled)
+
+    def block(self, spans: Sequence[tuple[int, int]]) -> LinearOperator:
+        """The diagonal block over the entries in ascending ranges `[start, stop)`, sharing the count of products."""
+        pieces = [slice(*span) for span in spans]
+        size = sum(stop - start for start, stop in spans)
+
+        def product(v: Tensor) -> Tensor:
+            whole = v.new_zeros(self.shape[1])
+            for piece, part in zip(pieces, v.split([piece.stop - piece.start for piece in pieces]), strict=True):
+                whole[piece] = part
+            image = self._product(whole)
+            return torch.cat([image[piece] for piece in pieces])
+
+        return self._derived(LinearOperator(product, (size, size), self.like, psd=self._psd))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """The whole matrix, for one product a column (a row if there are fewer); symmetric matrices are symmetrised.
+
+        Several products are formed at once where operations allow that, and a bar shows how far a long run of them is.
+        One product more compares each number of rows formed at once with a single one: where they differ, because an
+        operation mixes the rows, all are formed one by one.
+
+        Raises:
+            MemoryError: The matrix would not fit in the memory that is available: nothing was allocated.
+            ValueError: The operator is sharded.
+        """
+        rows, columns = self.shape
+        if self._transpose is not None and rows < columns:
+            return self.T.dense().T
+        self._check_kind(torch.empty(0))
+        remedy = "Products A @ v need no more than vectors."
+        check_room(rows * columns, self.dtype, self.device, f"A {rows} x {columns} matrix", remedy)
+        transposed = torch.empty(columns, rows, dtype=self.dtype, device=self.device)
+        at_once, checked = self._rows, {1}
+        with progress(columns, "curvature matrix") as tick:
+            for first, piece in zip(range(0, columns, _ROWS), transposed.split(_ROWS), strict=True):
+                units = torch.zeros(len(piece), columns, dtype=self.dtype, device=self.device)
+                units.diagonal(first).fill_(1)
+                if at_once is not None:
+                    piece.copy_(at_once(units))
+                    self._count[0] += len(piece)
+                    if not (len(piece) in checked or self._agrees(units, piece)):
+                        at_once = None
+                    checked.add(len(piece))
+                if at_once is None:
+                    for row, unit in zip(piece, units, strict=True):
+                        row.copy_(self @ unit)
+                tick(len(piece))
+        return transposed.T if self._transpose is not None else _symmetrised(transposed)
+
+    def _agrees(self, V: Tensor, images: Tensor) -> bool:
+        """Whether products formed at once, row by row, add up as a single one does: a random combination of them."""
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(len(V), generator=generator, dtype=torch.float64, device="cpu").to(V)
+        v, expected = weights @ V, weights @ images
+        image, size = self @ v, norm((weights.unsqueeze(1) * images).reshape(-1))
+        error = norm(image - expected)
+        if not math.isfinite(error):
+            return False
+        if error <= math.sqrt(torch.finfo(self.dtype).eps) * size:
+            return True
+        # Coarser rounding, that of autocast or TensorFloat-32, shows where the same vector is rounded otherwise.
+        return error <= _COARSER * norm((self @ (3 * v)) / 3 - image)
+
+    def _check_kind(self, v: Tensor) -> None:
+        if isinstance(v, Sharded) != isinstance(self.like, Sharded):
+            own, given = ("sharded", "whole") if isinstance(self.like, Sharded) else ("whole", "sharded")
+            raise ValueError(
+                f"v must be {own}, as the operator's parameters are, got a {given} vector. Make it from a vector of "
+                "the evaluation, such as evaluation.gradient."
+            )
+
+    def _derived(self, other: LinearOperator) -> LinearOperator:
+        other._count, other._trust = self._count, self._trust
+        return other
+
+    def __repr__(self) -> str:
+        rows, columns = self.shape
+        return f"LinearOperator({rows} x {columns}, {self.dtype}, {self.device}, products={self.products})"
+
+
+def _symmetrised(matrix: Tensor) -> Tensor:
+    """`(A + A') / 2`, in place, a strip at a time."""
+    for first in range(0, len(matrix), _ROWS):
+        last = first + _ROWS
+        row, column = matrix[first:last, first:], matrix[first:, first:last]
+        row.copy_((row + column.T) / 2)
+        column.copy_(row.T.clone())
+    return matrix
+
+
+def _plus(product: Tensor, c: float | Tensor, v: Tensor) -> Tensor:
+    return torch.addcmul(product, c, v) if isinstance(c, Tensor) else torch.add(product, v, alpha=c)

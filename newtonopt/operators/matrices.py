@@ -1,0 +1,307 @@
+"""The curvature matrices of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from newtonopt.autodiff.gradients import grad
+from newtonopt.checks import check_instance, warn
+from newtonopt.closure.evaluation import Evaluation, Manner, Matrix, decays
+from newtonopt.operators import products
+from newtonopt.operators.linear_operator import LinearOperator, Product, Trust
+from newtonopt.operators.products import one_by_one
+from newtonopt.operators.verification import Finding, Vouched, examine_gauss_newton, examine_hessian, examine_jacobian
+from newtonopt.vectors.flat import flatten, local_pieces, unflatten
+from newtonopt.vectors.sharded import is_sharded
+
+__all__ = ["LinearOperator", "gauss_newton", "hessian", "jacobian"]
+
+Form = Callable[[Manner], Product]
+
+
+@torch.inference_mode(False)
+def hessian(evaluation: Evaluation) -> LinearOperator:
+    """The Hessian of the objective, `(n, n)`.
+
+    Args:
+        evaluation: From `evaluate(closure, params)`, which says how products are formed.
+
+    Returns:
+        The operator. A product costs one to two gradients cached, about three streamed, two by finite differences. With
+        cached products it holds the graph too: drop it to release the memory.
+
+    Raises:
+        TypeError: `evaluation` is no `Evaluation`.
+        RuntimeError: The evaluation was freed, or an operation has no second derivative.
+        FloatingPointError: The loss is not finite.
+    """
+    _check(evaluation)
+    return _hessian(evaluation, None)
+
+
+@torch.inference_mode(False)
+def gauss_newton(evaluation: Evaluation) -> LinearOperator:
+    """The Gauss-Newton matrix `J' H_L J`, `(n, n)`: `J` the outputs' Jacobian, `H_L` the loss's Hessian in the outputs.
+
+    It is positive semi-definite for sums of recognised losses and of squares written by hand, and `psd` says so. Weight
+    decay is added; any other term of the loss that does not go through the outputs is left out, with a warning.
+
+    Args:
+        evaluation: From `evaluate(closure, params)`, which says how products are formed.
+
+    Returns:
+        The operator. A product costs about one gradient cached, three streamed, two by finite differences (which form
+        `J v` alone). With cached products it holds the graph too: drop it to release the memory.
+
+    Raises:
+        TypeError: `evaluation` is no `Evaluation`.
+        RuntimeError: No output was recorded, the evaluation was freed, or an operation has no second derivative.
+        FloatingPointError: The loss is not finite.
+    """
+    _check_gauss_newton(evaluation)
+    return _gauss_newton(evaluation, None)
+
+
+def diagonal_blocks(evaluation: Evaluation, curvature: Literal["gauss_newton", "hessian"]) -> Iterator[LinearOperator]:
+    """The diagonal block of each parameter, `(m, m)` for one of `m` entries, in the order of the parameters.
+
+    Cached products with a block are differentiated towards its parameter alone; others are products with the whole
+    matrix, by vectors that are zero outside the block. Each block holds a graph of its own: drop it before the next.
+
+    Args:
+        evaluation: From `evaluate(closure, params)`, which says how products are formed.
+        curvature: Of which matrix.
+
+    Raises:
+        TypeError: `evaluation` is no `Evaluation`.
+        RuntimeError: As `hessian` and `gauss_newton` do.
+        FloatingPointError: The loss is not finite.
+    """
+    (_check_gauss_newton if curvature == "gauss_newton" else _check)(evaluation)
+    block = _gauss_newton if curvature == "gauss_newton" else _hessian
+    return (block(evaluation, number) for number in range(len(evaluation.params)))
+
+
+def _hessian(evaluation: Evaluation, number: int | None) -> LinearOperator:
+    """The whole matrix, or the block of the parameter of this number."""
+    if evaluation.parts:
+        return _summed(evaluation, number, _hessian)
+
+    def form(manner: Manner, block: int | None) -> Product:
+        if manner.form == "cached":
+            return products.cached(evaluation, products.hessian_of, block)
+        if manner.form == "streamed":
+            return products.streamed_hessian(evaluation)
+        return products.differenced_hessian(evaluation, manner.length)
+
+    def examine(manner: Manner, whole: Form) -> Finding:
+        return examine_hessian(evaluation, manner, whole)
+
+    return _symmetric(evaluation, "hessian", form, examine, number, psd=False)
+
+
+def _gauss_newton(evaluation: Evaluation, number: int | None) -> LinearOperator:
+    if evaluation.parts:
+        return _summed(evaluation, number, _gauss_newton)
+
+    def form(manner: Manner, block: int | None) -> Product:
+        if manner.form == "cached":
+            return products.cached(evaluation, products.gauss_newton_of, block)
+        if not manner.curved:
+            return products.differenced_gauss_newton(evaluation, manner.length)
+        return products.gauss_newton_from(_push(evaluation, manner), evaluation)
+
+    def examine(manner: Manner, whole: Form) -> Finding:
+        push = lambda m: _joined_push(evaluation, m)  # noqa: E731
+        return examine_gauss_newton(evaluation, manner, whole, push, _pull(evaluation, manner))
+
+    return _symmetric(evaluation, "gauss_newton", form, examine, number, psd=evaluation.convex)
+
+
+def _symmetric(
+    evaluation: Evaluation,
+    matrix: Matrix,
+    form: Callable[[Manner, int | None], Product],
+    examine: Callable[[Manner, Form], Finding],
+    number: int | None,
+    *,
+    psd: bool,
+) -> LinearOperator:
+    """From how products with the whole matrix, or with the block of a number, are formed, and how they are examined."""
+    evaluation.check_finite()
+    params, like, decay = evaluation.params, evaluation.gradient, evaluation.decay
+    if number is not None:
+        n, sizes = like.numel(), [piece.numel() for piece in local_pieces(like, params)]
+        start = sum(sizes[:number])
+        part = slice(start, start + sizes[number])
+        params, like = params[number : number + 1], like[part]
+        decay = decay[part] if isinstance(decay, Tensor) else decay
+
+    def block(manner: Manner) -> Product:
+        product = form(manner, number)
+        return product if manner.form == "cached" else products.restricted(product, part, n)
+
+    whole = _latest(lambda manner: form(manner, None))
+    product = Vouched(evaluation, matrix, whole if number is None else block, lambda m: examine(m, whole))
+    rows = product if evaluation.form == "cached" and not is_sharded(params) else None
+    shape = (like.numel(), like.numel())
+    operator = LinearOperator(product, shape, like, psd=psd, rows=rows, trust=lambda: product.trust)
+    return operator.shift(decay) if decays(decay) else operator
+
+
+def _latest(form: Form) -> Form:
+    """The same, which gives the products built last again, and keeps no others."""
+    kept: tuple[Manner, Product] | None = None
+
+    def again(manner: Manner) -> Product:
+        nonlocal kept
+        if kept is None or kept[0] != manner:
+            kept = None
+            kept = manner, form(manner)
+        return kept[1]
+
+    return again
+
+
+def _summed(
+    evaluation: Evaluation, number: int | None, make: Callable[[Evaluation, int | None], LinearOperator]
+) -> LinearOperator:
+    """The sum of the matrices of an evaluation's parts, each zero beside the parameters that its losses count for."""
+    like, decay, span = evaluation.gradient, evaluation.decay, slice(None)
+    if number is not None:
+        sizes = [piece.numel() for piece in local_pieces(like, evaluation.params)]
+        span = slice(sum(sizes[:number]), sum(sizes[: number + 1]))
+        decay = decay[span] if isinstance(decay, Tensor) else decay
+    parts = [(make(part, number), mask[span]) for part, mask in evaluation.parts]
+    product = one_by_one(lambda v: torch.stack([mask * (A @ (mask * v)) for A, mask in parts]).sum(0))
+    n = like[span].numel()
+    psd = all(A._psd for A, _ in parts)
+
+    def trust() -> Trust:
+        found = [A.trust for A, _ in parts]
+        return Trust(next((t.doubt for t in found if t.doubt), ""), max(t.error for t in found))
+
+    operator = LinearOperator(product, (n, n), like[span], psd=psd, rows=product, trust=trust)
+    return operator.shift(decay) if decays(decay) else operator
+
+
+def _stacked(evaluation: Evaluation) -> LinearOperator:
+    """The Jacobians of an evaluation's parts, one below the other."""
+    parts = [(jacobian(part), mask) for part, mask in evaluation.parts]
+    rows = [J.shape[0] for J, _ in parts]
+
+    def pull(u: Tensor) -> Tensor:
+        pieces = zip(parts, u.split(rows), strict=True)
+        return torch.stack([mask * (J.T @ piece) for (J, mask), piece in pieces]).sum(0)
+
+    push = lambda v: torch.cat([J @ (mask * v) for J, mask in parts])  # noqa: E731
+    return LinearOperator(push, (sum(rows), evaluation.gradient.numel()), evaluation.gradient, transpose=pull)
+
+
+@torch.inference_mode(False)
+def jacobian(evaluation: Evaluation) -> LinearOperator:
+    """The Jacobian `d outputs / d parameters`, `(m, n)`: `J @ v`, `J.T @ u`, `J.dense()`.
+
+    The rows are the entries of the recorded outputs, each flattened, in the order in which the closure produced them;
+    with several processes, of this one's.
+
+    Args:
+        evaluation: From `evaluate(closure, params)`, which says how products are formed.
+
+    Raises:
+        TypeError: `evaluation` is no `Evaluation`.
+        RuntimeError: No output was recorded, or the evaluation was freed.
+        NotImplementedError: The parameters are sharded.
+    """
+    _check(evaluation)
+    if evaluation.parts:
+        return _stacked(evaluation)
+    _check_outputs(evaluation)
+    if is_sharded(evaluation.params):
+        raise NotImplementedError(
+            "jacobian needs the gradients of each process alone, and those of sharded parameters are averaged over the "
+            "processes: use gauss_newton, or a model that is not sharded."
+        )
+    push = Vouched(
+        evaluation,
+        "jacobian",
+        lambda manner: _joined_push(evaluation, manner),
+        lambda manner: examine_jacobian(
+            evaluation, manner, lambda m: _joined_push(evaluation, m), _pull(evaluation, manner)
+        ),
+    )
+    shape = (sum(evaluation.output_sizes.values()), evaluation.gradient.numel())
+    pull = lambda u: _pull(evaluation, Manner(evaluation.form))(u)  # noqa: E731
+    return LinearOperator(push, shape, evaluation.gradient, transpose=pull, trust=lambda: push.trust)
+
+
+def _push(evaluation: Evaluation, manner: Manner) -> products.Push:
+    """`v -> J v` by the outputs' numbers, in another manner than cached."""
+    if manner.form == "streamed":
+        return products.streamed_push(evaluation, manner.forward)
+    return products.differenced_push(evaluation, manner.length)
+
+
+def _joined_push(evaluation: Evaluation, manner: Manner) -> Product:
+    """`v -> J v`, `(m,)`."""
+    if manner.form == "cached":
+        cached = products.push_of([z.tensor for z in evaluation.graph[1]], evaluation.params)
+        return lambda v: torch.cat([piece.reshape(-1).to(v.dtype) for piece in cached(v)])
+    push = _push(evaluation, manner)
+
+    def joined(v: Tensor) -> Tensor:
+        pushed = push(v)
+        return torch.cat([pushed[number].reshape(-1).to(v.dtype) for number in evaluation.output_sizes])
+
+    return joined
+
+
+def _pull(evaluation: Evaluation, manner: Manner) -> Product:
+    """`u -> J' u`."""
+    if manner.form != "cached":
+        return products.pull_from(evaluation)
+    outputs, params = [z.tensor for z in evaluation.graph[1]], evaluation.params
+
+    def pull(u: Tensor) -> Tensor:
+        evaluation.check_unchanged()
+        return flatten(grad(outputs, params, unflatten(u, outputs), keep=True), params)
+
+    return pull
+
+
+def _check(evaluation: Evaluation) -> None:
+    check_instance("evaluation", evaluation, Evaluation, "an Evaluation", "Write newtonopt.evaluate(closure, params).")
+    evaluation.check_alive()
+
+
+def _check_outputs(evaluation: Evaluation) -> None:
+    _check(evaluation)
+    if not evaluation.output_sizes:
+        raise RuntimeError(evaluation.unrecognised_advice)
+
+
+def _check_gauss_newton(evaluation: Evaluation) -> None:
+    _check(evaluation)
+    for part, _ in evaluation.parts:
+        _check_gauss_newton(part)
+    if evaluation.parts:
+        return
+    _check_outputs(evaluation)
+    if evaluation.linear_marks:
+        raise RuntimeError(
+            "The loss is linear in a tensor that was given to newtonopt.mark_outputs (the loss itself, or a penalty), "
+            "so that its Gauss-Newton matrix there is zero. Mark the tensor in which the loss is convex instead, such "
+            "as raw predictions or logits. A critic, whose loss is linear in its output, has none: use "
+            'curvature="hessian".'
+        )
+    if evaluation.part_outside_outputs():
+        warn(
+            "Part of the loss does not go through the recorded outputs (such as a penalty that is no sum of squares, "
+            "or another term written by hand): the Gauss-Newton matrix leaves that part out. Mark the outputs of such "
+            "terms with newtonopt.mark_outputs, write an L2 penalty as weight_decay=... or a sum of squares, or use "
+            'curvature="hessian".'
+        )

@@ -1,0 +1,718 @@
+"""Checks of curvature products, before anybody sees a number.
+
+Autograd can be wrong at second order without a word: a custom Function whose saved derivative is a constant to a second
+differentiation, a formula that does not hold at zero, forward mode that sees through what reverse mode holds constant.
+`Vouched` forms the products with one matrix, and has them examined before the first one:
+
+- **transpose**: `u'(A w) = w'(A u)`, and `u'(J w) = (J'u)'w`, for all;
+- **derivative**: `H w` is a central difference of gradients;
+- **slope**: `g'w` is a central difference of losses. Looked at where another check fails or the graph has custom
+  Functions, it tells a wrong second derivative from a `backward` that does not compute the loss's gradient;
+- **hooks**: gradients are the same without the hooks of parameters.
+
+Products that are wrong turn "auto" to finite differences, if these pass, and are an error in a form that was asked for
+by name. Those that cannot be decided are formed, with one warning, and no measurement of them is certified.
+
+The directions are random, but for the gradient's part in them, so that an error is missed with probability zero where
+it is larger than what the tolerances allow: that is seen from about `100 eps^(2/3)` of the largest eigenvalue
+(transpose) and `eps^(1/4)` of a parameter's part of the product (derivative) on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from newtonopt.autodiff.gradients import NoSecondDerivativeError
+from newtonopt.autodiff.graph import Graph, look_through
+from newtonopt.checks import warn
+from newtonopt.closure.evaluation import Evaluation, Manner, Matrix, Verdict, source_of
+from newtonopt.closure.tap import Term
+from newtonopt.operators.linear_operator import Product, Trust
+from newtonopt.operators.products import Difference, difference, displacement, gradient_at, lengths_from
+from newtonopt.vectors.flat import local_pieces
+from newtonopt.vectors.scaling import dot, norm
+from newtonopt.vectors.sharded import is_sharded
+
+Result = TypeVar("Result")
+
+# Relative, in units of eps^(2/3): by how much products that two routes lead to may differ.
+_TRANSPOSES = 100.0
+# However coarse the precision is, a larger difference than this part is no rounding.
+_COARSEST = 0.3
+# A product is wrong only if it is further from the differences than this many times what they leave open.
+_CLEAR = 10.0
+# Differences at two lengths that agree to this part need no shorter ones.
+_CLOSE = 0.03
+# Differences at two lengths that do not agree to this part at any are those of no second derivative.
+_ROUGHEST = 0.3
+# A loss below this may be that of a saturated softmax.
+_SATURATED = 1e-3
+# Lengths of differences: in a plain graph, and where something in it asks for certainty.
+_FEW, _MANY = 2, 6
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of an examination.
+
+    Attributes:
+        manner: How the products are to be formed.
+        wrong: Why they are wrong, while the gradient is the loss's; empty: they are not.
+        doubt: Why they cannot be vouched for; empty: they can.
+        error: Relative error of a product, estimated.
+        warns: Whether the doubt is worth a warning.
+        finite: Whether the products were numbers.
+        empty: Whether finite differences show nothing, so that they cannot judge other products.
+        cost: How many products and gradients it took.
+    """
+
+    manner: Manner
+    wrong: str = ""
+    doubt: str = ""
+    error: float = 0.0
+    warns: bool = True
+    finite: bool = True
+    empty: bool = False
+    cost: int = 0
+
+
+class Vouched:
+    """Products with one matrix, examined before the first one.
+
+    Args:
+        evaluation: Where. Its verdict on the matrix, if there is one, is taken over; else a new one is left with it.
+        matrix: Which matrix.
+        form: Builds the products of a manner.
+        examine: Examines the products of a manner.
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        matrix: Matrix,
+        form: Callable[[Manner], Product],
+        examine: Callable[[Manner], Finding],
+    ) -> None:
+        self._evaluation, self._matrix = evaluation, matrix
+        self._form, self._examine = form, examine
+        self._seen_finite = False
+        known = evaluation.verdict(matrix)
+        self._manner = Manner(evaluation.form, evaluation.length) if known is None else known.manner
+        self._product: Product
+        self._tried(lambda: self._use(self._manner))
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """The product with `v`, or with each of the rows `(k, n)`."""
+
+        def product() -> Tensor:
+            self._evaluation.check_unchanged()
+            if self._evaluation.verdict(self._matrix) is None:
+                self._seen_finite = True  # the check looks at that
+            self._settle()
+            return self._product(v)
+
+        result = self._tried(product)
+        # A second derivative that exists at one point may not at the next, as that of a norm does not at zero.
+        if self._may_turn and not self._seen_finite and not _are_finite(result):
+            self._better(Finding(self._manner, wrong=_NOT_FINITE, finite=False))
+            result = self._product(v)
+        self._seen_finite = True
+        return result
+
+    @property
+    def trust(self) -> Trust:
+        """How far the products can be trusted."""
+        verdict = self._tried(self._settle)
+        return Trust(verdict.doubt, verdict.error)
+
+    @property
+    def _may_turn(self) -> bool:
+        return self._evaluation.may_fall_back and self._manner.form == "cached"
+
+    def _use(self, manner: Manner) -> None:
+        self._manner, self._product = manner, self._form(manner)
+
+    def _tried(self, attempt: Callable[[], Result]) -> Result:
+        """Return the result of `attempt`, by finite differences if there is no second derivative."""
+        try:
+            return attempt()
+        except NoSecondDerivativeError as error:
+            if not self._may_turn:
+                raise NoSecondDerivativeError(f'{error} products="finite_difference" needs none.') from error
+            self._turn(str(error))
+        return attempt()
+
+    def _settle(self) -> Verdict:
+        known = self._evaluation.verdict(self._matrix)
+        if known is None:
+            self._evaluation.check_alive()
+            if self._manner.form != self._evaluation.form:  # turned by products with another matrix
+                self._use(Manner(self._evaluation.form, self._evaluation.length))
+            # Without a gradient there is nothing to compare with.
+            finite = _are_finite(self._evaluation.slope)
+            missing = Finding(self._manner, doubt=_NO_GRADIENT, finite=False)
+            finding = self._examine(self._manner) if finite else missing
+            return self._better(finding) if finding.wrong else self._keep(finding)
+        if known.manner != self._manner:
+            self._use(known.manner)
+        return known
+
+    def _better(self, wrong: Finding) -> Verdict:
+        """Turn to finite differences from products that are wrong, if they pass; an error if that is not allowed."""
+        try:
+            other = self._examine(Manner("finite_difference"))
+        except (RuntimeError, ValueError):  # there may be none, as beyond a bound or at a jump
+            return self._keep(replace(wrong, doubt=wrong.wrong, finite=True))
+        other = replace(other, cost=wrong.cost + other.cost, warns=False)
+        if not other.finite or ((other.doubt or other.empty) and wrong.finite):
+            # Differences that are too rough say nothing, and what is wrong may be rounding, as in a saturated softmax.
+            tells = other.error <= _ROUGHEST and not other.empty
+            return self._keep(replace(wrong, doubt=wrong.wrong, cost=other.cost, warns=tells))
+        if self._may_turn:
+            self._turn(wrong.wrong, other.doubt)
+            return self._keep(other)
+        if wrong.finite:
+            raise RuntimeError(f'{wrong.wrong} Write products="finite_difference", which passes the check.')
+        return self._keep(replace(wrong, doubt=f"{wrong.wrong} {_NUMBERS}", finite=True))
+
+    def _turn(self, why: str, doubt: str = "") -> None:
+        if self._evaluation.form == "cached":
+            digits = "of which five digits can be trusted in float64 and two in float32."
+            instead = f"as an estimate that is not certified: {doubt[:1].lower()}{doubt[1:]}" if doubt else digits
+            warn(
+                f"{why} The products are formed by finite differences instead, {instead} "
+                'products="finite_difference" says that this is wanted.'
+            )
+            self._evaluation.turn_to("finite_difference")
+        self._use(Manner("finite_difference"))
+
+    def _keep(self, finding: Finding) -> Verdict:
+        if finding.doubt and finding.warns and finding.finite:  # solvers refuse what is not finite
+            warn(f"{finding.doubt} No measurement of this curvature is certified.")
+        verdict = Verdict(finding.manner, finding.doubt, finding.error, finding.cost)
+        self._evaluation.judge(self._matrix, verdict)
+        if finding.manner != self._manner:
+            self._use(finding.manner)
+        return verdict
+
+
+def examine_hessian(evaluation: Evaluation, manner: Manner, form: Callable[[Manner], Product]) -> Finding:
+    """Examine products with the Hessian."""
+    if manner.form == "finite_difference":
+        return _examine_differences(evaluation, manner, form)
+    graph, product = _graph_of(evaluation), form(manner)
+    u, w, images = _two_products(evaluation, product)
+    if not _are_finite(*images):
+        return Finding(manner, wrong=_NOT_FINITE, finite=False, cost=2)
+    if _is_changed(evaluation):
+        return Finding(manner, doubt=_NOT_THE_GRADIENT.format(""), cost=4)
+    asymmetry = _asymmetry(u, w, images)
+    is_symmetric = asymmetry <= _tolerance(graph.eps)
+    seen = _compared(evaluation, w, images[1], _MANY if graph.is_foreign or not is_symmetric else _FEW, graph.eps)
+    seen = _with_another(evaluation, seen, graph)
+    found = Finding(manner, cost=2 + seen.cost)
+    not_the_gradient = replace(found, doubt=_NOT_THE_GRADIENT.format(graph.named(", as through ")))
+    if seen.follows is False and graph.is_foreign:
+        _check_replays(evaluation)
+        return not_the_gradient
+    # Reverse mode's derivative with parts held constant, as the padding of an embedding is, is meant.
+    if is_symmetric and (seen.agrees or seen.follows is False):
+        return found
+    if is_symmetric and seen.agrees is None:
+        undecided = _UNDECIDED.format(graph.named("", "hooks"))
+        return replace(found, doubt=undecided, warns=False) if graph.is_foreign else found
+    if seen.agrees is not False:
+        # Most often it is rounding, as where a softmax has saturated.
+        return replace(found, doubt=_ASYMMETRIC.format(f"{asymmetry:.1g}", graph.named(" through ")), warns=False)
+    _check_replays(evaluation)
+    if graph.has_hooks or (seen.follows is False and not is_symmetric):
+        return not_the_gradient
+    # The slope of what is held constant vanishes now and then, as that of a spectral norm's vectors does.
+    if evaluation.holds_constant and is_symmetric and not graph.functions:
+        return found
+    return replace(found, wrong=_WRONG.format(graph.named("through ", "of this loss") + " "))
+
+
+def examine_gauss_newton(
+    evaluation: Evaluation,
+    manner: Manner,
+    form: Callable[[Manner], Product],
+    push: Callable[[Manner], Product],
+    pull: Product,
+) -> Finding:
+    """Examine products with the Gauss-Newton matrix, and those with `J` in them (`push`) by `J'u` (`pull`)."""
+    graph = _graph_of(evaluation)
+    if _is_changed(evaluation):
+        return Finding(manner, doubt=_NOT_THE_GRADIENT.format(""), cost=2)
+    if is_sharded(evaluation.params):
+        found = Finding(manner)  # `J` is each process's own there, and `J'u` is not
+    else:
+        found = _examine_transposes(evaluation, manner, push, pull, graph)
+    if found.wrong:
+        return found
+    if graph.heads and found.manner.form == "finite_difference":
+        found = replace(found, manner=replace(found.manner, curved=False))
+    u, w, images = _two_products(evaluation, form(found.manner))
+    found = replace(found, cost=found.cost + 2)
+    if not _are_finite(*images):
+        return replace(found, wrong=_NOT_FINITE, finite=False)
+    if found.doubt:
+        return found
+    if found.manner.form == "finite_difference" and is_sharded(evaluation.params):
+        length, error, cost = _length_chosen(evaluation, lambda h: form(replace(manner, length=h))(w), manner.length)
+        found = Finding(replace(manner, length=length), error=error, cost=found.cost + cost)
+        images = form(found.manner)(u), form(found.manner)(w)
+    asymmetry = _asymmetry(u, w, images)
+    if asymmetry > _tolerance(graph.eps) + 3 * found.error:
+        # Most often it is rounding, as where a softmax has saturated.
+        return replace(found, doubt=_ASYMMETRIC.format(f"{asymmetry:.1g}", graph.named(" through ")), warns=False)
+    if not graph.is_foreign or is_sharded(evaluation.params):
+        return found
+    seen = _with_another(evaluation, _compared(evaluation, w, None, _MANY, graph.eps), graph)
+    found = replace(found, cost=found.cost + seen.cost)
+    if seen.follows is False:
+        _check_replays(evaluation)
+        return replace(found, doubt=_NOT_THE_GRADIENT.format(graph.named(", as through ")))
+    if graph.heads and found.manner.form != "finite_difference":
+        # A Function between the outputs and the loss may hide the loss's second derivative.
+        found = replace(found, cost=found.cost + 4)
+        if _is_another(evaluation, images[1], lambda length: form(_differenced(length))(w)):
+            return replace(found, wrong=_WRONG.format(graph.named("through ") + " "))
+    undecided = _UNDECIDED.format(graph.named("", "hooks"))
+    return replace(found, doubt=undecided, warns=False) if seen.follows is None else found
+
+
+def _differenced(length: float) -> Manner:
+    return Manner("finite_difference", length, curved=False)
+
+
+def _is_another(evaluation: Evaluation, image: Tensor, product: Callable[[float], Tensor]) -> bool:
+    """Whether differences at two lengths agree with each other and not with a product."""
+    try:
+        long, short = (product(length) for length in lengths_from(displacement(evaluation.params), 2))
+    except (RuntimeError, ValueError):
+        _raise_in_group()
+        return False
+    open_: float = _CLEAR * norm(long - short) + _eps(evaluation) ** 0.25 * norm(short)
+    return norm(image - short) > open_  # false where one is not finite
+
+
+def examine_jacobian(
+    evaluation: Evaluation, manner: Manner, push: Callable[[Manner], Product], pull: Product
+) -> Finding:
+    """Examine products `J w` by products with the transpose, which are reverse mode's, and are meant."""
+    return _examine_transposes(evaluation, manner, push, pull, _graph_of(evaluation))
+
+
+def _examine_transposes(
+    evaluation: Evaluation, manner: Manner, push: Callable[[Manner], Product], pull: Product, graph: Graph
+) -> Finding:
+    w = _direction([_inside(evaluation, evaluation.slope), _noise(evaluation, 1)])
+    error, cost = 0.0, 2
+    if manner.form == "finite_difference":
+        length, error, more = _length_chosen(evaluation, lambda h: push(replace(manner, length=h))(w), manner.length)
+        manner, cost = replace(manner, length=length), cost + more
+
+    def gap() -> float:
+        pushed = push(manner)(w)
+        if manner.length is not None and norm(pushed) * manner.length <= _smallest(evaluation):
+            return -1.0  # no Jacobian at all, as far as differences tell
+        y = _direction([pushed, _normals(pushed, 2)])
+        pulled = pull(y)
+        return _gap(dot(y, pushed), dot(pulled, w), norm(pushed) + norm(pulled))
+
+    found = _mean(evaluation, gap)
+    if not math.isfinite(found):
+        return Finding(manner, wrong=_NOT_FINITE, finite=False, cost=cost)
+    if found < 0.0:
+        return Finding(manner, error=error, empty=True, cost=cost)
+    if found <= _tolerance(graph.eps) + 3 * error:
+        doubt = _ROUGH.format(f"{error:.0%}") if error > _ROUGHEST else ""
+        return Finding(manner, doubt=doubt, error=error, cost=cost)
+    if manner.form == "streamed" and manner.forward:
+        # Forward mode sees through what reverse mode holds constant, and misses some tangents.
+        again = _examine_transposes(evaluation, replace(manner, forward=False), push, pull, graph)
+        return replace(again, cost=cost + again.cost)
+    if manner.form == "finite_difference":
+        return Finding(manner, doubt=_SEEN_THROUGH, error=error, cost=cost)
+    if graph.has_hooks:
+        return Finding(manner, doubt=_NOT_THE_GRADIENT.format(""), cost=cost)
+    return Finding(manner, wrong=_WRONG_JACOBIAN.format(graph.named("through ", "of the outputs") + " "), cost=cost)
+
+
+def _examine_differences(evaluation: Evaluation, manner: Manner, form: Callable[[Manner], Product]) -> Finding:
+    _check_replays(evaluation)
+    u = _direction([_inside(evaluation, evaluation.slope), _noise(evaluation, 0)], first=True)
+    image = _inside(evaluation, form(manner)(u))
+    w = _direction([image, _noise(evaluation, 1), u])
+    seen: list[Difference] = []
+
+    def product(length: float) -> Tensor:
+        seen.append(difference(evaluation, w, length))
+        return _inside(evaluation, seen[-1].product)
+
+    length, error, cost = _length_chosen(evaluation, product, manner.length)
+    images = _inside(evaluation, difference(evaluation, u, length).product), product(length)
+    found = Finding(replace(manner, length=length), error=error, cost=cost + 6)
+    if not _are_finite(*images):
+        return replace(found, wrong=_NOT_FINITE, finite=False)
+    if max(map(norm, images)) * length <= _smallest(evaluation):
+        return found  # no curvature at all
+    if error > _ROUGHEST:
+        return replace(found, doubt=_ROUGH.format(f"{error:.0%}"))
+    longer = [d for d in seen if d.length > length]
+    eps = _graph_of(evaluation).eps
+    follows = _follows(evaluation, w, [*longer[-1:], seen[-1]], eps)
+    if _asymmetry(u, w, images) > _tolerance(eps) + 3 * error or follows is False:
+        return replace(found, doubt=_SEEN_THROUGH)
+    return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a product compares with differences along the same direction.
+
+    Attributes:
+        agrees: Whether they agree; None: it cannot be told.
+        follows: Whether the gradient is the loss's; None: it cannot be told.
+        cost: Gradients.
+    """
+
+    agrees: bool | None = None
+    follows: bool | None = None
+    cost: int = 0
+
+
+def _compared(evaluation: Evaluation, w: Tensor, image: Tensor | None, lengths: int, eps: float) -> Comparison:
+    """Compare a product with differences at shorter and shorter lengths, until they agree or two lengths show that they
+    do not; without a product the gradient's slope alone.
+    """
+    if evaluation.source is None or any(p.dtype == torch.bfloat16 for p in evaluation.params):
+        return Comparison()
+    seen: list[Difference] = []
+    agrees = follows = None
+    try:
+        for length in lengths_from(displacement(evaluation.params), lengths):
+            seen.append(difference(evaluation, w, length))
+            follows = _follows(evaluation, w, seen, eps)
+            if agrees is None and image is not None:
+                agrees = _agrees(evaluation, image, seen, eps)
+            enough = follows is not None if image is None else agrees is not None
+            if enough and not (len(seen) == 1 and _is_off(evaluation, w, seen, eps)):
+                break
+    except (RuntimeError, ValueError):
+        _raise_in_group()
+    return Comparison(agrees, follows, 2 * len(seen))
+
+
+def _raise_in_group() -> None:
+    """Raise the error being handled again if there are several processes, all of which would have to know of it.
+
+    One process goes on without differences: there may be no loss close by, as beyond a bound, or the parameters may be
+    too coarse, as in bfloat16.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise
+
+
+def _with_another(evaluation: Evaluation, seen: Comparison, graph: Graph) -> Comparison:
+    """Look at the slope along a random direction too, where there are Functions: a gradient of which parts are left out
+    follows the loss along itself.
+    """
+    if not graph.is_foreign or seen.follows is False or is_sharded(evaluation.params):
+        return seen
+    other = _compared(evaluation, _direction([_noise(evaluation, 3)]), None, _MANY, graph.eps)
+    follows = False if other.follows is False else seen.follows
+    return replace(seen, follows=follows, cost=seen.cost + other.cost)
+
+
+def _check_replays(evaluation: Evaluation) -> None:
+    """See that the closure computes the same gradient at the same point.
+
+    Raises:
+        RuntimeError: It does not.
+    """
+
+    def rerun() -> float:
+        evaluation.check_rerun()
+        return 0.0
+
+    _mean(evaluation, rerun)
+
+
+def _agrees(evaluation: Evaluation, image: Tensor, seen: Sequence[Difference], eps: float) -> bool | None:
+    """Whether a product agrees with the last difference; None: it cannot be told."""
+    params, last = evaluation.params, seen[-1]
+    there = _inside(evaluation, last.product)
+    rest = image - there
+    size = norm(there)
+    of = torch.finfo(there.dtype)
+    if size * last.length < of.tiny / of.eps:
+        return None  # the gradients have lost digits to underflow
+    apart = False
+    parts = [local_pieces(vector, params) for vector in (rest, there)]
+    distances = [norm(piece) for piece in parts[0]]
+    allowed = [eps**0.25 * norm(piece) + 10 * eps**0.5 * size for piece in parts[1]]
+    if all(distance <= most for distance, most in zip(distances, allowed, strict=True)):
+        return True
+    if len(seen) < 2:
+        return None
+    before = seen[-2]
+    ratio = before.length / last.length
+    # What two lengths leave open; and the jump of a kink at the point itself, without the smooth part of both.
+    moved = before.product - last.product
+    kink = (ratio * last.jump - before.jump) / (ratio - 1)
+    # A saturated softmax is rounded as if it were one.
+    grain = 1.0 if abs(evaluation.local_loss) < _SATURATED else 0.0
+    rounding = _CLEAR * eps * max(norm(evaluation.slope), grain) / last.length
+    for distance, most, change, jump in zip(
+        distances, allowed, local_pieces(moved, params), local_pieces(kink, params), strict=True
+    ):
+        clear = max(_CLEAR * norm(change), 2 * norm(moved), norm(jump), most, rounding)
+        apart = apart or distance > clear
+    return False if apart else None
+
+
+def _follows(evaluation: Evaluation, w: Tensor, seen: Sequence[Difference], eps: float) -> bool | None:
+    """Whether `g'w` is the loss's slope along `w`, as the last two differences show; None: it cannot be told."""
+    slope, expected = seen[-1].slope, dot(evaluation.slope, w)
+    open_, size = _open(evaluation, seen, eps), max(abs(slope), abs(expected))
+    if _is_off(evaluation, w, seen, eps):
+        return False if len(seen) > 1 else None
+    return True if open_ < 0.2 * size else None  # false where one is not finite
+
+
+def _is_off(evaluation: Evaluation, w: Tensor, seen: Sequence[Difference], eps: float) -> bool:
+    slope, expected = seen[-1].slope, dot(evaluation.slope, w)
+    size = max(abs(slope), abs(expected))
+    return abs(slope - expected) > float(eps**0.25 * size + _open(evaluation, seen, eps))
+
+
+def _open(evaluation: Evaluation, seen: Sequence[Difference], eps: float) -> float:
+    """Return the part of the loss's slope that rounding, truncation and kinks leave open."""
+    last = seen[-1]
+    # The logarithm of a saturated softmax is rounded as if it were one.
+    rounding = 20 * eps * max(abs(evaluation.local_loss), 1.0) / last.length
+    # Where the gradient has a kink, its values on both sides differ by as much however short the length is.
+    kink = 2 * last.length * norm(last.product)
+    return rounding + kink + 10 * abs(last.slope - seen[-2].slope) if len(seen) > 1 else rounding + kink
+
+
+def _length_chosen(
+    evaluation: Evaluation, product: Callable[[float], Tensor], given: float | None
+) -> tuple[float, float, int]:
+    """Return the length of differences at which two lengths agree best, their relative difference, and the cost.
+
+    Truncation falls as the length squared, and rounding grows as it gets shorter: the length is shortened until the
+    difference grows.
+
+    Args:
+        evaluation: Where.
+        product: Returns the product along a vector from its length.
+        given: A length that was chosen before; None: none was.
+    """
+    if given is not None:
+        return _best_of(evaluation, product, lengths_from(4 * given, 2))
+    usual = displacement(evaluation.params)
+    found = _best_of(evaluation, product, lengths_from(4 * usual, _MANY))
+    absolute = 4 * _eps(evaluation) ** 0.4
+    if found[1] <= _CLOSE or absolute <= 4 * usual:
+        return found
+    # The model may not mind how small its parameters are.
+    other = _best_of(evaluation, product, lengths_from(absolute, _MANY))
+    return (*min(found, other, key=lambda f: f[1])[:2], found[2] + other[2])
+
+
+def _best_of(
+    evaluation: Evaluation, product: Callable[[float], Tensor], lengths: Sequence[float]
+) -> tuple[float, float, int]:
+    smallest = _smallest(evaluation)
+    before = product(lengths[0])
+    best, error = lengths[0], math.inf
+    cost = 2
+    for length in lengths[1:]:
+        after = product(length)
+        cost += 2
+        # A difference of zero is below the rounding, unless all are.
+        if _mean(evaluation, lambda: norm(after)) * length <= smallest:  # noqa: B023
+            return lengths[0], _eps(evaluation) ** 0.5, cost  # zero, as far as gradients tell
+        gap = _mean(evaluation, lambda: _change(before, after))  # noqa: B023
+        if gap < error:
+            best, error = length, max(gap, _eps(evaluation) ** 0.5)
+        # Where there are kinks, the difference grows until none of them is in reach.
+        if error <= _eps(evaluation) ** 0.5 or error < min(gap, _CLOSE):
+            break
+        before = after
+    return best, error, cost
+
+
+def _smallest(evaluation: Evaluation) -> float:
+    """By how much a gradient differs at least, as far as rounding allows to tell."""
+    return evaluation.eps * max(norm(evaluation.slope), abs(evaluation.local_loss))
+
+
+def _two_products(evaluation: Evaluation, product: Product) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Unit vectors `u`, of the gradient, and `w`, of all that matters, and their images."""
+    u = _direction([_inside(evaluation, evaluation.slope), _noise(evaluation, 0)], first=True)
+    image = _inside(evaluation, product(u))
+    w = _direction([image, _noise(evaluation, 1), u])
+    return u, w, (image, _inside(evaluation, product(w)))
+
+
+def _direction(vectors: Sequence[Tensor], *, first: bool = False) -> Tensor:
+    """A unit vector: a combination of those that are not zero, or with `first` the first of them."""
+    units = [unit for unit in map(_unit, vectors) if unit is not None]
+    total = units[0]
+    # Unequal weights, for in one dimension equal ones may cancel.
+    for weight, unit in zip((0.7, 0.5), () if first else units[1:], strict=False):
+        total = torch.add(total, unit, alpha=weight)
+    return total / norm(total)
+
+
+def _unit(v: Tensor) -> Tensor | None:
+    # By the largest entry first, for the norm may be no number of the vector's dtype.
+    largest = float(v.abs().max()) if v.shape[0] else 0.0
+    if not 0.0 < largest < math.inf:
+        return None
+    scaled = v / largest
+    return scaled / norm(scaled)
+
+
+def _noise(evaluation: Evaluation, number: int) -> Tensor:
+    """A random vector `(n,)` whose entries are of the size of their parameter's."""
+    noise = _normals(evaluation.slope, number)
+    if not is_sharded(evaluation.params):
+        for piece, p in zip(local_pieces(noise, evaluation.params), evaluation.params, strict=True):
+            size = norm(p.detach().reshape(-1)) / math.sqrt(max(p.numel(), 1))
+            piece.mul_(size or 1.0)
+    return _inside(evaluation, noise)
+
+
+def _inside(evaluation: Evaluation, v: Tensor) -> Tensor:
+    """The vector `(n,)` with zeros beside the parameters that the losses count for."""
+    return v if evaluation.mask is None else evaluation.mask * v
+
+
+def _normals(like: Tensor, number: int) -> Tensor:
+    generator = torch.Generator().manual_seed(number)
+    noise = like.new_empty(like.shape[0], dtype=torch.float64, device="cpu").normal_(generator=generator)
+    return noise.to(like.dtype).to(like.device)
+
+
+def _gap(one: float, other: float, scale: float) -> float:
+    """By how much two numbers differ, relative to a bound on them."""
+    return abs(one - other) / scale if scale else 0.0
+
+
+def _change(before: Tensor, after: Tensor) -> float:
+    """By how much two vectors differ, relative to the second; none at all if both are zero."""
+    change, size = norm(before - after), norm(after)
+    return change / size if size else math.inf if change else 0.0
+
+
+def _asymmetry(u: Tensor, w: Tensor, images: tuple[Tensor, Tensor]) -> float:
+    """By how much `u'(A w)` and `w'(A u)` differ for unit vectors."""
+    return _gap(dot(w, images[0]), dot(u, images[1]), norm(images[0]) + norm(images[1]))
+
+
+def _tolerance(eps: float) -> float:
+    return min(_COARSEST, float(_TRANSPOSES * eps ** (2 / 3)))
+
+
+def _mean(evaluation: Evaluation, compute: Callable[[], float]) -> float:
+    """The mean over the processes of a number."""
+    if evaluation.source is None:
+        return compute()
+    like = evaluation.slope.new_empty(1) if not is_sharded(evaluation.params) else torch.empty(1, device="cpu")
+    mean: float = evaluation.source.mean(lambda: like.new_full((1,), compute()), like).item()
+    return mean
+
+
+def _are_finite(*tensors: Tensor) -> bool:
+    return all(math.isfinite(float(t.abs().max())) for t in tensors if t.numel())
+
+
+def _eps(evaluation: Evaluation) -> float:
+    return max(evaluation.eps, *(torch.finfo(p.dtype).eps for p in evaluation.params))
+
+
+def _graph_of(evaluation: Evaluation) -> Graph:
+    """Look through the graph that is kept, or through those of a run of the closure."""
+    eps = _eps(evaluation)
+    if is_sharded(evaluation.params):
+        return Graph((), False, False, eps)
+    found: list[Graph] = []
+    if evaluation.form == "cached":
+        loss, outputs = evaluation.graph
+        found.append(look_through(loss, [z.tensor for z in outputs], eps))
+    else:
+        source = source_of(evaluation)
+
+        def look(term: Term) -> None:
+            found.append(look_through(term.loss, term.tensors, eps))
+
+        # All processes hear of an error on one.
+        _mean(evaluation, lambda: float(source.visit(look, numbers=evaluation.output_sizes)))
+    functions = tuple(dict.fromkeys(name for graph in found for name in graph.functions))
+    hooked = any(graph.has_hooks for graph in found)
+    return Graph(functions, any(graph.heads for graph in found), hooked, max(graph.eps for graph in found))
+
+
+def _is_changed(evaluation: Evaluation) -> bool:
+    """Whether hooks of the closure, or of parameters, change the gradient here."""
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in evaluation.params if p._backward_hooks]
+    if evaluation.hooks_gradients or not hooks or is_sharded(evaluation.params):
+        return evaluation.hooks_gradients
+    if evaluation.source is None:
+        return True
+    try:
+        # Close by, for a hook leaves a gradient of zero as it is.
+        step = displacement(evaluation.params) * _direction([_noise(evaluation, 4)])
+        hooked = gradient_at(evaluation, step)[0]
+    except (RuntimeError, ValueError):
+        _raise_in_group()
+        step, hooked = torch.zeros_like(evaluation.slope), evaluation.slope
+    try:
+        for own, _ in hooks:
+            own.clear()
+        plain = gradient_at(evaluation, step)[0]
+    finally:
+        for own, before in hooks:
+            own.update(before)
+    return _change(hooked, plain) > float(_eps(evaluation) ** 0.5)
+
+
+_NO_GRADIENT = "The gradient is not finite here."
+_NOT_FINITE = "A second derivative is not finite where loss and gradient are, as that of a norm is not at zero."
+_NUMBERS = 'Write products="finite_difference", which has numbers there.'
+_WRONG = (
+    "The second derivative {}is not the derivative of the gradient, as a difference of gradients shows: an "
+    "autograd.Function that saves a detached derivative, or a formula of PyTorch that does not hold at this point."
+)
+_WRONG_JACOBIAN = (
+    "Products J v and J' u {}do not belong to one Jacobian: the backward pass of an autograd.Function, or a formula of "
+    "PyTorch, has no derivative at this point."
+)
+_NOT_THE_GRADIENT = (
+    "What backward computes is not the gradient of the loss{}: a hook, a straight-through estimator or a reversed "
+    "gradient changes it, so that it is no function's gradient. Leave that out, or put what it does into the loss."
+)
+_ASYMMETRIC = (
+    "The curvature's products and those of its transpose differ by {} of their size{}: by rounding, or by a wrong "
+    "formula."
+)
+_UNDECIDED = (
+    "The second derivative through {} could not be compared with differences of gradients, which are too rough here."
+)
+_ROUGH = "Finite differences at two lengths differ by {} of their size at best: kinks or rounding are in the way."
+_SEEN_THROUGH = (
+    "Finite differences see through what backward holds constant (detach, no_grad, rounding) or changes (hooks), so "
+    'that their products are not those of a symmetric matrix. Write products="cached" to have that held constant.'
+)

@@ -1,0 +1,579 @@
+"""Flat vectors of which each process holds a slice: a tensor that knows which operations have to communicate."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from newtonopt.vectors.subclasses import plain
+
+# Random numbers drawn at a time, a multiple of the 16 in which torch.randn fills a tensor.
+_DRAWN = 2**14
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which entries of a whole vector `(size,)` this process holds.
+
+    Attributes:
+        size: Of the whole vector.
+        spans: The entries held, as ascending ranges `[start, stop)`.
+        group: The processes among which the vector is shared out.
+    """
+
+    size: int
+    spans: tuple[tuple[int, int], ...]
+    group: dist.ProcessGroup
+
+
+class Sharded(Tensor):
+    """A vector `(n,)`, rows `(k, n)` or columns `(n, k)`, of which each process holds the entries of its layout.
+
+    Shapes are those of the whole. Products over `n`, norms and other reductions to a scalar are collective calls and
+    give plain tensors, the same on all processes; entry by entry operations stay local. An operation that is neither
+    raises NotImplementedError.
+
+    Args:
+        local: This process's part.
+        layout: Where it belongs.
+        axis: The dimension that is shared out, counted from the end: -1 or -2.
+    """
+
+    local: Tensor
+    placement: Layout
+    axis: int
+
+    @staticmethod
+    def __new__(cls, local: Tensor, layout: Layout, axis: int = -1) -> Sharded:
+        """Wraps `local`, which is not copied."""
+        shape = list(local.shape)
+        shape[axis] = layout.size
+        self: Sharded = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
+        self.local, self.placement, self.axis = local.detach(), layout, axis
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Applies the rule for `func`."""
+        name = func._schema.name.removeprefix("aten::")
+        rule = _RULES.get(name) or _RULES.get(name.removesuffix("_"))
+        if rule is None and torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
+            rule = _entry_by_entry
+        if rule is None:
+            raise _refusal(func, "it is not known how it would have to communicate")
+        return rule(func, args, kwargs or {})
+
+    def to_local(self) -> Tensor:
+        """This process's part."""
+        return self.local
+
+    def full_tensor(self) -> Tensor:
+        """The whole, on every process: a collective call, for what is known to be small."""
+        local = self.local.movedim(self.axis, 0)
+        whole = local.new_zeros(self.placement.size, *local.shape[1:])
+        done = 0
+        for start, stop in self.placement.spans:
+            whole[start:stop] = local[done : done + stop - start]
+            done += stop - start
+        return _summed(whole, self.placement).movedim(0, self.axis)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Sharded({tuple(self.shape)}, {self.dtype}, {self.device}, {self.local.shape[self.axis]} held here)"
+
+
+Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _refusal(func: Any, why: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{func} is not available for a vector that is shared out among processes: {why}. Compute on what each process "
+        "holds, to_local(), or gather a small vector with full_tensor()."
+    )
+
+
+def _local(x: Any) -> Any:
+    return x.local if isinstance(x, Sharded) else x
+
+
+def _summed(x: Tensor, layout: Layout, op: str = "SUM") -> Tensor:
+    x = x.contiguous()
+    if dist.get_world_size(layout.group) > 1:
+        dist.all_reduce(x, getattr(dist.ReduceOp, op), layout.group)
+    return x
+
+
+def _layout(func: Any, operands: Sequence[Any]) -> Layout:
+    first, *others = (x.placement for x in operands if isinstance(x, Sharded))
+    if any(other is not first and other != first for other in others):
+        raise _refusal(func, "the operands are shared out in different ways")
+    return first
+
+
+def _entry_by_entry(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    layout = _layout(func, args)
+    axes = {x.axis for x in args if isinstance(x, Sharded)}
+    axis = axes.pop()
+    for x in args:
+        whole = isinstance(x, Tensor) and not isinstance(x, Sharded) and x.dim() >= -axis and x.shape[axis] != 1
+        if axes or whole or "out" in kwargs:
+            raise _refusal(func, "the operands' entries are not on the same processes")
+    if func._schema.is_mutable and not isinstance(args[0], Sharded):
+        raise _refusal(func, "a whole tensor cannot take in a part")
+    result = func(*map(_local, args), **kwargs)
+    return args[0] if func._schema.is_mutable else Sharded(result, layout, axis)
+
+
+def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`a @ b`, or `base + a @ b`."""
+    layout = _layout(func, args)
+    *base, a, b = args
+    b_axis = b.axis if isinstance(b, Sharded) else 0
+    a_inner = isinstance(a, Sharded) and a.axis == -1
+    b_inner = b_axis == -min(b.dim(), 2)
+    if a_inner and b_inner and not base:
+        return _summed(func(a.local, b.local, **kwargs), layout)
+    a_outer = isinstance(a, Sharded) and not a_inner
+    b_outer = b_axis != 0 and not b_inner
+    axis = -1 if b_outer else -b.dim()
+    based = all(isinstance(x, Sharded) and x.axis == axis for x in base)
+    if a_inner or b_inner or a_outer == b_outer or not based:
+        raise _refusal(func, "its sum runs over entries of which one factor's are all here and the other's are not")
+    result = func(*map(_local, args), **kwargs)
+    return args[0] if func._schema.is_mutable else Sharded(result, layout, axis)
+
+
+def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name, those left out by default."""
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+    defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+    return {**defaults, **given, **kwargs}
+
+
+def _whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sharded, dict[str, Any]]:
+    """The operand and the other arguments of a reduction of all its entries to one number."""
+    given = _bound(func, args, kwargs)
+    x, dim = args[0], given.get("dim")
+    dims = {d % x.dim() for d in ([dim] if isinstance(dim, int) else dim or range(x.dim()))}
+    if given.get("keepdim") or len(dims) < x.dim() or "other" in given:
+        raise _refusal(func, "only the reduction of all entries to one number is")
+    return x, given
+
+
+def _norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x, given = _whole(func, args, kwargs)
+    if given["ord"] != 2:
+        raise _refusal(func, "only the Euclidean norm is")
+    # The square of a float32 overflows where the norm does not.
+    wide = torch.float64 if x.device.type != "mps" else x.dtype
+    square = torch.linalg.vector_norm(x.local).to(wide).square()
+    return _summed(square, x.placement).sqrt().to(given["dtype"] or x.dtype)
+
+
+def _sum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x, given = _whole(func, args, kwargs)
+    return _summed(x.local.sum(dtype=given["dtype"]), x.placement)
+
+
+def _extremum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x, _ = _whole(func, args, kwargs)
+    largest = "max" in func._schema.name
+    # A process may hold no entry.
+    bound = torch.full((1,), -math.inf if largest else math.inf, dtype=x.dtype, device=x.device)
+    entries = x.local if x.local.numel() else bound
+    value = entries.max() if largest else entries.min()
+    # The reduction among processes may lose what is not a number.
+    lost = _summed(value.isnan().to(torch.uint8), x.placement, "MAX")
+    value = _summed(value, x.placement, "MAX" if largest else "MIN")
+    return torch.where(lost.bool(), math.nan, value)
+
+
+def _truth(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x, _ = _whole(func, args, kwargs)
+    op = "MAX" if func._schema.name == "aten::any" else "MIN"
+    return _summed(func(x.local).to(torch.uint8), x.placement, op).bool()
+
+
+def _equal(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return bool((args[0] == args[1]).all())
+
+
+def _joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sharded:
+    """`cat` and `stack`."""
+    parts, layout = args[0], _layout(func, args[0])
+    axes = {x.axis if isinstance(x, Sharded) else 0 for x in parts}
+    if len(axes) > 1:
+        raise _refusal(func, "the operands' entries are not on the same processes")
+    result = func([x.local for x in parts], *args[1:], **kwargs)
+    return _placed(func, args, kwargs, parts[0], [result], layout)[0]
+
+
+def _viewed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Views and selections along the other dimension."""
+    x = args[0]
+    result = func(x.local, *args[1:], **kwargs)
+    several = isinstance(result, (list, tuple))
+    placed = _placed(func, args, kwargs, x, result if several else [result], x.placement)
+    return placed if several else placed[0]
+
+
+def _placed(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Sharded, results: Sequence[Tensor], layout: Layout
+) -> list[Sharded]:
+    name, before, place = func._schema.name.removeprefix("aten::"), x.dim(), x.dim() + x.axis
+    after = results[0].dim() if results else before - 1
+    if name in ("t", "transpose"):
+        place = before - 1 - place
+    elif name == "permute":
+        place = [dim % before for dim in args[1]].index(place)
+    else:
+        given = _bound(func, args, kwargs)
+        dim = int(given["dim"]) % max(before, after)
+        if dim == place and after <= before and not (name == "slice" and _is_everything(given, x.shape[place])):
+            raise _refusal(func, "it selects or joins entries that other processes hold")
+        place += (dim <= place) * (after - before)
+    return [Sharded(y, layout, place - after) for y in results]
+
+
+def _is_everything(given: dict[str, Any], length: int) -> bool:
+    """Whether a slice is `[:]`, which older versions of torch call for in `columns[:, index]`."""
+    return not given["start"] and given["step"] == 1 and (given["end"] is None or given["end"] >= length)
+
+
+def _expand(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sharded:
+    x, sizes = args[0], list(args[1])
+    sizes[x.axis] = x.local.shape[x.axis]
+    return Sharded(func(x.local, sizes, **kwargs), x.placement, x.axis)
+
+
+def _index(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sharded:
+    x, indices = args
+    given = [(i, index) for i, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or given[0][0] == x.dim() + x.axis or given[0][1].dim() != 1 or given[0][1].dtype == torch.bool:
+        raise _refusal(func, "it selects entries that other processes hold")
+    return Sharded(func(x.local, indices), x.placement, x.axis)
+
+
+def _new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sharded:
+    """`x.new_zeros(n)` and `x.new_zeros(k, n)` are shared out as `x` is."""
+    x, size, *rest = args
+    if not size or size[-1] != x.placement.size:
+        raise _refusal(func, f"new ones have {x.placement.size} entries or rows of as many, not {tuple(size)}")
+    return Sharded(func(x.local, [*size[:-1], x.local.shape[x.axis]], *rest, **kwargs), x.placement)
+
+
+def _normal(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sharded:
+    """The numbers that a whole contiguous tensor on one process would get, drawn piece by piece on every process."""
+    x: Sharded = args[0]
+    moments = args[1:]
+    if x.axis != -x.dim() or not x.local.is_contiguous():
+        raise _refusal(func, "only vectors and contiguous columns can be filled")
+    width = x.numel() // x.placement.size
+    mine = x.local.view(-1)
+    wanted = [(start * width, stop * width) for start, stop in x.placement.spans]
+    at, done, end = 0, 0, x.numel()
+    while at < end:
+        # Fewer than 16 numbers at the end would be drawn in another way.
+        to = end if end - at - _DRAWN < 16 else at + _DRAWN
+        drawn = func(mine.new_empty(to - at), *moments, **kwargs)
+        for start, stop in wanted:
+            low, high = max(start, at), min(stop, to)
+            if low < high:
+                mine[done : done + high - low] = drawn[low - at : high - at]
+                done += high - low
+        at = to
+    return x
+
+
+def _qr(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sharded, Tensor]:
+    """Of columns, by factors of the parts and a factor of those, which is as stable as that of the whole (Demmel,
+    Grigori, Hoemmen & Langou 2012).
+    """
+    x = args[0]
+    if x.axis != -2 or _bound(func, args, kwargs)["mode"] != "reduced":
+        raise _refusal(func, "only the reduced factorisation of columns is")
+    q, r = torch.linalg.qr(x.local)
+    rank, count = dist.get_rank(x.placement.group), dist.get_world_size(x.placement.group)
+    k, height = x.shape[1], r.shape[0]
+    factors = r.new_zeros(count, k, k)
+    factors[rank, :height] = r
+    turn, triangle = torch.linalg.qr(_summed(factors, x.placement).reshape(count * k, k))
+    return Sharded(q @ turn[rank * k : rank * k + height], x.placement, -2), triangle
+
+
+def _svd(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sharded, Tensor, Tensor]:
+    x, given = args[0], _bound(func, args, kwargs)
+    if x.axis != -2 or given["full_matrices"] or not given["compute_uv"]:
+        raise _refusal(func, "only the reduced decomposition of columns is")
+    q, r = torch.linalg.qr(x)
+    u, values, v = torch.linalg.svd(r, full_matrices=False)
+    return Sharded(q.local @ u, x.placement, -2), values, v
+
+
+def _solve_triangular(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sharded:
+    triangle, x = args
+    if isinstance(triangle, Sharded) or x.axis != (-1 if kwargs.get("left", True) else -2):
+        raise _refusal(func, "only the right-hand sides may be shared out")
+    return Sharded(func(triangle, x.local, **kwargs), x.placement, x.axis)
+
+
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("alias", "clone", "copy", "_to_copy", "detach", "zero", "fill", "lerp"), _entry_by_entry),
+    **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like"), _entry_by_entry),
+    **dict.fromkeys(("mm", "mv", "dot", "addmm", "addmv"), _product),
+    **dict.fromkeys(("max", "min", "amax", "amin"), _extremum),
+    **dict.fromkeys(("all", "any"), _truth),
+    **dict.fromkeys(("stack", "cat"), _joined),
+    **dict.fromkeys(("t", "transpose", "permute", "unsqueeze", "select", "slice", "unbind"), _viewed),
+    **dict.fromkeys(("new_empty", "new_zeros", "new_ones", "new_full"), _new),
+    "equal": _equal,
+    "expand": _expand,
+    "index": _index,
+    "linalg_vector_norm": _norm,
+    "sum": _sum,
+    "normal_": _normal,
+    "linalg_qr": _qr,
+    "_linalg_svd": _svd,
+    "linalg_solve_triangular": _solve_triangular,
+}
+
+
+# Parameters of which each process holds a shard: those of `torch.distributed.fsdp.fully_shard`.
+
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def is_sharded(params: Sequence[Tensor]) -> bool:
+    """Whether these are parameters of `fully_shard`."""
+    kind = _dtensor()
+    return kind is not None and bool(params) and isinstance(params[0], kind)
+
+
+def local_part(t: Tensor) -> Tensor:
+    """This process's shard of a DTensor, as an alias outside of autograd; any other tensor itself."""
+    kind = _dtensor()
+    if kind is None or not isinstance(t, kind):
+        return plain(t)
+    with torch.no_grad():
+        part: Tensor = t.to_local()
+    return part
+
+
+def check_sharding(params: Sequence[Tensor]) -> None:
+    """Refuse parameters that are shared out among processes in a way that is not supported.
+
+    Raises:
+        ValueError: Parameters of DeepSpeed, FullyShardedDataParallel or tensor parallelism, or only some of
+            `fully_shard`.
+    """
+    for p in params:
+        if getattr(p, "ds_id", None) is not None:
+            raise ValueError(
+                "params must be plain or sharded by fully_shard, got one partitioned by DeepSpeed, whose engine runs "
+                "backward and steps itself. Shard the model with torch.distributed.fsdp.fully_shard instead."
+            )
+        if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
+            raise ValueError(
+                "params must be plain or sharded by fully_shard, got one of FullyShardedDataParallel (FSDP1), which "
+                "shows no shards of single parameters. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) "
+                "instead."
+            )
+    kind = _dtensor()
+    if kind is None:
+        return
+    sharded: list[Any] = [p for p in params if isinstance(p, kind)]
+    if sharded and len(sharded) < len(params):
+        raise ValueError(
+            f"params must be all sharded or all plain, got {len(sharded)} sharded and {len(params) - len(sharded)} "
+            "plain ones. Call fully_shard on the whole model too, which shards what is left, without ignored_params."
+        )
+    for p in sharded:
+        names = [type(placement).__name__ for placement in p.placements]
+        if names != ["Shard"] or p.placements[0].dim != 0 or p.device_mesh.size() != dist.get_world_size():
+            raise ValueError(
+                "params must be sharded by fully_shard in dimension 0 over all processes (a mesh of one dimension), "
+                "without tensor parallelism or replication, got one of shape "
+                f"{tuple(p.shape)} placed as {p.placements} on {p.device_mesh}."
+            )
+
+
+def layout_of(params: Sequence[Tensor]) -> Layout:
+    """Where this process's shards belong in the flat vector of all parameters."""
+    shards: list[Any] = list(params)
+    mesh = shards[0].device_mesh
+    return _layout_from(tuple(tuple(p.shape) for p in shards), mesh.get_group(), mesh.get_local_rank(), mesh.size())
+
+
+@functools.lru_cache(maxsize=16)
+def _layout_from(shapes: tuple[tuple[int, ...], ...], group: dist.ProcessGroup, rank: int, count: int) -> Layout:
+    spans, offset = [], 0
+    for rows, *rest in shapes:
+        row = torch.Size(rest).numel()
+        # As torch.chunk does it.
+        height = -(-rows // count)
+        start, stop = (min(r * height, rows) for r in (rank, rank + 1))
+        spans.append((offset + start * row, offset + stop * row))
+        offset += rows * row
+    return Layout(offset, tuple(spans), group)
+
+
+def as_parameters(parts: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """What this process holds of tensors as DTensors, placed as `like` in the first dimension.
+
+    Args:
+        parts: Each of the shape of the local part of its parameter, or with one dimension more.
+        like: The parameters.
+    """
+    return [_as_dtensor(part, p) for part, p in zip(parts, like, strict=True)]
+
+
+def _as_dtensor(part: Tensor, like: Any) -> Tensor:
+    shape = torch.Size([*like.shape, *part.shape[like.dim() :]])
+    stride = torch.empty(shape, device="meta").stride()
+    made: Tensor = type(like.data).from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+    )
+    return made
+
+
+def taken_back(t: Tensor, like: Any) -> Tensor:
+    """What this process holds of a tensor that is a DTensor or whole, placed as the parameter `like`."""
+    kind = _dtensor()
+    given: Any = t
+    if kind is not None and isinstance(t, kind):
+        if not isinstance(like, kind):
+            whole: Tensor = given.full_tensor()
+            return whole
+        if given.device_mesh == like.device_mesh and given.placements == like.placements:
+            return local_part(t)
+        given = given.full_tensor()
+    if not isinstance(like, kind or ()):
+        return t
+    rows, rank, count = like.shape[0], like.device_mesh.get_local_rank(), like.device_mesh.size()
+    height = -(-rows // count)
+    part: Tensor = given[min(rank * height, rows) : min((rank + 1) * height, rows)]
+    return part
+
+
+def pulled(
+    of: Tensor | Sequence[Tensor], params: Sequence[Tensor], along: Sequence[Tensor] | None, *, keep: bool
+) -> Gradients:
+    """`along' d of / d params`, averaged over the processes: by a backward, whose hooks gather and scatter.
+
+    Raises:
+        RuntimeError: No gradient arrived.
+    """
+    before = [p.grad for p in params]
+    for p in params:
+        p.grad = None
+    try:
+        torch.autograd.backward(of, along, retain_graph=keep)
+        gradients = tuple(p.grad for p in params)
+    finally:
+        for p, gradient in zip(params, before, strict=True):
+            p.grad = gradient
+    if all(g is None for g in gradients):
+        raise RuntimeError(
+            "No gradient arrived at the sharded parameters: the loss does not depend on them, or gradients are held "
+            "back by set_requires_gradient_sync(False), or the loss is computed inside a module of which no part but "
+            "the whole was given to fully_shard. Leave gradients synchronised, and compute the loss outside."
+        )
+    return gradients
+
+
+def accumulate(gradients: Gradients, params: Sequence[Tensor]) -> None:
+    """Add gradients to `.grad`, as `backward` does it."""
+    for p, gradient in zip(params, gradients, strict=True):
+        if gradient is not None:
+            p.grad = gradient if p.grad is None else p.grad + gradient
+
+
+@contextmanager
+def resharded(params: Sequence[Tensor], *, trace: bool) -> Iterator[None]:
+    """Run a closure on sharded parameters, and let go what was gathered for it.
+
+    A module keeps what it gathered in a forward pass for a backward. Without one the next forward pass would take it
+    for the parameters, which have moved.
+
+    Args:
+        params: The parameters.
+        trace: Whether other parameters of the same modules keep the gradients that they are given.
+
+    Raises:
+        RuntimeError: The modules compute in bfloat16 or float16.
+    """
+    if not is_sharded(params):
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    ours = {id(p) for p in params}
+    gradients: dict[int, tuple[Tensor, Tensor | None]] = {}
+    met: dict[int, Any] = {}
+
+    def before(module: nn.Module, _: Any) -> None:
+        if not isinstance(module, FSDPModule) or id(module) in met:
+            return
+        _check_precision(module)
+        met.update((id(part), part) for part in module.modules() if isinstance(part, FSDPModule))
+        # Unseen by the tap, which looks after what the closure does with gradients.
+        with torch._C.DisableTorchFunction():
+            for p in module.parameters() if not trace else ():
+                if id(p) not in ours and id(p) not in gradients:
+                    gradients[id(p)] = p, p.grad
+                    p.grad = None
+
+    handle = register_module_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for module in met.values():
+            module.reshard()
+        with torch._C.DisableTorchFunction():
+            for p, gradient in gradients.values():
+                p.grad = gradient
+
+
+def _check_precision(module: Any) -> None:
+    policy = getattr(module._get_fsdp_state(), "_mp_policy", None)
+    dtype = getattr(policy, "param_dtype", None)
+    if dtype in (torch.bfloat16, torch.float16):
+        raise RuntimeError(
+            f"fully_shard gathers the parameters as {dtype}, which is too coarse for the finite differences by which "
+            "products with sharded parameters are formed: give it no mp_policy with a param_dtype below float32."
+        )
+
+
+def supported(products: str) -> Literal["finite_difference"]:
+    """How products with sharded parameters are formed: hooks that gather and scatter have no derivative.
+
+    Raises:
+        ValueError: Another way was asked for.
+    """
+    if products not in ("auto", "finite_difference"):
+        raise ValueError(
+            "products must be 'auto' or 'finite_difference' for modules sharded by fully_shard, which cannot be "
+            f"differentiated twice, got {products!r}."
+        )
+    return "finite_difference"
+
+
+def _dtensor() -> Any:
+    # Importing it takes a while, and nobody can have one before it is imported.
+    module = sys.modules.get("torch.distributed.tensor")
+    return getattr(module, "DTensor", None)

@@ -1,0 +1,391 @@
+"""Imports point one way, and docstrings say what signatures say."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Packages from the ground up: each may import those before it. "newtonopt" stands for its public names.
+LAYERS = (
+    "checks",
+    "progress",
+    "vectors",
+    "autodiff",
+    "closure",
+    "operators",
+    "solvers",
+    "optimizers",
+    "curvature",
+    "newtonopt",
+    "callbacks",
+)
+# Beyond the order: solvers know nothing but `A @ v`, and optimizers and measurements nothing of each other.
+KNOWS_ONLY = {
+    "checks": set(),
+    "progress": set(),
+    "solvers": {"vectors"},
+    "callbacks": {*LAYERS} - {"solvers", "callbacks"},
+    "curvature": {*LAYERS[: LAYERS.index("solvers") + 1]},
+}
+MAY_IMPORT = {package: KNOWS_ONLY.get(package, {*LAYERS[:number]}) for number, package in enumerate(LAYERS)}
+PURE = {"newtonopt.optimizers.rules"}
+CALLBACKS_ONLY = {"lightning", "lightning_utilities", "tensorboard"}
+# What may import matplotlib, and only when a figure is asked for.
+DRAWERS = {f"newtonopt.curvature.{name}" for name in ("figures", "density", "slices")}
+
+FILES = sorted([*(ROOT / "newtonopt").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")])
+PROGRAMS = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+PUBLIC = ["newtonopt", "newtonopt.optimizers", "newtonopt.curvature", "newtonopt.callbacks"]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def module_of(path: Path) -> str:
+    """The dotted name under which a file installs."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    parts = ["newtonopt", *parts] if parts[0] == "callbacks" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path) for path in FILES}
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
+
+
+def imports_of(source: str, module: str, is_package: bool) -> Iterator[str]:
+    """Dotted names of all modules that a source imports, wherever the statement stands."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")
+                kept = parents[: len(parents) - node.level + is_package]
+                base = ".".join([*kept, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield full if full in MODULES else base
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    room = room_of(module)
+    found = []
+    for imported in imports_of(source, module, is_package):
+        top = imported.split(".")[0]
+        if top == "newtonopt":
+            target = room_of(imported)
+            if module in PURE or (target != room and target not in MAY_IMPORT[room]):
+                found.append(f"{module} imports {imported}")
+            continue
+        allowed = {"torch"} if room == "solvers" or module in PURE else {"torch", "numpy"}
+        if room == "callbacks":
+            allowed |= CALLBACKS_ONLY
+        if module in DRAWERS:
+            allowed = {*allowed, "matplotlib"}
+        if top not in allowed and top not in sys.stdlib_module_names:
+            found.append(f"{module} imports {imported}")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_one_way(path: Path) -> None:
+    module = module_of(path)
+    assert room_of(module) in MAY_IMPORT, f"{name_of(path)} is a new room: say in MAY_IMPORT what it may import"
+    assert not violations(path.read_text(), module, path.name == "__init__.py")
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("newtonopt.closure.objective", "from newtonopt.operators.matrices import hessian"),
+        ("newtonopt.closure.objective", "from ..operators.matrices import hessian"),
+        ("newtonopt.closure.objective", "from .. import operators"),
+        ("newtonopt.operators.matrices", "import newtonopt.optimizers.newton"),
+        ("newtonopt.curvature.density", "from newtonopt.optimizers import HessianFree"),
+        ("newtonopt.curvature.density", "from newtonopt import hessian"),
+        ("newtonopt.optimizers.newton", "def f():\n    from newtonopt.curvature import trace"),
+        ("newtonopt.optimizers.newton", "from ..callbacks import StepMonitor"),
+        ("newtonopt.optimizers.newton", "import lightning"),
+        ("newtonopt.solvers.cg", "from newtonopt.operators.matrices import LinearOperator"),
+        ("newtonopt.solvers.cg", "import numpy as np"),
+        ("newtonopt.optimizers.rules", "from newtonopt.solvers import secular"),
+        ("newtonopt.curvature.density", "import scipy.linalg"),
+        ("newtonopt.callbacks.logs", "import matplotlib"),
+        ("newtonopt.callbacks.logs", "from newtonopt.solvers.cg import conjugate_gradients"),
+    ],
+)
+def test_import_against_the_direction_is_seen(module: str, source: str) -> None:
+    assert len(violations(source, module)) == 1
+
+
+UNDONE = ("newtonopt.curvature", "newtonopt.callbacks")
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A circle of modules that import one another, the first one again at its end; empty if there is none."""
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for imported in sorted(graph[module]):
+            if found := walk(imported, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := walk(module, []))), [])
+
+
+def graph_of_modules() -> dict[str, set[str]]:
+    """What each file imports of ours, packages' own files left out, for they give names that are defined elsewhere."""
+    files = {module_of(path): path for path in FILES if path.name != "__init__.py"}
+    return {
+        module: {imported for imported in imports_of(path.read_text(), module, False) if imported in files}
+        for module, path in files.items()
+    }
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    modules = graph_of_modules()
+    assert (
+        circle(
+            {m: found for m, found in modules.items() if not m.startswith(UNDONE)}
+            | {m: set() for m in modules if m.startswith(UNDONE)}
+        )
+        == []
+    )
+
+
+def test_a_circle_is_seen() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_module_is_hidden_by_a_function_of_its_name() -> None:
+    for package in sorted({m.rpartition(".")[0] for m in MODULES if "." in m and not m.startswith(UNDONE)}):
+        names = vars(importlib.import_module(package))
+        for module in MODULES:
+            parent, _, name = module.rpartition(".")
+            if parent == package and name in names:
+                assert inspect.ismodule(names[name]), f"{module} is hidden by {names[name]!r}"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.name == "__init__.py" and not module_of(p).startswith(UNDONE)], ids=name_of
+)
+def test_a_package_opens_with_a_map_that_names_its_files(path: Path) -> None:
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    inside = [other.stem for other in path.parent.glob("*.py") if other.name != "__init__.py"]
+    inside += [other.parent.name for other in path.parent.glob("*/__init__.py")]
+    assert [name for name in inside if not re.search(rf"\b{name}\b", text)] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("newtonopt.optimizers.newton", "from newtonopt.optimizers import rules"),
+        ("newtonopt.optimizers.newton", "from . import report"),
+        ("newtonopt.solvers.cg", "import math, torch\nfrom .solution import Solution"),
+        ("newtonopt.callbacks.logs", "from newtonopt import hessian\nfrom lightning.pytorch import Trainer"),
+    ],
+)
+def test_import_along_the_direction_passes(module: str, source: str) -> None:
+    assert violations(source, module) == []
+
+
+def test_package_imports_without_lightning_and_matplotlib() -> None:
+    program = (
+        "import sys\n"
+        "for name in ('lightning', 'pytorch_lightning', 'lightning_utilities', 'tensorboard', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "import newtonopt\n"
+        "assert newtonopt.optimizers.HessianFree and newtonopt.curvature.extreme_eigenvalues\n"
+        "assert 'newtonopt.callbacks' not in sys.modules\n"
+        "assert not hasattr(newtonopt, 'callbacks')\n"
+        "for statement in ('newtonopt.callbacks', 'from newtonopt.callbacks import StepMonitor'):\n"
+        "    try:\n"
+        "        exec(statement)\n"
+        "    except (AttributeError, ImportError) as error:\n"
+        "        assert 'lightning is not installed: pip install lightning tensorboard' in str(error), error\n"
+        "    else:\n"
+        "        raise AssertionError(statement)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_callbacks_are_an_attribute_that_is_imported_when_asked_for() -> None:
+    package = importlib.import_module("newtonopt")
+    assert package.__getattr__("callbacks") is importlib.import_module("newtonopt.callbacks")
+    with pytest.raises(AttributeError, match="module 'newtonopt' has no attribute 'callback'"):
+        _ = package.callback
+
+
+def public_names() -> list[str]:
+    """Every name in an `__all__`, read from the source so that collecting the tests needs no Lightning."""
+    found = []
+    for module in PUBLIC:
+        path = ROOT / "callbacks" if module.endswith("callbacks") else ROOT.joinpath(*module.split("."))
+        for node in ast.parse((path / "__init__.py").read_text()).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                found += [f"{module}.{name}" for name in ast.literal_eval(node.value)]
+    return found
+
+
+def documented(thing: Any) -> dict[str, str]:
+    """The entries of the Args section, and for a data class of Attributes, as `{name: text}`."""
+    sections = ("Args", "Attributes") if dataclasses.is_dataclass(thing) else ("Args",)
+    entries: dict[str, list[str]] = {}
+    section = ""
+    for line in inspect.cleandoc(thing.__doc__ or "").splitlines():
+        if line and not line.startswith(" "):
+            section = line[:-1] if re.fullmatch(r"\w+:", line) else ""
+        elif section in sections:
+            start = re.match(r" {4}\*{0,2}(\w+)(?: \([^)]*\))?: (.*)", line)
+            if start:
+                entries[start[1]] = [start[2]]
+            elif line.strip() and entries:
+                entries[list(entries)[-1]].append(line.strip())
+    return {name: " ".join(lines) for name, lines in entries.items()}
+
+
+def named_default(text: str) -> str | None:
+    """The default that a description names, as written: `Default 3/2`, `Default 1e-16: why`, `"auto" (default)`."""
+    match = re.search(r"\bDefault (\S+?)[.,:;]*(?=\s|$)", text) or re.search(r'("[^"]*"|[\w./+-]+) \(default\b', text)
+    return match[1] if match else None
+
+
+def value_of(written: str) -> Any:
+    if written in ("None", "True", "False") or written[0] in "\"'":
+        return ast.literal_eval(written)
+    return {"zero": 0, "one": 1, "inf": math.inf}.get(written) if written.isalpha() else float(Fraction(written))
+
+
+def disagreements(thing: Callable[..., Any]) -> list[str]:
+    """Where docstring and signature part ways."""
+    entries = documented(thing)
+    parameters = {n: p for n, p in inspect.signature(thing).parameters.items() if n not in ("self", "cls")}
+    found = [f"{name} is not documented" for name in parameters if name not in entries]
+    fields = dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ()
+    known = {*parameters, *(field.name for field in fields)}
+    found += [f"{name} is documented and does not exist" for name in entries if name not in known]
+    for name, text in entries.items():
+        written = named_default(text)
+        if written is None:
+            if re.search(r"\bdefault(?!ed)", text.replace("source of the default", ""), re.IGNORECASE):
+                found.append(f"{name}: the default is not written as 'Default X' or 'X (default)'")
+        elif name in parameters and parameters[name].default != value_of(written):
+            found.append(f"{name}: the docstring says {written}, the signature {parameters[name].default!r}")
+    return found
+
+
+@pytest.mark.parametrize("qualified", public_names())
+def test_docstring_agrees_with_the_signature(qualified: str) -> None:
+    module, _, name = qualified.rpartition(".")
+    thing = getattr(importlib.import_module(module), name)
+    assert (thing.__doc__ or "").strip(), f"{name} has no docstring"
+    assert not (dataclasses.is_dataclass(thing) and thing.__doc__.startswith(f"{name}(")), "dataclass wrote its own"
+    assert disagreements(thing) == []
+    for method_name, method in vars(thing).items() if inspect.isclass(thing) else ():
+        if inspect.isfunction(method) and documented(method):
+            assert disagreements(method) == [], method_name
+
+
+def test_docstrings_do_name_defaults() -> None:
+    """Guards the parser: were it blind, the comparison above would pass."""
+    optimizer = importlib.import_module("newtonopt").HessianFree
+    named = {name: named_default(text) for name, text in documented(optimizer).items()}
+    assert sum(default is not None for default in named.values()) >= 10
+    assert named["damping_factor"] == "3/2"
+    assert named["products"] == '"auto"'
+
+
+@pytest.mark.parametrize(
+    ("text", "default", "agrees"),
+    [
+        ("Scales. Default 1: the whole step.", 1.0, True),
+        ("Scales. Default 2: the whole step.", 1.0, False),
+        ("Of the rule. Default 3/2 (Martens 2010).", 1.5, True),
+        ("Stop. Default 5e-3, see\n            elsewhere.", 5e-3, True),
+        ("Stop. Default 5e-4, see elsewhere.", 5e-3, False),
+        ("Radius. Default 0.05.", 0.05, True),
+        ('How, "auto" (default) or "cached".', "auto", True),
+        ('How, "cached" or\n            "auto" (default; as in the paper).', "cached", False),
+        ("Which; None (default): none.", None, True),
+        ("Which; None (default): none.", 3, False),
+        ("Which, by default three.", 3, False),
+        ("Which. Default 3.", inspect.Parameter.empty, False),
+    ],
+)
+def test_comparison_of_defaults(text: str, default: object, agrees: bool) -> None:
+    def function(argument: object) -> None: ...
+
+    function.__doc__ = f"Do it.\n\n        Args:\n            argument: {text}\n\n        Returns:\n            It."
+    parameter = inspect.Parameter("argument", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
+    function.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
+    assert (disagreements(function) == []) is agrees
+    function.__signature__ = inspect.Signature([parameter.replace(name="other")])  # type: ignore[attr-defined]
+    assert "other is not documented" in disagreements(function)
+    assert "argument is documented and does not exist" in disagreements(function)
+
+
+def refusals(source: str) -> Iterator[str]:
+    """Messages of the TypeErrors and ValueErrors that a source raises, with `{}` for each value that is shown."""
+    for node in ast.walk(ast.parse(source)):
+        call = node.exc if isinstance(node, ast.Raise) else None
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("TypeError", "ValueError") and call.args:
+            parts = call.args[0].values if isinstance(call.args[0], ast.JoinedStr) else call.args[:1]
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
+
+
+def is_in_the_dialect(message: str) -> bool:
+    """Whether it is `{name} must be {range}, got {value}.`, then perhaps a sentence that says what to write."""
+    if message.startswith("This state "):  # of a checkpoint, and no argument
+        return message.endswith(".")
+    ends, remedy_inside = re.search(r"\.( ?\{\})*$", message), re.search(r"[:;] (choose|give|take|write)\b", message)
+    return bool(ends and not remedy_inside and re.search(r"(?s) (must|takes no) .*\bgot ", message))
+
+
+@pytest.mark.parametrize("path", [*FILES, *PROGRAMS], ids=name_of)
+def test_errors_about_arguments_speak_one_dialect(path: Path) -> None:
+    assert [message for message in refusals(path.read_text()) if not is_in_the_dialect(message)] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        ('f"step must be a name, got {step!r}."', True),
+        ('f"step must be a name, got {step!r}. Write one."', True),
+        ('f"step must be a name, got {step!r}.{remedy}"', True),
+        ('f"step must be a name, got {step!r}"', False),
+        ('f"step must be a name, got {step!r}: give one."', False),
+        ('f"step is {step!r}: give a name."', False),
+        ('f"step is a {type(step).__name__}: give a name."', False),
+        ('"step has no name."', False),
+    ],
+)
+def test_another_dialect_is_heard(error: str, passes: bool) -> None:
+    (message,) = refusals(f"def f(step, remedy):\n    raise ValueError({error})")
+    assert is_in_the_dialect(message) is passes

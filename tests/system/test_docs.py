@@ -1,0 +1,105 @@
+"""Pages name things that exist, their programs run, and each optimizer has one."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import newtonopt
+from newtonopt.callbacks import CurvatureMonitor
+from newtonopt.optimizers.newton import NewtonOptimizer
+
+ROOT = Path(__file__).parents[2]
+SETUPS = (ROOT / "docs" / "setups.md").read_text()
+ROWS = [line for line in SETUPS.split("## Three ways")[0].splitlines() if re.match(r"\| (?!set-up)", line)]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+MEMBERS = {
+    "hessian_free": newtonopt.HessianFree,
+    "damped_newton": newtonopt.DampedNewton,
+    "newton_cg": newtonopt.NewtonCG,
+    "trust_region_newton": newtonopt.TrustRegionNewton,
+    "cubic_newton": newtonopt.CubicNewton,
+}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip()[:40])
+def test_each_set_up_is_held_up_by_a_test(row: str) -> None:
+    named = re.findall(r"`((?:\w+/)?test_\w+\.py)::(test_\w+)`", row.split("|")[-2])
+    assert named, "the row names no test"
+    for file, name in named:
+        functions = [
+            n.name for n in ast.parse((ROOT / "tests" / file).read_text()).body if isinstance(n, ast.FunctionDef)
+        ]
+        assert name in functions, f"{file} has no {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" not in target:
+            file, _, heading = target.partition("#")
+            there = page.parent / file if file else page
+            assert there.exists(), target
+            assert not heading or heading in _headings(there), target
+
+
+def _headings(page: Path) -> set[str]:
+    return {
+        re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    }
+
+
+def test_every_optimizer_has_a_page_linked_from_the_choice_table() -> None:
+    things = [getattr(newtonopt, name) for name in newtonopt.__all__]
+    assert set(MEMBERS.values()) == {t for t in things if isinstance(t, type) and issubclass(t, NewtonOptimizer)}
+    choice = (ROOT / "README.md").read_text().split("## Which optimizer")[1].split("What a step costs")[0]
+    for name, member in MEMBERS.items():
+        assert f"| [`{member.__name__}`](docs/optimizers/{name}.md) |" in choice
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_page_names_every_setting_with_its_default(name: str) -> None:
+    text = (ROOT / "docs" / "optimizers" / f"{name}.md").read_text()
+    shared = (ROOT / "docs" / "README.md").read_text()
+    settings = {p.name: p.default for p in inspect.signature(MEMBERS[name]).parameters.values()}
+    del settings["params"]
+    assert [setting for setting in settings if f"`{setting}`" not in text] == []
+    defaults = _defaults(shared) | _defaults(text)
+    assert {setting: defaults[setting] for setting in settings} == settings
+
+
+def test_the_monitors_table_names_every_argument_with_its_default() -> None:
+    table = (ROOT / "docs" / "monitor.md").read_text().split("## Tags")[0]
+    assert _defaults(table) == {p.name: p.default for p in inspect.signature(CurvatureMonitor).parameters.values()}
+
+
+def _defaults(text: str) -> dict[str, object]:
+    """From the rows of a table whose first column names settings and whose second their defaults."""
+    found: dict[str, object] = {}
+    for names, values in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|", text, re.MULTILINE):
+        settings, given = re.findall(r"`(\w+)`", names), values.strip().replace("`", "").split(", ")
+        if given == [""]:  # not the same on every optimizer
+            continue
+        for setting, value in zip(settings, given, strict=True):
+            numerator, _, denominator = value.partition("/")
+            found[setting] = float(numerator) / float(denominator) if denominator else ast.literal_eval(value)
+    return found
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_the_program_of_a_page_converges(name: str) -> None:
+    text = (ROOT / "docs" / "optimizers" / f"{name}.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(program, names)
+    optimizer = names["optimizer"]
+    assert type(optimizer) is MEMBERS[name]
+    if name == "hessian_free":
+        assert names["error"] < 1e-2
+    else:
+        assert optimizer.last_step.gradient_norm < 1e-6
