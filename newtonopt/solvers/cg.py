@@ -164,7 +164,7 @@ def _iterate(
         bend, alpha_now, decrease_new, rho_next, r_norm, *sizes = torch.stack(values).tolist()
         iteration += 1
         if not math.isfinite(bend):
-            return Solution(s, decrease, iteration, "non-finite product", tuple(path))
+            return Solution(s, decrease, iteration, "non-finite product", tuple(path), is_finite=False)
         if sizes and stop.is_rounding(bend, *sizes):
             path += [Iterate(s, decrease)] * keep_path
             if math.isfinite(reach) and stop.floor > 0.0:

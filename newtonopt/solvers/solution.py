@@ -34,6 +34,7 @@ class Solution:
         path: Iterates kept on request, first to last; the step itself is the last of them where it falls on the grid.
         negative_curvature: A direction `d` with `d'Ad <= 0` and `g'd <= 0` if one was met, else None.
         bend: `d'Ad` of that direction, zero where it is rounding; else zero.
+        is_finite: False if a product was not finite: the step is then the last one before.
     """
 
     step: Tensor
@@ -43,3 +44,4 @@ class Solution:
     path: tuple[Iterate, ...] = ()
     negative_curvature: Tensor | None = None
     bend: float = 0.0
+    is_finite: bool = True
