@@ -17,8 +17,8 @@ from torch import Tensor
 _BAND = 16
 
 
-class Multiplies(Protocol):
-    """Anything that multiplies a vector."""
+class Matrix(Protocol):
+    """Anything that multiplies a vector: a `LinearOperator`, a dense tensor."""
 
     def __matmul__(self, v: Any, /) -> Any: ...
 
@@ -109,7 +109,7 @@ class InRange:
         exponent: Zero where the matrix is of ordinary size itself.
     """
 
-    def __init__(self, matrix: Multiplies) -> None:
+    def __init__(self, matrix: Matrix) -> None:
         self._matrix = matrix
         self._known = False
         self.exponent = 0

@@ -119,7 +119,7 @@ def test_errors_name_the_remedy() -> None:
         lanczos(A, _vector(4), 0)
     with pytest.raises(ValueError, match="start must be finite and have a part outside"):
         lanczos(A, torch.zeros(4, dtype=torch.float64), 3)
-    with pytest.raises(FloatingPointError, match=r"product number 1 .* float32 or float64"):
+    with pytest.raises(FloatingPointError, match=r"Product number 1 .* float32 or float64"):
         lanczos(A * float("nan"), _vector(4), 3)
     with pytest.raises(FloatingPointError, match="not finite"):
         lanczos(torch.diag(torch.tensor([1.0, float("inf")])), torch.ones(2), 3)

@@ -32,8 +32,7 @@ from newtonopt.solvers import secular
 from newtonopt.solvers.cg import conjugate_gradients, shortened
 from newtonopt.solvers.dense import solve_ball
 from newtonopt.solvers.krylov import krylov_space, minimise_in
-from newtonopt.solvers.lanczos import lanczos
-from newtonopt.solvers.negative_curvature import negative_curvature
+from newtonopt.solvers.lanczos import lanczos, negative_curvature
 from newtonopt.vectors.scaling import InRange, dot, norm
 
 # Powers of two over the ranges of both dtypes, down to numbers that have lost digits to underflow.
