@@ -93,8 +93,7 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     files: dict[str, Any] = {"memory.max": 1000, "memory.current": 700, "memory.stat": "anon 500\ninactive_file 150"}
     for name, content in files.items():
         (tmp_path / name).write_text(str(content))
-    group = (str(tmp_path / "memory.max"), str(tmp_path / "memory.current"), "inactive_file")
-    monkeypatch.setattr(memory, "_CONTROL_GROUPS", (group,))
+    monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
     assert memory.available_memory(torch.device("cpu")) == 450
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available_memory(torch.device("cpu")) == pytest.approx(memory._of_the_machine(), rel=0.05)
+    assert memory.available_memory(torch.device("cpu")) == pytest.approx(memory._left_by_the_machine(), rel=0.05)
