@@ -89,7 +89,7 @@ def conjugate_gradients(
             f"start must be None for a finite radius, because Steihaug's method starts at zero, got radius={radius!r}."
         )
     limit = gradient.numel() if max_iterations is None else max_iterations
-    # With g = 2^p g' and A = 2^a A', of ordinary size g' and A', the minimiser is s = 2^(p - a) s'.
+    # Let g = 2^p g' and A = 2^a A' with g' and A' of ordinary size: the minimiser is s = 2^(p - a) s'.
     matrix, power = InRange(A), scale_of(gradient)
     scaled = times_power(gradient, -power)
     # A residual below the rounding of the products, and any curvature seen from there, is noise.
@@ -165,7 +165,7 @@ def _iterate(
             floor = max(floor, stop.rounding * sizes[1] / sizes[0])
             if abs(bend) / sizes[0] <= floor * sizes[0]:
                 if math.isfinite(reach) and floor > 0.0:
-                    # As far as that much curvature would go, r'y / (floor |d|^2), and not past the boundary.
+                    # The minimiser with that much curvature, at r'y / (floor |d|^2), but not past the boundary.
                     tau = min(norms.to_boundary(reach), slope / (floor * sizes[0] ** 2))
                     path += [Iterate(s, decrease)] * keep_path
                     return Solution(s + tau * d, decrease + tau * slope, iteration, "no curvature", tuple(path))
@@ -320,7 +320,7 @@ def shortened(solution: Solution, gradient: Tensor, radius: float) -> Solution:
             d = node.step - before.step
             slope = dot(gradient, d)
             bend = 2 * (before.decrease - node.decrease - slope)
-            # Where the side leaves the ball, in units of the radius.
+            # The side leaves the ball at t; lengths in units of the radius.
             place, way = times_power(before.step, -far), times_power(d, -far)
             t = _Norms(dot(place, place), dot(place, way), dot(way, way)).to_boundary(shifted(radius, -far))
             point = Iterate(before.step + t * d, before.decrease - t * slope - t * t * bend / 2)

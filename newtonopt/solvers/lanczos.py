@@ -92,7 +92,7 @@ def lanczos(
         # beta_k q_{k+1} = A q_k - alpha_k q_k - beta_{k-1} q_{k-1}.
         rest = torch.sub(rest, vector, alpha=alpha)
         basis.subtract_known(rest)
-        # In exact arithmetic nothing is left along the other vectors: what is, is rounding, or A is not symmetric.
+        # A symmetric A leaves nothing along the other vectors in exact arithmetic. The rest is rounding or asymmetry.
         noise = max(noise, _project(rest, [*fixed, *basis.blocks()], len(fixed)))
         beta = norm(rest)
         # A beta within rounding is zero: the space is invariant, and the process ends.

@@ -104,7 +104,7 @@ def _orthonormal(like: Tensor, rank: int, generator: torch.Generator) -> Tensor:
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """The same numbers for every dtype and device."""
+    """Return normal numbers `(n,)` that are the same for every dtype and device."""
     return torch.empty_like(like, dtype=torch.float64, device="cpu").normal_(generator=generator).to(like)
 
 

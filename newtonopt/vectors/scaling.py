@@ -74,7 +74,7 @@ def scale_of(v: Tensor) -> int:
 
 def times_power(v: Tensor, power: int) -> Tensor:
     """Return `2^power v`."""
-    # In two steps, because the factor itself may be out of range.
+    # Two steps, because the factor itself may be out of range.
     half = power // 2
     return v * 2.0**half * 2.0 ** (power - half) if power else v
 

@@ -38,7 +38,7 @@ def decrease(A: Tensor, g: Tensor, s: Tensor) -> float:
 
 
 class Counted:
-    """A matrix that counts its products, and spoils those from one on."""
+    """A matrix that counts its products, and spoils them from a given one on."""
 
     def __init__(self, A: Tensor, spoil_at: int = 10**9) -> None:
         self.A, self.spoil_at, self.products = A, spoil_at, 0

@@ -74,7 +74,7 @@ def test_cubic_minimum_is_characterised(n: int, seed: int, kind: str, sigma: flo
     values, slopes = model(n, seed, kind)
     y, _ = cubic(values, slopes, sigma)
     check_multiplier(values, slopes, y, sigma * float(y.norm()))
-    # By which the weight is raised after a rejection.
+    # CubicNewton relies on this bound when it raises sigma after a rejection.
     promised = -float(y @ slopes + y.square() @ values / 2)
     assert promised >= sigma * float(y.norm()) ** 3 / 2 * (1 - 1e-6) - 1e-12
 
@@ -141,7 +141,7 @@ def test_dense_ball_solution_is_as_good_as_scipys(n: int, seed: int, kind: str, 
 
 @pytest.mark.parametrize("exponent", [-160, -110, 110, 140])
 def test_sizes_whose_powers_leave_the_range_of_numbers(exponent: int) -> None:
-    """With `c` and the radius, or `c` and `1 / sigma`, times a number the minimiser is so too."""
+    """The minimiser scales with `c` and the radius, or with `c` and `1 / sigma`."""
     values, slopes, scale = torch.tensor([1.0, 4.0]).double(), torch.tensor([3.0, -2.0]).double(), 10.0**exponent
     for expected, found in (
         (ball(values, slopes, 0.5), ball(values, scale * slopes, scale * 0.5)),
