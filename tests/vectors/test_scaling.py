@@ -99,10 +99,12 @@ def test_powers_of_two_by_hand() -> None:
 
 
 def test_the_first_product_that_is_not_zero_decides() -> None:
-    scaled = InRange(2.0**600 * torch.eye(2).double())
+    scaled = InRange(torch.tensor([2.0**600, 2.0**700]).double().diag())
     zero = scaled @ torch.zeros(2).double()
     assert not zero.any() and scaled.exponent == 0
     assert (scaled @ torch.tensor([3.0, 0.0]).double()).tolist() == [3.0, 0.0]
+    assert scaled.exponent == 600
+    assert (scaled @ torch.tensor([0.0, 1.0]).double()).tolist() == [0.0, 2.0**100]
     assert scaled.exponent == 600
     assert scaled.back(1.0) == 2.0**600 and scaled.back(1.0, degree=-1) == 2.0**-600
     settled = InRange(2.0**600 * torch.eye(2).double())
