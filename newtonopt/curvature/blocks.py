@@ -7,10 +7,9 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
-from newtonopt.checks import shown
+from newtonopt.checks import listed, shown
 from newtonopt.curvature.probes import check_operator
 from newtonopt.operators.linear_operator import LinearOperator
-from newtonopt.vectors.flat import listed
 from newtonopt.vectors.sharded import is_sharded
 
 

@@ -176,7 +176,7 @@ def test_random_vectors_are_those_of_one_process(size: int) -> None:
 
 
 def vectors(rank: int) -> dict[str, Any]:
-    """What is measured at the start, whole."""
+    """Loss, gradient, products, eigenvalues and sharpness at the start, as whole tensors."""
     sharded = dist.is_initialized()
     model = sharded_network() if sharded else network()
     closure = closure_of(model, rank, dist.get_world_size() if sharded else 1)
@@ -210,7 +210,7 @@ def test_measurements_equal_those_of_one_process() -> None:
 
 
 def statistics(rank: int) -> dict[str, Any]:
-    """What is measured of the whole spectrum, of points and along directions."""
+    """Measurements of the whole spectrum, of a critical point and along directions, as whole tensors."""
     sharded = dist.is_initialized()
     model = sharded_network() if sharded else network()
     closure = closure_of(model, rank, dist.get_world_size() if sharded else 1)
