@@ -1,4 +1,4 @@
-"""The README's programs and the example's configurations do what they say."""
+"""The programs of the README and the pages and the configurations of the examples do what they say."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from newtonopt import LinearOperator
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_readme_programs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_programs_of_the_readme_and_the_pages_that_continue_them_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(programs) == 7
     names: dict[str, object] = {}
-    for program in programs:
-        exec(program, names)
+    for page, count in (("README.md", 2), ("docs/start.md", 4), ("docs/choosing.md", 1)):
+        programs = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+        assert len(programs) == count
+        for program in programs:
+            exec(program, names)
     assert float(names["loss"]) < 1e-3  # type: ignore[arg-type]
 
 
