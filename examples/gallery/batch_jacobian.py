@@ -43,7 +43,7 @@ def layer_jacobians() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def chain_rule(steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dh/dx, dh/dy of h = tanh(a x + b y) by the chain rule, autograd and central differences `(steps, 2)`."""
+    """Return dh/dx, dh/dy of h = tanh(a x + b y): chain rule, autograd, central differences `(steps, 2)`."""
     a_b, x_y = torch.tensor([[1.5, -0.7], [0.4, 0.2]], dtype=torch.float64)
     h, shifts = lambda x_y: torch.tanh(x_y @ a_b), steps[:, None, None] * torch.eye(2).double()
     numeric = (h(x_y + shifts) - h(x_y - shifts)) / (2 * steps[:, None])
