@@ -226,8 +226,8 @@ def _verdict(value: float, target: float) -> str:
 SMALL_CAPTION = f"""\
 HessianFree: Gauss-Newton, no preconditioner, at most {ITERATIONS} iterations; the second step starts from the first's \
 direction. Eigenvalue: the largest of the Hessian, {PRODUCTS} products at most. A product: its evaluation exists \
-beforehand. "own SGD" is one step of SGD with the same closure. "vectors" are the vectors that the method is documented \
-to need, with the path of iterates or the Lanczos basis, 4 bytes an entry; "without" is the peak less the vectors. \
+beforehand. "own SGD" is one step of SGD with the same closure. "vectors" are those that the method is documented to \
+need, with the path of iterates or the Lanczos basis, 4 bytes an entry; "without" is the peak less the vectors. \
 Targets: cached, on the peak; streamed, on the peak without the vectors; a streamed product, on the peak."""
 
 
