@@ -86,11 +86,11 @@ def test_the_monitors_table_names_every_argument_with_its_default() -> None:
 
 
 def _defaults(text: str) -> dict[str, object]:
-    """From the rows of a table whose first column names settings and whose second their defaults."""
+    """Read defaults from the rows of tables whose first column names settings and whose second gives defaults."""
     found: dict[str, object] = {}
     for names, values in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|", text, re.MULTILINE):
         settings, given = re.findall(r"`(\w+)`", names), values.strip().replace("`", "").split(", ")
-        if given == [""]:  # not the same on every optimizer
+        if given == [""]:  # the default depends on the optimizer
             continue
         for setting, value in zip(settings, given, strict=True):
             numerator, _, denominator = value.partition("/")

@@ -97,7 +97,7 @@ def test_every_configuration_trains_and_reports(config: str, least: float, tmp_p
 
 @pytest.mark.slow
 def test_gradient_descent_sits_at_the_edge_of_stability(tmp_path: Path) -> None:
-    """Cohen et al. 2021: the largest eigenvalue hovers at 2/lr; 1.036 was measured for this network and step size."""
+    """The largest eigenvalue hovers at 2/lr (Cohen et al. 2021); this network and step size gave a ratio of 1.036."""
     fit("sgd_edge_of_stability", tmp_path)
     (folder,) = tmp_path.glob("logs/*/*")
     events = EventAccumulator(str(folder)).Reload()
@@ -124,9 +124,9 @@ def test_everything_is_measured_and_shown(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gd-0.2", "gd-0.4", "gd-0.6", "heavy-ball", "adam"])
 def test_every_optimizer_settles_at_its_threshold(name: str, edge: ModuleType) -> None:
-    """Cohen et al. 2021, 2022: within 6 %, after a rise from well below (progressive sharpening).
+    """The ratio settles within 6 % of one, after a rise from well below (Cohen et al. 2021, 2022).
 
-    With the largest steps 1.057 to 1.067 were measured, by chance of rounding and of the steps.
+    The largest steps gave 1.057 to 1.067, depending on rounding and on the measured steps.
     """
     run = edge.train(edge.RUNS[name](), steps=1500, every=25)
     assert float(run.ratios[0]) < 0.9

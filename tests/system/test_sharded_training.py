@@ -1,4 +1,4 @@
-"""What surrounds the steps of sharded optimizers: rejection, memory, checkpoints, refusals."""
+"""Sharded optimizers: rejected steps, memory, checkpoints, and refusals."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_parameters_after_a_rejected_step_are_the_same_to_the_bit() -> None:
 
 
 def in_parts(rank: int) -> None:
-    """Several losses, a clipped gradient, other parameters of the same modules."""
+    """Take steps with several losses, a clipped gradient, and other parameters of the same modules."""
     x, y = (t.chunk(2)[rank] for t in data())
     model, twin = sharded_network(), sharded_network()
     trained = [p for name, p in model.named_parameters() if name != "2.bias"]
@@ -84,7 +84,7 @@ def test_parts_of_a_loss_and_parameters_of_others() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The longest dimension of any plain tensor made."""
+    """Records the longest dimension of any plain tensor that is made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ def one_fails(rank: int) -> str:
     model = sharded_network()
     evaluation = evaluate(closure_of(model, rank, 2), model.parameters())
     v = evaluation.gradient
-    # As if this process's closure had taken another batch.
+    # This process's closure takes another batch.
     evaluation.local_loss += rank
     with pytest.raises(RuntimeError) as raised:
         hessian(evaluation) @ v
