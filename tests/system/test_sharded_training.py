@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from processes import run
-from test_sharded import bits, closure_of, data, network, sharded_network, whole
+from sharded_problems import bits, closure_of, data, network, sharded_network, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -51,7 +51,7 @@ def test_parameters_after_a_rejected_step_are_the_same_to_the_bit() -> None:
 
 
 def in_parts(rank: int) -> None:
-    """Take steps with several losses, a clipped gradient, and other parameters of the same modules."""
+    """Form products of a closure with several losses, next to parameters of the same modules that are not trained."""
     x, y = (t.chunk(2)[rank] for t in data())
     model, twin = sharded_network(), sharded_network()
     trained = [p for name, p in model.named_parameters() if name != "2.bias"]
@@ -263,7 +263,7 @@ def one_fails(rank: int) -> str:
     model = sharded_network()
     evaluation = evaluate(closure_of(model, rank, 2), model.parameters())
     v = evaluation.gradient
-    # This process's closure takes another batch.
+    # As if this process's closure had taken another batch.
     evaluation.local_loss += rank
     with pytest.raises(RuntimeError) as raised:
         hessian(evaluation) @ v
