@@ -14,8 +14,9 @@ from newtonopt.callbacks import CurvatureMonitor
 from newtonopt.optimizers.newton import NewtonOptimizer
 
 ROOT = Path(__file__).parents[2]
-SETUPS = (ROOT / "docs" / "setups.md").read_text()
-ROWS = [line for line in SETUPS.split("## Three ways")[0].splitlines() if re.match(r"\| (?!set-up)", line)]
+SETUPS = (ROOT / "docs" / "setups.md").read_text().split("## Three ways")[0].split("## Models")[1]
+# One entry of the list of set-ups each, from its bold title to the names of its tests.
+ENTRIES = [entry.split("\n\n")[0] for entry in re.split(r"^- ", SETUPS, flags=re.MULTILINE)[1:]]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 # Each optimizer by the name of its page: `newton_cg` for `NewtonCG`.
 MEMBERS = {
@@ -25,15 +26,24 @@ MEMBERS = {
 }
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip()[:40])
-def test_each_set_up_is_held_up_by_a_test(row: str) -> None:
-    named = re.findall(r"`((?:\w+/)?test_\w+\.py)::(test_\w+)`", row.split("|")[-2])
-    assert named, "the row names no test"
-    for file, name in named:
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.split("**")[1][:40])
+def test_each_set_up_is_held_up_by_a_test(entry: str) -> None:
+    text, *tests = re.split(r"\n  Tests?: ", entry)
+    assert text.startswith("**"), "the entry has no title"
+    names = " ".join(tests).split()
+    assert names, "the entry names no test"
+    for name in names:
+        file, test = re.fullmatch(r"`((?:\w+/)*test_\w+\.py)::(test_\w+)`", name).groups()  # type: ignore[union-attr]
         functions = [
             n.name for n in ast.parse((ROOT / "tests" / file).read_text()).body if isinstance(n, ast.FunctionDef)
         ]
-        assert name in functions, f"{file} has no {name}"
+        assert test in functions, f"{file} has no {test}"
+
+
+def test_all_set_ups_are_entries() -> None:
+    assert len(ENTRIES) >= 88
+    assert "|---" not in SETUPS, "a table's rows would not be checked"
+    assert len(re.findall(r"`[\w/]+\.py::\w+`", SETUPS)) == sum(entry.count(".py::") for entry in ENTRIES)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
