@@ -9,6 +9,7 @@ from torch import Tensor
 
 from newtonopt.solvers.lanczos import Tridiagonal, lanczos
 from newtonopt.solvers.solution import Matrix
+from newtonopt.vectors.random import normals
 
 
 def negative_curvature(
@@ -32,7 +33,7 @@ def negative_curvature(
         FloatingPointError: A product is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    start = like.new_empty(like.shape[0], dtype=torch.float64, device="cpu").normal_(generator=generator).to(like)
+    start = normals(like, generator)
     rounding = 10 * math.sqrt(like.shape[0]) * torch.finfo(like.dtype).eps
 
     def is_negative(tridiagonal: Tridiagonal, values: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from newtonopt.solvers.solution import Matrix
+from newtonopt.vectors.random import normals
 from newtonopt.vectors.scaling import InRange, times_power
 
 Preconditioner = Callable[[Tensor], Tensor]
@@ -77,14 +78,9 @@ def _orthonormal(like: Tensor, rank: int, generator: torch.Generator) -> Tensor:
     columns = like.unsqueeze(1).expand(-1, min(rank, like.numel()))
     random = torch.empty_like(columns, memory_format=torch.contiguous_format)
     for column in random.unbind(1):
-        column.copy_(_normal(like, generator))
+        column.copy_(normals(like, generator))
     basis: Tensor = torch.linalg.qr(random)[0]
     return basis
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """The same numbers for every dtype and device."""
-    return torch.empty_like(like, dtype=torch.float64, device="cpu").normal_(generator=generator).to(like)
 
 
 def _nystrom(A: Matrix, rank: int, generator: torch.Generator, like: Tensor) -> Sketch:
@@ -159,7 +155,7 @@ def estimated_diagonal(A: Matrix, probes: int, generator: torch.Generator, like:
     """
     squares, matrix = torch.zeros_like(like), InRange(A)
     for _ in range(probes):
-        product = matrix @ _normal(like, generator).sign()
+        product = matrix @ normals(like, generator).sign()
         squares.addcmul_(product, product)
     return times_power(_finite(squares.div_(probes).sqrt_()), matrix.exponent)
 
