@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from newtonopt import LinearOperator, evaluate, gauss_newton, hessian
 from newtonopt.curvature import Spectrum, extreme_eigenvalues
-from newtonopt.curvature.eigenvalues.bounds import Knowledge, Range, Request, _cycles, _growth
+from newtonopt.curvature.eigenvalues.bounds import Interval, Knowledge, Request, _cycles, _log_polynomial
 from newtonopt.curvature.eigenvalues.ritz_values import RitzBlock
-from newtonopt.curvature.eigenvalues.search import _kept
+from newtonopt.curvature.eigenvalues.search import _keep
 from newtonopt.solvers.lanczos import Restarts, lanczos
 
 
@@ -76,7 +76,9 @@ def test_the_polynomial_of_the_bound_is_that_of_the_run(keep: int) -> None:
     for products in (11, 12, 13, 20, 37):
         result = lanczos(torch.diag(-SLOW), start, products, restarts=restarts)
         ratio = float((result.next_vector[-1] / (start[-1] / start.norm())).abs())
-        assert math.exp(_growth(list(_cycles(result.tridiagonal)), float(-SLOW[-1]))) == pytest.approx(ratio, rel=1e-6)
+        assert math.exp(_log_polynomial(list(_cycles(result.tridiagonal)), float(-SLOW[-1]))) == pytest.approx(
+            ratio, rel=1e-6
+        )
 
 
 def test_vectors_that_are_dropped_count_for_what_is_left() -> None:
@@ -86,10 +88,10 @@ def test_vectors_that_are_dropped_count_for_what_is_left() -> None:
     left = torch.linalg.svd(result.basis).Vh[12:]
     inner = torch.linalg.eigvalsh(left @ A @ left.T)
     block = RitzBlock(torch.zeros(0).double(), A[:0], A[:0])
-    rest, whole = Range(float(inner[0]), float(inner[-1])), Range(-math.inf, math.inf)
+    rest, whole = Interval(float(inner[0]), float(inner[-1])), Interval(-math.inf, math.inf)
     request = Request(40, ((1.0, 1), (-1.0, 1)), 1e-3, 0.01, 2e-16, 100, 120)
     extension = block.extended(result, torch.eye(12, dtype=torch.float64))
-    known = _kept(request, Knowledge(block, block.pairs(), whole, rest), extension, [0, 11])
+    known = _keep(request, Knowledge(block, block.pairs(), whole, rest), extension, [0, 11])
     complement = torch.linalg.svd(known.block.vectors).Vh[2:]
     truth = torch.linalg.eigvalsh(complement @ A @ complement.T)
     assert float(truth[-1]) > rest.high + 1.0
