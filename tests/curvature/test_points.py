@@ -160,7 +160,7 @@ def test_critical_point_checks_its_arguments() -> None:
         critical_point(evaluation, tolerance=0)
     with pytest.raises(TypeError, match="evaluation must be an Evaluation, got a function"):
         critical_point(lambda: None)  # type: ignore[arg-type]
-    with pytest.raises(FloatingPointError, match="the gradient's norm is nan, so the point is of no kind"):
+    with pytest.raises(FloatingPointError, match="the gradient's norm is nan, so the point cannot be classified"):
         critical_point(_at(lambda t: t.sqrt().sum() * 0, 0.0))
 
 
@@ -303,7 +303,7 @@ def test_a_spectrum_of_other_parameters_is_refused() -> None:
     p, q = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
     others = extreme_eigenvalues(hessian(evaluate(lambda: q.square().sum(), [q])), top=1, bottom=1)
     evaluation = evaluate(lambda: p.square().sum(), [p])
-    with pytest.raises(ValueError, match="spectrum must be that of the evaluation's 3 parameters, got that of 2"):
+    with pytest.raises(ValueError, match="spectrum must be of the evaluation's 3 parameters, got a spectrum of 2"):
         critical_point(evaluation, tolerance=10.0, spectrum=others)
     with pytest.raises(ValueError, match=r"confidence.*got 2"):
         critical_point(evaluation, confidence=2)

@@ -211,7 +211,7 @@ def test_errors_name_the_remedy() -> None:
         preconditioned(torch.eye(7), Adam(params), params)  # type: ignore[arg-type]
     optimizer = Adam(params[:1])
     _warm(optimizer, params[:1])
-    with pytest.raises(ValueError, match=r"params must be those given to evaluate, of 7 entries .* got 4 entries"):
+    with pytest.raises(ValueError, match=r"params must be those given to evaluate, with 7 entries .* got 4 entries"):
         preconditioned(H, optimizer, params[:1])
     with pytest.raises(ValueError, match=r"params must be among the optimizer's, got one of shape \(3,\) that is not"):
         preconditioned(H, optimizer, params)
@@ -231,5 +231,7 @@ def test_a_parameter_without_gradients_is_named() -> None:
     optimizer = RMSprop(params)
     params[0].grad = torch.ones_like(params[0])
     optimizer.step()
-    with pytest.raises(ValueError, match=r"must have a state \(square_avg\) .* got none of one of shape \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"must have a state \(square_avg\) .* got none for a parameter of shape \(3,\)"
+    ):
         preconditioned(_operator(_matrix()), optimizer, params)
