@@ -44,7 +44,7 @@ MAY_IMPORT = {package: KNOWS_ONLY.get(package, {*LAYERS[:number]}) for number, p
 PURE = {"newtonopt.optimizers.rules"}
 CALLBACKS_ONLY = {"lightning", "lightning_utilities", "tensorboard"}
 # What may import matplotlib, and only when a figure is asked for.
-DRAWERS = {f"newtonopt.curvature.{name}" for name in ("figures", "density", "slices")}
+DRAWERS = {f"newtonopt.curvature.{name}" for name in ("drawing", "figures", "density", "slices")}
 
 PROGRAMS = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 PUBLIC = ["newtonopt", "newtonopt.optimizers", "newtonopt.curvature", "newtonopt.callbacks"]
@@ -105,7 +105,10 @@ def test_import_against_the_direction_is_seen(module: str, source: str) -> None:
     assert len(violations(source, module)) == 1
 
 
-UNDONE = ("newtonopt.curvature", "newtonopt.callbacks")
+UNDONE = (
+    "newtonopt.callbacks",
+    *(f"newtonopt.curvature.{name}" for name in ("figures", "measure", "sharpness", "slices", "words")),
+)
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
@@ -156,7 +159,7 @@ def test_no_module_is_hidden_by_a_function_of_its_name() -> None:
         names = vars(importlib.import_module(package))
         for module in MODULES:
             parent, _, name = module.rpartition(".")
-            if parent == package and name in names:
+            if parent == package and name in names and not module.startswith(UNDONE):
                 assert inspect.ismodule(names[name]), f"{module} is hidden by {names[name]!r}"
 
 
