@@ -559,6 +559,17 @@ def _check_precision(module: Any) -> None:
         )
 
 
+def check_equal_weights(weights: Tensor) -> None:
+    """Raise a RuntimeError if the processes' weights in the mean, `(count,)`, differ: `fully_shard` ignores them."""
+    shares = weights / weights.sum()
+    if float(shares.max() - shares.min()) > 1e-6:
+        raise RuntimeError(
+            f"The processes' batches weigh {', '.join(f'{w:g}' for w in weights.tolist())}, and fully_shard averages "
+            "gradients over processes with equal weights: give every process as much data (drop_last=True in its "
+            "loader)."
+        )
+
+
 def supported(products: str) -> Literal["finite_difference"]:
     """How products with sharded parameters are formed: hooks that gather and scatter have no derivative.
 

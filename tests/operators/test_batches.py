@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -110,7 +111,7 @@ def test_blocks_are_those_of_the_matrix(curvature: Any, products: Any, decay: An
     case = build("words", "cross_entropy")
     evaluation: Evaluation = evaluate(case.closure, case.params, products)
     if decay:
-        evaluation.decay = torch.rand_like(evaluation.gradient)
+        evaluation = replace(evaluation, decay=torch.rand_like(evaluation.gradient))
     A = case.dense_hessian() if curvature == "hessian" else case.dense_gauss_newton()
     A = A + torch.diag(evaluation.decay) if isinstance(evaluation.decay, Tensor) else A
     first = 0

@@ -9,8 +9,7 @@ from devices import DEVICES
 from problems import Case, build, losses, models
 from torch import nn
 
-from newtonopt import evaluate, gauss_newton, hessian, jacobian
-from newtonopt.closure.objective import Evaluation
+from newtonopt import Evaluation, evaluate, gauss_newton, hessian, jacobian
 
 PAIRS = [(model, "cross_entropy") for model in models()] + [("mlp", loss) for loss in losses(3, 6)] + [("odd", "mse")]
 
@@ -121,14 +120,14 @@ def test_derivatives_inside_the_loss() -> None:
 
 def test_evaluation_from_a_bare_loss() -> None:
     theta = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
-    H = hessian(Evaluation((theta[0] ** 2 * theta[1]).sum(), [theta]))
+    H = hessian(Evaluation.from_loss((theta[0] ** 2 * theta[1]).sum(), [theta]))
     close(H.dense(), torch.tensor([[4.0, 2.0], [2.0, 0.0]], dtype=torch.float64))
 
 
 def test_decay_joins_loss_gradient_and_operators() -> None:
     theta = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
     decay = torch.tensor([0.5, 2.0], dtype=torch.float64)
-    evaluation = Evaluation(F.mse_loss(theta, torch.zeros(2).double()), [theta], decay=decay)
+    evaluation = Evaluation.from_loss(F.mse_loss(theta, torch.zeros(2).double()), [theta], decay=decay)
     close(evaluation.loss, torch.tensor(2.5 + 0.25 + 4.0).double())
     close(evaluation.gradient, torch.tensor([1.5, 6.0]).double())
     close(hessian(evaluation).dense(), torch.diag(torch.tensor([1.5, 3.0]).double()))
