@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,7 +264,7 @@ def one_fails(rank: int) -> str:
     evaluation = evaluate(closure_of(model, rank, 2), model.parameters())
     v = evaluation.gradient
     # As if this process's closure had taken another batch.
-    evaluation.local_loss += rank
+    evaluation = dataclasses.replace(evaluation, local_loss=evaluation.local_loss + rank)
     with pytest.raises(RuntimeError) as raised:
         hessian(evaluation) @ v
     return str(raised.value)
