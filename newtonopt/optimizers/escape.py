@@ -18,7 +18,7 @@ from torch import Tensor
 from newtonopt.optimizers.model import Line, Proposal, QuadraticModel, Shorter
 from newtonopt.optimizers.state import S
 from newtonopt.optimizers.trials import Outcome
-from newtonopt.solvers.negative_curvature import negative_curvature
+from newtonopt.solvers.lanczos import negative_curvature
 
 STALLED = "steps no longer change the loss"
 """Why negative curvature is searched for where the gradient is not zero, in words."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from newtonopt.checks import check_closure, warn
-from newtonopt.closure.evaluation import Evaluation, Matrix, Products, Verdict
+from newtonopt.checks import check_closure, listed_group, listed_groups, warn
+from newtonopt.closure.evaluation import Evaluation, Known, Products
 from newtonopt.closure.lightning import does_nothing, refuse_skipped_batches, skips_backward
 from newtonopt.closure.objective import RESTLESS, Objective, ParametersMovedError
 from newtonopt.operators.linear_operator import LinearOperator
@@ -55,7 +55,7 @@ from newtonopt.optimizers.state import (
     write,
 )
 from newtonopt.optimizers.trials import Outcome, backtracking
-from newtonopt.vectors.flat import check_any, check_parameters, flatten, listed_group, listed_groups, unflatten
+from newtonopt.vectors.flat import check_any, check_parameters, flatten, unflatten
 from newtonopt.vectors.sharded import is_sharded, local_part
 
 _MAX_FAILURES = 5
@@ -83,14 +83,12 @@ class Experience:
     """What an optimizer has found out about the closure: copied and pickled with it, but not saved in its state.
 
     Attributes:
-        verdicts: Verdicts of the checks of curvature products.
-        replayed: Whether the closure was seen to compute the same again when it ran again.
+        known: Verdicts of the checks of products, and whether the closure computes the same when it runs again.
         fell_back: Whether products are known to need finite differences.
         warned_of_clipping: Whether the user was told that clipping has no effect.
     """
 
-    verdicts: Mapping[Matrix, Verdict] = field(default_factory=dict)
-    replayed: bool = False
+    known: Known = field(default_factory=Known)
     fell_back: bool = False
     warned_of_clipping: bool = False
 
@@ -349,9 +347,10 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
 
     def _check_replay(self, objective: Objective, evaluation: Evaluation) -> None:
         """See once that the closure computes the same again when it runs again."""
-        if not self._experience.replayed:
+        experience = self._experience
+        if not experience.known.replayed:
             objective.check_replay(evaluation)
-            self._experience = replace(self._experience, replayed=True)
+            self._experience = replace(experience, known=replace(experience.known, replayed=True))
             if objective.unprotected:
                 warn(_UNPROTECTED.format(", ".join(objective.unprotected)))
 
@@ -360,7 +359,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
 
         The length is part of the state, so that a resumed run forms the same differences.
         """
-        self._experience = replace(self._experience, verdicts=basis.verdicts)
+        experience = self._experience
+        self._experience = replace(experience, known=replace(experience.known, verdicts=basis.verdicts))
         # What has no second derivative now has none in the next step.
         if basis.may_fall_back and basis.form == "finite_difference":
             self._experience = replace(self._experience, fell_back=True)
@@ -544,16 +544,14 @@ class Call:
         self.rates = _per_entry([float(rate_of(group)) for group, _ in trained], self.params)
         decay = _per_entry([float(group["weight_decay"]) for group, _ in trained], self.params)
         products: Products = "finite_difference" if experience.fell_back else groups[0]["products"]
-        verdicts, replayed = experience.verdicts, experience.replayed
+        known = replace(experience.known, length=length)
         curved = closure if curvature_closure is None else curvature_closure
-        self._curved = Objective(
-            curved, self.params, decay, products, verdicts=verdicts, length=length, replayed=replayed
-        )
+        self._curved = Objective(curved, self.params, decay, products, known=known)
         # By differences, which the loss alone never needs, no graph of it is kept.
         alone: Products = "finite_difference"
         self.objective = self._curved
         if curvature_closure is not None:
-            self.objective = Objective(closure, self.params, decay, alone, replayed=replayed)
+            self.objective = Objective(closure, self.params, decay, alone, known=Known(replayed=known.replayed))
         self._start = self.objective.point
         self._began = False
         self._gradient: Tensor | None = None

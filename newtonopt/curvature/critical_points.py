@@ -1,0 +1,243 @@
+"""The kind of a critical point, as far as bounds on the curvature can tell."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from newtonopt.checks import check_positive, check_seed, check_share, check_whole
+from newtonopt.closure.evaluation import Evaluation
+from newtonopt.curvature.eigenvalues.extreme import Eigenvalue, Spectrum, check_spectrum, extreme_eigenvalues
+from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.operators.matrices import hessian
+from newtonopt.vectors.scaling import dot, lost, norm
+
+CriticalKind = Literal["minimum", "maximum", "saddle", "degenerate", "not critical"]
+
+# Tolerances tried one after the other until both signs are known. An interval's width is relative to its value, or to
+# the tolerance times the norm: the first tolerance settles the sign of a value above a tenth of the norm, which is
+# enough for most points.
+_TOLERANCES = (0.3, 1e-2, 1e-6)
+
+
+@dataclass(frozen=True, eq=False)
+class CriticalPoint:
+    """The verdict of the second-order test, with its evidence; `str()` puts it in words.
+
+    Attributes:
+        kind: "minimum" or "maximum" (strict and local), "saddle", "degenerate" (the test does not decide), or
+            "not critical" (the gradient is not zero).
+        gradient_norm: Norm of the gradient.
+        tolerance: Gradient norm up to which the point counts as critical.
+        loss: Loss at the point.
+        largest: Largest eigenvalue of the Hessian, with its interval.
+        smallest: Smallest eigenvalue of the Hessian, with its interval.
+        distance: Bound on the distance to the quadratic model's critical point; zero if the gradient is zero. A minimum
+            or maximum supposes that the curvature changes little over it. Infinite for other kinds, unless zero.
+        direction: Unit vector `(n,)` along which the curvature is certainly negative and the loss does not rise at
+            first: the way to leave a saddle or a maximum. None if no negative curvature was found.
+        products: Number of Hessian products that were used.
+        converged: Whether the signs of both ends are known.
+        confidence: Least probability with which both intervals hold.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import evaluate
+        >>> theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        >>> found = critical_point(evaluate(lambda: theta[0] ** 2 - theta[1] ** 2, [theta]))
+        >>> str(found)[:37]
+        "Saddle: the gradient's norm is 0, the"
+        >>> [round(abs(entry), 6) for entry in found.direction.tolist()]
+        [0.0, 1.0]
+    """
+
+    kind: CriticalKind
+    gradient_norm: float
+    tolerance: float
+    loss: float
+    largest: Eigenvalue
+    smallest: Eigenvalue
+    distance: float
+    direction: Tensor | None = field(repr=False)
+    products: int
+    converged: bool
+    confidence: float
+
+    def __str__(self) -> str:
+        """Return the verdict and its evidence in words."""
+        gradient = f"the gradient's norm is {self.gradient_norm:.3g}"
+        ends = f"the Hessian's eigenvalues lie between {_in_words(self.smallest)} and {_in_words(self.largest)}"
+        return f"{_TITLES[self.kind]}: {gradient}, {ends}. {_remark(self)}"
+
+
+_TITLES: dict[str, str] = {
+    "minimum": "Strict local minimum",
+    "maximum": "Strict local maximum",
+    "saddle": "Saddle",
+    "degenerate": "Degenerate critical point",
+    "not critical": "Not a critical point",
+}
+
+
+def critical_point(
+    evaluation: Evaluation,
+    tolerance: float = 1e-6,
+    confidence: float = 0.99,
+    max_products: int = 300,
+    seed: int = 0,
+    spectrum: Spectrum | None = None,
+) -> CriticalPoint:
+    """Apply the second-order test, with intervals in place of eigenvalues.
+
+    Both ends of the spectrum above zero make a minimum, both below a maximum, one on each side a saddle. An interval
+    that contains zero leaves the test undecided, as a positive semi-definite Hessian always does: x^3, x^4 and -x^4
+    all have the second derivative zero at zero. With a gradient above the tolerance the point is not critical, whatever
+    the eigenvalues.
+
+    A minimum is local: nothing is said of other points. If the gradient is small and not zero, the critical point
+    itself is elsewhere, `distance` away if the curvature changes little on the way, which second derivatives cannot
+    tell. A saddle is certain up to rounding; a minimum or maximum holds with the confidence.
+
+    Args:
+        evaluation: Return value of `evaluate(closure, params)`.
+        tolerance: Gradient norm up to which the point is critical, positive. Default 1e-6; in float32 the gradient of a
+            large loss does not get there.
+        confidence: Probability with which both intervals hold, in (0, 1). Default 0.99.
+        max_products: Budget of Hessian products, >= 1. Default 300.
+        seed: Seed of the random starts; the global random state is neither read nor written. Default 0.
+        spectrum: The Hessian's spectrum if it was measured before, with one eigenvalue at least of each end. A spectrum
+            that is not certified proves no minimum or maximum. None (default): measured here until both signs are
+            known.
+
+    Returns:
+        The verdict and the evidence.
+
+    Raises:
+        TypeError: `evaluation` is no `Evaluation`, or `spectrum` no `Spectrum`.
+        ValueError: An argument is out of range, or `spectrum` lacks an end.
+        RuntimeError: The evaluation was freed.
+        FloatingPointError: The loss, the gradient or a product is not finite.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import evaluate
+        >>> theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        >>> critical_point(evaluate(lambda: (theta**2).sum(), [theta])).kind
+        'minimum'
+    """
+    curvature = hessian(evaluation)
+    check_positive("tolerance", tolerance)
+    check_seed(seed)
+    length = norm(evaluation.gradient)
+    if not math.isfinite(length):
+        raise FloatingPointError(
+            f"the gradient's norm is {length}, so the point cannot be classified; check data and model."
+        )
+    check_share("confidence", confidence)
+    check_whole("max_products", max_products, 1)
+    products = 0
+    if spectrum is None:
+        spectrum, products = _ends(curvature, confidence, max_products, seed)
+    check_spectrum("spectrum", spectrum)
+    if not (spectrum.top and spectrum.bottom):
+        raise ValueError(
+            f"spectrum must hold one eigenvalue at least of each end, got {len(spectrum.top)} of the "
+            f"top and {len(spectrum.bottom)} of the bottom. Write extreme_eigenvalues(hessian(evaluation))."
+        )
+    if spectrum.top[0].vector.numel() != curvature.shape[0]:
+        raise ValueError(
+            f"spectrum must be of the evaluation's {curvature.shape[0]} parameters, got a spectrum of "
+            f"{spectrum.top[0].vector.numel()}. Write extreme_eigenvalues(hessian(evaluation))."
+        )
+    largest, smallest = spectrum.top[0], spectrum.bottom[0]
+    kind = _kind(length <= tolerance, smallest, largest)
+    return CriticalPoint(
+        kind,
+        length,
+        tolerance,
+        float(evaluation.loss),
+        largest,
+        smallest,
+        _distance(kind, length, smallest, largest),
+        _downhill(smallest.vector, evaluation.gradient) if smallest.upper < 0.0 else None,
+        products,
+        not (_is_open(smallest) or _is_open(largest)),
+        1.0 - 2.0 * (1.0 - spectrum.confidence),
+    )
+
+
+def _ends(curvature: LinearOperator, confidence: float, max_products: int, seed: int) -> tuple[Spectrum, int]:
+    """Return both ends of the spectrum, as sharp as their signs need, and the products used.
+
+    All attempts have the same random start. They fail together, so the confidence is that of a single attempt.
+    """
+    # Each end may fail with half the failure probability of both.
+    sure, used = 1.0 - 0.5 * (1.0 - confidence), 0
+    for tolerance in _TOLERANCES:
+        left = max_products - used
+        found = extreme_eigenvalues(curvature, 1, 1, tolerance, sure, max_products=left, seed=seed)
+        used += found.products
+        ends = (found.top[0], found.bottom[0])
+        # Intervals are never narrower than what underflow may take at both of their ends.
+        room = 4.0 * lost(curvature.dtype, curvature.shape[0])
+        floor = max(_TOLERANCES[-1] ** 2 * max(abs(end.value) for end in ends), room)
+        finest = all(end.upper - end.lower <= floor for end in ends if _is_open(end))
+        if finest or used == max_products or found.products == curvature.shape[0] or not found.certified:
+            break
+    return found, used
+
+
+def _kind(critical: bool, smallest: Eigenvalue, largest: Eigenvalue) -> CriticalKind:
+    if not critical:
+        return "not critical"
+    if smallest.lower > 0.0:
+        return "minimum"
+    if largest.upper < 0.0:
+        return "maximum"
+    return "saddle" if smallest.upper < 0.0 < largest.lower else "degenerate"
+
+
+def _distance(kind: CriticalKind, length: float, smallest: Eigenvalue, largest: Eigenvalue) -> float:
+    if length == 0.0:
+        return 0.0
+    least = {"minimum": smallest.lower, "maximum": -largest.upper}.get(kind, 0.0)
+    return length / least if least > 0.0 else math.inf
+
+
+def _is_open(eigenvalue: Eigenvalue) -> bool:
+    return eigenvalue.lower <= 0.0 <= eigenvalue.upper
+
+
+def _downhill(vector: Tensor, gradient: Tensor) -> Tensor:
+    return -vector if dot(gradient, vector) > 0.0 else vector
+
+
+def _in_words(eigenvalue: Eigenvalue) -> str:
+    width = max(eigenvalue.upper - eigenvalue.value, eigenvalue.value - eigenvalue.lower)
+    return f"{eigenvalue.value:.4g} (within {abs(width):.1g})"
+
+
+def _remark(point: CriticalPoint) -> str:
+    if point.kind == "not critical":
+        return f"The gradient is above the tolerance of {point.tolerance:.3g}: the signs decide nothing here."
+    if point.kind in ("minimum", "maximum"):
+        sign, others = ("positive", "; other minima may lie lower") if point.kind == "minimum" else ("negative", "")
+        near = (
+            f"; the quadratic model's {point.kind} is at most {point.distance:.2g} away" if point.distance > 0.0 else ""
+        )
+        return f"All curvature is {sign}, with {point.confidence:.3g} confidence{near}{others}."
+    if point.kind == "saddle":
+        return "The loss falls along the direction of the smallest eigenvalue and rises along that of the largest."
+    if point.smallest.upper < 0.0:
+        return "It is no minimum; the second-order test leaves undecided whether it is a saddle or a maximum."
+    if point.largest.lower > 0.0:
+        return (
+            "It is no maximum; the second-order test leaves undecided whether it is a minimum or a saddle: that no "
+            "eigenvalue is negative is no proof of a minimum."
+        )
+    return (
+        "The second-order test is undecided: higher derivatives decide, or a larger budget if the intervals are wide."
+    )

@@ -1,0 +1,147 @@
+"""Tracking is cheap, and honest about what it does not know."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from spectra import diagonal, uniform
+from torch import Tensor, nn
+
+from newtonopt import LinearOperator, evaluate, gauss_newton, hessian
+from newtonopt.curvature import Spectrum, extreme_eigenvalues
+
+SLOW = torch.arange(1, 200, dtype=torch.float64) ** -0.5
+
+
+class _Training:
+    """A small classifier under gradient descent, whose Hessian moves a little at every step."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.X, self.y = torch.randn(80, 6).double(), torch.arange(80) % 4
+        self.model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.steps(60)
+
+    def closure(self) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.model(self.X), self.y)
+        loss.backward()
+        return loss
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.closure()
+            self.optimizer.step()
+
+    def hessian(self) -> LinearOperator:
+        return hessian(evaluate(self.closure, self.model.parameters()))
+
+
+def _values(spectrum: Spectrum) -> list[float]:
+    return [e.value for e in (*spectrum.top, *spectrum.bottom)]
+
+
+def test_tracking_takes_a_fraction_of_the_products_and_agrees() -> None:
+    training = _Training()
+    settings: dict[str, Any] = {"top": 3, "bottom": 1, "tolerance": 1e-2}
+    spectrum = extreme_eigenvalues(training.hessian(), **settings)
+    tracked_products = certified_products = 0
+    for _ in range(4):
+        training.steps(3)
+        truth = extreme_eigenvalues(training.hessian(), **settings)
+        spectrum = extreme_eigenvalues(training.hessian(), start=spectrum, **settings)
+        assert truth.certified
+        assert not spectrum.certified
+        assert spectrum.converged
+        np.testing.assert_allclose(_values(spectrum), _values(truth), rtol=1e-2)
+        assert all(e.upper == math.inf and e.lower <= e.value for e in spectrum.top)
+        assert spectrum.bottom[0].lower == -math.inf
+        tracked_products += spectrum.products
+        certified_products += truth.products
+    assert tracked_products <= 0.6 * certified_products
+
+
+def test_an_unchanged_operator_is_tracked_at_once() -> None:
+    operator = diagonal(torch.cat([torch.tensor([5.0, 4.0, -3.0]).double(), uniform(300)]))
+    before = extreme_eigenvalues(operator, top=2, bottom=1, tolerance=1e-6)
+    after = extreme_eigenvalues(operator, top=2, bottom=1, start=before)
+    assert after.products <= 12
+    np.testing.assert_allclose(_values(after), [5.0, 4.0, -3.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("budget", [3, 5, 200])
+def test_what_tracking_says_of_another_spectrum_is_no_more_than_residuals_do(budget: int) -> None:
+    n = 150
+    axes = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
+    before = extreme_eigenvalues(diagonal(torch.cat([torch.tensor([9.0, 8.0]).double(), uniform(n - 2)])), 2, 1)
+    values = torch.cat([torch.tensor([30.0, 25.0, -7.0]).double(), uniform(n - 3, 4) - 0.5])
+    matrix = axes @ torch.diag(values) @ axes.T
+    operator = LinearOperator(lambda v: matrix @ v, (n, n), matrix)
+    after = extreme_eigenvalues(operator, 2, 1, start=before, max_products=budget)
+    assert not after.certified
+    for entry in (*after.top, *after.bottom):
+        residual = float((matrix @ entry.vector - entry.value * entry.vector).norm())
+        assert residual == pytest.approx(entry.residual, rel=1e-6, abs=1e-10)
+        assert float((values - entry.value).abs().min()) <= entry.residual + 1e-10
+        assert not after.converged or entry.residual <= 1e-3 * max(abs(entry.value), 0.03)
+    assert after.converged == (budget > 5)
+    if after.converged:
+        np.testing.assert_allclose(_values(after), [30.0, 25.0, -7.0], rtol=1e-3)
+
+
+def test_equal_eigenvalues_are_not_tracked() -> None:
+    operator = diagonal(torch.cat([torch.full((9,), 4.0).double(), uniform(150, 3)]))
+    before = extreme_eigenvalues(operator, top=3, bottom=0)
+    after = extreme_eigenvalues(operator, top=3, bottom=0, start=before)
+    assert after.certified
+    assert [e.multiplicity for e in after.top] == [3, 3, 3]
+
+
+def test_semi_definite_operators_keep_their_certain_bound_when_tracked() -> None:
+    training = _Training()
+    G = gauss_newton(evaluate(training.closure, training.model.parameters()))
+    before = extreme_eigenvalues(G, top=2, bottom=1, tolerance=1e-2)
+    after = extreme_eigenvalues(G, top=2, bottom=1, tolerance=1e-2, start=before)
+    assert after.bottom[0].lower == pytest.approx(0.0, abs=1e-9)
+    assert not after.certified
+
+
+def test_a_start_of_another_length_is_refused() -> None:
+    other = extreme_eigenvalues(diagonal(SLOW[:50]), top=1, bottom=1)
+    with pytest.raises(ValueError, match=r"start must hold vectors of length 199, .*, got 2 vectors of lengths \[50\]"):
+        extreme_eigenvalues(diagonal(SLOW), start=other)
+    with pytest.raises(ValueError, match=r"start must hold vectors of length .* got 0 vectors"):
+        extreme_eigenvalues(diagonal(SLOW), start=replace(other, top=(), bottom=()))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("budget", [6, 10, 24])
+def test_followed_values_are_those_of_their_own_end(sign: float, budget: int) -> None:
+    """A run sees eigenvalues that are nearly zero once: the next ones are not taken from the other end."""
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        n = 40
+        Q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+        values = sign * torch.cat([torch.linspace(-10, -1, 8), torch.zeros(n - 8)]).double()
+        noise = torch.randn(n, n, generator=generator, dtype=torch.float64)
+        A, B = ((Q * values) @ Q.T + size * (noise + noise.T) for size in (1e-4, 1e-3))
+        ends = (3, 1) if sign > 0 else (1, 3)
+        first = extreme_eigenvalues(LinearOperator(A.mv, (n, n), A[0]), *ends)
+        found = extreme_eigenvalues(LinearOperator(B.mv, (n, n), B[0]), *ends, start=first, max_products=budget)
+        truth = torch.linalg.eigvalsh(B)
+        for end, expected in ((found.top, truth.flip(0)), (found.bottom, truth)):
+            assert len(end) >= 1
+            assert all(abs(e.value - t) < 0.05 * 10 for e, t in zip(end[1:], expected[1:].tolist(), strict=False))
+        assert not (found.converged and (len(found.top) + len(found.bottom)) < 4)
+
+
+def test_a_start_of_another_kind_is_refused() -> None:
+    with pytest.raises(TypeError, match="start must be a Spectrum, or None, got 'last'"):
+        extreme_eigenvalues(diagonal(SLOW), start="last")  # type: ignore[arg-type]
