@@ -25,7 +25,7 @@ from newtonopt.optimizers.preconditioning import (
 )
 from newtonopt.optimizers.rules import LOW_RATIO
 from newtonopt.optimizers.settings import ELSEWHERE, damping_rule
-from newtonopt.optimizers.state import vector
+from newtonopt.optimizers.state import tensor
 from newtonopt.optimizers.trials import Outcome
 from newtonopt.solvers.cg import conjugate_gradients
 from newtonopt.solvers.solution import Iterate, Solution
@@ -38,7 +38,7 @@ _FIRST_FACTOR = 10.0
 class HessianFreeState(PreconditionedState):
     """The state with the last solution, and whether the first damping, which is a guess, was confirmed by a step."""
 
-    solution: Tensor | None = field(default=None, metadata=vector())
+    solution: Tensor | None = field(default=None, metadata=tensor("n"))
     confirmed: bool = False
 
 

@@ -54,7 +54,7 @@ from newtonopt.optimizers.state import (
     unpacked,
     write,
 )
-from newtonopt.optimizers.trials import Outcome, backtracking
+from newtonopt.optimizers.trials import Outcome, backtracking, reported
 from newtonopt.vectors.flat import check_any, check_parameters, flatten, unflatten
 from newtonopt.vectors.sharded import is_sharded, local_part
 
@@ -236,21 +236,9 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
         state = progressed(state, model, outcome, proposal.leaves, norm)
         if outcome.accepted:
             call.objective.move(outcome.step)
-        report = replace(
-            report,
-            trial_loss=outcome.loss,
-            predicted_decrease=outcome.predicted,
-            ratio=outcome.ratio,
-            first_ratio=outcome.first_ratio,
-            iterations=proposal.iterations,
-            products=proposal.products,
-            trials=trials,
-            step_norm=float(outcome.step.norm()) if outcome.accepted else 0.0,
-            accepted=outcome.accepted,
-            reason=proposal.reason if outcome.accepted else f"rejected, {outcome.refusal}; {proposal.reason}",
-        )
         # The next line search from the same point would fail again; another control makes another step.
-        return state, report, outcome.accepted or self.control is not None
+        goes_on = outcome.accepted or self.control is not None
+        return state, reported(report, proposal, outcome, trials), goes_on
 
     # What members say.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from newtonopt.checks import SEEDS, check_seed, check_whole
 from newtonopt.optimizers.model import QuadraticModel
 from newtonopt.optimizers.settings import check_choices
-from newtonopt.optimizers.state import State, one_per_column, vector
+from newtonopt.optimizers.state import State, tensor
 from newtonopt.solvers import preconditioners
 from newtonopt.solvers.preconditioners import Preconditioner, Sketch
 from newtonopt.vectors.flat import flat_dtype
@@ -39,10 +39,10 @@ class PreconditionedState(State):
         squared_gradients: Running mean of the gradients' squares, `(n,)`.
     """
 
-    sketch_vectors: Tensor | None = field(default=None, metadata=vector("rank", preconditioner="nystrom"))
-    sketch_values: Tensor | None = field(default=None, metadata=one_per_column("rank", preconditioner="nystrom"))
+    sketch_vectors: Tensor | None = field(default=None, metadata=tensor("n", "rank", preconditioner="nystrom"))
+    sketch_values: Tensor | None = field(default=None, metadata=tensor("rank", preconditioner="nystrom"))
     sketch_age: int = 0
-    squared_gradients: Tensor | None = field(default=None, metadata=vector(preconditioner="empirical_fisher"))
+    squared_gradients: Tensor | None = field(default=None, metadata=tensor("n", preconditioner="empirical_fisher"))
 
 
 P = TypeVar("P", bound=PreconditionedState)

@@ -51,19 +51,14 @@ class State:
 S = TypeVar("S", bound=State)
 
 
-def vector(columns: str = "", **only_with: Any) -> dict[str, Any]:
-    """Return the metadata of a field for a vector `(n,)`, or for several as columns, which is None until it is known.
+def tensor(*shape: str, **only_with: Any) -> dict[str, Any]:
+    """Return the metadata of a field for a tensor, which is None until it is known.
 
     Args:
-        columns: Name of the setting that gives the number of columns, at most `n`; empty for one vector.
+        shape: For each dimension "n", the number of parameters, or the setting that gives its size, at most `n`.
         only_with: The setting, with its value, without which the field is never used.
     """
-    return {"columns": columns, "only_with": only_with, "along": True}
-
-
-def one_per_column(columns: str, **only_with: Any) -> dict[str, Any]:
-    """Return the metadata of a field for a tensor with one entry for each of a vector's columns; as `vector`."""
-    return {"columns": columns, "only_with": only_with, "along": False}
+    return {"shape": shape, "only_with": only_with}
 
 
 def _blank(kind: type[State], settings: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
@@ -73,17 +68,14 @@ def _blank(kind: type[State], settings: Mapping[str, Any], like: Tensor) -> dict
     """
     made = {}
     for one in fields(kind):
-        if not one.metadata or any(settings[name] != value for name, value in one.metadata["only_with"].items()):
-            continue
-        columns, count = one.metadata["columns"], like.numel()
-        count = min(settings[columns], count) if columns else 0
-        if not columns:
-            made[one.name] = torch.zeros_like(like)
-        elif one.metadata["along"]:
-            rows = like.unsqueeze(1).expand(-1, count)
-            made[one.name] = torch.zeros_like(rows, memory_format=torch.contiguous_format)
-        else:
-            made[one.name] = torch.zeros(count, dtype=like.dtype, device=like.device)
+        if one.metadata and all(settings[name] == value for name, value in one.metadata["only_with"].items()):
+            shape, n = one.metadata["shape"], like.numel()
+            first, *sizes = (n if size == "n" else min(settings[size], n) for size in shape)
+            # The dimension `n` is shared out among processes as `like` is, and others are not.
+            along = like if shape[0] == "n" else torch.empty(first, dtype=like.dtype, device=like.device)
+            for size in sizes:
+                along = along.unsqueeze(1).expand(-1, size)
+            made[one.name] = torch.zeros_like(along, memory_format=torch.contiguous_format)
     return made
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from newtonopt.closure.objective import Objective
 from newtonopt.optimizers import rules
 from newtonopt.optimizers.model import Proposal, QuadraticModel
+from newtonopt.optimizers.report import StepReport
 from newtonopt.optimizers.state import S
 
 # How often a step is halved before it is shortened faster.
@@ -42,6 +43,23 @@ class Outcome:
     accepted: bool
     trials: int
     refusal: str = "no trial decreased the loss"
+
+
+def reported(report: StepReport, proposal: Proposal[Any], outcome: Outcome, trials: int) -> StepReport:
+    """Return the report with the outcome of a proposal that took so many trials, those of longer ones included."""
+    return replace(
+        report,
+        trial_loss=outcome.loss,
+        predicted_decrease=outcome.predicted,
+        ratio=outcome.ratio,
+        first_ratio=outcome.first_ratio,
+        iterations=proposal.iterations,
+        products=proposal.products,
+        trials=trials,
+        step_norm=float(outcome.step.norm()) if outcome.accepted else 0.0,
+        accepted=outcome.accepted,
+        reason=proposal.reason if outcome.accepted else f"rejected, {outcome.refusal}; {proposal.reason}",
+    )
 
 
 def no_longer(proposal: Proposal[S], model: QuadraticModel, longest: float) -> Proposal[S]:
