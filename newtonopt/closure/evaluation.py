@@ -14,7 +14,7 @@ from newtonopt.autodiff.gradients import CHANGED, Gradients, gradient_of
 from newtonopt.autodiff.graph import reaches
 from newtonopt.checks import check_choice
 from newtonopt.closure.losses import Output
-from newtonopt.closure.tap import OnTerm
+from newtonopt.closure.tap import OnLoss
 from newtonopt.vectors.flat import differs, flatten
 from newtonopt.vectors.scaling import norm
 from newtonopt.vectors.sharded import Sharded, is_sharded
@@ -66,7 +66,7 @@ class Verdict:
 class Source(Protocol):
     """What an evaluation was made from and can be made from again: an `Objective`."""
 
-    def visit(self, on_term: OnTerm | None, step: Tensor | None = None, *, numbers: Collection[int] = ()) -> Tensor:
+    def visit(self, on_term: OnLoss | None, step: Tensor | None = None, *, numbers: Collection[int] = ()) -> Tensor:
         """Run the closure at the current point, or a step from it, and hand its losses over one by one, with the
         outputs of these numbers.
 

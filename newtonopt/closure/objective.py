@@ -32,8 +32,9 @@ from newtonopt.closure.evaluation import (
     refuse_sparse,
 )
 from newtonopt.closure.isolation import Isolation, UnprotectedError
-from newtonopt.closure.losses import Output, unrecognised
-from newtonopt.closure.tap import OnTerm, Tap, Term, Writes, mark_outputs, tapped
+from newtonopt.closure.losses import Output
+from newtonopt.closure.tap import LossTerm, OnLoss, OutputNumbers, Tap, mark_outputs, tapped
+from newtonopt.closure.writes import Writes
 from newtonopt.progress import progress
 from newtonopt.vectors.flat import add_flat, flatten, is_rounding, place, put_back, trained_parameters, unflatten
 from newtonopt.vectors.processes import Ranks
@@ -88,7 +89,7 @@ class Recording:
         """See the class."""
         return dict(sorted(self._sizes.items()))
 
-    def take(self, term: Term) -> None:
+    def take(self, term: LossTerm) -> None:
         """Called by the tap with each loss."""
         _refuse_reentrant_checkpoints(term.loss)
         self._products = self._products and _is_product(term.loss)
@@ -154,7 +155,7 @@ class Recording:
         gradients = local_gradients(self.loss, self._params)
         self._relate(gradients)
         self.gradient = flatten(gradients, self._params)
-        self.outputs = tap.outputs_of(self.loss)
+        self.outputs = tap.outputs.of(self.loss)
         self._sizes = {z.number: z.tensor.numel() for z in self.outputs}
 
 
@@ -406,7 +407,7 @@ class Objective:
         self._counted: frozenset[int] | None = None
         self._calls = 0
         self._fills = False
-        self._numbers: dict[object, int] = {}
+        self._numbers = OutputNumbers()
         self._may_release, self._has_released = True, False
         self._replayed = replayed
         self._ranks = Ranks(self.point)
@@ -568,7 +569,7 @@ class Objective:
         gradient, eps = torch.zeros_like(self.point), evaluation.eps
         add = self._adding_to(gradient)
 
-        def take(term: Term) -> None:
+        def take(term: LossTerm) -> None:
             nonlocal eps
             eps = coarsest([term.loss.grad_fn], eps)
             add(term)
@@ -601,7 +602,7 @@ class Objective:
         mean = self.mean(lambda: gradient)
         return loss, mean + self._decay * found[0] if decays(self._decay) else mean
 
-    def visit(self, on_term: OnTerm | None, step: Tensor | None = None, *, numbers: Collection[int] = ()) -> Tensor:
+    def visit(self, on_term: OnLoss | None, step: Tensor | None = None, *, numbers: Collection[int] = ()) -> Tensor:
         """Run the closure at `point + step` without a trace, and hand its losses over one by one.
 
         Args:
@@ -662,7 +663,7 @@ class Objective:
         return torch.stack(losses).sum()
 
     def _pass(
-        self, on_term: OnTerm | None, point: Tensor | None, numbers: Collection[int] = ()
+        self, on_term: OnLoss | None, point: Tensor | None, numbers: Collection[int] = ()
     ) -> tuple[Tensor, Tensor | None]:
         """Run the closure at `point`, where the parameters are if None; the loss, and where it left them if elsewhere.
 
@@ -674,7 +675,7 @@ class Objective:
         def attempt(release: bool) -> tuple[Tensor, Tensor | None]:
             with self._placed(point), self._isolation.isolated() as writes, progress(self._terms) as tick:
 
-                def take(term: Term) -> None:
+                def take(term: LossTerm) -> None:
                     self._has_released = release
                     if on_term is not None:
                         on_term(term)
@@ -706,26 +707,25 @@ class Objective:
             RuntimeError: The closure differentiates inside or writes to the parameters, which changes their tangents,
                 or an operation has no forward mode.
         """
-        tangents: dict[int, Tensor] = {}
         with (
             self._placed(None),
             self._isolation.isolated() as writes,
             progress(self._terms) as tick,
             forward_mode(self.params, v),
         ):
-            tap = self._tap(on_term=lambda term: tick(), wanted=numbers, tangents=tangents, writes=writes)
+            tap = self._tap(on_term=lambda term: tick(), wanted=numbers, forward=True, writes=writes)
             versions, unchanged = [p._version for p in self.params], kept_versions(self.params)
             returned = self._call(tap)
             if [p._version for p in self.params] != versions:
                 unchanged()
                 raise RuntimeError("The closure writes to the parameters, and so changes their tangents.")
-        return tap.total(returned), tangents
+        return tap.total(returned), tap.outputs.tangents
 
     def add_gradient(self, gradient: Tensor, step: Tensor) -> Tensor:
         """Add this process's gradient at `point + step` to `gradient` in place; returns its loss there."""
         return self.visit(self._adding_to(gradient), step)
 
-    def _adding_to(self, gradient: Tensor) -> OnTerm:
+    def _adding_to(self, gradient: Tensor) -> OnLoss:
         return lambda term: add_flat(gradient, grad(term.loss, self.params, keep=term.keep), self.params)
 
     def mean(self, compute: Callable[[], Tensor], like: Tensor | None = None) -> Tensor:
@@ -851,7 +851,7 @@ class Objective:
         def loss_and_weight() -> tuple[Tensor, float]:
             done.append(run())
             recording, tap = done[0]
-            return recording.loss, self._weight or tap.weight()
+            return recording.loss, self._weight or tap.outputs.weight()
 
         losses, weights = self._ranks.gather(loss_and_weight).unbind(1)
         if self._ranks.count > 1 and bool((weights > 0).all()):
@@ -882,13 +882,13 @@ class Objective:
         evaluation.returned = recording.returned
         evaluation.local_gradient, evaluation.replayed = recording.gradient, self._replayed
         evaluation.may_fall_back = self.products == "auto"
-        evaluation.unrecognised_advice = unrecognised(tap.losses_seen, tap.ends, tap.wrappers)
+        evaluation.unrecognised_advice = tap.outputs.advice()
         evaluation.output_sizes, evaluation.outside = recording.output_sizes, recording.outside
         evaluation.holds_constant = tap.holds_constant or tap.gradients.was_read
         evaluation.hooks_gradients = tap.hooks.change
-        evaluation.linear_marks = tap.linear_marks
+        evaluation.linear_marks = tap.outputs.linear_marks
         evaluation.related = frozenset(recording.related)
-        evaluation.convex = not tap.has_marks and tap.is_convex(recording.output_sizes)
+        evaluation.convex = not tap.outputs.has_marks and tap.outputs.is_convex(recording.output_sizes)
         return evaluation
 
     def _value(self, compute: Callable[[], tuple[Tensor, Tensor]]) -> float:
@@ -920,7 +920,7 @@ class Objective:
         older = False
         began = torch._C._autograd._get_sequence_nr()
 
-        def look(term: Term) -> None:
+        def look(term: LossTerm) -> None:
             nonlocal older
             older = older or is_older(term.loss, began, self.params)
 

@@ -15,7 +15,7 @@ from newtonopt.autodiff.gradients import Gradients, grad, grad_with_graph
 from newtonopt.autodiff.graph import bytes_handed_on, coarsest
 from newtonopt.closure.evaluation import SAME_FUNCTION, Evaluation, Source, source_of
 from newtonopt.closure.losses import Output, Root
-from newtonopt.closure.tap import OnTerm, Term
+from newtonopt.closure.tap import LossTerm, OnLoss
 from newtonopt.operators.linear_operator import Product
 from newtonopt.vectors.flat import add_flat, flatten, flatten_rows, unflatten, unflatten_rows
 from newtonopt.vectors.sharded import is_sharded
@@ -300,7 +300,7 @@ def streamed_hessian(evaluation: Evaluation) -> Product:
         nonlocal eps
         result, seen, coarse = torch.zeros_like(v), torch.zeros_like(v), eps or evaluation.eps
 
-        def add(term: Term) -> None:
+        def add(term: LossTerm) -> None:
             nonlocal coarse
             coarse = coarsest([term.loss.grad_fn], coarse) if eps is None else coarse
             gradients = grad_with_graph(term.loss, params)
@@ -324,7 +324,7 @@ def gauss_newton_from(push: Push, evaluation: Evaluation) -> Product:
         pushed = push(v)
         result = torch.zeros_like(v)
 
-        def add(term: Term) -> None:
+        def add(term: LossTerm) -> None:
             if term.outputs:
                 along = curve_of(term.loss, term.outputs)([pushed[z.number] for z in term.outputs])
                 add_flat(result, grad(term.tensors, params, along, keep=term.keep), params)
@@ -343,7 +343,7 @@ def pull_from(evaluation: Evaluation) -> Product:
         result = torch.zeros_like(evaluation.gradient)
         pieces = dict(zip(sizes, u.split(list(sizes.values())), strict=True))
 
-        def add(term: Term) -> None:
+        def add(term: LossTerm) -> None:
             # Several losses may be computed from one output.
             first = [z.tensor for z in term.outputs if z.number in pieces]
             along = [pieces.pop(z.number) for z in term.outputs if z.number in pieces]
@@ -375,7 +375,7 @@ def streamed_push(evaluation: Evaluation, forward: bool = True) -> Push:
     def backwards(v: Tensor) -> dict[int, Tensor]:
         pushed: dict[int, Tensor] = {}
 
-        def add(term: Term) -> None:
+        def add(term: LossTerm) -> None:
             if term.outputs:
                 numbers = [z.number for z in term.outputs]
                 pushed.update(zip(numbers, push_of(term.tensors, params)(v), strict=True))
@@ -428,7 +428,7 @@ def differenced_push(evaluation: Evaluation, length: float | None = None) -> Pus
     def outputs_at(step: Tensor) -> dict[int, Tensor]:
         found: dict[int, Tensor] = {}
 
-        def take(term: Term) -> None:
+        def take(term: LossTerm) -> None:
             found.update({z.number: z.tensor.detach().clone() for z in term.outputs})
 
         source.visit(take, step, numbers=evaluation.output_sizes)
@@ -458,7 +458,7 @@ def differenced_gauss_newton(evaluation: Evaluation, length: float | None = None
     def slopes_at(step: Tensor) -> Tensor:
         found = {number: step.new_zeros(size) for number, size in evaluation.output_sizes.items()}
 
-        def add(term: Term) -> None:
+        def add(term: LossTerm) -> None:
             if term.outputs:
                 for z, slope in zip(term.outputs, grad(term.loss, term.tensors, keep=True), strict=True):
                     found[z.number] += 0 if slope is None else slope.detach().reshape(-1).to(step.dtype)
@@ -473,7 +473,7 @@ def differenced_gauss_newton(evaluation: Evaluation, length: float | None = None
     return one_by_one(_averaged(source, product))
 
 
-def _visit_with_outputs(evaluation: Evaluation, on_term: OnTerm) -> None:
+def _visit_with_outputs(evaluation: Evaluation, on_term: OnLoss) -> None:
     """Run the closure and hand its losses over with the outputs that were recorded.
 
     Raises:
@@ -481,7 +481,7 @@ def _visit_with_outputs(evaluation: Evaluation, on_term: OnTerm) -> None:
     """
     met: set[int] = set()
 
-    def take(term: Term) -> None:
+    def take(term: LossTerm) -> None:
         met.update(z.number for z in term.outputs)
         on_term(term)
 
@@ -497,7 +497,7 @@ def _check_met(evaluation: Evaluation, numbers: Collection[int]) -> None:
         )
 
 
-def _visit(evaluation: Evaluation, on_term: OnTerm, numbers: Collection[int] = ()) -> None:
+def _visit(evaluation: Evaluation, on_term: OnLoss, numbers: Collection[int] = ()) -> None:
     evaluation.check_rerun()
     loss = float(source_of(evaluation).visit(on_term, numbers=numbers))
     evaluation.check_same_function(loss, math.sqrt(evaluation.eps))

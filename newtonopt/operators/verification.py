@@ -33,7 +33,7 @@ from newtonopt.autodiff.gradients import NoSecondDerivativeError
 from newtonopt.autodiff.graph import Graph, look_through
 from newtonopt.checks import warn
 from newtonopt.closure.evaluation import Evaluation, Manner, Matrix, Verdict, source_of
-from newtonopt.closure.tap import Term
+from newtonopt.closure.tap import LossTerm
 from newtonopt.operators.linear_operator import Product, Trust
 from newtonopt.operators.products import Difference, difference, displacement, gradient_at, lengths_from
 from newtonopt.vectors.flat import local_pieces
@@ -655,7 +655,7 @@ def _graph_of(evaluation: Evaluation) -> Graph:
     else:
         source = source_of(evaluation)
 
-        def look(term: Term) -> None:
+        def look(term: LossTerm) -> None:
             found.append(look_through(term.loss, term.tensors, eps))
 
         # All processes hear of an error on one.

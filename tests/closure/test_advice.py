@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from newtonopt import HessianFree, evaluate, gauss_newton
-from newtonopt.closure.losses import CALLED
+from newtonopt.closure.losses import REMEDIES
 
 LABELS = torch.tensor([0, 2, 1, 2, 0, 1])
 HALF = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
@@ -123,7 +123,7 @@ def test_each_trains_with_the_hessian(name: str) -> None:
 
 
 def test_each_function_with_a_remedy_is_tried() -> None:
-    assert set(CALLED) <= {"kl_div", "nll_loss", *LOSSES}
+    assert set(REMEDIES) <= {"kl_div", "nll_loss", *LOSSES}
 
 
 @pytest.mark.parametrize("products", ["cached", "streamed", "finite_difference"])

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     "checks",
     "progress",
+    "lightning",
     "vectors",
     "autodiff",
     "closure",
@@ -37,6 +38,7 @@ LAYERS = (
 KNOWS_ONLY = {
     "checks": set(),
     "progress": set(),
+    "lightning": set(),
     "solvers": {"vectors"},
     "callbacks": {*LAYERS} - {"solvers", "callbacks"},
     "curvature": {*LAYERS[: LAYERS.index("solvers") + 1]},
