@@ -50,11 +50,8 @@ LOG_PROBABILITY_LOSSES = frozenset({F.nll_loss, F.kl_div})
 
 
 def is_convex(loss: Callable[..., Any], given: dict[str, Any]) -> bool:
-    """Whether a call of a recognised loss is convex, as it is unless weights or targets are negative.
-
-    Args:
-        loss: A function of `CONVEX_LOSSES` or `LOG_PROBABILITY_LOSSES`.
-        given: Its arguments, by name.
+    """Whether a call of a recognised loss, given its arguments by name, is convex: unless weights or targets are
+    negative.
     """
     weight, target = given.get("weight"), given["target"]
     if _is_negative(weight):
@@ -76,12 +73,7 @@ def _is_negative(t: Any) -> bool:
 
 
 def mean_over(loss: Callable[..., Any], given: dict[str, Any]) -> Tensor | float | None:
-    """Return the number by which a call of a recognised loss divides its sum; None if it returns the sum itself.
-
-    Args:
-        loss: A function of `CONVEX_LOSSES` or `LOG_PROBABILITY_LOSSES`.
-        given: Its arguments, by name.
-    """
+    """Return the number by which a call of a recognised loss divides its sum; None if it returns the sum itself."""
     if given.get("reduction", "mean") not in ("mean", "batchmean"):
         return None
     z, target = given["input"], given["target"]
@@ -227,16 +219,13 @@ _QUOTIENT = "Div"
 def logits_behind(
     log_probabilities: Tensor, log_softmaxes: Mapping[Node, Output], softmaxes: Mapping[Node, Output]
 ) -> tuple[Output, bool] | None:
-    """Return the logits that log-probabilities are computed from, and whether a loss of these is convex in the logits.
+    """Return the logits that log-probabilities are computed from, and whether a loss of these is convex in the logits;
+    None if no softmax is met. On the way are reshapes and selections with a single operand, and one logarithm.
 
     Args:
         log_probabilities: The argument of `nll_loss` or `kl_div`.
         log_softmaxes: The logits of each `log_softmax`, by its node.
         softmaxes: The logits of each softmax, by its node.
-
-    Returns:
-        The logits, and whether the loss is convex in them; None if no such node is met through reshapes and selections,
-        each with a single operand, and for a softmax one logarithm.
     """
     node = log_probabilities.grad_fn
     passed: list[str] = []

@@ -155,7 +155,7 @@ class Recording:
         gradients = local_gradients(self.loss, self._params)
         self._relate(gradients)
         self.gradient = flatten(gradients, self._params)
-        self.outputs = tap.outputs.of(self.loss)
+        self.outputs = tap.outputs.of_all(self.loss)
         self._sizes = {z.number: z.tensor.numel() for z in self.outputs}
 
 

@@ -87,27 +87,21 @@ class ReachableState:
 
 def generator_state(generator: Any) -> Any:
     """Return the state of a random generator."""
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
+    generator = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
     if isinstance(generator, random.Random):
         return generator.getstate()
-    if isinstance(generator, np.random.RandomState):
-        return generator.get_state()
-    return generator.state if isinstance(generator, np.random.BitGenerator) else generator.bit_generator.state
+    return generator.state if isinstance(generator, np.random.BitGenerator) else generator.get_state()
 
 
 def set_generator_state(generator: Any, state: Any) -> None:
     """Put a random generator into a state that it had."""
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
+    generator = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
+    if isinstance(generator, random.Random):
         generator.setstate(state)
-    elif isinstance(generator, np.random.RandomState):
-        generator.set_state(state)
     elif isinstance(generator, np.random.BitGenerator):
         generator.state = state
     else:
-        generator.bit_generator.state = state
+        generator.set_state(state)
 
 
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
@@ -182,7 +176,7 @@ class _Walk:
     def _module(self, host: nn.Module, path: str) -> None:
         self._state.modules.append(host)
         own = vars(host)
-        self._keep(_Attributes(host, path))
+        self._keep(_Items(own, path))
         if isinstance(host, torch.jit.ScriptModule):
             self._script(host, path)
             return
@@ -218,18 +212,21 @@ class _Walk:
     def _object(self, host: Any, path: str) -> None:
         self._attributes(host, path)
         for kind in _slotted(type(host)):
-            self._keep(_Slots(host, kind, path))
-            for name, value in _Slots.values(host, kind):
-                self._meet(value, f"{path}.{name}")
+            slots = _Slots(host, kind, path)
+            self._keep(slots)
+            for member, value in zip(slots.members, slots.read(), strict=True):
+                if value is not _EMPTY:
+                    self._meet(value, f"{path}.{member.__name__}")
         self._meet(_get(host, "__self__"), path)  # a method written in C
         self._meet(_get(host, "__wrapped__"), path)  # functools.cache
         self._class_of(host)
 
     def _attributes(self, host: Any, path: str) -> None:
+        # The dictionary of a threading.local is that of the thread.
         own = vars(host) if isinstance(host, threading.local) else _get(host, "__dict__")
         if type(own) is not dict or (not own and isinstance(host, Tensor)):
             return
-        self._keep(_Attributes(host, path))
+        self._keep(_Items(own, path))
         for name, value in tuple(own.items()):
             self._meet(value, f"{path}.{name}")
 
@@ -462,7 +459,12 @@ def _names(code: CodeType) -> frozenset[str]:
 @_cached
 def _slotted(kind: type) -> tuple[type, ...]:
     """Return the bases of a class that have slots with state; classes written in C have none."""
-    return tuple(base for base in kind.__mro__ if "__slots__" in vars(base) and any(_Slots.names(base)))
+    return tuple(base for base in kind.__mro__ if "__slots__" in vars(base) and _slots_of(base))
+
+
+@_cached
+def _slots_of(kind: type) -> tuple[Any, ...]:
+    return tuple(value for value in vars(kind).values() if type(value) is MemberDescriptorType)
 
 
 @_cached
@@ -579,7 +581,7 @@ class _Members(Holder):
 
 
 class _Items(Holder):
-    """A dictionary of any kind, in its order."""
+    """A dictionary of any kind in its order, such as that of an object's attributes."""
 
     __slots__ = ("_kind",)
 
@@ -623,27 +625,6 @@ class _Empty(Holder):
             one.update(items)
 
 
-class _Attributes(Holder):
-    """The attributes in the dictionary of an object."""
-
-    __slots__ = ("_own",)
-
-    def __init__(self, host: Any, path: str) -> None:
-        super().__init__(host, path)
-        # The dictionary of a threading.local is that of the thread.
-        self._own = vars(host) if isinstance(host, threading.local) else object.__getattribute__(host, "__dict__")
-
-    def read(self) -> Any:
-        return tuple(self._own), tuple(self._own.values())
-
-    def holds(self, content: Any) -> bool:
-        return len(self._own) == len(content[0]) and _same_items(dict, self._own, content)
-
-    def write(self, content: Any) -> None:
-        self._own.clear()
-        self._own.update(zip(*content, strict=True))
-
-
 class _Slots(Holder):
     """The attributes that a class keeps in slots.
 
@@ -653,39 +634,29 @@ class _Slots(Holder):
         path: The name under which messages speak of it.
     """
 
-    __slots__ = ("_members",)
+    __slots__ = ("members",)
 
     def __init__(self, host: Any, kind: type, path: str) -> None:
         super().__init__(host, path)
-        self._members = tuple(vars(kind)[name] for name in self.names(kind))
+        self.members = _slots_of(kind)
 
-    @staticmethod
-    def names(kind: type) -> list[str]:
-        return [name for name, value in vars(kind).items() if type(value) is MemberDescriptorType]
-
-    @classmethod
-    def values(cls, host: Any, kind: type) -> list[tuple[str, Any]]:
-        found = [(name, cls._value(vars(kind)[name], host)) for name in cls.names(kind)]
-        return [(name, value) for name, value in found if value is not _EMPTY]
-
-    @staticmethod
-    def _value(member: Any, host: Any) -> Any:
+    def _value(self, member: Any) -> Any:
         try:
-            return member.__get__(host)
+            return member.__get__(self.host)
         except AttributeError:
             return _EMPTY
 
     def read(self) -> Any:
-        return tuple(self._value(member, self.host) for member in self._members)
+        return tuple(map(self._value, self.members))
 
     def holds(self, content: Any) -> bool:
         return all(map(operator.is_, self.read(), content))
 
     def write(self, content: Any) -> None:
-        for member, value in zip(self._members, content, strict=True):
+        for member, value in zip(self.members, content, strict=True):
             if value is not _EMPTY:
                 member.__set__(self.host, value)
-            elif self._value(member, self.host) is not _EMPTY:
+            elif self._value(member) is not _EMPTY:
                 member.__delete__(self.host)
 
 

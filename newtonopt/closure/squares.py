@@ -61,14 +61,9 @@ def square(
 ) -> tuple[Any, ConvexNote | None]:
     """Call one of `SQUARES`; if it squares its first operand, call it on a view that nothing else uses.
 
-    Args:
-        func: The function.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        number: The number of the output that the operand would be.
-
     Returns:
-        The result, and the note for its node; None if the call is no square.
+        The result, and a note for its node, with the operand as the output of this number; None if the call is no
+        square.
     """
     operand = first_operand(func, args, kwargs)
     if not _may_be_output(operand):
@@ -87,14 +82,9 @@ def root(
 ) -> tuple[Any, RootNote | None]:
     """Call one of `ROOTS`; if it computes the root of a sum of squares, call it on a view that nothing else uses.
 
-    Args:
-        func: The function.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        number: The number of the output that the operand would be.
-
     Returns:
-        The result, and the note for its node; None if the call is no such root.
+        The result, and a note for its node, with the operand as the output of this number; None if the call is no such
+        root.
     """
     if not _may_be_output(first_operand(func, args, kwargs)) or not _may_be_output(
         operand := root_operand(func, args, kwargs)

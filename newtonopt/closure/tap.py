@@ -20,7 +20,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -146,12 +146,6 @@ class Tap(TorchFunctionMode):
         writes: Told before a tensor is written to; None: nobody is.
 
     Attributes:
-        runs_backward: Whether `backward` runs.
-        is_forward: Whether the run is in forward mode.
-        outputs: The recorder of the outputs.
-        gradients: The tracker of `.grad`.
-        hooks: The hooks on tensors that the closure registers.
-        saved: The tensors that the graphs save, to be released; None if they are not.
         terms: How many losses counted.
         holds_constant: Whether the closure took a tensor for a constant, by `detach`, `no_grad` or otherwise.
     """
@@ -245,19 +239,14 @@ class Tap(TorchFunctionMode):
             self.terms += 1
             self._total = loss.detach() if self._total is None else self._total + loss.detach()
         # Where all graphs are kept, the outputs are those of the sum of the losses, and are looked for at the end.
-        part = None if self._keep or self.is_forward else self.outputs.part_of(loss)
-        if counts and self._on_term is not None:
-            again = self._fills or (self.runs_backward and not self._pulled)
-            self._on_term(LossTerm(loss, () if part is None else part.outputs, keep or again))
-        if then is not None:
-            then()
-        if part is None:
-            return
-        if keep:
-            self.outputs.keep(part)
-            return
-        self.outputs.let_go(part)
-        if self.saved is not None:
+        at_the_end = self._keep or self.is_forward
+        with nullcontext(()) if at_the_end else self.outputs.of_one(loss, keep=keep) as outputs:
+            if counts and self._on_term is not None:
+                again = self._fills or (self.runs_backward and not self._pulled)
+                self._on_term(LossTerm(loss, outputs, keep or again))
+            if then is not None:
+                then()
+        if self.saved is not None and not (keep or at_the_end):
             self.saved.release(loss)
 
     def __torch_function__(
@@ -345,21 +334,6 @@ class OutputNumbers:
         return self._numbers.setdefault((place, before), len(self._numbers))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The graph of one loss.
-
-    Attributes:
-        outputs: The outputs that the loss is computed from.
-        nodes: All nodes; none if no output and no note is there to be let go.
-        found: The summands of the loss, in the run in which outputs are found.
-    """
-
-    outputs: tuple[Output, ...]
-    nodes: set[Node]
-    found: Decomposition
-
-
 class OutputRecorder:
     """Records the outputs that a run of the closure meets: arguments of recognised losses and squares, and marks.
 
@@ -413,7 +387,7 @@ class OutputRecorder:
 
     # After the run.
 
-    def of(self, loss: Tensor) -> tuple[Output, ...]:
+    def of_all(self, loss: Tensor) -> tuple[Output, ...]:
         """Return the outputs that the sum of all losses, whose graphs were kept, is computed from, by number."""
         self._decompose(loss)
         outputs, inner = independent_outputs(self._marked, self._recognised, loss)
@@ -437,29 +411,27 @@ class OutputRecorder:
 
     # At each loss.
 
-    def part_of(self, loss: Tensor) -> _Part:
-        """Return the graph of a loss, with the outputs that the loss is computed from."""
+    @contextmanager
+    def of_one(self, loss: Tensor, *, keep: bool) -> Iterator[tuple[Output, ...]]:
+        """Give the outputs that one loss is computed from. Afterwards, unless its graph is kept, forget the outputs in
+        that graph, as `backward` lets it go.
+        """
         found = self._decompose(loss) if self._wanted is None else Decomposition()
         recorded = [*self._marked, *self._recognised, *self._softmaxes.values()]
         nodes = all_behind([loss.grad_fn]) if recorded or self._has_notes else set()
         marked, recognised = ([z for z in one if z.tensor.grad_fn in nodes] for one in (self._marked, self._recognised))
         outputs, inner = independent_outputs(marked, recognised, loss)
         self._other.update(z.number for z in outputs if z.number not in found.convex - inner)
-        return _Part(tuple(outputs), nodes, found)
-
-    def keep(self, part: _Part) -> None:
-        """Note that the graph of a loss is kept, so that another loss may depend on it."""
-        self._stops.extend(part.found.stops)
-
-    def let_go(self, part: _Part) -> None:
-        """Forget the outputs in the graph of a loss, as `backward` lets that go."""
-        gone = part.nodes
-        self._marked = [z for z in self._marked if z.tensor.grad_fn not in gone]
-        self._recognised = [z for z in self._recognised if z.tensor.grad_fn not in gone]
-        self._log_softmaxes = {n: z for n, z in self._log_softmaxes.items() if z.tensor.grad_fn not in gone}
-        self._softmaxes = {n: z for n, z in self._softmaxes.items() if z.tensor.grad_fn not in gone}
+        yield tuple(outputs)
+        if keep:
+            self._stops.extend(found.stops)
+            return
+        self._marked = [z for z in self._marked if z.tensor.grad_fn not in nodes]
+        self._recognised = [z for z in self._recognised if z.tensor.grad_fn not in nodes]
+        self._log_softmaxes = {n: z for n, z in self._log_softmaxes.items() if z.tensor.grad_fn not in nodes}
+        self._softmaxes = {n: z for n, z in self._softmaxes.items() if z.tensor.grad_fn not in nodes}
         if self._has_notes:
-            forget(gone)
+            forget(nodes)
 
     def _decompose(self, loss: Tensor) -> Decomposition:
         """Record the squares written by hand that the loss is a weighted sum of, and what it is convex in."""

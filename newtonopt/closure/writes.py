@@ -6,6 +6,7 @@ is a write, however much memory the closure holds. `isolation` owns the `Writes`
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -200,11 +201,8 @@ def _saved_by(start: Node | None) -> Iterator[Tensor]:
     for node in all_behind([start]):
         of_function = getattr(node, "saved_tensors", ())  # of a custom autograd.Function
         raw = [getattr(node, name) for name in dir(node) if name.startswith("_raw_saved_")]
-        for one in (*of_function, *(part for value in raw for part in (value if _is_list(value) else [value]))):
+        several = [value if isinstance(value, (list, tuple)) else [value] for value in raw]
+        for one in itertools.chain(of_function, *several):
             saved = one if isinstance(one, Tensor) else getattr(one, "data", None)
             if isinstance(saved, Tensor):
                 yield saved
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, (list, tuple))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +11,6 @@ from problems import Batches, Doubled, Held, distances, error, unseen
 from torch import Tensor, nn
 
 from newtonopt import HessianFree, evaluate, gauss_newton, hessian, jacobian, mark_outputs
-from newtonopt.closure.losses import mean_over
 
 ALL = pytest.mark.parametrize("operator", [hessian, gauss_newton, jacobian], ids=lambda f: f.__name__)
 PRODUCTS = pytest.mark.parametrize("products", ["cached", "streamed", "finite_difference"])
@@ -166,43 +162,6 @@ def test_a_graph_that_is_kept_stays_whole(keep: str) -> None:
         assert error(streamed @ v, cached @ v) < 1e-12
 
 
-class Watched(torch.autograd.Function):
-    """An identity whose result's memory can be watched."""
-
-    alive: ClassVar[Callable[[], list[weakref.ref[np.ndarray]]]] = unseen([])
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        memory = x.detach().numpy().copy()
-        Watched.alive().append(weakref.ref(memory))
-        return torch.from_numpy(memory)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
-
-
-@pytest.mark.parametrize("loss", ["marked", "recognised", "log_softmax"])
-def test_outputs_are_let_go(loss: str) -> None:
-    problem, counts = Batches(), unseen([])
-    functions = {
-        "marked": lambda z, y: F.softplus(mark_outputs(z)).mean(),
-        "recognised": F.cross_entropy,
-        "log_softmax": lambda z, y: F.nll_loss(F.log_softmax(z, 1), y),
-    }
-
-    def closure() -> None:
-        Watched.alive().clear()
-        for x, y in problem.loader:
-            functions[loss](Watched.apply(problem.model(x)), y).backward()
-            counts().append(sum(ref() is not None for ref in Watched.alive()))
-
-    H = hessian(evaluate(closure, problem.params, products="streamed"))
-    counts().clear()
-    H @ torch.ones(H.shape[1], dtype=torch.float64)
-    assert max(counts()) == 0
-
-
 def test_two_operators_warn_once() -> None:
     torch.manual_seed(0)
     model, x, y = nn.Linear(4, 5).double(), torch.randn(5, 4).double(), torch.randn(5, 5).double()
@@ -249,15 +208,6 @@ def test_products_asked_for_are_not_remembered() -> None:
     optimizer.step(problem.closure)
     assert optimizer.last_step is not None
     assert optimizer.last_step.form == "cached"
-
-
-def test_what_losses_are_means_over() -> None:
-    z, y, w = torch.randn(4, 3), torch.tensor([0, 1, -100, 2]), torch.tensor([1.0, 2.0, 4.0])
-    assert float(mean_over(F.cross_entropy, {"input": z, "target": y})) == 3
-    assert float(mean_over(F.cross_entropy, {"input": z, "target": y, "weight": w})) == 7
-    assert mean_over(F.kl_div, {"input": z, "target": z, "reduction": "batchmean"}) == 4
-    assert mean_over(F.mse_loss, {"input": z, "target": z}) == 12
-    assert mean_over(F.mse_loss, {"input": z, "target": z, "reduction": "sum"}) is None
 
 
 def crossed(problem: Batches) -> Any:
