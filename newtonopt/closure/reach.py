@@ -58,7 +58,7 @@ class ReachableState:
         modules: The modules, each once.
         generators: Random generators.
         tensors: Tensors, each once.
-        outside: Identities of the tensors that not only modules hold, as parameters or buffers.
+        outside: Identities of the tensors that an object other than a module holds too.
         holders: Objects whose content can be put back.
         watched: Objects whose content can only be watched.
         seen: The objects met, by identity, kept alive so that no other object takes an identity over.
@@ -111,7 +111,7 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.r
 
 # A budget: objects met, entries of a container that are followed, entries or bytes that are copied in each run, and
 # entries of a longer list that are watched.
-_MOST = 20_000
+_MOST_OBJECTS = 20_000
 _MOST_FOLLOWED = 1_024
 _MOST_ENTRIES = 100_000
 _MOST_BYTES = 2**24
@@ -138,7 +138,7 @@ class _Walk:
             self._meet(root, path)
         for host in callables:
             self._take(host, type(host).__name__)
-        while waiting and len(seen) < _MOST:
+        while waiting and len(seen) < _MOST_OBJECTS:
             follow, host, path = waiting.popleft()
             follow(self, host, path)
         if self._left_alone:
