@@ -18,7 +18,7 @@ from newtonopt.autodiff.gradients import CHANGED, Gradients, gradient_of
 from newtonopt.autodiff.graph import reaches
 from newtonopt.checks import check_choice
 from newtonopt.closure.losses import Output
-from newtonopt.closure.tap import Term
+from newtonopt.closure.tap import LossTerm
 from newtonopt.vectors.flat import differs, flatten
 from newtonopt.vectors.scaling import norm
 from newtonopt.vectors.sharded import Sharded, is_sharded
@@ -493,7 +493,7 @@ class Source(Protocol):
     """What an evaluation was made from, and runs the closure again: an `Objective`."""
 
     def visit(
-        self, of_term: Callable[[Term], Result], step: Tensor | None = None, *, numbers: Collection[int] = ()
+        self, of_term: Callable[[LossTerm], Result], step: Tensor | None = None, *, numbers: Collection[int] = ()
     ) -> tuple[Tensor, list[Result]]:
         """Run the closure at the current point, or a step from it.
 

@@ -42,8 +42,8 @@ from newtonopt.closure.evaluation import (
     with_decay,
 )
 from newtonopt.closure.isolation import Isolation, UnprotectedError
-from newtonopt.closure.losses import unrecognised
-from newtonopt.closure.tap import Tap, Term, Writes, tapped
+from newtonopt.closure.tap import LossTerm, OutputNumbers, Tap, tapped
+from newtonopt.closure.writes import Writes
 from newtonopt.progress import progress
 from newtonopt.vectors.flat import add_flat, flatten, is_rounding, place, put_back, trained_parameters, unflatten
 from newtonopt.vectors.processes import Processes
@@ -278,7 +278,7 @@ class Objective:
         """Raise a RuntimeError if the closure computes another loss or gradient when it runs again, on this process."""
         gradient = torch.zeros_like(self.point)
 
-        def add(term: Term) -> float:
+        def add(term: LossTerm) -> float:
             eps = coarsest([term.loss.grad_fn], evaluation.eps)
             self._add(term, gradient)
             return eps
@@ -288,7 +288,7 @@ class Objective:
         self._runs.replayed = True
 
     def visit(
-        self, of_term: Callable[[Term], Result], step: Tensor | None = None, *, numbers: Collection[int] = ()
+        self, of_term: Callable[[LossTerm], Result], step: Tensor | None = None, *, numbers: Collection[int] = ()
     ) -> tuple[Tensor, list[Result]]:
         """Run the closure at `point + step` without a trace.
 
@@ -321,20 +321,19 @@ class Objective:
             RuntimeError: The closure differentiates inside or writes to the parameters, which changes their tangents,
                 or an operation has no forward mode.
         """
-        tangents: dict[int, Tensor] = {}
         with (
             self._placed(None),
             self._runs.isolation.isolated() as writes,
             progress(self._runs.terms) as tick,
             forward_mode(self.params, v),
         ):
-            tap = self._tap(on_term=lambda term: tick(), wanted=numbers, tangents=tangents, writes=writes)
+            tap = self._tap(on_term=lambda term: tick(), wanted=numbers, forward=True, writes=writes)
             versions, unchanged = [p._version for p in self.params], kept_versions(self.params)
             returned = self._call(tap)
             if [p._version for p in self.params] != versions:
                 unchanged()
                 raise RuntimeError("The closure writes to the parameters, and so changes their tangents.")
-        return tap.total(returned), tangents
+        return tap.total(returned), tap.outputs.tangents
 
     def add_gradient(self, gradient: Tensor, step: Tensor) -> Tensor:
         """Add this process's gradient at `point + step` to `gradient` in place; return its loss there."""
@@ -589,7 +588,7 @@ class Objective:
     # One run of the closure.
 
     def _pass(
-        self, of_term: Callable[[Term], Result] | None, point: Tensor | None, numbers: Collection[int] = ()
+        self, of_term: Callable[[LossTerm], Result] | None, point: Tensor | None, numbers: Collection[int] = ()
     ) -> Passed[Result]:
         """Run the closure without a trace at `point`, by default where the parameters are.
 
@@ -600,7 +599,7 @@ class Objective:
 
     def _pass_once(
         self,
-        of_term: Callable[[Term], Result] | None,
+        of_term: Callable[[LossTerm], Result] | None,
         point: Tensor | None,
         numbers: Collection[int],
         release: bool,
@@ -608,7 +607,7 @@ class Objective:
         found: list[Result] = []
         with self._placed(point), self._runs.isolation.isolated() as writes, progress(self._runs.terms) as tick:
 
-            def take(term: Term) -> None:
+            def take(term: LossTerm) -> None:
                 self._runs.has_released = release
                 if of_term is not None:
                     found.append(of_term(term))
@@ -702,7 +701,7 @@ class Objective:
             runs.may_release = False
         return attempt(False)
 
-    def _add(self, term: Term, gradient: Tensor) -> None:
+    def _add(self, term: LossTerm, gradient: Tensor) -> None:
         """Add the gradient of a loss to `gradient`, `(n,)`, in place."""
         add_flat(gradient, grad(term.loss, self.params, keep=term.keep), self.params)
 
@@ -752,7 +751,7 @@ class Runs:
 
     isolation: Isolation
     replayed: bool = False
-    numbers: dict[object, int] = field(default_factory=dict)
+    numbers: OutputNumbers = field(default_factory=OutputNumbers)
     terms: int | None = None
     calls: int = 0
     groups: tuple[Group, ...] | None = None
@@ -837,7 +836,7 @@ class Recorder:
         self._looked = [p._version for p in params]
         self._places: list[Tensor] = []
 
-    def take(self, term: Term) -> None:
+    def take(self, term: LossTerm) -> None:
         """Take one of the losses. The tap calls this with each of them."""
         _refuse_reentrant_checkpoints(term.loss)
         if self._gradient is None:
@@ -891,7 +890,7 @@ class Recorder:
             live = self._sum_of_losses()
             gradients = local_gradients(live, self._params)
             self._relate(gradients)
-            loss, gradient, outputs = live.detach(), flatten(gradients, self._params), tap.outputs_of(live)
+            loss, gradient, outputs = live.detach(), flatten(gradients, self._params), tap.outputs.of_all(live)
             graph, sizes = KeptGraph(live, outputs), {z.number: z.tensor.numel() for z in outputs}
         else:
             if not self._related:
@@ -907,12 +906,12 @@ class Recorder:
             output_sizes=sizes,
             returned=value,
             related=frozenset(self._related),
-            convex=not tap.has_marks and tap.is_convex(sizes),
-            linear_marks=tap.linear_marks,
+            convex=not tap.outputs.has_marks and tap.outputs.is_convex(sizes),
+            linear_marks=tap.outputs.linear_marks,
             holds_constant=tap.holds_constant or tap.gradients.was_read,
             hooks_gradients=tap.hooks.change,
-            weight=tap.weight(),
-            advice=unrecognised(tap.losses_seen, tap.ends, tap.wrappers),
+            weight=tap.outputs.weight(),
+            advice=tap.outputs.advice(),
         )
 
     @torch.enable_grad()

@@ -37,7 +37,7 @@ from newtonopt.autodiff.gradients import NoSecondDerivativeError
 from newtonopt.autodiff.graph import Graph, look_through
 from newtonopt.checks import warn
 from newtonopt.closure.evaluation import Evaluation, Manner, Matrix, Verdict, source_of
-from newtonopt.closure.tap import Term
+from newtonopt.closure.tap import LossTerm
 from newtonopt.operators.linear_operator import Product, Trust
 from newtonopt.operators.products import displacement
 from newtonopt.vectors.flat import local_pieces
@@ -738,7 +738,7 @@ def _graph_of(evaluation: Evaluation) -> Graph:
     else:
         source = source_of(evaluation)
 
-        def look(term: Term) -> Graph:
+        def look(term: LossTerm) -> Graph:
             return look_through(term.loss, term.tensors, eps)
 
         # An error on one process reaches the others.
