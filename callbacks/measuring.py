@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from newtonopt.checks import check_choice, shown
 from newtonopt.closure.objective import ParametersMovedError
-from newtonopt.curvature.eigenvalues import check_count
+from newtonopt.curvature.eigenvalues.extreme import check_count
 from newtonopt.curvature.measurement import Settings
 from newtonopt.vectors.flat import flatten, place, put_back
 

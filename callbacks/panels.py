@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from torch.utils.tensorboard import SummaryWriter
 
 from newtonopt.curvature.density import SpectralDensity
-from newtonopt.curvature.figures import drawing
+from newtonopt.curvature.drawing import drawing
 from newtonopt.curvature.measurement import Measurement
 
 from .logs import tensorboard_writers

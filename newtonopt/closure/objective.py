@@ -37,6 +37,7 @@ from newtonopt.closure.tap import OnTerm, Tap, Term, Writes, mark_outputs, tappe
 from newtonopt.progress import progress
 from newtonopt.vectors.flat import add_flat, flatten, is_rounding, place, put_back, trained_parameters, unflatten
 from newtonopt.vectors.processes import Ranks
+from newtonopt.vectors.random import normals
 from newtonopt.vectors.sharded import accumulate, check_sharding, is_sharded, resharded, supported
 from newtonopt.vectors.subclasses import detached
 
@@ -914,9 +915,7 @@ class Objective:
         if not bool((losses == before).any()) or torch.equal(point, self.point) or not bool(gradient.any()):
             return
         # Near a minimum a short step may leave every bit; a random one as long as the parameters does not.
-        noise = self.point.new_empty(self.point.shape[0], dtype=torch.float64, device="cpu")
-        noise = noise.normal_(generator=torch.Generator().manual_seed(0)).to(self.point)
-        far = 0.1 * (1 + self.point.abs()) * noise
+        far = 0.1 * (1 + self.point.abs()) * normals(self.point, torch.Generator().manual_seed(0))
         older = False
         began = torch._C._autograd._get_sequence_nr()
 

@@ -1,19 +1,17 @@
 """Curvature measurements with error bounds."""
 
-from newtonopt.curvature.blocks import blocks
-from newtonopt.curvature.critical_point import CriticalPoint, critical_point
+from newtonopt.curvature.along_gradient import GradientCurvature, gradient_curvature
+from newtonopt.curvature.critical_points import CriticalPoint, critical_point
 from newtonopt.curvature.density import SpectralDensity, spectral_density
-from newtonopt.curvature.diagonal import Diagonal, diagonal
-from newtonopt.curvature.effective_dimension import EffectiveDimension, effective_dimension
-from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, extreme_eigenvalues
-from newtonopt.curvature.gradient import GradientCurvature, gradient_curvature
+from newtonopt.curvature.diagonal_blocks import blocks
+from newtonopt.curvature.effective_dimensions import EffectiveDimension, effective_dimension
+from newtonopt.curvature.eigenvalues.extreme import Eigenvalue, Spectrum, extreme_eigenvalues
 from newtonopt.curvature.measure import measure
 from newtonopt.curvature.measurement import Measurement
-from newtonopt.curvature.preconditioned import preconditioned
 from newtonopt.curvature.sharpness import Sharpness, sharpness
 from newtonopt.curvature.slices import LossSlice, loss_slice
-from newtonopt.curvature.stability import stability_threshold
-from newtonopt.curvature.trace import FrobeniusNorm, Trace, frobenius_norm, trace
+from newtonopt.curvature.stability import preconditioned, stability_threshold
+from newtonopt.curvature.traces import Diagonal, FrobeniusNorm, TraceEstimate, diagonal, frobenius_norm, trace
 
 __all__ = [
     "CriticalPoint",
@@ -27,7 +25,7 @@ __all__ = [
     "Sharpness",
     "SpectralDensity",
     "Spectrum",
-    "Trace",
+    "TraceEstimate",
     "blocks",
     "critical_point",
     "diagonal",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from newtonopt.closure.objective import Objective
-from newtonopt.curvature.eigenvalues import Eigenvalue
+from newtonopt.curvature.eigenvalues.extreme import Eigenvalue
 from newtonopt.solvers.dense import solve_ball
 from newtonopt.vectors.scaling import norm, scale_of, shifted, times_power
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from newtonopt.checks import check_positive, check_seed, check_whole, shown
-from newtonopt.curvature.effective_dimension import eigenvalues
-from newtonopt.curvature.probes import check_operator, few, normals
-from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.curvature.drawing import figure_of, panels
+from newtonopt.curvature.traces import few
+from newtonopt.operators.linear_operator import LinearOperator, check_operator
 from newtonopt.solvers.lanczos import lanczos
+from newtonopt.vectors.random import normals, unit_vectors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 # Width of the kernel, as a share of the spectrum's: narrow enough to part outliers from the bulk, wide enough
 # to join its nodes.
 _WIDTH = 0.01
+# Decades that the density's axis shows below its peak.
+_DECADES = 8.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +98,7 @@ class SpectralDensity:
             ImportError: matplotlib is missing.
             TypeError: `ax` is something else than axes.
         """
-        from newtonopt.curvature.figures import density_figure
-
-        return density_figure(self, width, ax)
+        return _figure(self, width, ax)
 
     def span(self) -> float:
         """Of the nodes, from the lowest to the highest; the size of the only value, or one, where they are equal."""
@@ -194,7 +195,7 @@ def spectral_density(operator: LinearOperator, steps: int = 50, starts: int = 5,
     if starts * steps >= size:
         weights = torch.full((size,), 1.0 / size, dtype=torch.float64, device="cpu")
         runs = torch.zeros(size, dtype=torch.int64, device="cpu")
-        return SpectralDensity(eigenvalues(operator), weights, runs, size, True, size)
+        return SpectralDensity(all_eigenvalues(operator), weights, runs, size, True, size)
     generator = torch.Generator().manual_seed(seed)
     nodes, weights_of, numbers = [], [], []
     for number in range(starts):
@@ -205,3 +206,46 @@ def spectral_density(operator: LinearOperator, steps: int = 50, starts: int = 5,
         numbers.append(torch.full((tridiagonal.size,), number, device="cpu"))
     total = sum(len(values) for values in nodes)
     return SpectralDensity(torch.cat(nodes), torch.cat(weights_of), torch.cat(numbers), size, False, total)
+
+
+def all_eigenvalues(operator: LinearOperator) -> Tensor:
+    """All eigenvalues of an operator, ascending, float64 on the CPU: n products, and n vectors of memory."""
+    units = list(unit_vectors(operator.like))
+    columns = torch.stack([operator @ unit for unit in units])
+    matrix = torch.stack([columns @ unit for unit in units]).to("cpu", torch.float64)
+    if not bool(matrix.isfinite().all()):
+        raise FloatingPointError("a product with the operator is not finite, so its eigenvalues cannot be told.")
+    values: Tensor = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
+    return values
+
+
+def _figure(measured: SpectralDensity, width: float | None, ax: Axes | None) -> Figure:
+    """The density on a logarithmic scale, with a band of one standard error up, and as far down on that scale.
+
+    Args:
+        measured: What to draw.
+        width: Of the kernel; None (default): as `SpectralDensity.density` chooses.
+        ax: Where to draw; None (default): in a new figure of pyplot.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        TypeError: `ax` is something else than axes.
+    """
+    (axes,) = panels(ax, 1)
+    margin = 0.05 * measured.span()
+    low, high = float(measured.nodes.min()) - margin, float(measured.nodes.max()) + margin
+    grid = torch.linspace(low, high, 1000, dtype=torch.float64, device="cpu")
+    density = measured.density(grid, width)
+    floor = float(density.max()) * 10.0**-_DECADES
+    density = density.clamp_min(floor)
+    # Density less error has no logarithm where few of the starts have nodes.
+    factor = 1.0 + measured.density_error(grid, width) / density
+    axes.semilogy(grid.numpy(), density.numpy(), color="C0", linewidth=1.5)
+    if bool(factor.isfinite().all()) and not measured.exact:
+        lower, upper = (density / factor).clamp_min(floor), density * factor
+        axes.fill_between(grid.numpy(), lower.numpy(), upper.numpy(), color="C0", alpha=0.25, linewidth=0)
+    axes.axvline(0.0, color="0.6", linewidth=0.8, zorder=0)
+    axes.set(xlabel="eigenvalue", ylabel="density", xlim=(low, high), ylim=(floor, 3.0 * float(density.max())))
+    how = "exact" if measured.exact else f"{int(measured.runs.max()) + 1} starts"
+    axes.set_title(f"{measured.size} eigenvalues ({how}, {measured.products} products)", fontsize="medium")
+    return figure_of(axes)

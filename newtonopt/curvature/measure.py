@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from newtonopt.checks import check_closure, check_instance, check_weight, listed, shown
 from newtonopt.closure.evaluation import Products
 from newtonopt.closure.objective import Objective
-from newtonopt.curvature.blocks import is_named
+from newtonopt.curvature.diagonal_blocks import is_named
 from newtonopt.curvature.measurement import Layers, Matrix, Measurement, Settings
 from newtonopt.curvature.parts import (
     Clock,

@@ -21,9 +21,9 @@ from newtonopt.checks import (
 )
 from newtonopt.closure.evaluation import Matrix as Checked
 from newtonopt.closure.evaluation import Products, Verdict, check_products
-from newtonopt.curvature.blocks import are_patterns
 from newtonopt.curvature.density import SpectralDensity
-from newtonopt.curvature.eigenvalues import Spectrum
+from newtonopt.curvature.diagonal_blocks import are_patterns
+from newtonopt.curvature.eigenvalues.extreme import Spectrum
 from newtonopt.curvature.sharpness import Kind
 from newtonopt.curvature.slices import LossSlice
 from newtonopt.curvature.words import describe

@@ -15,16 +15,15 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from newtonopt.closure.objective import Objective
-from newtonopt.curvature.blocks import blocks
-from newtonopt.curvature.bounds import ASYMMETRIC
 from newtonopt.curvature.density import spectral_density
-from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, extreme_eigenvalues, follow
+from newtonopt.curvature.diagonal_blocks import blocks
+from newtonopt.curvature.eigenvalues.bounds import ASYMMETRIC
+from newtonopt.curvature.eigenvalues.extreme import Eigenvalue, Spectrum, extreme_eigenvalues, follow
 from newtonopt.curvature.measurement import Measurement, Settings
-from newtonopt.curvature.preconditioned import preconditioned
 from newtonopt.curvature.sharpness import ascent, average, ball_around
 from newtonopt.curvature.slices import loss_slice
-from newtonopt.curvature.stability import stability_threshold
-from newtonopt.curvature.trace import trace
+from newtonopt.curvature.stability import preconditioned, stability_threshold
+from newtonopt.curvature.traces import trace
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.vectors.scaling import InRange, dot, norm, scale_of, times_power
 

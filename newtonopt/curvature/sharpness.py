@@ -29,6 +29,7 @@ from newtonopt.solvers import secular
 from newtonopt.solvers.krylov import krylov_space, minimise_in
 from newtonopt.solvers.lanczos import Tridiagonal, lanczos
 from newtonopt.vectors.flat import trained_parameters
+from newtonopt.vectors.random import direction
 from newtonopt.vectors.scaling import dot, norm
 
 Kind = Literal["ball", "adaptive_ball", "average"]
@@ -133,7 +134,7 @@ def sharpness(
         places, prediction, spent = _second_order(
             hessian(evaluation), evaluation.gradient, ball, max_gradients, generator
         )
-        places += [radius * _sphere(len(objective.point), generator, objective.point) for _ in range(starts)]
+        places += [radius * direction(objective.point, generator) for _ in range(starts)]
     evaluation.free()
     if kind == "average":
         return average(ball, samples, seed)
@@ -178,13 +179,6 @@ def _check(
         raise ValueError(f"samples must be even and at least 4, got {samples!r}.")
 
 
-def _sphere(size: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    """A random unit vector, the same on every device and every rank."""
-    vector = like.new_empty(size, dtype=torch.float64, device="cpu").normal_(generator=generator)
-    unit: Tensor = vector / vector.norm()
-    return unit.to(like.dtype).to(like.device)
-
-
 def _second_order(
     curvature: LinearOperator, gradient: Tensor, ball: Ball, budget: int, generator: torch.Generator
 ) -> tuple[list[Tensor], float, int]:
@@ -197,7 +191,7 @@ def _second_order(
 
     slope = scale * gradient
     size = scale.shape[0]
-    start = _sphere(size, generator, scale)
+    start = direction(scale, generator)
     found = lanczos(LinearOperator(product, (size, size), scale), start, max(1, budget // 3), stop=_has_top)
     values, coordinates = found.tridiagonal.ritz()
     vector = found.vectors(coordinates[:, -1:])[0]
@@ -228,7 +222,7 @@ def average(ball: Ball, samples: int, seed: int) -> Sharpness:
     generator = torch.Generator().manual_seed(seed)
     rises: list[float] = []
     for _ in range(samples // 2):
-        place = ball.radius * _sphere(ball.scale.shape[0], generator, ball.scale)
+        place = ball.radius * direction(ball.scale, generator)
         pair = 0.5 * (ball.loss_at(place) + ball.loss_at(-place)) - ball.base
         rises.append(pair if math.isfinite(pair) else math.inf)
     if math.inf in rises:

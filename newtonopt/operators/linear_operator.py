@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from newtonopt.checks import check_instance
 from newtonopt.progress import progress
 from newtonopt.vectors.memory import check_room
+from newtonopt.vectors.random import normals
 from newtonopt.vectors.scaling import norm
 from newtonopt.vectors.sharded import Sharded
 
@@ -191,7 +193,7 @@ class LinearOperator:
     def _agrees(self, V: Tensor, images: Tensor) -> bool:
         """Whether products formed at once, row by row, add up as a single one does: a random combination of them."""
         generator = torch.Generator().manual_seed(0)
-        weights = torch.randn(len(V), generator=generator, dtype=torch.float64, device="cpu").to(V)
+        weights = normals(V[:, 0], generator)
         v, expected = weights @ V, weights @ images
         image, size = self @ v, norm((weights.unsqueeze(1) * images).reshape(-1))
         error = norm(image - expected)
@@ -231,3 +233,17 @@ def _symmetrised(matrix: Tensor) -> Tensor:
 
 def _plus(product: Tensor, c: float | Tensor, v: Tensor) -> Tensor:
     return torch.addcmul(product, c, v) if isinstance(c, Tensor) else torch.add(product, v, alpha=c)
+
+
+def check_operator(operator: LinearOperator) -> int:
+    """Return the size n of a square operator.
+
+    Raises:
+        TypeError: `operator` is no `LinearOperator`.
+        ValueError: `operator` is not square, or has no row.
+    """
+    check_instance("operator", operator, LinearOperator, "a LinearOperator", "Write hessian(evaluation), for example.")
+    rows, columns = operator.shape
+    if rows != columns or rows < 1:
+        raise ValueError(f"operator must be square with at least one row, got shape {tuple(operator.shape)}.")
+    return rows

@@ -37,6 +37,7 @@ from newtonopt.closure.tap import Term
 from newtonopt.operators.linear_operator import Product, Trust
 from newtonopt.operators.products import Difference, difference, displacement, gradient_at, lengths_from
 from newtonopt.vectors.flat import local_pieces
+from newtonopt.vectors.random import normals
 from newtonopt.vectors.scaling import dot, norm
 from newtonopt.vectors.sharded import is_sharded
 
@@ -324,7 +325,7 @@ def _examine_transposes(
         pushed = push(manner)(w)
         if manner.length is not None and norm(pushed) * manner.length <= _smallest(evaluation):
             return -1.0  # no Jacobian at all, as far as differences tell
-        y = _direction([pushed, _normals(pushed, 2)])
+        y = _direction([pushed, normals(pushed, torch.Generator().manual_seed(2))])
         pulled = pull(y)
         return _gap(dot(y, pushed), dot(pulled, w), norm(pushed) + norm(pulled))
 
@@ -587,7 +588,7 @@ def _unit(v: Tensor) -> Tensor | None:
 
 def _noise(evaluation: Evaluation, number: int) -> Tensor:
     """A random vector `(n,)` whose entries are of the size of their parameter's."""
-    noise = _normals(evaluation.slope, number)
+    noise = normals(evaluation.slope, torch.Generator().manual_seed(number))
     if not is_sharded(evaluation.params):
         for piece, p in zip(local_pieces(noise, evaluation.params), evaluation.params, strict=True):
             size = norm(p.detach().reshape(-1)) / math.sqrt(max(p.numel(), 1))
@@ -598,12 +599,6 @@ def _noise(evaluation: Evaluation, number: int) -> Tensor:
 def _inside(evaluation: Evaluation, v: Tensor) -> Tensor:
     """The vector `(n,)` with zeros beside the parameters that the losses count for."""
     return v if evaluation.mask is None else evaluation.mask * v
-
-
-def _normals(like: Tensor, number: int) -> Tensor:
-    generator = torch.Generator().manual_seed(number)
-    noise = like.new_empty(like.shape[0], dtype=torch.float64, device="cpu").normal_(generator=generator)
-    return noise.to(like.dtype).to(like.device)
 
 
 def _gap(one: float, other: float, scale: float) -> float:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from newtonopt.vectors.random import normals
 from newtonopt.vectors.scaling import InRange, Matrix, dot, norm, scale_of, shifted, times_power
 
 # Number of rows of the basis allocated at a time: memory follows the products made, not their largest number.
@@ -135,7 +136,7 @@ def negative_curvature(
         True
     """
     generator = torch.Generator().manual_seed(seed)
-    start = like.new_empty(like.shape[0], dtype=torch.float64, device="cpu").normal_(generator=generator).to(like)
+    start = normals(like, generator)
     rounding = 10 * math.sqrt(like.shape[0]) * torch.finfo(like.dtype).eps
 
     def is_negative(tridiagonal: Tridiagonal, values: Tensor) -> bool:

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from newtonopt.vectors.random import normals
 from newtonopt.vectors.scaling import InRange, Matrix, times_power
 
 Preconditioner = Callable[[Tensor], Tensor]
@@ -98,14 +99,9 @@ def _orthonormal(like: Tensor, rank: int, generator: torch.Generator) -> Tensor:
     columns = like.unsqueeze(1).expand(-1, min(rank, like.numel()))
     random = torch.empty_like(columns, memory_format=torch.contiguous_format)
     for column in random.unbind(1):
-        column.copy_(_normal(like, generator))
+        column.copy_(normals(like, generator))
     basis: Tensor = torch.linalg.qr(random)[0]
     return basis
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Return normal numbers `(n,)` that are the same for every dtype and device."""
-    return torch.empty_like(like, dtype=torch.float64, device="cpu").normal_(generator=generator).to(like)
 
 
 def _nystrom(A: Matrix, rank: int, generator: torch.Generator, like: Tensor) -> Sketch:
@@ -191,7 +187,7 @@ def estimated_diagonal(A: Matrix, probes: int, generator: torch.Generator, like:
     """
     squares, matrix = torch.zeros_like(like), InRange(A)
     for _ in range(probes):
-        product = matrix @ _normal(like, generator).sign()
+        product = matrix @ normals(like, generator).sign()
         squares.addcmul_(product, product)
     return times_power(_finite(squares.div_(probes).sqrt_()), matrix.exponent)
 

@@ -45,7 +45,7 @@ MAY_IMPORT = {package: KNOWS_ONLY.get(package, {*LAYERS[:number]}) for number, p
 PURE = {"newtonopt.optimizers.rules"}
 CALLBACKS_ONLY = {"lightning", "lightning_utilities", "tensorboard"}
 # What may import matplotlib, and only when a figure is asked for.
-DRAWERS = {f"newtonopt.curvature.{name}" for name in ("figures", "density", "slices")}
+DRAWERS = {f"newtonopt.curvature.{name}" for name in ("drawing", "figures", "density", "slices")}
 
 FILES = sorted([*(ROOT / "newtonopt").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")])
 PROGRAMS = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]

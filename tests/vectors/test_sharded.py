@@ -27,7 +27,7 @@ from newtonopt.curvature import (
     spectral_density,
     trace,
 )
-from newtonopt.curvature.probes import unit_vectors
+from newtonopt.vectors.random import unit_vectors
 from newtonopt.vectors.sharded import _DRAWN, Layout, Sharded, local_part
 
 SIZE = 45

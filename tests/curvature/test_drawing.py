@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from newtonopt import LinearOperator
 from newtonopt.curvature import loss_slice, spectral_density
-from newtonopt.curvature.figures import drawing
+from newtonopt.curvature.drawing import drawing
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from newtonopt.checks import check_instance, check_seed, check_share, check_whole
-from newtonopt.curvature.bounds import (
+from newtonopt.curvature.eigenvalues.bounds import (
     GUARD,
     Knowledge,
     Range,
@@ -21,10 +21,9 @@ from newtonopt.curvature.bounds import (
     settled,
     slack,
 )
-from newtonopt.curvature.probes import check_operator
-from newtonopt.curvature.ritz import RitzBlock
-from newtonopt.curvature.runs import search, track
-from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.curvature.eigenvalues.ritz_values import RitzBlock
+from newtonopt.curvature.eigenvalues.search import search, track
+from newtonopt.operators.linear_operator import LinearOperator, check_operator
 from newtonopt.vectors.scaling import InRange, dot, lost, norm
 
 # Vectors of length n that a measurement may hold, unless more eigenvalues are asked for.

@@ -8,8 +8,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 from newtonopt.checks import listed, shown
-from newtonopt.curvature.probes import check_operator
-from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.operators.linear_operator import LinearOperator, check_operator
 from newtonopt.vectors.sharded import is_sharded
 
 

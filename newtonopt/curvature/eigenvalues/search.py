@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from newtonopt.curvature.bounds import (
+from newtonopt.curvature.eigenvalues.bounds import (
     Knowledge,
     Range,
     Request,
@@ -19,9 +19,9 @@ from newtonopt.curvature.bounds import (
     slack,
     spectrum_ceiling,
 )
-from newtonopt.curvature.probes import normals
-from newtonopt.curvature.ritz import Extension, RitzPairs
+from newtonopt.curvature.eigenvalues.ritz_values import Extension, RitzPairs
 from newtonopt.solvers.lanczos import LanczosResult, Restarts, Tridiagonal, lanczos
+from newtonopt.vectors.random import normals
 from newtonopt.vectors.scaling import InRange
 
 # Share of the budget for the first run, where a second one has to certify what it finds.

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from newtonopt import LinearOperator, evaluate, gauss_newton, hessian
 from newtonopt.curvature import Spectrum, extreme_eigenvalues
-from newtonopt.curvature.bounds import Knowledge, Range, Request, _cycles, _growth
-from newtonopt.curvature.ritz import RitzBlock
-from newtonopt.curvature.runs import _kept
+from newtonopt.curvature.eigenvalues.bounds import Knowledge, Range, Request, _cycles, _growth
+from newtonopt.curvature.eigenvalues.ritz_values import RitzBlock
+from newtonopt.curvature.eigenvalues.search import _kept
 from newtonopt.solvers.lanczos import Restarts, lanczos
 
 

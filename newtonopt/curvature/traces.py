@@ -1,36 +1,31 @@
-"""Trace and Frobenius norm of a symmetric operator."""
+"""Trace, Frobenius norm and diagonal of a symmetric operator, from products with random vectors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from newtonopt.checks import check_choice, check_seed, check_share, check_whole
-from newtonopt.curvature.probes import (
-    LEAST_SAMPLES,
-    Samples,
-    check_finite,
-    check_operator,
-    normals,
-    signs,
-    unit_vectors,
-)
-from newtonopt.operators.linear_operator import LinearOperator
-from newtonopt.vectors.scaling import InRange, dot, lost, norm
+from newtonopt.operators.linear_operator import LinearOperator, check_operator
+from newtonopt.vectors.random import normals, signs, unit_vectors
+from newtonopt.vectors.scaling import InRange, dot, lost, norm, times_power
 
 Method = Literal["hutch++", "hutchinson"]
+
+# A standard deviation from fewer samples is off by a quarter and more, and a test that stops on it stops too soon.
+LEAST_SAMPLES = 10
 
 # The range finder's forecasts are means over so many of its last vectors.
 _WINDOW = 3
 
 
 @dataclass(frozen=True)
-class Trace:
+class TraceEstimate:
     """A trace.
 
     Attributes:
@@ -65,13 +60,30 @@ class FrobeniusNorm:
     converged: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """A diagonal.
+
+    Attributes:
+        values: The entries A_ii, `(n,)`, in the operator's dtype and on its device.
+        standard_errors: Of each of them, `(n,)`, over the random vectors; zero where they are exact.
+        products: Products with the operator that were used.
+        converged: Whether the norm of the standard errors is at most `tolerance` times that of the values.
+    """
+
+    values: Tensor = field(repr=False)
+    standard_errors: Tensor = field(repr=False)
+    products: int
+    converged: bool
+
+
 def trace(
     operator: LinearOperator,
     method: Method = "hutch++",
     tolerance: float = 1e-2,
     max_products: int = 300,
     seed: int = 0,
-) -> Trace:
+) -> TraceEstimate:
     """tr(A), by random vectors of signs.
 
     - "hutchinson": the mean of v'Av (Hutchinson 1990), with the variance 2 sum of A_ij^2 over i != j.
@@ -104,7 +116,7 @@ def trace(
         diagonal = [dot(unit, operator @ unit) for unit in unit_vectors(operator.like)]
         check_finite(math.fsum(diagonal), size)
         value = math.fsum(diagonal)
-        return Trace(value, _underflow(operator, value), size, True)
+        return TraceEstimate(value, _underflow(operator, value), size, True)
     matrix = InRange(operator)
     generator = torch.Generator().manual_seed(seed)
 
@@ -118,7 +130,7 @@ def trace(
     value, error = matrix.back(value), matrix.back(error)
     least = _underflow(operator, value)
     error = math.hypot(error, least)
-    return Trace(value, error, used, error <= max(tolerance * abs(value), least))
+    return TraceEstimate(value, error, used, error <= max(tolerance * abs(value), least))
 
 
 def frobenius_norm(
@@ -168,6 +180,66 @@ def frobenius_norm(
     least = _underflow(operator, value)
     error = math.hypot(error, least)
     return FrobeniusNorm(value, error, used, error <= max(tolerance * value, least))
+
+
+def diagonal(operator: LinearOperator, tolerance: float = 0.1, max_products: int = 300, seed: int = 0) -> Diagonal:
+    """diag(A), as the mean of v * Av over random vectors v of signs (Bekas, Kokiopoulou & Saad 2007).
+
+    The variance of an entry is the sum of the squares of the others in its row. Where the budget reaches n products the
+    diagonal is exact, by unit vectors.
+
+    Not for the smallest entries of a matrix with large entries off the diagonal: their standard errors say so.
+
+    Args:
+        operator: Symmetric `(n, n)`.
+        tolerance: Norm of the standard errors, relative to that of the values, at which to stop, in (0, 1). Default
+            0.1: the error falls with the root of the products only.
+        max_products: Budget, >= 1.
+        seed: Seed of the random vectors; the global random state is neither read nor written.
+
+    Returns:
+        The diagonal and its standard errors, from at least ten samples where the budget allows them.
+
+    Raises:
+        TypeError: `operator` is no `LinearOperator`.
+        ValueError: An argument is out of range, or the operator is not square.
+        FloatingPointError: A product is not finite.
+    """
+    size = check_operator(operator)
+    check_share("tolerance", tolerance)
+    check_whole("max_products", max_products, 1)
+    check_seed(seed)
+    mean = operator.like.new_zeros(size)
+    squares = torch.zeros_like(mean)
+    if max_products >= size:
+        for index, unit in enumerate(unit_vectors(operator.like), start=1):
+            mean += unit * (operator @ unit)
+            check_finite(norm(mean), index)
+        return Diagonal(mean, _with_underflow(squares, mean), size, True)
+    matrix = InRange(operator)
+    generator = torch.Generator().manual_seed(seed)
+    used, error = 0, math.inf
+    while used < max_products:
+        v = signs(operator.like, generator)
+        used += 1
+        before = v * (matrix @ v) - mean
+        mean += before / used
+        squares.addcmul_(before, before, value=1.0 - 1.0 / used)
+        level = norm(mean)
+        check_finite(level, used)
+        error = few(used) * math.sqrt(float(squares.sum()) / used) if used > 1 else math.inf
+        if used >= LEAST_SAMPLES and error <= tolerance * level:
+            break
+    errors = (squares / used).sqrt() * few(used) if used > 1 else torch.full_like(mean, math.inf)
+    values, errors = (times_power(x, matrix.exponent) for x in (mean, errors))
+    return Diagonal(values, _with_underflow(errors, values), used, error <= tolerance * level)
+
+
+def _with_underflow(errors: Tensor, values: Tensor) -> Tensor:
+    """Return the errors, not below what underflow may take where all values are tiny."""
+    change = lost(values.dtype, 1)
+    visible = float(values.abs().max()) * torch.finfo(values.dtype).eps > change
+    return errors if visible else errors.clamp_min(change)
 
 
 def _check(operator: LinearOperator, tolerance: float, max_products: int, seed: int) -> int:
@@ -303,3 +375,44 @@ def _outside(vector: Tensor, rows: Tensor) -> Tensor:
 
 def _float64(values: Tensor) -> Tensor:
     return values.to("cpu", torch.float64)
+
+
+def check_finite(value: float, products: int) -> None:
+    """Refuse with a FloatingPointError what came of a product that is not finite."""
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"product number {products} with the operator is not finite, so nothing can be said of its spectrum; "
+            "check that loss and gradient are finite at this point, compute products in float32 or float64 rather than "
+            'under autocast, and where a norm is zero write products="finite_difference".'
+        )
+
+
+class Samples:
+    """Mean and standard error of numbers that arrive one by one (Welford 1962)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = 0.0
+        self._squares = 0.0
+
+    def add(self, value: float) -> None:
+        """One more."""
+        self.count += 1
+        before = value - self.mean
+        self.mean += before / self.count
+        self._squares += before * (value - self.mean)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean, widened so that the truth is within two of them as often as with many; infinite for one."""
+        return few(self.count) * math.sqrt(self._squares / max(self.count, 1)) if self.count > 1 else math.inf
+
+
+def few(count: int) -> float:
+    """What makes a standard error of the root of a mean square deviation: Student's t for normal numbers at 95 %.
+
+    The quantile of Student's distribution over the normal one's z = 1.96 is 1 + (z^2 + 1) / (4 f) + (5 z^4 + 16 z^2 +
+    3) / (96 f^2) + ... for f = count - 1 (Abramowitz & Stegun 1964, 26.7.5).
+    """
+    free = count - 1
+    return (1.0 + 1.21 / free + 1.44 / free**2) / math.sqrt(free)

@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 
 from newtonopt.curvature import Spectrum, extreme_eigenvalues
-from newtonopt.curvature import runs as module
+from newtonopt.curvature.eigenvalues import search as module
 from newtonopt.operators.matrices import LinearOperator
 
 

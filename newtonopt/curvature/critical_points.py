@@ -10,7 +10,7 @@ from torch import Tensor
 
 from newtonopt.checks import check_positive, check_seed, check_share, check_whole
 from newtonopt.closure.evaluation import Evaluation
-from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, check_spectrum, extreme_eigenvalues
+from newtonopt.curvature.eigenvalues.extreme import Eigenvalue, Spectrum, check_spectrum, extreme_eigenvalues
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.operators.matrices import hessian
 from newtonopt.vectors.scaling import dot, lost, norm

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from newtonopt.checks import check_positive, check_seed, check_share, check_whole
-from newtonopt.curvature.probes import LEAST_SAMPLES, Samples, check_operator, signs, unit_vectors
-from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.curvature.density import all_eigenvalues
+from newtonopt.curvature.traces import LEAST_SAMPLES, Samples
+from newtonopt.operators.linear_operator import LinearOperator, check_operator
 from newtonopt.solvers.lanczos import Tridiagonal, lanczos
+from newtonopt.vectors.random import signs
 from newtonopt.vectors.scaling import shifted, times_power
 
 # Rounding of the eigenvalues, in units of eps times the norm, as for the bounds of extreme eigenvalues.
@@ -77,7 +79,7 @@ def effective_dimension(
     check_seed(seed)
     of = torch.finfo(operator.dtype)
     if max_products >= size:
-        values = eigenvalues(operator)
+        values = all_eigenvalues(operator)
         _check_semidefinite(float(values[0]), float(values.abs().max()), damping, of)
         values = values.clamp_min(0.0)
         return EffectiveDimension(float((values / (values + damping)).sum()), 0.0, 0.0, damping, size, True)
@@ -99,17 +101,6 @@ def effective_dimension(
     truncation = width / drawn.count
     converged = drawn.standard_error + truncation <= tolerance * drawn.mean
     return EffectiveDimension(drawn.mean, drawn.standard_error, truncation, damping, used, converged)
-
-
-def eigenvalues(operator: LinearOperator) -> Tensor:
-    """All eigenvalues of an operator, ascending, float64 on the CPU: n products, and n vectors of memory."""
-    units = list(unit_vectors(operator.like))
-    columns = torch.stack([operator @ unit for unit in units])
-    matrix = torch.stack([columns @ unit for unit in units]).to("cpu", torch.float64)
-    if not bool(matrix.isfinite().all()):
-        raise FloatingPointError("a product with the operator is not finite, so its eigenvalues cannot be told.")
-    values: Tensor = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
-    return values
 
 
 def _stop_rule(damping: float, of: torch.finfo, tolerance: float) -> Callable[[Tridiagonal], bool]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from newtonopt.curvature.ritz import RitzBlock, RitzPairs
+from newtonopt.curvature.eigenvalues.ritz_values import RitzBlock, RitzPairs
 from newtonopt.solvers.lanczos import Tridiagonal
 
 # Rounding, in units of eps times the norm, by which Ritz values may leave the exact spectrum. Measured on dense

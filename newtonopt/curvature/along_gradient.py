@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from newtonopt.closure.evaluation import Evaluation
-from newtonopt.curvature.eigenvalues import Eigenvalue, Spectrum, check_spectrum
+from newtonopt.curvature.eigenvalues.extreme import Eigenvalue, Spectrum, check_spectrum
 from newtonopt.operators.matrices import hessian
 from newtonopt.vectors.scaling import InRange, dot, lost, norm, scale_of, times_power
 

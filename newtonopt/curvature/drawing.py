@@ -1,0 +1,63 @@
+"""The figures and axes of matplotlib in which measurements are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from newtonopt.checks import shown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MISSING = "A figure needs matplotlib, which is not installed: pip install matplotlib"
+
+
+def drawing(count: int) -> tuple[Figure, list[Axes]]:
+    """Return a figure with `count` axes side by side, for a log: pyplot does not know it, and so does not keep it.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(_MISSING) from error
+    figure = Figure(figsize=size(count), layout="constrained")
+    return figure, list(figure.subplots(1, count, sharex=True, sharey=True, squeeze=False)[0])
+
+
+def panels(ax: Any, count: int) -> list[Any]:
+    """Return the `count` axes that a user gave as `ax`; None: axes in a new figure, which `plt.show()` shows.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        TypeError: `ax` is not `count` axes.
+    """
+    try:
+        import matplotlib.pyplot as plt
+        from matplotlib.axes import Axes
+    except ImportError as error:
+        raise ImportError(_MISSING) from error
+    if ax is None:
+        _, made = plt.subplots(
+            1, count, figsize=size(count), layout="constrained", sharex=True, sharey=True, squeeze=False
+        )
+        return list(made[0])
+    given = [ax] if isinstance(ax, Axes) else list(ax) if isinstance(ax, Iterable) else []
+    if len(given) != count or not all(isinstance(entry, Axes) for entry in given):
+        what, remedy = ("axes", "plt.subplots()[1]") if count == 1 else ("two axes", "plt.subplots(1, 2)[1]")
+        raise TypeError(f"ax must be {what} of matplotlib, got {shown(ax)}. Write {remedy}, or leave it out.")
+    return given
+
+
+def figure_of(axes: Axes) -> Figure:
+    """Return the figure that axes belong to."""
+    figure: Any = axes.get_figure()
+    return figure  # type: ignore[no-any-return]
+
+
+def size(count: int) -> tuple[float, float]:
+    """Return the width and height of a figure with `count` axes side by side, in inches."""
+    return 5.0 * count, 3.4
