@@ -157,7 +157,7 @@ def _iterate(
         bend, length, decrease_new, slope_new, r_norm, *sizes = torch.stack(values).tolist()
         iteration += 1
         if not math.isfinite(bend):
-            return Solution(s, decrease, iteration, "non-finite product", tuple(path))
+            return Solution(s, decrease, iteration, "non-finite product", tuple(path), is_finite=False)
 
         # Curvature within rounding: at most `rounding` times the largest |Ad| / |d| met. Squares that overflow tell
         # nothing.
