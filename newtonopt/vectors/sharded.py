@@ -398,9 +398,7 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     axis = -1 if b_outer else -b.dim()
     based = all(isinstance(x, Sharded) and x.axis == axis for x in base)
     if a_inner or b_inner or a_outer == b_outer or not based:
-        raise _refusal(
-            func, "it sums over entries that one factor has sharded and the other has not"
-        )
+        raise _refusal(func, "it sums over entries that one factor has sharded and the other has not")
     result = func(*map(_local, args), **kwargs)
     return args[0] if func._schema.is_mutable else Sharded(result, layout, axis)
 
