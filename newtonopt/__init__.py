@@ -17,7 +17,8 @@ from types import ModuleType
 
 from newtonopt import curvature as curvature
 from newtonopt.closure.evaluation import Evaluation
-from newtonopt.closure.objective import Objective, evaluate, mark_outputs
+from newtonopt.closure.objective import Objective, evaluate
+from newtonopt.closure.tap import mark_outputs
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.operators.matrices import gauss_newton, hessian, jacobian
 from newtonopt.optimizers import CubicNewton, DampedNewton, HessianFree, NewtonCG, StepReport, TrustRegionNewton

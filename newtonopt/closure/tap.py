@@ -26,8 +26,8 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
+from newtonopt.autodiff.gradients import differentiable_kernels
 from newtonopt.autodiff.graph import Held, SavedTensors, all_behind, reached
-from newtonopt.autodiff.kernels import differentiable_kernels
 from newtonopt.closure.accumulation import Gradients
 from newtonopt.closure.losses import (
     CALLED,

@@ -1,4 +1,23 @@
-"""Curvature measurements with error bounds."""
+"""Curvature measurements with error bounds.
+
+Measurements of a symmetric operator:
+
+- `eigenvalues`, a package: `extreme_eigenvalues`.
+- `traces`: `trace`, `frobenius_norm`, `diagonal`, and the statistics that estimates by random vectors share.
+- `density`: `spectral_density`, and all eigenvalues of a small operator.
+- `effective_dimensions`: `effective_dimension`.
+- `diagonal_blocks`: `blocks`, operators for parts of a model.
+
+Measurements at a point, that is of an `Evaluation`, a closure or an optimizer:
+
+- `critical_points`: `critical_point`. `along_gradient`: `gradient_curvature`.
+- `stability`: `stability_threshold` and `preconditioned`, the two numbers of the edge of stability.
+- `sharpness` and `ascent`. `slices` and `figures`.
+
+`drawing` makes the axes that densities and slices are drawn in.
+
+All of them together: `measure`, `measurement`, `parts`, `words`.
+"""
 
 from newtonopt.curvature.along_gradient import GradientCurvature, gradient_curvature
 from newtonopt.curvature.critical_points import CriticalPoint, critical_point

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from newtonopt.checks import check_closure, check_instance, check_weight, listed, shown
-from newtonopt.closure.evaluation import Products
+from newtonopt.closure.evaluation import Known, Products
 from newtonopt.closure.objective import Objective
 from newtonopt.curvature.diagonal_blocks import is_named
 from newtonopt.curvature.measurement import Layers, Matrix, Measurement, Settings
@@ -175,8 +175,8 @@ def take(
     """`measure` by settings that were checked before."""
     values, params = Measurement(settings), trained_parameters(params)
     look = Look(values, settings, Clock(settings.max_seconds, params[0].device), last)
-    verdicts = None if last is None else last.verdicts
-    objective = Objective(closure, params, products=settings.products, weight=weight, verdicts=verdicts)
+    known = None if last is None else Known(last.verdicts)
+    objective = Objective(closure, params, products=settings.products, weight=weight, known=known)
     evaluation = objective.evaluate()
     if last is None:
         objective.check_replay(evaluation)

@@ -91,6 +91,17 @@ def check_sharding(params: Sequence[Tensor]) -> None:
             )
 
 
+def check_equal_weights(weights: Tensor) -> None:
+    """Raise a RuntimeError if the processes' weights in the mean, `(count,)`, differ: `fully_shard` ignores them."""
+    shares = weights / weights.sum()
+    if float(shares.max() - shares.min()) > 1e-6:
+        raise RuntimeError(
+            f"The processes' batches weigh {', '.join(f'{w:g}' for w in weights.tolist())}, and fully_shard averages "
+            "gradients over processes with equal weights: give every process as much data (drop_last=True in its "
+            "loader)."
+        )
+
+
 def layout_of(params: Sequence[Tensor]) -> Layout:
     """Return the entries that this process's shards are of the flat vector of all parameters."""
     shards: list[Any] = list(params)

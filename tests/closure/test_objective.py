@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import DEVICES
 from problems import build, models, unseen
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from newtonopt import HessianFree, evaluate, gauss_newton, hessian, jacobian, mark_outputs
+from newtonopt import HessianFree, evaluate, gauss_newton, hessian, mark_outputs
+from newtonopt.closure.losses import mean_over
 from newtonopt.closure.objective import Objective
-from newtonopt.curvature import sharpness
 
 
 class Noisy(nn.Module):
@@ -257,57 +256,6 @@ def test_kl_div_is_taken_at_the_logits() -> None:
     torch.testing.assert_close(gauss_newton(by_kl).dense(), gauss_newton(by_cross_entropy).dense())
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_fused_attention_and_recurrent_networks_have_products(device: str) -> None:
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mix = nn.Linear(4, 12, device=device)
-            self.gru = nn.GRU(4, 3, batch_first=True, device=device)
-
-        def forward(self, x: Tensor) -> Tensor:
-            q, k, v = self.mix(x).chunk(3, -1)
-            return self.gru(F.scaled_dot_product_attention(q, k, v))[0][:, -1]
-
-    model = Attention()
-    x, y = torch.randn(5, 6, 4, device=device), torch.randn(5, 3, device=device)
-    evaluation = evaluate(lambda: F.mse_loss(model(x), y), model.parameters())
-    v = torch.randn_like(evaluation.gradient)
-    for A in (hessian(evaluation), gauss_newton(evaluation)):
-        assert torch.isfinite(A @ v).all()
-        torch.testing.assert_close(v @ (A @ evaluation.gradient), evaluation.gradient @ (A @ v), rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has one precision for all of cuDNN")
-def test_recurrent_networks_keep_the_precision_that_the_user_chose() -> None:
-    kinds = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
-    before = [kind.fp32_precision for kind in kinds]
-    network, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
-    kinds[0].fp32_precision, kinds[1].fp32_precision = "ieee", "tf32"
-    try:
-        A = hessian(evaluate(lambda: F.mse_loss(network(x)[0], torch.zeros(5, 2, 4)), network.parameters()))
-        assert torch.isfinite(A @ torch.ones(A.shape[1])).all()
-        assert [kind.fp32_precision for kind in kinds] == ["ieee", "tf32"]
-        assert torch.backends.cudnn.enabled
-    finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
-
-
-@pytest.mark.slow
-def test_a_compiled_model_has_products_and_stays_compiled() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    compiled = torch.compile(model, backend="aot_eager")
-    x, y = torch.randn(5, 3), torch.randn(5, 2)
-    F.mse_loss(compiled(x), y).backward()  # compiled by an ordinary step first
-    torch._dynamo.utils.counters.clear()
-    through = evaluate(lambda: F.mse_loss(compiled(x), y), model.parameters())
-    direct = evaluate(lambda: F.mse_loss(model(x), y), model.parameters())
-    torch.testing.assert_close(hessian(through).dense(), hessian(direct).dense())
-    F.mse_loss(compiled(x), y).backward()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0  # nothing had to be compiled again
-
-
 def test_autocast_in_bfloat16_gives_products() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
     x, y = torch.randn(16, 3), torch.randn(16, 2)
@@ -408,27 +356,6 @@ def test_reentrant_checkpoints_are_refused_and_others_work() -> None:
         evaluate(lambda: loss(True), model.parameters())
 
 
-def test_an_evaluation_outlives_trials_and_says_when_the_parameters_moved() -> None:
-    case = build("mlp", "mse")
-    evaluation = evaluate(case.closure, case.params)
-    before = hessian(evaluation).dense()
-    sharpness(case.closure, case.params, max_gradients=8)
-    assert torch.equal(hessian(evaluation).dense(), before)
-    H = hessian(evaluation)
-    HessianFree(case.params).step(case.closure)
-    with pytest.raises(RuntimeError, match="changed after this evaluation was made"):
-        H.dense()
-
-
-def test_operators_are_made_from_evaluations() -> None:
-    case = build("mlp", "mse")
-    for make in (hessian, gauss_newton, jacobian):
-        with pytest.raises(
-            TypeError, match=r"evaluation must be an Evaluation, got a method\. Write newtonopt\.evaluate"
-        ):
-            make(case.closure)  # type: ignore[arg-type]
-
-
 def test_sparse_gradients_are_refused() -> None:
     table = nn.Embedding(4, 2, sparse=True)
     with pytest.raises(RuntimeError, match="sparse=False"):
@@ -453,9 +380,10 @@ def test_mark_outputs_names_what_is_no_tensor() -> None:
         mark_outputs("x")  # type: ignore[arg-type]
 
 
-def test_a_loss_linear_in_a_scalar_output_has_no_curvature_there() -> None:
-    theta = torch.tensor([1.0, 2.0], requires_grad=True)
-    evaluation = evaluate(lambda: mark_outputs(theta.square().sum()), [theta])
-    with pytest.raises(RuntimeError, match="its Gauss-Newton matrix there is zero"):
-        gauss_newton(evaluation)
-    assert torch.equal(jacobian(evaluation) @ torch.ones(2), torch.tensor([6.0]))
+def test_what_losses_are_means_over() -> None:
+    z, y, w = torch.randn(4, 3), torch.tensor([0, 1, -100, 2]), torch.tensor([1.0, 2.0, 4.0])
+    assert float(mean_over(F.cross_entropy, {"input": z, "target": y})) == 3
+    assert float(mean_over(F.cross_entropy, {"input": z, "target": y, "weight": w})) == 7
+    assert mean_over(F.kl_div, {"input": z, "target": z, "reduction": "batchmean"}) == 4
+    assert mean_over(F.mse_loss, {"input": z, "target": z}) == 12
+    assert mean_over(F.mse_loss, {"input": z, "target": z, "reduction": "sum"}) is None

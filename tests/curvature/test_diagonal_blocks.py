@@ -76,5 +76,5 @@ def test_errors_name_the_remedy() -> None:
         blocks(H, [theta[0][1]])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"patterns must each fit a name among a.*, got 'b'"):
         blocks(H, theta, ["a", "b"])
-    with pytest.raises(ValueError, match=r"named_parameters must be those given to evaluate, of 3 entries .* got 0 "):
+    with pytest.raises(ValueError, match=r"named_parameters must be those given to evaluate, with 3 entries .* got 0 "):
         blocks(H, [("a", torch.zeros(3))])

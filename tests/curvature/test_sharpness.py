@@ -282,3 +282,8 @@ def test_a_closure_that_takes_other_data_each_time_is_refused(kind: Any) -> None
     model, data = torch.nn.Linear(3, 2), (x for x in torch.randn(100, 5, 3))
     with pytest.raises(RuntimeError, match="the same data"):
         sharpness(lambda: model(next(data)).square().mean(), model.parameters(), kind=kind)
+
+
+def test_a_sharpness_prints_without_its_vectors() -> None:
+    theta = torch.linspace(0.5, 1.5, 100).double().requires_grad_()
+    assert len(repr(sharpness(lambda: (theta**4).sum(), [theta]))) < 500
