@@ -99,7 +99,7 @@ class Spectrum:
     converged: bool
     confidence: float
     certified: bool
-    asymmetry: float = 0.0
+    asymmetry: float
 
 
 def extreme_eigenvalues(
