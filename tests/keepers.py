@@ -35,7 +35,7 @@ def keeper(kind: type) -> type:
 
 
 def content(value: Any) -> Any:
-    """Return what two equal states have equal."""
+    """Return a value that is equal for equal states."""
     if isinstance(value, Tensor):
         return ("tensor", value.detach().tolist())
     if isinstance(value, np.ndarray):
@@ -224,7 +224,7 @@ class UserDict:
 
 
 class Attributes(dict):
-    """A dictionary whose entries are attributes, as many libraries have it."""
+    """A dictionary whose entries are attributes, as in many libraries."""
 
     __getattr__ = dict.__getitem__
     __setattr__ = dict.__setitem__  # type: ignore[assignment]
@@ -717,7 +717,7 @@ class DataReplaced:
 
 @keeper
 class Teacher:
-    """An average of a network's weights, which are not among the parameters."""
+    """An average of a network's weights that are not among the parameters."""
 
     def __init__(self) -> None:
         torch.manual_seed(7)

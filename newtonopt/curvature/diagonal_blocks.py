@@ -7,9 +7,8 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
-from newtonopt.checks import shown
+from newtonopt.checks import listed, shown
 from newtonopt.operators.linear_operator import LinearOperator, check_operator
-from newtonopt.vectors.flat import listed
 from newtonopt.vectors.sharded import is_sharded
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from newtonopt.checks import check_closure, check_instance, check_weight, shown
+from newtonopt.checks import check_closure, check_instance, check_weight, listed, shown
 from newtonopt.closure.evaluation import Products
 from newtonopt.closure.objective import Objective
 from newtonopt.curvature.diagonal_blocks import is_named
@@ -30,7 +30,7 @@ from newtonopt.curvature.parts import (
 )
 from newtonopt.curvature.sharpness import Kind
 from newtonopt.operators.matrices import gauss_newton, hessian
-from newtonopt.vectors.flat import listed, trained_parameters
+from newtonopt.vectors.flat import trained_parameters
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 

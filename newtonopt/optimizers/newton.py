@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from newtonopt.checks import check_closure, warn
+from newtonopt.checks import check_closure, listed_group, listed_groups, warn
 from newtonopt.closure.evaluation import Evaluation, Matrix, Products, Verdict
 from newtonopt.closure.objective import RESTLESS, Objective, ParametersMovedError
 from newtonopt.operators.linear_operator import LinearOperator
@@ -36,7 +36,7 @@ from newtonopt.optimizers.settings import (
     warn_of_small_rates,
 )
 from newtonopt.optimizers.trials import Outcome, Proposal, search
-from newtonopt.vectors.flat import check_any, check_parameters, flatten, listed_group, listed_groups, unflatten
+from newtonopt.vectors.flat import check_any, check_parameters, flatten, unflatten
 from newtonopt.vectors.sharded import is_sharded
 
 

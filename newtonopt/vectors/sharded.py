@@ -1,4 +1,18 @@
-"""Flat vectors of which each process holds a slice: a tensor that knows which operations have to communicate."""
+"""Models sharded by `torch.distributed.fsdp.fully_shard` (FSDP2): their parameters, gradients and flat vectors.
+
+Each process holds a shard of every parameter, a DTensor, and a slice of every flat vector, a `Sharded`. Four things are
+different from a model that each process holds whole:
+
+1. A whole flat vector may not fit on one process. A `Sharded` knows its slice, and which operations must communicate.
+2. Hooks gather the parameters and scatter the gradients. Hooks have no derivative, so there is no double backward:
+   products are central differences of gradients (`supported`).
+3. The hooks run in a `backward` and not in `torch.autograd.grad`. Gradients are read from `.grad` after a backward, and
+   come averaged over the processes (`pulled`).
+4. A module keeps the parameters that it gathered in a forward pass until a backward. A trial needs no backward, so they
+   are released by hand (`resharded`).
+
+First come parameters, then gradients, then vectors.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +31,251 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from newtonopt.vectors.subclasses import plain
 
+Gradients = tuple[Tensor | None, ...]
+
 # Random numbers drawn at a time, a multiple of the 16 in which torch.randn fills a tensor.
 _DRAWN = 2**14
 
 
+def is_sharded(params: Sequence[Tensor]) -> bool:
+    """Return whether `fully_shard` has sharded these parameters."""
+    kind = _dtensor()
+    return kind is not None and bool(params) and isinstance(params[0], kind)
+
+
+def local_part(t: Tensor) -> Tensor:
+    """Return this process's shard of `t`, as an alias without a graph, or `t` itself if it is not sharded."""
+    kind = _dtensor()
+    if kind is None or not isinstance(t, kind):
+        return plain(t)
+    with torch.no_grad():
+        part: Tensor = t.to_local()
+    return part
+
+
+def check_sharding(params: Sequence[Tensor]) -> None:
+    """Raise an error if parameters are sharded in a way that is not supported.
+
+    Raises:
+        ValueError: DeepSpeed, FullyShardedDataParallel or tensor parallelism has sharded parameters, or `fully_shard`
+            only some of them.
+    """
+    for p in params:
+        if getattr(p, "ds_id", None) is not None:
+            raise ValueError(
+                "params must be plain or sharded by fully_shard, got one partitioned by DeepSpeed, whose engine runs "
+                "backward and steps itself. Shard the model with torch.distributed.fsdp.fully_shard instead."
+            )
+        if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
+            raise ValueError(
+                "params must be plain or sharded by fully_shard, got one of FullyShardedDataParallel (FSDP1), which "
+                "shows no shards of single parameters. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) "
+                "instead."
+            )
+    kind = _dtensor()
+    if kind is None:
+        return
+    sharded: list[Any] = [p for p in params if isinstance(p, kind)]
+    if sharded and len(sharded) < len(params):
+        raise ValueError(
+            f"params must be all sharded or all plain, got {len(sharded)} sharded and {len(params) - len(sharded)} "
+            "plain ones. Call fully_shard on the whole model too, which shards what is left, without ignored_params."
+        )
+    for p in sharded:
+        names = [type(placement).__name__ for placement in p.placements]
+        if names != ["Shard"] or p.placements[0].dim != 0 or p.device_mesh.size() != dist.get_world_size():
+            raise ValueError(
+                "params must be sharded by fully_shard in dimension 0 over all processes (a mesh of one dimension), "
+                "without tensor parallelism or replication, got one of shape "
+                f"{tuple(p.shape)} placed as {p.placements} on {p.device_mesh}."
+            )
+
+
+def layout_of(params: Sequence[Tensor]) -> Layout:
+    """Return the entries that this process's shards are of the flat vector of all parameters."""
+    shards: list[Any] = list(params)
+    mesh = shards[0].device_mesh
+    return _layout_from(tuple(tuple(p.shape) for p in shards), mesh.get_group(), mesh.get_local_rank(), mesh.size())
+
+
+@functools.lru_cache(maxsize=16)
+def _layout_from(shapes: tuple[tuple[int, ...], ...], group: dist.ProcessGroup, rank: int, count: int) -> Layout:
+    spans, offset = [], 0
+    for rows, *rest in shapes:
+        row = torch.Size(rest).numel()
+        # fully_shard splits rows as torch.chunk does.
+        height = -(-rows // count)
+        start, stop = (min(r * height, rows) for r in (rank, rank + 1))
+        spans.append((offset + start * row, offset + stop * row))
+        offset += rows * row
+    return Layout(offset, tuple(spans), group)
+
+
+def as_parameters(parts: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """Return this process's shards as DTensors, sharded in the first dimension as the parameters are.
+
+    Args:
+        parts: Shards, each of the shape of its parameter's shard, or with one dimension more.
+        like: Parameters.
+    """
+    return [_as_dtensor(part, p) for part, p in zip(parts, like, strict=True)]
+
+
+def _as_dtensor(part: Tensor, like: Any) -> Tensor:
+    shape = torch.Size([*like.shape, *part.shape[like.dim() :]])
+    stride = torch.empty(shape, device="meta").stride()
+    made: Tensor = type(like.data).from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+    )
+    return made
+
+
+def taken_back(t: Tensor, like: Any) -> Tensor:
+    """Return this process's shard of `t`, a DTensor or whole, when `t` is sharded as the parameter `like`."""
+    kind = _dtensor()
+    given: Any = t
+    if kind is not None and isinstance(t, kind):
+        if not isinstance(like, kind):
+            whole: Tensor = given.full_tensor()
+            return whole
+        if given.device_mesh == like.device_mesh and given.placements == like.placements:
+            return local_part(t)
+        given = given.full_tensor()
+    if not isinstance(like, kind or ()):
+        return t
+    rows, rank, count = like.shape[0], like.device_mesh.get_local_rank(), like.device_mesh.size()
+    height = -(-rows // count)
+    part: Tensor = given[min(rank * height, rows) : min((rank + 1) * height, rows)]
+    return part
+
+
+def pulled(
+    of: Tensor | Sequence[Tensor], params: Sequence[Tensor], along: Sequence[Tensor] | None, *, keep: bool
+) -> Gradients:
+    """Return the gradients `along' d of / d params`, averaged over the processes, by a backward.
+
+    Args:
+        of: Tensors to differentiate.
+        params: Sharded parameters; their `.grad` is put back.
+        along: Cotangents of the tensors; None for a scalar.
+        keep: Whether the graph stays for a further backward.
+
+    Returns:
+        One sharded gradient for each parameter; None where the tensors do not depend on it.
+
+    Raises:
+        RuntimeError: No gradient arrived.
+    """
+    before = [p.grad for p in params]
+    for p in params:
+        p.grad = None
+    try:
+        torch.autograd.backward(of, along, retain_graph=keep)
+        gradients = tuple(p.grad for p in params)
+    finally:
+        for p, gradient in zip(params, before, strict=True):
+            p.grad = gradient
+    if all(g is None for g in gradients):
+        raise RuntimeError(
+            "No gradient arrived at the sharded parameters: the loss does not depend on them, or "
+            "set_requires_gradient_sync(False) holds gradients back, or the loss is computed inside a module that was "
+            "given to fully_shard only as a whole. Leave gradients synchronised, and compute the loss outside."
+        )
+    return gradients
+
+
+def accumulate(gradients: Gradients, params: Sequence[Tensor]) -> None:
+    """Add gradients to `.grad`, as `backward` does."""
+    for p, gradient in zip(params, gradients, strict=True):
+        if gradient is not None:
+            p.grad = gradient if p.grad is None else p.grad + gradient
+
+
+@contextmanager
+def resharded(params: Sequence[Tensor], *, trace: bool) -> Iterator[None]:
+    """Return a context to run a closure in, after which modules release the parameters that they gathered.
+
+    A module keeps the parameters that it gathered in a forward pass until a backward. Without a backward the next
+    forward pass would use these copies, though the parameters have moved.
+
+    Args:
+        params: Parameters; the context does nothing if they are not sharded.
+        trace: Whether other parameters of the same modules keep the gradients that they get in the context.
+
+    Raises:
+        RuntimeError: The modules compute in bfloat16 or float16.
+    """
+    if not is_sharded(params):
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    ours = {id(p) for p in params}
+    gradients: dict[int, tuple[Tensor, Tensor | None]] = {}
+    met: dict[int, Any] = {}
+
+    def before(module: nn.Module, _: Any) -> None:
+        if not isinstance(module, FSDPModule) or id(module) in met:
+            return
+        _check_precision(module)
+        met.update((id(part), part) for part in module.modules() if isinstance(part, FSDPModule))
+        # Hidden from the tap, which watches what the closure does with gradients.
+        with torch._C.DisableTorchFunction():
+            for p in module.parameters() if not trace else ():
+                if id(p) not in ours and id(p) not in gradients:
+                    gradients[id(p)] = p, p.grad
+                    p.grad = None
+
+    handle = register_module_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for module in met.values():
+            module.reshard()
+        with torch._C.DisableTorchFunction():
+            for p, gradient in gradients.values():
+                p.grad = gradient
+
+
+def _check_precision(module: Any) -> None:
+    policy = getattr(module._get_fsdp_state(), "_mp_policy", None)
+    dtype = getattr(policy, "param_dtype", None)
+    if dtype in (torch.bfloat16, torch.float16):
+        raise RuntimeError(
+            f"fully_shard gathers the parameters as {dtype}, which is too coarse for finite differences, the only "
+            "products of sharded parameters. Give it no mp_policy with a param_dtype below float32."
+        )
+
+
+def supported(products: str) -> Literal["finite_difference"]:
+    """Return how products with sharded parameters are formed: by differences, because hooks have no derivative.
+
+    Raises:
+        ValueError: `products` asks for another form.
+    """
+    if products not in ("auto", "finite_difference"):
+        raise ValueError(
+            "products must be 'auto' or 'finite_difference' for modules sharded by fully_shard, which cannot be "
+            f"differentiated twice, got {products!r}."
+        )
+    return "finite_difference"
+
+
+def _dtensor() -> Any:
+    # Importing it takes a while, and no DTensor exists before it is imported.
+    module = sys.modules.get("torch.distributed.tensor")
+    return getattr(module, "DTensor", None)
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Which entries of a whole vector `(size,)` this process holds.
+    """The entries of a whole vector `(size,)` that this process holds.
 
     Attributes:
-        size: Of the whole vector.
-        spans: The entries held, as ascending ranges `[start, stop)`.
-        group: The processes among which the vector is shared out.
+        size: Number of entries of the whole vector.
+        spans: Entries held here, as ascending ranges `[start, stop)`.
+        group: Processes that hold the vector together.
     """
 
     size: int
@@ -37,16 +284,16 @@ class Layout:
 
 
 class Sharded(Tensor):
-    """A vector `(n,)`, rows `(k, n)` or columns `(n, k)`, of which each process holds the entries of its layout.
+    """A vector `(n,)`, rows `(k, n)` or columns `(n, k)`, of which each process holds a slice.
 
-    Shapes are those of the whole. Products over `n`, norms and other reductions to a scalar are collective calls and
-    give plain tensors, the same on all processes; entry by entry operations stay local. An operation that is neither
-    raises NotImplementedError.
+    Its shape is that of the whole. Products over `n`, norms and other reductions to a scalar are collective calls, and
+    return plain tensors, equal on all processes. Entry by entry operations stay local. Any other operation raises
+    NotImplementedError.
 
     Args:
-        local: This process's part.
-        layout: Where it belongs.
-        axis: The dimension that is shared out, counted from the end: -1 or -2.
+        local: This process's slice.
+        layout: Entries of the whole that the slice holds.
+        axis: Dimension of length `n`, counted from the end: -1 or -2.
     """
 
     local: Tensor
@@ -55,7 +302,7 @@ class Sharded(Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, layout: Layout, axis: int = -1) -> Sharded:
-        """Wraps `local`, which is not copied."""
+        """Wrap `local` without a copy."""
         shape = list(local.shape)
         shape[axis] = layout.size
         self: Sharded = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
@@ -68,7 +315,7 @@ class Sharded(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Applies the rule for `func`."""
+        """Apply the rule for `func`."""
         name = func._schema.name.removeprefix("aten::")
         rule = _RULES.get(name) or _RULES.get(name.removesuffix("_"))
         if rule is None and torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
@@ -78,11 +325,11 @@ class Sharded(Tensor):
         return rule(func, args, kwargs or {})
 
     def to_local(self) -> Tensor:
-        """This process's part."""
+        """Return this process's slice."""
         return self.local
 
     def full_tensor(self) -> Tensor:
-        """The whole, on every process: a collective call, for what is known to be small."""
+        """Return the whole on every process; a collective call, for small tensors."""
         local = self.local.movedim(self.axis, 0)
         whole = local.new_zeros(self.placement.size, *local.shape[1:])
         done = 0
@@ -100,8 +347,8 @@ Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 def _refusal(func: Any, why: str) -> NotImplementedError:
     return NotImplementedError(
-        f"{func} is not available for a vector that is shared out among processes: {why}. Compute on what each process "
-        "holds, to_local(), or gather a small vector with full_tensor()."
+        f"{func} is not available for a vector that is shared out among processes: {why}. Compute on each process's "
+        "slice, to_local(), or gather a small vector with full_tensor()."
     )
 
 
@@ -138,7 +385,7 @@ def _entry_by_entry(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`a @ b`, or `base + a @ b`."""
+    """Compute `a @ b`, or `base + a @ b`."""
     layout = _layout(func, args)
     *base, a, b = args
     b_axis = b.axis if isinstance(b, Sharded) else 0
@@ -157,14 +404,14 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by name, those left out by default."""
+    """Return all arguments by name, with defaults for those left out."""
     given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
     defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
     return {**defaults, **given, **kwargs}
 
 
 def _whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sharded, dict[str, Any]]:
-    """The operand and the other arguments of a reduction of all its entries to one number."""
+    """Return the operand and all arguments of a reduction of all entries to one number."""
     given = _bound(func, args, kwargs)
     x, dim = args[0], given.get("dim")
     dims = {d % x.dim() for d in ([dim] if isinstance(dim, int) else dim or range(x.dim()))}
@@ -195,7 +442,7 @@ def _extremum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
     bound = torch.full((1,), -math.inf if largest else math.inf, dtype=x.dtype, device=x.device)
     entries = x.local if x.local.numel() else bound
     value = entries.max() if largest else entries.min()
-    # The reduction among processes may lose what is not a number.
+    # The reduction among processes may lose NaN.
     lost = _summed(value.isnan().to(torch.uint8), x.placement, "MAX")
     value = _summed(value, x.placement, "MAX" if largest else "MIN")
     return torch.where(lost.bool(), math.nan, value)
@@ -212,7 +459,7 @@ def _equal(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sharded:
-    """`cat` and `stack`."""
+    """Compute `cat` and `stack`."""
     parts, layout = args[0], _layout(func, args[0])
     axes = {x.axis if isinstance(x, Sharded) else 0 for x in parts}
     if len(axes) > 1:
@@ -222,7 +469,7 @@ def _joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sharded
 
 
 def _viewed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Views and selections along the other dimension."""
+    """Compute views, and selections along the other dimension."""
     x = args[0]
     result = func(x.local, *args[1:], **kwargs)
     several = isinstance(result, (list, tuple))
@@ -249,7 +496,7 @@ def _placed(
 
 
 def _is_everything(given: dict[str, Any], length: int) -> bool:
-    """Whether a slice is `[:]`, which older versions of torch call for in `columns[:, index]`."""
+    """Return whether a slice is `[:]`, which older versions of torch take in `columns[:, index]`."""
     return not given["start"] and given["step"] == 1 and (given["end"] is None or given["end"] >= length)
 
 
@@ -268,7 +515,7 @@ def _index(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sharded:
 
 
 def _new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sharded:
-    """`x.new_zeros(n)` and `x.new_zeros(k, n)` are shared out as `x` is."""
+    """Compute `x.new_zeros(n)` and `x.new_zeros(k, n)`, sharded as `x` is."""
     x, size, *rest = args
     if not size or size[-1] != x.placement.size:
         raise _refusal(func, f"new ones have {x.placement.size} entries or rows of as many, not {tuple(size)}")
@@ -276,7 +523,10 @@ def _new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sharded:
 
 
 def _normal(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sharded:
-    """The numbers that a whole contiguous tensor on one process would get, drawn piece by piece on every process."""
+    """Fill with the random numbers that one process would draw for the whole.
+
+    Every process draws all of them, piece by piece, and keeps those of its slice.
+    """
     x: Sharded = args[0]
     moments = args[1:]
     if x.axis != -x.dim() or not x.local.is_contiguous():
@@ -299,8 +549,10 @@ def _normal(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sharded
 
 
 def _qr(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sharded, Tensor]:
-    """Of columns, by factors of the parts and a factor of those, which is as stable as that of the whole (Demmel,
-    Grigori, Hoemmen & Langou 2012).
+    """Compute the QR factorisation of columns `(n, k)` (TSQR: Demmel, Grigori, Hoemmen & Langou 2012).
+
+    Each process factors its slice, `A_i = Q_i R_i`; all factor the stacked `R_i`, `[R_1; R_2; ...] = W R`; then
+    `Q = [Q_1 W_1; Q_2 W_2; ...]`. This is as stable as the factorisation of the whole.
     """
     x = args[0]
     if x.axis != -2 or _bound(func, args, kwargs)["mode"] != "reduced":
@@ -315,6 +567,7 @@ def _qr(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Shard
 
 
 def _svd(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sharded, Tensor, Tensor]:
+    """Compute the singular value decomposition of columns `(n, k)` by that of their factor `R`."""
     x, given = args[0], _bound(func, args, kwargs)
     if x.axis != -2 or given["full_matrices"] or not given["compute_uv"]:
         raise _refusal(func, "only the reduced decomposition of columns is")
@@ -349,231 +602,3 @@ _RULES: dict[str, Rule] = {
     "_linalg_svd": _svd,
     "linalg_solve_triangular": _solve_triangular,
 }
-
-
-# Parameters of which each process holds a shard: those of `torch.distributed.fsdp.fully_shard`.
-
-
-Gradients = tuple[Tensor | None, ...]
-
-
-def is_sharded(params: Sequence[Tensor]) -> bool:
-    """Whether these are parameters of `fully_shard`."""
-    kind = _dtensor()
-    return kind is not None and bool(params) and isinstance(params[0], kind)
-
-
-def local_part(t: Tensor) -> Tensor:
-    """This process's shard of a DTensor, as an alias outside of autograd; any other tensor itself."""
-    kind = _dtensor()
-    if kind is None or not isinstance(t, kind):
-        return plain(t)
-    with torch.no_grad():
-        part: Tensor = t.to_local()
-    return part
-
-
-def check_sharding(params: Sequence[Tensor]) -> None:
-    """Refuse parameters that are shared out among processes in a way that is not supported.
-
-    Raises:
-        ValueError: Parameters of DeepSpeed, FullyShardedDataParallel or tensor parallelism, or only some of
-            `fully_shard`.
-    """
-    for p in params:
-        if getattr(p, "ds_id", None) is not None:
-            raise ValueError(
-                "params must be plain or sharded by fully_shard, got one partitioned by DeepSpeed, whose engine runs "
-                "backward and steps itself. Shard the model with torch.distributed.fsdp.fully_shard instead."
-            )
-        if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
-            raise ValueError(
-                "params must be plain or sharded by fully_shard, got one of FullyShardedDataParallel (FSDP1), which "
-                "shows no shards of single parameters. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) "
-                "instead."
-            )
-    kind = _dtensor()
-    if kind is None:
-        return
-    sharded: list[Any] = [p for p in params if isinstance(p, kind)]
-    if sharded and len(sharded) < len(params):
-        raise ValueError(
-            f"params must be all sharded or all plain, got {len(sharded)} sharded and {len(params) - len(sharded)} "
-            "plain ones. Call fully_shard on the whole model too, which shards what is left, without ignored_params."
-        )
-    for p in sharded:
-        names = [type(placement).__name__ for placement in p.placements]
-        if names != ["Shard"] or p.placements[0].dim != 0 or p.device_mesh.size() != dist.get_world_size():
-            raise ValueError(
-                "params must be sharded by fully_shard in dimension 0 over all processes (a mesh of one dimension), "
-                "without tensor parallelism or replication, got one of shape "
-                f"{tuple(p.shape)} placed as {p.placements} on {p.device_mesh}."
-            )
-
-
-def layout_of(params: Sequence[Tensor]) -> Layout:
-    """Where this process's shards belong in the flat vector of all parameters."""
-    shards: list[Any] = list(params)
-    mesh = shards[0].device_mesh
-    return _layout_from(tuple(tuple(p.shape) for p in shards), mesh.get_group(), mesh.get_local_rank(), mesh.size())
-
-
-@functools.lru_cache(maxsize=16)
-def _layout_from(shapes: tuple[tuple[int, ...], ...], group: dist.ProcessGroup, rank: int, count: int) -> Layout:
-    spans, offset = [], 0
-    for rows, *rest in shapes:
-        row = torch.Size(rest).numel()
-        # As torch.chunk does it.
-        height = -(-rows // count)
-        start, stop = (min(r * height, rows) for r in (rank, rank + 1))
-        spans.append((offset + start * row, offset + stop * row))
-        offset += rows * row
-    return Layout(offset, tuple(spans), group)
-
-
-def as_parameters(parts: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """What this process holds of tensors as DTensors, placed as `like` in the first dimension.
-
-    Args:
-        parts: Each of the shape of the local part of its parameter, or with one dimension more.
-        like: The parameters.
-    """
-    return [_as_dtensor(part, p) for part, p in zip(parts, like, strict=True)]
-
-
-def _as_dtensor(part: Tensor, like: Any) -> Tensor:
-    shape = torch.Size([*like.shape, *part.shape[like.dim() :]])
-    stride = torch.empty(shape, device="meta").stride()
-    made: Tensor = type(like.data).from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
-    )
-    return made
-
-
-def taken_back(t: Tensor, like: Any) -> Tensor:
-    """What this process holds of a tensor that is a DTensor or whole, placed as the parameter `like`."""
-    kind = _dtensor()
-    given: Any = t
-    if kind is not None and isinstance(t, kind):
-        if not isinstance(like, kind):
-            whole: Tensor = given.full_tensor()
-            return whole
-        if given.device_mesh == like.device_mesh and given.placements == like.placements:
-            return local_part(t)
-        given = given.full_tensor()
-    if not isinstance(like, kind or ()):
-        return t
-    rows, rank, count = like.shape[0], like.device_mesh.get_local_rank(), like.device_mesh.size()
-    height = -(-rows // count)
-    part: Tensor = given[min(rank * height, rows) : min((rank + 1) * height, rows)]
-    return part
-
-
-def pulled(
-    of: Tensor | Sequence[Tensor], params: Sequence[Tensor], along: Sequence[Tensor] | None, *, keep: bool
-) -> Gradients:
-    """`along' d of / d params`, averaged over the processes: by a backward, whose hooks gather and scatter.
-
-    Raises:
-        RuntimeError: No gradient arrived.
-    """
-    before = [p.grad for p in params]
-    for p in params:
-        p.grad = None
-    try:
-        torch.autograd.backward(of, along, retain_graph=keep)
-        gradients = tuple(p.grad for p in params)
-    finally:
-        for p, gradient in zip(params, before, strict=True):
-            p.grad = gradient
-    if all(g is None for g in gradients):
-        raise RuntimeError(
-            "No gradient arrived at the sharded parameters: the loss does not depend on them, or gradients are held "
-            "back by set_requires_gradient_sync(False), or the loss is computed inside a module of which no part but "
-            "the whole was given to fully_shard. Leave gradients synchronised, and compute the loss outside."
-        )
-    return gradients
-
-
-def accumulate(gradients: Gradients, params: Sequence[Tensor]) -> None:
-    """Add gradients to `.grad`, as `backward` does it."""
-    for p, gradient in zip(params, gradients, strict=True):
-        if gradient is not None:
-            p.grad = gradient if p.grad is None else p.grad + gradient
-
-
-@contextmanager
-def resharded(params: Sequence[Tensor], *, trace: bool) -> Iterator[None]:
-    """Run a closure on sharded parameters, and let go what was gathered for it.
-
-    A module keeps what it gathered in a forward pass for a backward. Without one the next forward pass would take it
-    for the parameters, which have moved.
-
-    Args:
-        params: The parameters.
-        trace: Whether other parameters of the same modules keep the gradients that they are given.
-
-    Raises:
-        RuntimeError: The modules compute in bfloat16 or float16.
-    """
-    if not is_sharded(params):
-        yield
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    ours = {id(p) for p in params}
-    gradients: dict[int, tuple[Tensor, Tensor | None]] = {}
-    met: dict[int, Any] = {}
-
-    def before(module: nn.Module, _: Any) -> None:
-        if not isinstance(module, FSDPModule) or id(module) in met:
-            return
-        _check_precision(module)
-        met.update((id(part), part) for part in module.modules() if isinstance(part, FSDPModule))
-        # Unseen by the tap, which looks after what the closure does with gradients.
-        with torch._C.DisableTorchFunction():
-            for p in module.parameters() if not trace else ():
-                if id(p) not in ours and id(p) not in gradients:
-                    gradients[id(p)] = p, p.grad
-                    p.grad = None
-
-    handle = register_module_forward_pre_hook(before)
-    try:
-        yield
-    finally:
-        handle.remove()
-        for module in met.values():
-            module.reshard()
-        with torch._C.DisableTorchFunction():
-            for p, gradient in gradients.values():
-                p.grad = gradient
-
-
-def _check_precision(module: Any) -> None:
-    policy = getattr(module._get_fsdp_state(), "_mp_policy", None)
-    dtype = getattr(policy, "param_dtype", None)
-    if dtype in (torch.bfloat16, torch.float16):
-        raise RuntimeError(
-            f"fully_shard gathers the parameters as {dtype}, which is too coarse for the finite differences by which "
-            "products with sharded parameters are formed: give it no mp_policy with a param_dtype below float32."
-        )
-
-
-def supported(products: str) -> Literal["finite_difference"]:
-    """How products with sharded parameters are formed: hooks that gather and scatter have no derivative.
-
-    Raises:
-        ValueError: Another way was asked for.
-    """
-    if products not in ("auto", "finite_difference"):
-        raise ValueError(
-            "products must be 'auto' or 'finite_difference' for modules sharded by fully_shard, which cannot be "
-            f"differentiated twice, got {products!r}."
-        )
-    return "finite_difference"
-
-
-def _dtensor() -> Any:
-    # Importing it takes a while, and nobody can have one before it is imported.
-    module = sys.modules.get("torch.distributed.tensor")
-    return getattr(module, "DTensor", None)
