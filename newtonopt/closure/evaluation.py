@@ -495,8 +495,9 @@ class Source(Protocol):
     def visit(
         self, of_term: Callable[[Term], Result], step: Tensor | None = None, *, numbers: Collection[int] = ()
     ) -> tuple[Tensor, list[Result]]:
-        """Run the closure at a step from the point; return the sum of its losses, and the results of `of_term`, which is
-        called with each loss and its outputs of these numbers.
+        """Run the closure at a step from the point, and call `of_term` with each loss and its outputs of these numbers.
+
+        Returns the sum of the losses, and the results of `of_term`.
         """
         ...
 
