@@ -1,8 +1,8 @@
 """The user's closure as a function of the parameters.
 
 `evaluate` makes an `Objective` and evaluates it once. An `Objective` runs the closure at any point, without a trace,
-and remembers in `Runs` what that has shown. In each run a `Recorder` takes the losses as they come, and makes a
-`Recording` of them, from which the objective makes an `Evaluation`.
+and keeps in `Runs` what the next runs need to know. In a run for an evaluation a `Recorder` takes the losses as they
+come and makes a `Recording` of them, and the objective makes an `Evaluation` of that.
 """
 
 from __future__ import annotations
@@ -133,9 +133,9 @@ class Objective:
             0.0.
         products: How products are formed, "auto" (default) or as for `evaluate`.
         weight: Weight of this process in the mean, above zero; None (default): found from the losses.
-        known: What earlier steps have found out about the closure; None (default): nothing.
+        known: Findings of earlier steps about the closure; None (default): none.
         point: The parameters' values, `(n,)`; None (default): copied from the parameters.
-        runs: What runs of the closure for another objective have shown; None (default): there were none.
+        runs: State of the closure's runs for another objective; None (default): there were none.
 
     Attributes:
         params: The parameters.
@@ -298,7 +298,7 @@ class Objective:
             numbers: Numbers of the outputs that are handed over with the losses.
 
         Returns:
-            The sum of the losses on this process, and what `of_term` returned for each of them.
+            The sum of the losses on this process, and the results of `of_term`, one for each loss.
 
         Raises:
             ParametersMovedError: The closure moves the parameters from there.
@@ -349,10 +349,10 @@ class Objective:
         return self._processes.sum(lambda: share * compute(), like)
 
     def together(self, compute: Callable[[], Result]) -> Result:
-        """Return what this process computes, once all processes have computed theirs without an error."""
+        """Return this process's result, once all processes have computed theirs without an error."""
         return self._processes.together(compute)
 
-    # From runs to evaluations.
+    # Evaluations made of runs.
 
     def _record(self) -> Evaluation:
         with self._runs.isolation.recorded() as writes:
@@ -506,7 +506,7 @@ class Objective:
             averages.append(self._processes.sum(lambda: own / self._processes.count))
         return averages
 
-    # From runs to trials.
+    # Trials made of runs.
 
     def _value(self, compute: Callable[[], Rest]) -> tuple[float, Rest]:
         """Return the objective where this process computes its part of it, and that part."""
@@ -621,7 +621,7 @@ class Objective:
         return Passed(tap.total(returned), left, found)
 
     def _run(self, writes: Writes, *, backward: bool, release: bool) -> Run:
-        """Run the closure once, and record what an evaluation needs to know."""
+        """Run the closure once, for an evaluation."""
         cached = self.products in ("auto", "cached")
         recorder = Recorder(self.params, cached=cached, accumulates=backward and self._sharded)
         recording: Recording | None = None
@@ -733,7 +733,7 @@ class Objective:
 
 @dataclass(eq=False)
 class Runs:
-    """What runs of a closure have shown so far. It grows from run to run, so that each can rely on those before it.
+    """State of a closure's runs: each run leaves here what the next ones need to know.
 
     Attributes:
         isolation: Puts back what a run changes.
@@ -772,8 +772,8 @@ class Run:
     """A run for an evaluation.
 
     Attributes:
-        recording: What it has shown; None if another run is needed, where all losses count or the parameters rest.
-        left: Where the closure left the parameters, `(n,)`, if elsewhere.
+        recording: Recording of the run; None if another run is needed, where all losses count or the parameters rest.
+        left: Parameters where the closure left them, `(n,)`; None: in place.
         called_backward: Whether the closure called `backward`.
         had_gradients: Whether there were gradients before its first `backward`.
     """
@@ -790,8 +790,8 @@ class Passed(Generic[Result]):
 
     Attributes:
         loss: Sum of the losses on this process.
-        left: Where the closure left the parameters, `(n,)`, if elsewhere.
-        found: What was computed from each loss.
+        left: Parameters where the closure left them, `(n,)`; None: in place.
+        found: Results of `of_term`, one for each loss.
     """
 
     loss: Tensor
@@ -883,7 +883,7 @@ class Recorder:
             )
 
     def finish(self, tap: Tap, returned: Any) -> Recording:
-        """Return what the run has shown, once the closure has ended and returned `returned`."""
+        """Return the recording, once the closure has ended and returned `returned`."""
         value = detached(returned) if isinstance(returned, Tensor) else returned
         loss, gradient = tap.total(returned), self._gradient
         if gradient is None:
@@ -930,7 +930,7 @@ class ParametersMovedError(RuntimeError):
     """The closure moved the parameters, which were put back.
 
     Attributes:
-        point: Where it left them, `(n,)`.
+        point: Parameters where the closure left them, `(n,)`.
     """
 
     def __init__(self, message: str, point: Tensor) -> None:

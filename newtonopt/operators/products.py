@@ -30,7 +30,7 @@ from newtonopt.vectors.flat import add_flat, flatten, flatten_rows, unflatten, u
 Result = TypeVar("Result")
 # `v -> J v`, by the outputs' numbers.
 Push = Callable[[Tensor], dict[int, Tensor]]
-# From a loss, its outputs, the parameters, and whether the graph must outlive the products, to `v -> A v` in pieces.
+# Maps a loss, its outputs, the parameters, and whether the graph must outlive the products, to `v -> A v` in pieces.
 # Rows `(k, n)` give pieces with a first dimension of `k`.
 Build = Callable[[Tensor, Sequence[Output], Sequence[Tensor], bool], Callable[[Tensor], Gradients]]
 
@@ -125,7 +125,7 @@ def curve_of(loss: Tensor, outputs: Sequence[Output]) -> Callable[[Sequence[Tens
         along = [pushed[i] for i, _ in live]
         before = pushed[0].shape[: pushed[0].dim() - outputs[0].tensor.dim()]
         curved: list[Tensor | None] = [scale * pushed[i] for i, scale in scales.items()]
-        # Without any, the loss is linear in the outputs.
+        # If there is none, the loss is linear in the outputs.
         if live:
             curved += grad([g for _, g in live], tensors, along, keep=True, batched=len(before) == 1)
         else:
@@ -448,7 +448,7 @@ def restricted(product: Product, part: slice, n: int) -> Product:
 
 
 def _visit_with_outputs(evaluation: Evaluation, of_term: Callable[[LossTerm], Result]) -> list[Result]:
-    """Run the closure again, and return what `of_term` returns for each loss with recorded outputs.
+    """Run the closure again; return the results of `of_term`, one for each loss with recorded outputs.
 
     Raises:
         RuntimeError: The closure computes another function by now, or one of the outputs was not met.
