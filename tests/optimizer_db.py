@@ -26,9 +26,6 @@ OPTIMIZERS: dict[str, Build] = {
     "hessian_free_hessian": _with(HessianFree, curvature="hessian", damping=10.0, rank=5, refresh_every=20),
     "hessian_free_empirical_fisher": _with(HessianFree, preconditioner="empirical_fisher"),
     "hessian_free_plain": _with(HessianFree, preconditioner=None, warm_start=0.0),
-    "hessian_free_hutchinson": _with(
-        HessianFree, preconditioner="hutchinson", curvature="hessian", damping=10.0, refresh_every=20
-    ),
     "hessian_free_retrying": _with(HessianFree, max_trials=4, refresh_every=30),
     "damped_newton": _with(DampedNewton),
     "damped_newton_gauss_newton": _with(DampedNewton, curvature="gauss_newton"),
@@ -53,7 +50,6 @@ OPTIMIZERS: dict[str, Build] = {
 
 # Close to another configuration: among the slow tests.
 FURTHER = {
-    "hessian_free_hutchinson",
     "hessian_free_plain",
     "hessian_free_retrying",
     "damped_newton_clamped",

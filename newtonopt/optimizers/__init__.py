@@ -1,17 +1,20 @@
 """Newton optimizers.
 
-- `newton`: the loop of all of them. `settings`: checks of what users set. `report`: what a step did.
-- `hessian_free`, `damped_newton`, `newton_cg`, `trust_region`, `cubic`: the members. `regions` and `matrices`: what
-  some of them share. `preconditioning`: sketches that are renewed.
-- `trials`: from a proposal to the step taken. `rules`: how damping, radius and weight follow. `rates`: learning rates.
-- `escape`: away from saddles. `checkpoints`: the state as it is saved.
+- `newton`: the loop that all of them share: evaluate, propose, try, judge, commit. It begins with `settings`, which
+  checks what users set, and ends with a `report`.
+- `model`: the quadratic model of the loss, which computes every predicted decrease, and the proposals made from it.
+- `hessian_free`, `damped_newton`, `newton_cg`, `trust_region_newton`, `cubic_newton`: the members, each a way to
+  propose a step. The first and third take `preconditioning`, the others `subproblems`.
+- `escape`: proposals that lead away from saddles, where the gradient says nothing.
+- `trials`: from a proposal to the step taken. `rules`: pure functions for ratios, controls and line searches.
+- `state`: what is remembered from step to step, and how it is saved.
 """
 
-from newtonopt.optimizers.cubic import CubicNewton
+from newtonopt.optimizers.cubic_newton import CubicNewton
 from newtonopt.optimizers.damped_newton import DampedNewton
 from newtonopt.optimizers.hessian_free import HessianFree
 from newtonopt.optimizers.newton_cg import NewtonCG
 from newtonopt.optimizers.report import StepReport
-from newtonopt.optimizers.trust_region import TrustRegionNewton
+from newtonopt.optimizers.trust_region_newton import TrustRegionNewton
 
 __all__ = ["CubicNewton", "DampedNewton", "HessianFree", "NewtonCG", "StepReport", "TrustRegionNewton"]

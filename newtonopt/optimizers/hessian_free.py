@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -13,27 +12,37 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from newtonopt.checks import check_above_one, check_below_one, check_whole, explains_arguments
-from newtonopt.closure.evaluation import Evaluation, Products
+from newtonopt.closure.evaluation import Products
 from newtonopt.closure.objective import Objective
-from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.optimizers.model import Proposal, QuadraticModel, Shorter, with_more_damping, without_damping
 from newtonopt.optimizers.newton import NewtonOptimizer
 from newtonopt.optimizers.preconditioning import (
-    blank,
+    Precondition,
+    PreconditionedState,
     check_preconditioner,
     check_sketch,
     prepared,
-    worked,
 )
-from newtonopt.optimizers.rates import scaled
-from newtonopt.optimizers.rules import LOW_RATIO, undamped_decrease
+from newtonopt.optimizers.rules import LOW_RATIO
 from newtonopt.optimizers.settings import ELSEWHERE, damping_rule
-from newtonopt.optimizers.trials import Outcome, Proposal, curvature_along
+from newtonopt.optimizers.state import tensor
+from newtonopt.optimizers.trials import Outcome
 from newtonopt.solvers.cg import conjugate_gradients
-from newtonopt.solvers.preconditioners import Preconditioner
 from newtonopt.solvers.solution import Iterate, Solution
 
+# Factor of the damping after a rejection, until a first ratio is high enough.
+_FIRST_FACTOR = 10.0
 
-class HessianFree(NewtonOptimizer):
+
+@dataclass(frozen=True)
+class HessianFreeState(PreconditionedState):
+    """The state with the last solution, and whether the first damping, which is a guess, was confirmed by a step."""
+
+    solution: Tensor | None = field(default=None, metadata=tensor("n"))
+    confirmed: bool = False
+
+
+class HessianFree(NewtonOptimizer[HessianFreeState]):
     """Truncated Gauss-Newton steps by preconditioned conjugate gradients, with Levenberg-Marquardt damping.
 
     Each step minimises `g's + s'(A + damping I)s / 2` approximately, tries the result and earlier iterates of conjugate
@@ -43,6 +52,10 @@ class HessianFree(NewtonOptimizer):
     Use it with the whole data set or large batches, where the loss is ill-conditioned: physics-informed networks,
     regression, autoencoders. Do not use it with small batches or a loss dominated by noise: a step costs tens of
     gradients, and first-order methods need only one.
+
+    It differs from Martens (2010) in this: conjugate gradients have a low-rank sketch of the curvature for a
+    preconditioner, and end twenty times sooner; the first damping is searched for; the damping falls faster after three
+    steps in a row that the model predicted well; with the Hessian a step along negative curvature is tried.
 
     The loss times `c` gives the same steps with `c` times the `damping` and `weight_decay`, except with
     `preconditioner="empirical_fisher"`, which grows by another power of `c`.
@@ -58,40 +71,53 @@ class HessianFree(NewtonOptimizer):
         products: How products are formed, "auto" (default), "cached", "streamed" or
             "finite_difference": see `evaluate`.
         preconditioner: "nystrom" (default): a low-rank sketch of the curvature (Frangella, Tropp & Udell 2023);
-            "hutchinson": estimated sizes of the curvature's diagonal (Bekas, Kokiopoulou & Saad 2007; Yao et al. 2021),
-            for parameters or inputs of very different scales, and of no use for most networks, see
-            benchmarks/NOTES.md; "empirical_fisher": the running mean of squared gradients (Martens 2010, sec. 4.7);
-            None.
-        rank: Of the sketch, one or more; it takes `rank * n` numbers of memory, and twice as many more while it
+            "empirical_fisher": the running mean of squared gradients (Martens 2010, sec. 4.7); None.
+        rank: Columns of the sketch, one or more; it takes `rank * n` numbers of memory, and twice as many more while it
             is renewed. Default 50, see benchmarks/NOTES.md.
-        probes: Products for Hutchinson's estimate, one or more. Default 10, see benchmarks/NOTES.md.
-        refresh_every: Iterations of conjugate gradients after which the next step renews the sketch or the estimate,
-            one or more. Default 200, four times the rank: sketching costs a quarter more products at most
-            (benchmarks/NOTES.md).
-        max_trials: How often a step is tried: after each rejection conjugate gradients go on, with the raised damping,
-            from the best of their iterates. One or more. Default 1: a rejection ends the step. With more the graph
-            stays in memory during the trials, which take that of another forward pass.
-        max_iterations: Of conjugate gradients in a step, one or more. Default 1000, see benchmarks/NOTES.md.
+        refresh_every: Iterations of conjugate gradients after which the next step renews the sketch, one or more.
+            Default 200, four times the rank: sketching costs a quarter more products at most (benchmarks/NOTES.md).
+        max_trials: Number of times a step is tried: after each rejection conjugate gradients go on, with the raised
+            damping, from the best of their iterates. One or more. Default 1: a rejection ends the step. With more the
+            graph stays in memory during the trials, which take that of another forward pass.
+        max_iterations: Iterations of conjugate gradients in a step at most, one or more. Default 1000, see
+            benchmarks/NOTES.md.
         progress_tolerance: Martens' stop (2010, sec. 4.4): relative progress per iteration, from 0 to below 1. Default
             1e-2, see benchmarks/NOTES.md; Martens used 5e-4 without a sketch.
         warm_start: Conjugate gradients start from the last solution times this, from 0 to below 1, but from zero where
             they meet negative curvature. Default 0.95 (Martens & Sutskever 2012).
-        damping_factor: Of the Levenberg-Marquardt rule, above one. Default 3/2 (Martens 2010, sec. 4.1).
+        damping_factor: Factor of the Levenberg-Marquardt rule, above one. Default 3/2 (Martens 2010, sec. 4.1).
         min_damping: Lower bound, above zero. Default 1e-30: none in practice, for the damping is not lowered below the
             rounding of the curvature along a step.
         max_damping: Upper bound. Default 1e30: none in practice.
         tolerance_gradient: No step is taken where no entry of the gradient is larger, unless along negative curvature.
             Default 0: only a gradient of zero ends it (`torch.optim.LBFGS` has 1e-7).
-        tolerance_step: A step without a larger entry is not taken. Default 0 (`torch.optim.LBFGS` has 1e-9).
+        tolerance_step: No step is taken that has no larger entry. Default 0 (`torch.optim.LBFGS` has 1e-9).
         steps_per_call: Newton steps that one `step(closure)` takes at most, on one function (the same data and random
             numbers), one or more. Default 1 (`torch.optim.LBFGS` has 20, as `max_iter`).
-        seed: Of the random vectors for the preconditioner, which leave the global random state alone. Default 0.
+        seed: Seed of the random vectors for the sketch, which leave the global random state alone. Default 0.
 
     Raises:
         ValueError: A setting out of its range.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import HessianFree
+        >>> x = torch.linspace(-1, 1, 20, dtype=torch.float64)[:, None]
+        >>> model = torch.nn.Linear(1, 1).double()
+        >>> optimizer = HessianFree(model.parameters(), damping=0.1)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = torch.nn.functional.mse_loss(model(x), 2 * x + 1)
+        ...     loss.backward()
+        ...     return loss
+        >>> for _ in range(15):
+        ...     loss = optimizer.step(closure)
+        >>> print(f"{model.weight.item():.3f} {model.bias.item():.3f}")
+        2.000 1.000
     """
 
     control = "damping"
+    state_type = HessianFreeState
 
     @explains_arguments(ELSEWHERE)
     def __init__(
@@ -102,9 +128,8 @@ class HessianFree(NewtonOptimizer):
         damping: float = 1.0,
         weight_decay: float = 0.0,
         products: Products = "auto",
-        preconditioner: Literal["nystrom", "hutchinson", "empirical_fisher"] | None = "nystrom",
+        preconditioner: Literal["nystrom", "empirical_fisher"] | None = "nystrom",
         rank: int = 50,
-        probes: int = 10,
         refresh_every: int = 200,
         max_trials: int = 1,
         max_iterations: int = 1000,
@@ -123,140 +148,152 @@ class HessianFree(NewtonOptimizer):
 
     def _check(self, settings: dict[str, Any]) -> None:
         super()._check(settings)
-        check_preconditioner(settings, "nystrom", "hutchinson", "empirical_fisher", None)
+        check_preconditioner(settings, "nystrom", "empirical_fisher", None)
         check_above_one("damping_factor", settings["damping_factor"])
         for name in ("max_trials", "max_iterations"):
             check_whole(name, settings[name], 1)
         for name in ("progress_tolerance", "warm_start"):
             check_below_one(name, settings[name])
 
-    def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
-        settings, memory = self.param_groups[0], self._memory
-        A, gradient = self._curvature(evaluation), evaluation.gradient
-        precondition = prepared(A, gradient, settings, memory)
-        start = settings["warm_start"] * memory["direction"] if "direction" in memory else None
-        return self._solve(A, gradient, rates, precondition, start, 0, memory["damping"])
+    def _check_room(self, params: Sequence[Tensor], state: HessianFreeState) -> None:
+        check_sketch(params, self._settings, state, 'preconditioner="empirical_fisher", which takes one vector')
 
-    def _solve(
-        self,
-        A: LinearOperator,
-        gradient: Tensor,
-        rates: float | Tensor,
-        precondition: Callable[[float], Preconditioner | None],
-        start: Tensor | None,
-        iterations: int,
-        damping: float,
-    ) -> Proposal:
-        settings, memory = self.param_groups[0], self._memory
-        damped = A.shift(damping)
-        solve = functools.partial(
-            conjugate_gradients,
-            damped,
-            gradient,
+    def _propose(self, model: QuadraticModel, state: HessianFreeState) -> Proposal[HessianFreeState]:
+        # 2a, 2b. The preconditioner, from a sketch that is renewed if it is due.
+        precondition, state = prepared(model, state, self._settings)
+        # 2c. Conjugate gradients start near the last solution (Martens & Sutskever 2012).
+        start = None if state.solution is None else self._settings["warm_start"] * state.solution
+        return _solved(model, state, self._settings, precondition, start, 0)
+
+    def _judge(
+        self, objective: Objective, model: QuadraticModel, proposal: Proposal[HessianFreeState], state: HessianFreeState
+    ) -> tuple[Outcome, HessianFreeState]:
+        outcome, state = super()._judge(objective, model, proposal, state)
+        # 4. A first damping that is too low leads to plateaus: no step until a first ratio has confirmed it.
+        if not self._seeks_damping(state) or proposal.follows_negative_curvature:
+            return outcome, state
+        if outcome.first_ratio >= LOW_RATIO:
+            state = replace(state, confirmed=True)
+        elif outcome.accepted:
+            outcome = replace(outcome, accepted=False, refusal="the first damping was too low")
+        return outcome, state
+
+    def _next_control(self, state: HessianFreeState, ratio: float, length: float) -> float:
+        if self._seeks_damping(state) and ratio < LOW_RATIO:
+            return min(_FIRST_FACTOR * state.control, float(self._settings["max_damping"]))
+        return damping_rule(self._settings, state.control, ratio)
+
+    def _decisive_control(self, model: QuadraticModel, proposal: Proposal[HessianFreeState]) -> float:
+        return model.curvature_along(proposal.steps[0])
+
+    def _seeks_damping(self, state: HessianFreeState) -> bool:
+        """Return whether no step has confirmed the first damping yet."""
+        return not state.confirmed and bool(state.control < self._settings["max_damping"])
+
+
+def _solved(
+    model: QuadraticModel,
+    state: HessianFreeState,
+    settings: dict[str, Any],
+    precondition: Precondition,
+    start: Tensor | None,
+    iterations: int,
+) -> Proposal[HessianFreeState]:
+    """Propose the minimiser of the damped model, and the iterates before it.
+
+    Args:
+        model: The undamped model.
+        state: The optimizer's state, with the damping.
+        settings: The optimizer's settings.
+        precondition: From the damping to the preconditioner.
+        start: First iterate; None for zero.
+        iterations: Iterations already made in this step.
+    """
+    damping = state.control
+    damped = model.damped(damping)
+
+    def solve(start: Tensor | None) -> Solution:
+        return conjugate_gradients(
+            damped.curvature,
+            model.gradient,
+            start=start,
             preconditioner=precondition(damping),
             max_iterations=settings["max_iterations"],
             progress_tolerance=settings["progress_tolerance"],
             keep_path=True,
         )
-        solution = solve(start=start)
-        if start is not None and solution.negative_curvature is not None:
-            # A model without a minimum says nothing of a start's use: taken from step to step, each a part of the last,
-            # it would lead to a point that is not stationary.
-            iterations += solution.iterations
-            solution = solve()
-        if solution.reason == "non-finite product":
-            raise FloatingPointError("A curvature product is not finite.")
-        memory["direction"] = solution.step
-        worked(memory, solution.iterations)
-        candidates = _candidates(solution, damped, gradient, damping)
-        tries = [
-            scaled(Iterate(c.step, undamped_decrease(c.decrease, damping, float(c.step.norm()))), gradient, rates, A)
-            for c in candidates
-        ]
+
+    # 2c. Conjugate gradients on the damped model.
+    solution = solve(start)
+    if start is not None and solution.negative_curvature is not None:
+        # A model without a minimum says nothing of a start's use: taken from step to step, each a part of the last,
+        # it would lead to a point that is not stationary.
         iterations += solution.iterations
-
-        def shrink(higher: float) -> Proposal:
-            nearest = _best_start(solution, damping, higher)
-            return self._solve(A, gradient, rates, precondition, nearest, iterations, higher)
-
-        return Proposal(
-            [i.step for i in tries],
-            [i.decrease for i in tries],
-            iterations,
-            A.products,
-            solution.reason,
-            # It keeps the graph.
-            shrink=shrink if settings["max_trials"] > 1 else None,
-        )
-
-    def _judge(self, objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> Outcome:
-        outcome = super()._judge(objective, gradient, proposal, loss, eps)
-        if not self._seeks_damping or proposal.follows_negative_curvature:
-            return outcome
-        if outcome.first_ratio >= LOW_RATIO:
-            self._memory["found_damping"] = True
-        elif outcome.accepted:
-            return replace(outcome, accepted=False, refusal="the first damping was too low")
-        return outcome
-
-    def _next_control(self, control: float, ratio: float, length: float) -> float:
-        settings = self.param_groups[0]
-        if self._seeks_damping and ratio < LOW_RATIO:
-            return min(_FIRST_FACTOR * control, float(settings["max_damping"]))
-        return damping_rule(settings, control, ratio)
-
-    def _matters(self, proposal: Proposal, gradient: Tensor) -> float:
-        return curvature_along(proposal, gradient)
-
-    @property
-    def _seeks_damping(self) -> bool:
-        """Whether no step has confirmed the first damping, which is a guess."""
-        memory = self._memory
-        return not memory.get("found_damping", False) and memory["damping"] < self.param_groups[0]["max_damping"]
-
-    def _check_room(self, params: Sequence[Tensor]) -> None:
-        check_sketch(params, self.param_groups[0], self._memory)
-
-    def _blank(self, like: Tensor) -> dict[str, Any]:
-        return {"direction": like, "found_damping": False, **blank(like, self.param_groups[0])}
+        solution = solve(None)
+    if not solution.is_finite:
+        raise FloatingPointError("A curvature product is not finite.")
+    # 2d. The next step starts from this solution.
+    state = replace(state, solution=solution.step, sketch_age=state.sketch_age + solution.iterations)
+    # Predicted decreases are those of the undamped model, which the loss is compared with.
+    undamped = [without_damping(iterate, damping) for iterate in _candidates(solution, damped, damping)]
+    steps = [model.scaled(iterate) for iterate in undamped]
+    iterations += solution.iterations
+    # Shorter proposals take products, so that the graph stays in memory while steps are tried.
+    again = settings["max_trials"] > 1
+    shorter = _Continued(model, settings, precondition, solution, damping, iterations) if again else None
+    return Proposal(steps, state, solution.reason, iterations, model.curvature.products, shorter=shorter)
 
 
-# Of the damping, until a first ratio is high enough.
-_FIRST_FACTOR = 10.0
+@dataclass(frozen=True)
+class _Continued(Shorter[HessianFreeState]):
+    """Conjugate gradients that go on with a higher damping, from the best of their iterates."""
+
+    model: QuadraticModel
+    settings: dict[str, Any]
+    precondition: Precondition
+    solution: Solution
+    damping: float
+    iterations: int
+
+    def at(self, state: HessianFreeState) -> Proposal[HessianFreeState]:
+        """Return the proposal under the state's damping."""
+        start = best_start(self.solution, state.control - self.damping)
+        return _solved(self.model, state, self.settings, self.precondition, start, self.iterations)
 
 
-def _best_start(solution: Solution, damping: float, higher: float) -> Tensor | None:
-    """Of the iterates that conjugate gradients passed, the one where the model of a higher damping is lowest; None for
-    zero.
-    """
+def best_start(solution: Solution, raised_by: float) -> Tensor | None:
+    """Return the iterate where the model with a damping raised by so much is lowest; None for zero."""
     best, most = None, 0.0
     for iterate in (*solution.path, Iterate(solution.step, solution.decrease)):
-        decrease = iterate.decrease - (higher - damping) / 2 * float(iterate.step @ iterate.step)
+        decrease = with_more_damping(iterate, raised_by).decrease
         if decrease > most:
             best, most = iterate.step, decrease
     return best
 
 
-def _candidates(solution: Solution, damped: LinearOperator, gradient: Tensor, damping: float) -> list[Iterate]:
-    """The solution, then the iterates before it; in front of them a step along negative curvature if it was met."""
+def _candidates(solution: Solution, damped: QuadraticModel, damping: float) -> list[Iterate]:
+    """Return the solution, then the iterates before it, last first.
+
+    In front of them is a step along negative curvature if that was met, or along the gradient if all else fails.
+    """
     last = Iterate(solution.step, solution.decrease)
-    # What differs from the solution by rounding alone would end the search for a better one.
-    rounding = 10 * torch.finfo(gradient.dtype).eps * abs(last.decrease)
+    # An iterate that differs from the solution by rounding alone would end the search for a better one.
+    rounding = 10 * torch.finfo(damped.gradient.dtype).eps * abs(last.decrease)
     earlier = [i for i in reversed(solution.path) if i.decrease > 0 and abs(i.decrease - last.decrease) > rounding]
     candidates = [last, *earlier] if solution.decrease > 0 else earlier
     d = solution.negative_curvature
     if d is not None or not candidates:
-        candidates.insert(0, _along(-gradient if d is None else d, last, damped, gradient, damping))
+        candidates.insert(0, _beyond(last, -damped.gradient if d is None else d, damped, damping))
     return candidates
 
 
-def _along(d: Tensor, start: Iterate, damped: LinearOperator, gradient: Tensor, damping: float) -> Iterate:
-    """From `start` along `d`, as far as slope and size of curvature say, at most as far as the damping alone allows."""
-    slope = float(d @ (gradient + damped @ start.step))
-    bend = float(d @ (damped @ d))
+def _beyond(start: Iterate, d: Tensor, damped: QuadraticModel, damping: float) -> Iterate:
+    """Go from `start` along `d`: as far as slope and size of curvature say, at most as far as the damping allows."""
+    line = damped.along(d, start)
     length = float(d.norm())
     if length == 0.0:  # its square underflows
         return start
-    longest = max(float(start.step.norm()), float(gradient.norm()) / damping) / length
-    t = math.copysign(min(abs(slope) / abs(bend) if bend else math.inf, longest), -slope)
-    return Iterate(start.step + t * d, start.decrease - t * slope - 0.5 * t * t * bend)
+    longest = max(float(start.step.norm()), float(damped.gradient.norm()) / damping) / length
+    return line.at(
+        math.copysign(min(abs(line.slope) / abs(line.bend) if line.bend else math.inf, longest), -line.slope)
+    )

@@ -1,28 +1,33 @@
-"""What one call of `step` evaluates: the loss by the user's closure, and the curvature by the same or by another."""
+"""The loop of all Newton optimizers: evaluate, propose, try, judge, commit.
+
+The members differ in how they bound a step, and fit into the loop in these places:
+
+- A damping (HessianFree, DampedNewton), a radius (TrustRegionNewton) or a sigma (CubicNewton) is the *control*: a
+  number of the state that enters the proposal, is judged by the ratio of the loss's actual to its predicted decrease,
+  and after a rejection gives a shorter proposal. HessianFree and DampedNewton also shorten the step itself.
+- A line search (NewtonCG) bounds the step while it is tried. There is no control, and a failure ends the step.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Generic
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from newtonopt.checks import check_closure, listed_group, listed_groups, warn
-from newtonopt.closure.evaluation import Evaluation, Known, Matrix, Products, Verdict
+from newtonopt.closure.evaluation import Evaluation, Known, Products
 from newtonopt.closure.objective import RESTLESS, Objective, ParametersMovedError
+from newtonopt.lightning import does_nothing, refuse_skipped_batches, skips_backward
 from newtonopt.operators.linear_operator import LinearOperator
-from newtonopt.operators.matrices import gauss_newton, hessian
-from newtonopt.optimizers.checkpoints import check_kind, check_layout, follow, home, layout_now, packed, unpacked
-from newtonopt.optimizers.escape import STALLED, critical, is_settled, is_stalled, leave, note_progress, settle
-from newtonopt.optimizers.rates import is_everywhere, per_entry
+from newtonopt.operators.matrices import diagonal_blocks, gauss_newton, hessian
+from newtonopt.optimizers.escape import STALLED, critical, is_settled, is_stalled, leave, progressed, settled
+from newtonopt.optimizers.model import Proposal, QuadraticModel
 from newtonopt.optimizers.report import StepReport, following
 from newtonopt.optimizers.rules import hastened, run_of
 from newtonopt.optimizers.settings import (
@@ -36,190 +41,22 @@ from newtonopt.optimizers.settings import (
     shared_settings,
     warn_of_small_rates,
 )
-from newtonopt.optimizers.trials import Outcome, Proposal, search
+from newtonopt.optimizers.state import (
+    S,
+    check_kind,
+    check_layout,
+    empty_entries,
+    fitted,
+    followed,
+    home,
+    packed,
+    read,
+    unpacked,
+    write,
+)
+from newtonopt.optimizers.trials import Outcome, backtracking, reported
 from newtonopt.vectors.flat import check_any, check_parameters, flatten, unflatten
-from newtonopt.vectors.sharded import is_sharded
-
-
-class Call:
-    """The points that one call passes: at the first one the closure runs for real, later without a trace.
-
-    All evaluations begin with the same random state, so that the same function is minimised throughout.
-
-    Args:
-        closure: Of the loss.
-        curvature_closure: Of the curvature; None: the same.
-        groups: The parameter groups.
-        falls_back: Whether products are known to need finite differences.
-        verdicts: Verdicts of earlier checks of the products.
-        length: How far finite differences look; None: not known yet.
-        replayed: Whether the closures were seen to compute the same again when they run again.
-
-    Attributes:
-        params: The parameters that are neither frozen nor empty.
-        rates: Their learning rate, one number or one for each entry `(n,)`.
-        objective: The loss.
-
-    Raises:
-        RuntimeError: Every parameter is frozen or empty.
-    """
-
-    def __init__(
-        self,
-        closure: Callable[[], Any],
-        curvature_closure: Callable[[], Any] | None,
-        groups: Sequence[dict[str, Any]],
-        *,
-        falls_back: bool,
-        verdicts: Mapping[Matrix, Verdict],
-        length: float | None,
-        replayed: bool,
-    ) -> None:
-        trained = [(group, p) for group in groups for p in group["params"] if p.requires_grad and p.numel()]
-        if not trained:
-            raise RuntimeError(
-                "Every parameter of this optimizer is frozen or empty: none requires a gradient. Unfreeze some by "
-                "requires_grad_(), or take no step."
-            )
-        self.params = [p for _, p in trained]
-        self.rates = per_entry([float(rate_of(group)) for group, _ in trained], self.params)
-        decay = per_entry([float(group["weight_decay"]) for group, _ in trained], self.params)
-        products: Products = "finite_difference" if falls_back else groups[0]["products"]
-        curved = closure if curvature_closure is None else curvature_closure
-        self._curved = Objective(curved, self.params, decay, products, known=Known(verdicts, length, replayed))
-        # By differences, which the loss alone never needs, no graph of it is kept.
-        alone: Products = "finite_difference"
-        self.objective = self._curved
-        if curvature_closure is not None:
-            self.objective = Objective(closure, self.params, decay, alone, known=Known(replayed=replayed))
-        self._start = self.objective.point
-        self._began = False
-        self._gradient: Tensor | None = None
-        self._returned: Any = None
-
-    def evaluate(self) -> tuple[Evaluation, Evaluation]:
-        """At the present point: the loss's, and the one whose products are the curvature's."""
-        if self._curved is self.objective:
-            evaluation = basis = self._evaluated()
-        else:
-            # First, so that an error finds everything as it was.
-            first = self._curvature()
-            evaluation = self._evaluated()
-            if first is not None and self._curved.point is self.objective.point:
-                return evaluation, first
-            # The closure has moved the parameters.
-            if first is not None:
-                first.free()
-            again = self._curvature()
-            if again is None:
-                raise RuntimeError(f"The curvature_closure failed. {RESTLESS}")
-            basis = again
-        return evaluation, basis
-
-    def _evaluated(self) -> Evaluation:
-        if self._gradient is not None:
-            return self.objective.evaluate()
-        self._began = True
-        evaluation = self.objective.record()
-        self._gradient = evaluation.data_gradient
-        self._returned = evaluation.loss if evaluation.returned is None else evaluation.returned
-        return evaluation
-
-    def _curvature(self) -> Evaluation | None:
-        """None if the curvature's closure moves the parameters."""
-        self._curved.point = self.objective.point
-        try:
-            return self._curved.evaluate()
-        except ParametersMovedError:
-            return None
-        except RuntimeError as error:
-            raise RuntimeError(f"The curvature_closure failed. {error}") from error
-
-    def fall_back(self) -> None:
-        """Form products by finite differences from the next point on."""
-        self._curved.products = "finite_difference"
-
-    def undo(self) -> None:
-        """Put all back to where the call began."""
-        if self.objective.point is not self._start:
-            self.objective.return_to(self._start)
-        if self._began:
-            self.objective.rewind()
-
-    def finish(self) -> Any:
-        """Leave the first point's gradient in `.grad`; returns what the closure returned there, or the loss."""
-        self.objective.settle()
-        if self._gradient is not None:
-            _put_gradients(self.params, self._gradient)
-        return self._returned
-
-
-def does_nothing(closure: Callable[[], Any]) -> bool:
-    """Whether this is what Lightning gives a step that was called without a closure under manual optimization."""
-    hosts = (closure.func, *closure.args) if isinstance(closure, functools.partial) else (closure,)
-    return any(getattr(host, "__name__", "") == "do_nothing_closure" for host in hosts)
-
-
-def skips_backward(closure: Callable[[], Any]) -> bool:
-    """Whether this is Lightning's closure without a `backward`."""
-    hosts = (closure.func, *closure.args) if isinstance(closure, functools.partial) else (closure,)
-    return any(
-        type(host).__module__.partition(".")[0] in ("lightning", "pytorch_lightning")
-        and getattr(host, "_backward_fn", host) is None
-        for host in hosts
-    )
-
-
-def refuse_skipped_batches() -> None:
-    """Raise a RuntimeError if accelerate, which calls the step, leaves out all closures but every n-th.
-
-    Its optimizer runs no closure while it accumulates gradients, so that a step would see one micro-batch of n.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(_WRAPPERS):
-        if frame is None:
-            return
-        if frame.f_globals.get("__name__") == "accelerate.optimizer":
-            count = frame.f_locals["self"].gradient_state.num_steps
-            if count > 1:
-                raise RuntimeError(
-                    f"Accelerator(gradient_accumulation_steps={count}) runs the closure of every {count}. batch only, "
-                    "so that a step would leave out the others: set it to 1, and loop over the micro-batches inside "
-                    "one closure, calling backward for each."
-                )
-        frame = frame.f_back
-
-
-# Frames of hooks, decorators and schedulers between a caller of `step` and its body, at most.
-_WRAPPERS = 10
-
-
-def _put_gradients(params: Sequence[Tensor], gradient: Tensor) -> None:
-    """Leave the recorded gradient in `.grad`, unclipped; a parameter that the loss does not use keeps None."""
-    for p, piece in zip(params, unflatten(gradient, params), strict=True):
-        if p.grad is not None:
-            p.grad.copy_(piece)
-        elif bool(piece.any()):
-            p.grad = piece.clone()
-
-
-def unrounded(vector: Tensor) -> torch.autocast:
-    """A step taken inside autocast would have it round the solver's vectors."""
-    return torch.autocast(vector.device.type, enabled=False)
-
-
-def not_finite(loss: float, norm: float, evaluation: Evaluation, basis: Evaluation) -> str:
-    """In words, what is not finite; empty if all is."""
-    if not math.isfinite(loss):
-        return "loss"
-    if not math.isfinite(norm):
-        finite = math.isfinite(float(evaluation.gradient.abs().max()))
-        return "gradient's norm (each entry is: divide the loss by a constant)" if finite else "gradient"
-    return "" if basis is evaluation or math.isfinite(float(basis.loss)) else "curvature_closure's loss"
-
-
-# The one loop of every Newton optimizer: evaluate, propose, try, judge, commit.
-
+from newtonopt.vectors.sharded import is_sharded, local_part
 
 _MAX_FAILURES = 5
 _CLIPPING = (
@@ -241,13 +78,31 @@ _NO_CLOSURE = (
 )
 
 
-class NewtonOptimizer(torch.optim.Optimizer, ABC):
-    """Base of the family. A subclass says how it proposes a step and names its one parameter of control and the rule
-    for it; all else, from closure to report, is here.
+@dataclass(frozen=True)
+class Experience:
+    """What an optimizer has found out about the closure: copied and pickled with it, but not saved in its state.
+
+    Attributes:
+        known: Verdicts of the checks of products, and whether the closure computes the same when it runs again.
+        fell_back: Whether products are known to need finite differences.
+        warned_of_clipping: Whether the user was told that clipping has no effect.
+    """
+
+    known: Known = field(default_factory=Known)
+    fell_back: bool = False
+    warned_of_clipping: bool = False
+
+
+class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
+    """Base of the family: everything from the closure to the report.
+
+    A member says how it proposes a step, and which control bounds the step and by which rule.
     """
 
     control: ClassVar[str | None]
-    """What bounds the steps and adapts to their success: "damping", "radius" or "sigma"; None for a line search."""
+    """Name of the control: "damping", "radius" or "sigma"; None for a line search."""
+    state_type: type[S]
+    """Class of the state."""
 
     def __init__(self, params: ParamsT, settings: dict[str, Any]) -> None:
         self._check(plain(settings))
@@ -255,57 +110,9 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         check_any(self._params)
         warn_of_small_rates(self.param_groups)
         self.last_step: StepReport | None = None
-        self._warned_of_clipping = False
-        self._fell_back = False
-        self._verdicts: Mapping[Matrix, Verdict] = {}
-        self._replayed = False
+        self._experience = Experience()
 
-    def _check(self, settings: dict[str, Any]) -> None:
-        """Refuse settings out of their range with a ValueError: when they are given, and again in every step."""
-        check_settings(settings, self.control)
-
-    @abstractmethod
-    def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
-        """A proposal from the live evaluation; `rates` is the learning rate, one number or one for each entry."""
-
-    def _next_control(self, control: float, ratio: float, length: float) -> float:
-        """The rule: the next control, from a trial's ratio and the length of its step before learning rates."""
-        return control
-
-    def _check_room(self, params: Sequence[Tensor]) -> None:
-        """Refuse what would not fit in memory, with a MemoryError, before the closure runs."""
-
-    def _judge(self, objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> Outcome:
-        """Try a proposal's steps."""
-        return search(objective, gradient, proposal, loss, eps)
-
-    def _length_along(self, slope: float, bend: float) -> float:
-        """How far to go along a unit vector of slope zero or below and of negative curvature `bend`.
-
-        As far as the size of the curvature (Royer, O'Neill & Wright 2020): the search doubles and halves that.
-        """
-        return -bend
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group with its own `lr` and `weight_decay`; every other setting is the optimizer's.
-
-        Raises:
-            TypeError: It is no group of tensors, or has an entry that means a setting under another name.
-            ValueError: Another setting differs, or the parameters cannot share one flat vector with the others.
-        """
-        param_group = plain(listed_group(param_group), keep_rate=True)
-        check_names(param_group, ["params", *self.defaults])
-        settings = self.param_groups[0] if self.param_groups else self.defaults
-        shared = shared_settings(settings, self.defaults)
-        check_group(param_group, shared)
-        own = {name: param_group[name] for name in PER_GROUP if name in param_group}
-        self._check(plain({**self.defaults, **own}))
-        super().add_param_group({**shared, **param_group})
-        try:
-            check_parameters(self._params)
-        except ValueError:
-            self.param_groups.pop()
-            raise
+    # The loop.
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -348,224 +155,262 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         refuse_skipped_batches()
         if skips_backward(closure):
             return self._run_without_backward(closure)
-        length = (self._memory["length"] or None) if self.state else None
-        call = Call(
-            closure,
-            curvature_closure,
-            self.param_groups,
-            falls_back=self._fell_back,
-            verdicts=self._verdicts,
-            length=length,
-            replayed=self._replayed,
-        )
-        before = {key: dict(value) if isinstance(value, dict) else value for key, value in self.state.items()}
+        state = self._state
+        call = Call(closure, curvature_closure, self.param_groups, self._experience, state.length or None)
         try:
-            self._follow_parameters(call.params)
-            self._check_room(call.params)
-            self._take_steps(call)
+            state = fitted(state, self._params)
+            self._check_room(call.params, state)
+            state = self._take_steps(call, state)
         except BaseException:
-            # An error leaves all as it was; the state's vectors are never changed in place.
-            self.state.clear()
-            self.state.update(before)
             call.undo()
             raise
+        self._remember(state)
         return call.finish()
 
-    def _run_without_backward(self, closure: Callable[[], Any]) -> Any:
-        """Lightning runs batches so, after averaging weights, for the statistics of BatchNorm."""
-        returned = closure()
-        loss = float(returned) if isinstance(returned, Tensor) and returned.numel() == 1 else math.nan
-        self._report(loss, math.nan, reason="the closure left backward out, to move statistics only")
-        return returned
-
-    def _take_steps(self, call: Call) -> None:
+    def _take_steps(self, call: Call, state: S) -> S:
         earlier: StepReport | None = None
-        for _ in range(self.param_groups[0]["steps_per_call"]):
-            goes_on = self._take_step(call)
-            if earlier is not None and self.last_step is not None:
-                self.last_step = following(earlier, self.last_step)
-            earlier = self.last_step
+        for _ in range(self._settings["steps_per_call"]):
+            state, report, goes_on = self._take_step(call, state)
+            self.last_step = earlier = report if earlier is None else following(earlier, report)
             if not goes_on:
                 break
+        return state
 
-    def _take_step(self, call: Call) -> bool:
-        """One Newton step; returns whether another one may follow."""
-        memory = self._memory
-        memory["steps"] += 1
+    def _take_step(self, call: Call, state: S) -> tuple[S, StepReport, bool]:
+        """Take one Newton step, with the numbers of the boxes in docs/optimizers.
+
+        Returns:
+            The new state, the report, and whether another step may follow.
+        """
+        # 1. Evaluate the loss f, its gradient g and its curvature A at the point x.
+        state = replace(state, steps=state.steps + 1)
         evaluation, basis = call.evaluate()
-        if evaluation.clipped and not self._warned_of_clipping:
-            self._warned_of_clipping = True
-            warn(_CLIPPING)
-        loss, norm = float(evaluation.loss), float(evaluation.gradient.norm())
+        self._warn_of_clipping(evaluation)
+        loss, gradient, norm = float(evaluation.loss), evaluation.gradient, float(evaluation.gradient.norm())
+        model = QuadraticModel(gradient, call.rates, loss, evaluation.eps)
+
+        # 2. Propose a step s from the model m(s) = g's + s'As / 2 and the control.
         broken = not_finite(loss, norm, evaluation, basis)
         try:
-            if not broken:
-                if not self._replayed:
-                    call.objective.check_replay(evaluation)
-                    self._replayed = True
-                    if call.objective.unprotected:
-                        warn(_UNPROTECTED.format(", ".join(call.objective.unprotected)))
-                # The model's slope is the loss's.
-                basis = dataclasses.replace(basis, gradient=evaluation.gradient)
-                with unrounded(basis.gradient):
-                    proposal, searching = self._proposed(basis, call.rates, loss, norm)
+            if broken is None:
+                self._check_replay(call.objective, evaluation)
+                with unrounded(gradient):
+                    proposal = self._proposed(model, basis, norm, state)
         except FloatingPointError:
             broken = "curvature"
         finally:
             # The graphs go before any trial, so that no two are alive at once.
             evaluation.free()
             basis.free()
-        if broken:
-            self._fail(loss, norm, broken)
-            return False
-        memory["failures"] = 0
-        self._verdicts = basis.verdicts
-        lengths = [verdict.manner.length for verdict in basis.verdicts.values() if verdict.manner.length is not None]
-        if lengths:  # so that a resumed run forms the same differences
-            memory["length"] = lengths[0]
-        # What has no second derivative now has none in the next step.
-        if basis.may_fall_back and basis.form == "finite_difference":
-            self._fell_back = True
-            call.fall_back()
-        spent = {"iterations": proposal.iterations, "products": searching + proposal.products, "form": basis.form}
-        spent["checks"] = basis.checks
+        if broken is not None:
+            return self._failed(loss, norm, broken, state)
+        state = replace(proposal.state, failures=0, length=self._learn(call, basis) or proposal.state.length)
+        report = StepReport(loss, norm, proposal.reason, loss, checks=basis.checks, form=basis.form)
+        report = replace(report, iterations=proposal.iterations, products=proposal.products)
         if not proposal.steps:
-            self._report(loss, norm, reason=proposal.reason, **spent)
-            return False
-        if float(proposal.steps[0].abs().max()) <= self.param_groups[0]["tolerance_step"]:
-            memory["stalls"] = memory.get("stalls", 0) + 1
+            return state, self._with_control(report, state), False
+        if float(proposal.steps[0].step.abs().max()) <= self._settings["tolerance_step"]:
             reason = f"no entry of the step is above tolerance_step; {proposal.reason}"
-            self._report(loss, norm, predicted_decrease=proposal.decreases[0], reason=reason, **spent)
-            return False
-        return self._try(call.objective, evaluation, proposal, basis, searching)
+            report = replace(report, predicted_decrease=proposal.steps[0].decrease, reason=reason)
+            return replace(state, stalls=state.stalls + 1), self._with_control(report, state), False
 
-    def _proposed(self, basis: Evaluation, rates: float | Tensor, loss: float, norm: float) -> tuple[Proposal, int]:
-        """A proposal, without a step where none is to be taken; and the products of a search that found nothing."""
-        memory = self._memory
-        place = critical(basis.gradient, norm, self.param_groups[0]["tolerance_gradient"])
-        if is_everywhere(rates, 0.0):
-            return Proposal([], [], 0, 0, "the learning rate is zero"), 0
-        searches = self.param_groups[0]["curvature"] == "hessian"
-        if place and is_settled(memory, loss, norm):
-            return Proposal([], [], 0, 0, place + ", and no negative curvature was found here before" * searches), 0
-        if not (place or (searches and is_stalled(memory, loss))):
-            return self._propose(basis, rates), 0
-        away = leave(self._curvature(basis), basis.gradient, rates, place or STALLED, self._length_along)
-        if not away.steps:
-            settle(memory, loss, norm)
-        return (away, 0) if away.steps or place else (self._propose(basis, rates), away.products)
-
-    def _try(
-        self, objective: Objective, evaluation: Evaluation, proposal: Proposal, basis: Evaluation, searching: int
-    ) -> bool:
-        """Try a proposal, and shorter ones while that is rejected; move, report, adapt. Returns as `_take_step`."""
-        loss, norm = float(evaluation.loss), float(evaluation.gradient.norm())
-        trials, turns = 0, self.param_groups[0].get("max_trials", 1)
+        trials, turns = 0, self._settings["max_trials"]
         while True:
-            outcome = self._judge(objective, evaluation.gradient, proposal, loss, evaluation.eps)
-            trials += outcome.trials
-            used = self._controls
-            self._adapt(outcome.first_ratio, proposal, evaluation.gradient)
-            turns -= 1
-            if outcome.accepted or turns == 0 or proposal.shrink is None or self.control is None:
+            # 3. Try it: the ratio r = (f(x) - f(x + s)) / -m(s), and a line search where there is one.
+            outcome, state = self._judge(call.objective, model, proposal, state)
+            trials, turns = trials + outcome.trials, turns - 1
+            # 4. Judge it: the ratio of the step as it was proposed adapts the control.
+            report = self._with_control(report, state)
+            state = self._adapted(state, outcome.first_ratio, model, proposal)
+            if outcome.accepted or turns == 0 or proposal.shorter is None or self.control is None:
                 break
+            # 2. Propose a shorter step under the tightened control, from what was computed for the first.
             try:
-                with unrounded(evaluation.gradient):
-                    proposal = proposal.shrink(self._memory[self.control])
+                with unrounded(gradient):
+                    proposal = proposal.shorter.at(state)
             except FloatingPointError:
                 break
-        note_progress(self._memory, outcome, proposal.leaves, loss, norm, evaluation.eps)
+            state = proposal.state
+
+        # 5. Commit: x becomes x + s if the step was accepted, and stays where it is otherwise.
+        state = progressed(state, model, outcome, proposal.leaves, norm)
         if outcome.accepted:
-            objective.move(outcome.step)
-        self._report(
-            loss,
-            norm,
-            trial_loss=outcome.loss,
-            predicted_decrease=outcome.predicted,
-            ratio=outcome.ratio,
-            first_ratio=outcome.first_ratio,
-            iterations=proposal.iterations,
-            products=searching + proposal.products,
-            checks=basis.checks,
-            form=basis.form,
-            trials=trials,
-            step_norm=float(outcome.step.norm()) if outcome.accepted else 0.0,
-            accepted=outcome.accepted,
-            reason=proposal.reason if outcome.accepted else f"rejected, {outcome.refusal}; {proposal.reason}",
-            **used,
-        )
-        return outcome.accepted or self.control is not None
+            call.objective.move(outcome.step)
+        # The next line search from the same point would fail again; another control makes another step.
+        goes_on = outcome.accepted or self.control is not None
+        return state, reported(report, proposal, outcome, trials), goes_on
 
-    def _curvature(self, evaluation: Evaluation) -> LinearOperator:
-        return (gauss_newton if self.param_groups[0]["curvature"] == "gauss_newton" else hessian)(evaluation)
+    # What members say.
 
-    @property
-    def _controls(self) -> dict[str, float]:
-        return {} if self.control is None else {self.control: self._memory[self.control]}
+    def _check(self, settings: dict[str, Any]) -> None:
+        """Raise a ValueError if a setting is out of its range: when it is given, and again in every step."""
+        check_settings(settings, self.control)
 
-    def _adapt(self, ratio: float, proposal: Proposal | None = None, gradient: Tensor | None = None) -> None:
-        if self.control is None:
-            return
-        memory, control = self._memory, self._memory[self.control]
-        memory["agreements"] = run_of(memory["agreements"], ratio)
-        new = self._next_control(control, ratio, 0.0 if proposal is None else proposal.length)
-        if proposal is not None and gradient is not None and (matters := self._matters(proposal, gradient)):
-            new = hastened(control, new, memory["agreements"], matters, torch.finfo(gradient.dtype).eps)
-        low, high = (self.param_groups[0][f"{bound}_{self.control}"] for bound in ("min", "max"))
-        memory[self.control] = min(max(new, low), high)
+    def _check_room(self, params: Sequence[Tensor], state: S) -> None:
+        """Raise a MemoryError, before the closure runs, if what a step must hold would not fit in memory."""
 
-    def _matters(self, proposal: Proposal, gradient: Tensor) -> float:
-        """From about which value the control, not the curvature, sets the length of a step; zero: it always may."""
+    @abstractmethod
+    def _propose(self, model: QuadraticModel, state: S) -> Proposal[S]:
+        """Return a proposal under the state's control."""
+
+    def _judge(self, objective: Objective, model: QuadraticModel, proposal: Proposal[S], state: S) -> tuple[Outcome, S]:
+        """Try a proposal's steps; return the outcome, and the state with what it says about further steps."""
+        return backtracking(objective, model, proposal), state
+
+    def _next_control(self, state: S, ratio: float, length: float) -> float:
+        """Return the control after a trial with this ratio and this length of the step before learning rates."""
+        return state.control
+
+    def _decisive_control(self, model: QuadraticModel, proposal: Proposal[S]) -> float:
+        """Return about the value from which the control, not the curvature, sets a step's length; zero: any value."""
         return 0.0
 
-    def _fail(self, loss: float, norm: float, what: str) -> None:
-        """A loss, gradient or curvature not finite moves nothing; it tightens the control, and soon an error."""
-        memory = self._memory
-        memory["failures"] += 1
-        self._report(loss, norm, first_ratio=-math.inf, reason=f"the {what} is not finite")
-        self._adapt(-math.inf)
-        if memory["failures"] >= _MAX_FAILURES:
+    def _length_along(self, slope: float, bend: float, control: float) -> float:
+        """Return how far to go along a unit vector of slope zero or below and of negative curvature `bend`.
+
+        As far as the size of the curvature (Royer, O'Neill & Wright 2020): the search doubles and halves that.
+        """
+        return -bend
+
+    # Parts of the loop.
+
+    def _proposed(self, model: QuadraticModel, basis: Evaluation, norm: float, state: S) -> Proposal[S]:
+        """Return a proposal, away from a critical point if the point is one; without a step if none is to be taken."""
+        loss, searches = model.loss, self._settings["curvature"] == "hessian"
+        place = critical(model.gradient, norm, self._settings["tolerance_gradient"])
+        # A vector of rates holds two different ones.
+        if not isinstance(model.rates, Tensor) and model.rates == 0.0:
+            return Proposal([], state, "the learning rate is zero")
+        if place is not None and is_settled(state, loss, norm):
+            before = ", and no negative curvature was found here before" if searches else ""
+            return Proposal([], state, place + before)
+        blocks = lambda: diagonal_blocks(basis, self._settings["curvature"])  # noqa: E731
+        model = replace(model, curvature=self._curvature(basis), blocks=blocks)
+        if place is not None or (searches and is_stalled(state, loss)):
+            away = leave(model, state, place or STALLED, self._length_along)
+            if away.steps:
+                return away
+            state = settled(state, loss, norm)
+            if place is not None:
+                return replace(away, state=state)
+        return self._propose(model, state)
+
+    def _curvature(self, evaluation: Evaluation) -> LinearOperator:
+        return (gauss_newton if self._settings["curvature"] == "gauss_newton" else hessian)(evaluation)
+
+    def _adapted(
+        self, state: S, ratio: float, model: QuadraticModel | None = None, proposal: Proposal[S] | None = None
+    ) -> S:
+        """Return the state with the control that follows on a ratio; without a proposal no step was tried."""
+        if self.control is None:
+            return state
+        agreements = run_of(state.agreements, ratio)
+        new = self._next_control(state, ratio, 0.0 if proposal is None else proposal.length)
+        if model is not None and proposal is not None and (decisive := self._decisive_control(model, proposal)):
+            new = hastened(state.control, new, agreements, decisive, torch.finfo(model.gradient.dtype).eps)
+        low, high = (self._settings[f"{bound}_{self.control}"] for bound in ("min", "max"))
+        return replace(state, agreements=agreements, control=min(max(new, low), high))
+
+    def _failed(self, loss: float, norm: float, what: str, state: S) -> tuple[S, StepReport, bool]:
+        """Move nothing where a number is not finite: tighten the control, and raise an error after some such steps."""
+        state = replace(state, failures=state.failures + 1)
+        report = StepReport(loss, norm, f"the {what} is not finite", loss, first_ratio=-math.inf)
+        self.last_step = report = self._with_control(report, state)
+        if state.failures >= _MAX_FAILURES:
             raise RuntimeError(
-                f"The {what} was not finite in {memory['failures']} steps in a row; the parameters were left as they "
+                f"The {what} was not finite in {state.failures} steps in a row; the parameters were left as they "
                 "were. Check the data for NaN or infinite entries, the model's initialisation, operations such as log "
                 "or sqrt at zero, and the scale of loss and parameters, whose squares must be numbers."
             )
+        return self._adapted(state, -math.inf), report, False
 
-    def _report(self, loss: float, gradient_norm: float, reason: str, **values: Any) -> None:
-        fields = {"trial_loss": loss, **self._controls, **values}
-        self.last_step = StepReport(loss=loss, gradient_norm=gradient_norm, reason=reason, **fields)
+    def _with_control(self, report: StepReport, state: S) -> StepReport:
+        used: dict[str, Any] = {} if self.control is None else {self.control: state.control}
+        return replace(report, **used)
+
+    def _warn_of_clipping(self, evaluation: Evaluation) -> None:
+        if evaluation.clipped and not self._experience.warned_of_clipping:
+            self._experience = replace(self._experience, warned_of_clipping=True)
+            warn(_CLIPPING)
+
+    def _check_replay(self, objective: Objective, evaluation: Evaluation) -> None:
+        """See once that the closure computes the same again when it runs again."""
+        experience = self._experience
+        if not experience.known.replayed:
+            objective.check_replay(evaluation)
+            self._experience = replace(experience, known=replace(experience.known, replayed=True))
+            if objective.unprotected:
+                warn(_UNPROTECTED.format(", ".join(objective.unprotected)))
+
+    def _learn(self, call: Call, basis: Evaluation) -> float | None:
+        """Remember what was found out about the products; return how far finite differences look, if that was found.
+
+        The length is part of the state, so that a resumed run forms the same differences.
+        """
+        experience = self._experience
+        self._experience = replace(experience, known=replace(experience.known, verdicts=basis.verdicts))
+        # What has no second derivative now has none in the next step.
+        if basis.may_fall_back and basis.form == "finite_difference":
+            self._experience = replace(self._experience, fell_back=True)
+            call.fall_back()
+        lengths = (verdict.manner.length for verdict in basis.verdicts.values())
+        return next((length for length in lengths if length is not None), None)
+
+    def _run_without_backward(self, closure: Callable[[], Any]) -> Any:
+        """Run the closure alone: Lightning runs batches so, after averaging weights, for BatchNorm's statistics."""
+        returned = closure()
+        loss = float(returned) if isinstance(returned, Tensor) and returned.numel() == 1 else math.nan
+        report = StepReport(loss, math.nan, "the closure left backward out, to move statistics only", loss)
+        self.last_step = self._with_control(report, self._state)
+        return returned
+
+    # Groups.
 
     @property
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
     @property
-    def _memory(self) -> dict[str, Any]:
-        """The state, kept under one parameter as torch's LBFGS keeps its own: the first one trained."""
+    def _settings(self) -> dict[str, Any]:
+        """The settings that all groups share."""
+        return self.param_groups[0]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group with its own `lr` and `weight_decay`; every other setting is the optimizer's.
+
+        Raises:
+            TypeError: It is no group of tensors, or has an entry that means a setting under another name.
+            ValueError: Another setting differs, or the parameters cannot share one flat vector with the others.
+        """
+        param_group = plain(listed_group(param_group), keep_rate=True)
+        check_names(param_group, ["params", *self.defaults])
+        settings = self.param_groups[0] if self.param_groups else self.defaults
+        shared = shared_settings(settings, self.defaults)
+        check_group(param_group, shared)
+        own = {name: param_group[name] for name in PER_GROUP if name in param_group}
+        self._check(plain({**self.defaults, **own}))
+        super().add_param_group({**shared, **param_group})
+        try:
+            check_parameters(self._params)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    # The state, as torch keeps and saves it.
+
+    @property
+    def _state(self) -> S:
+        key = home(self.state, self._params)
+        control = math.inf if self.control is None else float(self._settings[self.control])
+        return self.state_type(control) if key is None else read(self.state_type, self.state[key], self.control)
+
+    def _remember(self, state: S) -> None:
+        """Keep the state in `optimizer.state`."""
         params = self._params
         key = home(self.state, params)
-        if key is not None:
-            memory: dict[str, Any] = self.state[key]
-            return memory
-        memory = self.state[next((p for p in params if p.requires_grad), params[0])]
-        memory.update(steps=0, failures=0, stalls=0, patience=1, settled_loss=math.inf, settled_norm=math.inf)
-        memory["length"] = 0.0  # of finite differences, not known yet
-        if self.control is not None:
-            memory["agreements"] = 0
-            memory[self.control] = float(self.param_groups[0][self.control])
-        return memory
-
-    def _follow_parameters(self, params: Sequence[Tensor]) -> None:
-        """Bring vectors from earlier steps to the parameters' device and precision; drop them when other parameters are
-        frozen now than then, and before the first step, when they are zeros to load into.
-        """
-        memory, layout = self._memory, layout_now(self._params)
-        if memory["steps"] == 0 or memory.get("layout", layout) != layout:
-            for name in [name for name, value in memory.items() if isinstance(value, Tensor)]:
-                del memory[name]
-            memory.update(settled_loss=math.inf, settled_norm=math.inf)
-        memory["layout"] = layout
-        follow(memory, params)
+        if key is None:
+            key = next((p for p in params if p.requires_grad), params[0])
+        write(state, self.state[key], self.control)
 
     def _only_a_state_is_wanted(self) -> bool:
         """Make a state to load into, with vectors of zeros, if a `step` without a closure asks for nothing else.
@@ -576,19 +421,13 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         idle = all(float(group["lr"]) == 0.0 for group in self.param_groups)
         if self.state or not idle or any(p.grad is not None and bool((p.grad != 0).any()) for p in self._params):
             return False
-        trained = [p for p in self._params if p.requires_grad and p.numel()]
-        blank = self._blank(flatten([None] * len(trained), trained)) if trained else {}
-        self._memory.update(layout=layout_now(self._params), **blank)
+        self._remember(replace(self._state, **empty_entries(self.state_type, self._settings, self._params)))
         return True
 
-    def _blank(self, like: Tensor) -> dict[str, Any]:
-        """What the state may hold besides, with vectors of zeros made from the flat vector `like`."""
-        return {}
-
     def state_dict(self) -> dict[str, Any]:
-        """The state and the settings, as torch's optimizers give them.
+        """Return the state and the settings, as torch's optimizers give them.
 
-        Of sharded parameters vectors are given in pieces, one DTensor for each parameter, so that
+        Vectors of sharded parameters are given in pieces, one DTensor for each parameter, so that
         `torch.distributed.checkpoint` can save them and load them on any number of processes. All that the state may
         hold is there then, zeros for what is not known yet, and a new optimizer's can be loaded into.
         """
@@ -605,10 +444,11 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         key = home(self.state, params)
         if key is None and not is_sharded(params):
             return state_dict
-        memory = self._memory
         number = next(number for number, p in enumerate(params) if p is key) if key is not None else None
+        entries = dict(state.get(number, {}))
+        write(self._state, entries, self.control)
         others = {name: value for name, value in state.items() if name != number}
-        ours = packed(memory, self._blank, params)
+        ours = packed(entries, self.state_type, self._settings, params)
         return {**state_dict, "state": {**others, **{n: {**others.get(n, {}), **mine} for n, mine in ours.items()}}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -617,19 +457,20 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             ValueError: The state is that of another kind of optimizer, or of another model.
         """
-        memory: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
 
         def take(optimizer: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             check_kind(given, tuple(self.defaults), type(self).__name__)
             check_layout(given, self._params)
             ours, others = unpacked(given, self._params)
-            memory.update(ours)
+            entries.update(ours)
             return {**given, "state": others}
 
         def put(optimizer: torch.optim.Optimizer) -> None:
-            if memory:
-                self._memory.update(memory)
-                follow(self._memory, self._params)
+            if entries:
+                self._remember(self._state)
+                self.state[home(self.state, self._params)].update(entries)
+                self._remember(followed(self._state, self._params))
 
         # After the user's own hooks, which may repair a state, and before those that see what was loaded. In between
         # torch would round vectors to the parameters' precision.
@@ -644,10 +485,148 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("last_step", "_warned_of_clipping", "_fell_back", "_verdicts", "_replayed")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in names}}
+        return {**super().__getstate__(), "last_step": self.last_step, "_experience": self._experience}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # Torch's own, which is no setting of ours.
         self.defaults.pop("differentiable", None)
+
+
+class Call:
+    """The points that one call of `step` passes: at the first one the closure runs for real, later without a trace.
+
+    All evaluations begin with the same random state, so that the same function is minimised throughout.
+
+    Args:
+        closure: Closure of the loss.
+        curvature_closure: Closure of the curvature; None: the same.
+        groups: The parameter groups.
+        experience: What earlier calls have found out.
+        length: How far finite differences look; None: not known yet.
+
+    Attributes:
+        params: The parameters that are neither frozen nor empty.
+        rates: Their learning rate, one number or one for each entry `(n,)`.
+        objective: The loss.
+
+    Raises:
+        RuntimeError: Every parameter is frozen or empty.
+    """
+
+    def __init__(
+        self,
+        closure: Callable[[], Any],
+        curvature_closure: Callable[[], Any] | None,
+        groups: Sequence[dict[str, Any]],
+        experience: Experience,
+        length: float | None,
+    ) -> None:
+        trained = [(group, p) for group in groups for p in group["params"] if p.requires_grad and p.numel()]
+        if not trained:
+            raise RuntimeError(
+                "Every parameter of this optimizer is frozen or empty: none requires a gradient. Unfreeze some by "
+                "requires_grad_(), or take no step."
+            )
+        self.params = [p for _, p in trained]
+        self.rates = _per_entry([float(rate_of(group)) for group, _ in trained], self.params)
+        decay = _per_entry([float(group["weight_decay"]) for group, _ in trained], self.params)
+        products: Products = "finite_difference" if experience.fell_back else groups[0]["products"]
+        known = replace(experience.known, length=length)
+        curved = closure if curvature_closure is None else curvature_closure
+        self._curved = Objective(curved, self.params, decay, products, known=known)
+        # By differences, which the loss alone never needs, no graph of it is kept.
+        alone: Products = "finite_difference"
+        self.objective = self._curved
+        if curvature_closure is not None:
+            self.objective = Objective(closure, self.params, decay, alone, known=Known(replayed=known.replayed))
+        self._start = self.objective.point
+        self._began = False
+        self._gradient: Tensor | None = None
+        self._returned: Any = None
+
+    def evaluate(self) -> tuple[Evaluation, Evaluation]:
+        """Return the evaluation of the loss at the present point, and the one whose products are the curvature's."""
+        if self._curved is self.objective:
+            evaluation = self._evaluated()
+            return evaluation, evaluation
+        # The curvature first, so that an error finds everything as it was.
+        first = self._curvature()
+        evaluation = self._evaluated()
+        if first is not None and self._curved.point is self.objective.point:
+            return evaluation, first
+        # The closure has moved the parameters.
+        if first is not None:
+            first.free()
+        again = self._curvature()
+        if again is None:
+            raise RuntimeError(f"The curvature_closure failed. {RESTLESS}")
+        return evaluation, again
+
+    def _evaluated(self) -> Evaluation:
+        if self._gradient is not None:
+            return self.objective.evaluate()
+        self._began = True
+        evaluation = self.objective.record()
+        self._gradient = evaluation.data_gradient
+        self._returned = evaluation.loss if evaluation.returned is None else evaluation.returned
+        return evaluation
+
+    def _curvature(self) -> Evaluation | None:
+        """Return the curvature's evaluation, or None if its closure moves the parameters."""
+        self._curved.point = self.objective.point
+        try:
+            return self._curved.evaluate()
+        except ParametersMovedError:
+            return None
+        except RuntimeError as error:
+            raise RuntimeError(f"The curvature_closure failed. {error}") from error
+
+    def fall_back(self) -> None:
+        """Form products by finite differences from the next point on."""
+        self._curved.products = "finite_difference"
+
+    def undo(self) -> None:
+        """Put all back to where the call began."""
+        if self.objective.point is not self._start:
+            self.objective.return_to(self._start)
+        if self._began:
+            self.objective.rewind()
+
+    def finish(self) -> Any:
+        """Leave the first point's gradient in `.grad`; return what the closure returned there, or the loss."""
+        self.objective.settle()
+        if self._gradient is not None:
+            _put_gradients(self.params, self._gradient)
+        return self._returned
+
+
+def _per_entry(values: Sequence[float], params: Sequence[Tensor]) -> float | Tensor:
+    """Return the common value, or a vector `(n,)` with each parameter's own."""
+    if len(set(values)) == 1:
+        return values[0]
+    return flatten([torch.full_like(local_part(p), v) for v, p in zip(values, params, strict=True)], params)
+
+
+def _put_gradients(params: Sequence[Tensor], gradient: Tensor) -> None:
+    """Leave the recorded gradient in `.grad`, unclipped; a parameter that the loss does not use keeps None."""
+    for p, piece in zip(params, unflatten(gradient, params), strict=True):
+        if p.grad is not None:
+            p.grad.copy_(piece)
+        elif bool(piece.any()):
+            p.grad = piece.clone()
+
+
+def unrounded(vector: Tensor) -> torch.autocast:
+    """Return a context without autocast, which would round the solver's vectors."""
+    return torch.autocast(vector.device.type, enabled=False)
+
+
+def not_finite(loss: float, norm: float, evaluation: Evaluation, basis: Evaluation) -> str | None:
+    """Return the name of the number that is not finite, or None if all are."""
+    if not math.isfinite(loss):
+        return "loss"
+    if not math.isfinite(norm):
+        finite = math.isfinite(float(evaluation.gradient.abs().max()))
+        return "gradient's norm (each entry is: divide the loss by a constant)" if finite else "gradient"
+    return None if basis is evaluation or math.isfinite(float(basis.loss)) else "curvature_closure's loss"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -11,24 +12,32 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from newtonopt.checks import check_whole, explains_arguments
-from newtonopt.closure.evaluation import Evaluation, Products
+from newtonopt.closure.evaluation import Products
 from newtonopt.closure.objective import Objective
+from newtonopt.optimizers.model import Line, Proposal, QuadraticModel
 from newtonopt.optimizers.newton import NewtonOptimizer
 from newtonopt.optimizers.preconditioning import (
-    blank,
+    PreconditionedState,
     check_preconditioner,
     check_sketch,
     prepared,
-    worked,
 )
-from newtonopt.optimizers.rates import scaled
 from newtonopt.optimizers.settings import ELSEWHERE, check_choices
-from newtonopt.optimizers.trials import Outcome, Proposal, search, shortened, wolfe_search
+from newtonopt.optimizers.trials import Outcome, backtracking, no_longer, strong_wolfe
 from newtonopt.solvers.cg import conjugate_gradients, forcing_sequence
 from newtonopt.solvers.solution import Iterate
 
 
-class NewtonCG(NewtonOptimizer):
+@dataclass(frozen=True)
+class NewtonCGState(PreconditionedState):
+    """The state with the point where a line search failed, its loss and gradient's norm, and how long a step may be."""
+
+    refused_loss: float = math.inf
+    refused_norm: float = math.inf
+    longest: float = math.inf
+
+
+class NewtonCG(NewtonOptimizer[NewtonCGState]):
     """Newton steps by conjugate gradients, solved the better the smaller the gradient is, with a line search.
 
     Conjugate gradients end at a residual of `min(1/2, sqrt(|g|)) |g|`, which makes convergence superlinear. Where they
@@ -37,6 +46,10 @@ class NewtonCG(NewtonOptimizer):
     Use it for smooth problems without noise, of any size: there is no parameter to tune.
     Do not use it with small batches, whose curvature a line search cannot tell from noise, or where the loss is badly
     scaled far from its minima: `TrustRegionNewton` is more robust there.
+
+    It differs from the textbook (Nocedal & Wright 2006, alg. 7.1) in this: negative curvature is followed whenever it
+    is met, not in the first iteration alone, and the line search may then double the step; after ten halvings the line
+    search interpolates; where it fails, the next one from the same point begins closer.
 
     The loss times `c` gives the same steps, with `c` times the `weight_decay`, while both gradients are longer than
     1/4; shorter ones set a tighter tolerance, as the formula above says.
@@ -53,27 +66,40 @@ class NewtonCG(NewtonOptimizer):
             negative (Frangella, Tropp & Udell 2023; Rathore et al. 2024, who use it with a damping that there is none
             of here), for larger ill-conditioned problems: a sketch takes `rank` products, twice as many with the
             Hessian.
-        rank: Of the sketch, one or more; it takes `rank * n` numbers of memory, and twice as many more while it
+        rank: Columns of the sketch, one or more; it takes `rank * n` numbers of memory, and twice as many more while it
             is renewed. Default 50, as for `HessianFree`.
         refresh_every: Iterations of conjugate gradients after which the next step renews the sketch, one or more.
             Default 200, as for `HessianFree`.
         line_search: "armijo" (default): the step is halved until it decreases the loss enough (Nocedal & Wright 2006,
             alg. 3.1), after ten times shortened by interpolation (sec. 3.5), one forward pass a trial; "strong_wolfe":
             the slope must have levelled off too (alg. 3.5), one backward pass a trial more.
-        max_trials: Of the line search in a step, one or more. Default 25, as `torch.optim.LBFGS` allows its own.
-        max_iterations: Of conjugate gradients in a step, one or more. Default 1000, as for `HessianFree`.
+        max_trials: Trials of the line search in a step at most, one or more. Default 25, as `torch.optim.LBFGS` allows
+            its own.
+        max_iterations: Iterations of conjugate gradients in a step at most, one or more. Default 1000, as for
+            `HessianFree`.
         tolerance_gradient: No step is taken where no entry of the gradient is larger, unless along negative curvature.
             Default 0: only a gradient of zero ends it (`torch.optim.LBFGS` has 1e-7).
-        tolerance_step: A step without a larger entry is not taken. Default 0 (`torch.optim.LBFGS` has 1e-9).
+        tolerance_step: No step is taken that has no larger entry. Default 0 (`torch.optim.LBFGS` has 1e-9).
         steps_per_call: Newton steps that one `step(closure)` takes at most, on one function (the same data and random
             numbers), one or more. Default 1 (`torch.optim.LBFGS` has 20, as `max_iter`).
-        seed: Of the sketch's random vectors, which leave the global random state alone. Default 0.
+        seed: Seed of the sketch's random vectors, which leave the global random state alone. Default 0.
 
     Raises:
         ValueError: A setting out of its range.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import NewtonCG
+        >>> p = torch.tensor([-1.2, 1.0], dtype=torch.float64, requires_grad=True)
+        >>> optimizer = NewtonCG([p])
+        >>> for _ in range(40):
+        ...     loss = optimizer.step(lambda: 100 * (p[1] - p[0] ** 2) ** 2 + (1 - p[0]) ** 2)
+        >>> print([round(value, 3) for value in p.tolist()])
+        [1.0, 1.0]
     """
 
     control = None
+    state_type = NewtonCGState
 
     @explains_arguments(ELSEWHERE)
     def __init__(
@@ -104,58 +130,57 @@ class NewtonCG(NewtonOptimizer):
         for name in ("max_trials", "max_iterations"):
             check_whole(name, settings[name], 1)
 
-    def _propose(self, evaluation: Evaluation, rates: float | Tensor) -> Proposal:
-        settings, memory = self.param_groups[0], self._memory
-        A, gradient = self._curvature(evaluation), evaluation.gradient
+    def _check_room(self, params: Sequence[Tensor], state: NewtonCGState) -> None:
+        check_sketch(params, self._settings, state, "preconditioner=None")
+
+    def _propose(self, model: QuadraticModel, state: NewtonCGState) -> Proposal[NewtonCGState]:
+        gradient = model.gradient
         # Without damping the sketch lowers the eigenvalues it knows to the smallest of them, and leaves the others.
-        precondition = prepared(A, gradient, settings, memory)(0.0)
+        precondition, state = prepared(model, state, self._settings)
+        # 2a. Conjugate gradients, the more exactly the smaller the gradient is.
         solution = conjugate_gradients(
-            A,
+            model.curvature,
             gradient,
-            preconditioner=precondition,
-            max_iterations=settings["max_iterations"],
+            preconditioner=precondition(0.0),
+            max_iterations=self._settings["max_iterations"],
             residual_tolerance=forcing_sequence(float(gradient.norm())),
             rounding=torch.finfo(gradient.dtype).eps,
         )
-        if solution.reason == "non-finite product":
+        if not solution.is_finite:
             raise FloatingPointError("A curvature product is not finite.")
-        worked(memory, solution.iterations)
+        state = replace(state, sketch_age=state.sketch_age + solution.iterations)
         best = Iterate(solution.step, solution.decrease)
         d = solution.negative_curvature
         if d is not None:
-            # The conjugate direction adds its own slope and bend to the model: as far as Newton's step on its
+            # 2b. The conjugate direction adds its own slope and bend to the model: as far as Newton's step on its
             # absolute value, and the line search goes on from there.
-            slope, bend = float(gradient @ d), solution.bend
+            line = Line(d, float(gradient @ d), solution.bend, best)
             # Without curvature no model knows how far: as far as the step before, or the gradient.
-            t = slope / bend if bend < 0.0 else float(best.step.norm() / d.norm()) or 1.0
-            best = Iterate(best.step + t * d, best.decrease - t * slope - 0.5 * t * t * bend)
-        step = scaled(best, gradient, rates, A)
+            t = line.slope / line.bend if line.bend < 0.0 else float(best.step.norm() / d.norm()) or 1.0
+            best = line.at(t)
+        step = model.scaled(best)
         return Proposal(
-            [step.step],
-            [step.decrease],
-            solution.iterations,
-            A.products,
+            [step],
+            state,
             solution.reason,
+            solution.iterations,
+            model.curvature.products,
             follows_negative_curvature=d is not None,
         )
 
-    def _check_room(self, params: Sequence[Tensor]) -> None:
-        check_sketch(params, self.param_groups[0], self._memory)
-
-    def _blank(self, like: Tensor) -> dict[str, Any]:
-        never = {"refused_loss": math.inf, "refused_norm": math.inf, "longest": math.inf}
-        return {**never, **blank(like, self.param_groups[0])}
-
-    def _judge(self, objective: Objective, gradient: Tensor, proposal: Proposal, loss: float, eps: float) -> Outcome:
-        settings, memory = self.param_groups[0], self._memory
-        here = {"refused_loss": loss, "refused_norm": float(gradient.norm())}
-        if all(memory.get(name) == value for name, value in here.items()):
-            proposal = shortened(proposal, gradient, memory["longest"])
-        if settings["line_search"] == "strong_wolfe" and float(gradient @ proposal.steps[0]) < 0.0:
-            outcome = wolfe_search(objective, gradient, proposal, loss, eps, settings["max_trials"])
+    def _judge(
+        self, objective: Objective, model: QuadraticModel, proposal: Proposal[NewtonCGState], state: NewtonCGState
+    ) -> tuple[Outcome, NewtonCGState]:
+        norm, most = float(model.gradient.norm()), self._settings["max_trials"]
+        # 5. Where the last line search failed, this one begins closer: nothing else would make it end otherwise.
+        if (state.refused_loss, state.refused_norm) == (model.loss, norm):
+            proposal = no_longer(proposal, model, state.longest)
+        # 3. The line search; the strong Wolfe conditions need a descent direction.
+        if self._settings["line_search"] == "strong_wolfe" and float(model.gradient @ proposal.steps[0].step) < 0.0:
+            outcome = strong_wolfe(objective, model, proposal, most)
         else:
-            outcome = search(objective, gradient, proposal, loss, eps, settings["max_trials"] - 1)
+            outcome = backtracking(objective, model, proposal, most - 1)
         if not outcome.accepted:
-            # Nothing else would make the next step here another one.
-            memory.update(here, longest=0.1 * float(outcome.step.norm()))
-        return outcome
+            longest = 0.1 * float(outcome.step.norm())
+            state = replace(state, refused_loss=model.loss, refused_norm=norm, longest=longest)
+        return outcome, state

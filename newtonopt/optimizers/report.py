@@ -1,4 +1,4 @@
-"""What an optimizer's last step did."""
+"""The report of an optimizer's last step."""
 
 from __future__ import annotations
 
@@ -11,25 +11,35 @@ class StepReport:
     """The record of one Newton step: the last one of a `step(closure)`.
 
     Attributes:
-        loss: The objective at the step's start, weight decay included.
-        gradient_norm: Euclidean, of the objective's gradient.
+        loss: Objective at the step's start, weight decay included.
+        gradient_norm: Euclidean norm of the objective's gradient.
         reason: Why the inner solver stopped, or why there was no step, in words.
-        trial_loss: The objective at the step taken, or at the last one tried; equal to `loss` if none was tried.
-        damping: Used in this step; None (default) for an optimizer without.
-        radius: Of the trust region used in this step; None (default) for an optimizer without.
-        sigma: The cubic term's weight used in this step; None (default) for an optimizer without.
-        predicted_decrease: The decrease that the undamped quadratic model predicts for that step.
+        trial_loss: Objective at the step taken, or at the last one tried; equal to `loss` if none was tried.
+        damping: Damping used in this step; None (default) for an optimizer without.
+        radius: Radius of the trust region used in this step; None (default) for an optimizer without.
+        sigma: Weight of the cubic term used in this step; None (default) for an optimizer without.
+        predicted_decrease: Decrease that the undamped quadratic model predicts for that step.
         ratio: Actual over predicted decrease of that step; near one where the model is right.
-        first_ratio: The same for the step as it was proposed, before a line search shortened or doubled it. This ratio
+        first_ratio: Ratio of the step as it was proposed, before a line search shortened or doubled it. This ratio
             adapts the damping, radius or sigma; minus infinity where a loss was not finite.
-        iterations: Of the inner solver, over all steps of the call.
+        iterations: Iterations of the inner solver, over all steps of the call.
         products: Curvature products of the call, those for the preconditioner included.
         checks: Products and gradients of the call by which these products were checked: none after the first step.
-        form: How they were formed: "cached", "streamed" or "finite_difference".
+        form: How products were formed: "cached", "streamed" or "finite_difference".
         trials: Evaluations of the loss at trial points in the call, one forward pass each.
         step_norm: Euclidean length of the step taken; zero if it was rejected.
         accepted: Whether the parameters moved in this step.
         steps: Newton steps of the call: one (default), or more with `steps_per_call`.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import NewtonCG
+        >>> p = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
+        >>> optimizer = NewtonCG([p])
+        >>> loss = optimizer.step(lambda: (p**2).sum())
+        >>> report = optimizer.last_step
+        >>> report.loss, report.trial_loss, report.accepted, report.reason
+        (13.0, 0.0, True, 'residual tolerance reached')
     """
 
     loss: float
@@ -53,7 +63,7 @@ class StepReport:
 
 
 def following(earlier: StepReport, last: StepReport) -> StepReport:
-    """The report of a call's last step, with the counts of the steps before it added."""
+    """Return the report of a call's last step, with the counts of the steps before it added."""
     return replace(
         last,
         iterations=earlier.iterations + last.iterations,

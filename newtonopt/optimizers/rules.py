@@ -1,4 +1,4 @@
-"""What keeps a Newton step safe: pure rules from the outcome of a trial to the next trial."""
+"""Pure rules that keep a Newton step safe: ratios, controls, line searches."""
 
 from __future__ import annotations
 
@@ -7,23 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
-def undamped_decrease(decrease: float, damping: float, step_norm: float) -> float:
-    """The undamped model's decrease from the damped one's, `decrease + damping |s|^2 / 2`: the one place for it."""
-    return decrease + 0.5 * damping * step_norm * step_norm
-
-
 def reduction_ratio(loss: float, trial_loss: float, predicted: float, eps: float) -> float:
-    """The actual decrease over the predicted one, insensitive to rounding.
+    """Return the actual decrease over the predicted one, insensitive to rounding.
 
     Near a minimum both decreases drown in the rounding of the loss; both get `10 eps |loss|` added, so that their ratio
     tends to one there (Conn, Gould & Toint 2000, sec. 17.4.2). A loss that is the same to the last bit, where little
     more than that was promised, says nothing against the model: the step was lost in the rounding of the parameters.
 
     Args:
-        loss: At the start of the step.
-        trial_loss: At its end; any non-finite value counts as infinitely bad.
+        loss: Loss at the start of the step.
+        trial_loss: Loss at its end; any non-finite value counts as infinitely bad.
         predicted: The model's decrease, positive.
-        eps: The eps of the dtype in which the loss was computed.
+        eps: Rounding unit of the dtype in which the loss was computed.
 
     Returns:
         The ratio; minus infinity for a non-finite trial loss.
@@ -39,17 +34,19 @@ def reduction_ratio(loss: float, trial_loss: float, predicted: float, eps: float
 
 
 def sufficient_decrease(loss: float, trial_loss: float, slope: float, eps: float) -> bool:
-    """Armijo's condition `trial <= loss + 1e-4 slope` (Nocedal & Wright 2006, sec. 3.1), insensitive to rounding."""
+    """Return whether `trial <= loss + 1e-4 slope` but for rounding: Armijo's condition (Nocedal & Wright, sec. 3.1)."""
     return math.isfinite(trial_loss) and trial_loss <= loss + 1e-4 * slope + 10 * eps * abs(loss)
 
 
 def shortening(rise: float, slope: float) -> float:
-    """By how much to shorten a step: the minimiser of the parabola through value and slope at its start and the value
-    at its end, between 1/10 and 1/2 (Dennis & Schnabel 1983, alg. A6.3.1; Nocedal & Wright 2006, sec. 3.5).
+    """Return the factor by which to shorten a step, between 1/10 and 1/2.
+
+    It leads to the minimiser of the parabola through value and slope at the step's start and the value at its end
+    (Dennis & Schnabel 1983, alg. A6.3.1; Nocedal & Wright 2006, sec. 3.5).
 
     Args:
-        rise: From the loss at the start to that at the end; not finite counts as infinite.
-        slope: Along the whole step, at its start.
+        rise: Loss at the end minus loss at the start; a value that is not finite counts as infinite.
+        slope: Slope along the whole step, at its start.
     """
     above = rise - slope
     if not math.isfinite(above):
@@ -62,7 +59,10 @@ LOW_RATIO = 0.25
 
 
 def levenberg_marquardt(damping: float, ratio: float, *, factor: float, minimum: float, maximum: float) -> float:
-    """The next damping: times `factor` below a ratio of 1/4, divided by it above 3/4 (Martens 2010, sec. 4.1: 3/2)."""
+    """Return the next damping: times `factor` below a ratio of 1/4, divided by it above 3/4.
+
+    Martens (2010, sec. 4.1) has the factor 3/2.
+    """
     if ratio < LOW_RATIO:
         damping *= factor
     elif ratio > 0.75:
@@ -83,11 +83,11 @@ def hastened(control: float, usual: float, run: int, matters: float, eps: float)
     size. The control is not lowered below the rounding of the curvature, where it has no effect.
 
     Args:
-        control: The present one.
-        usual: The next one by the usual rule.
-        run: How many ratios in a row were near one.
+        control: The present control.
+        usual: The next control by the usual rule.
+        run: Number of ratios in a row that were near one.
         matters: The control whose effect on the step is as large as the curvature's.
-        eps: The eps of the gradient's dtype.
+        eps: Rounding unit of the gradient's dtype.
     """
     if usual >= control:
         return usual
@@ -96,8 +96,10 @@ def hastened(control: float, usual: float, run: int, matters: float, eps: float)
 
 
 def trust_radius(radius: float, ratio: float, length: float, *, minimum: float, maximum: float) -> float:
-    """The next radius: a quarter of the step's length below a ratio of 1/4; twice the radius above 3/4 if the step went
-    to the boundary (Nocedal & Wright 2006, alg. 4.1). A length of zero: no step was tried.
+    """Return the next radius (Nocedal & Wright 2006, alg. 4.1).
+
+    A quarter of the step's length below a ratio of 1/4; twice the radius above 3/4 if the step went to the boundary. A
+    length of zero says that no step was tried.
     """
     if ratio < LOW_RATIO:
         radius = 0.25 * (min(length, radius) or radius)
@@ -107,7 +109,7 @@ def trust_radius(radius: float, ratio: float, length: float, *, minimum: float, 
 
 
 def cubic_weight(sigma: float, ratio: float, *, minimum: float, maximum: float) -> float:
-    """The next weight of the cubic term: raised below a ratio of 0.1, halved above 0.9 (Cartis et al. 2011).
+    """Return the next weight of the cubic term: raised below a ratio of 0.1, halved above 0.9 (Cartis et al. 2011).
 
     It is raised to what the trial asks for, in the manner of Gould, Porcelli & Toint 2012. The loss lay
     `(1 - ratio) predicted` above the quadratic model, and a cubic model's minimiser has `predicted >= sigma |s|^3 / 2`:
@@ -123,8 +125,15 @@ def cubic_weight(sigma: float, ratio: float, *, minimum: float, maximum: float) 
 
 @dataclass(frozen=True)
 class LinePoint:
-    """Where a line search ended: `t`, zero if nowhere; the loss there and at `t = 1`; how many trials it took; the last
-    `t` tried, and the loss there.
+    """The end of a line search.
+
+    Attributes:
+        t: The point found; zero if there is none.
+        value: Loss there.
+        first: Loss at `t = 1`.
+        trials: Number of evaluations.
+        last: The last `t` tried.
+        last_value: Loss there.
     """
 
     t: float
@@ -144,8 +153,8 @@ def strong_wolfe(
         along: `f(t)` and `f'(t)`; `t = 1` is tried first.
         loss: `f(0)`.
         slope: `f'(0)`, below zero.
-        eps: Of the dtype in which the loss was computed: changes of `10 eps |loss|` are rounding.
-        max_trials: At most so many evaluations.
+        eps: Rounding unit of the dtype in which the loss was computed: changes of `10 eps |loss|` are rounding.
+        max_trials: Evaluations at most.
 
     Returns:
         The point, or after `max_trials` the best one that satisfies the first condition.
@@ -170,7 +179,7 @@ def strong_wolfe(
 
 
 def _between(one: tuple[float, float, float], other: tuple[float, float, float]) -> float:
-    """The cubic's minimiser from values and slopes (Nocedal & Wright 2006, eq. 3.59), well inside the interval."""
+    """Return the minimiser of the cubic through values and slopes (Nocedal & Wright, eq. 3.59), inside the interval."""
     (a, f_a, slope_a), (b, f_b, slope_b) = one, other
     d1 = slope_a + slope_b - 3 * (f_a - f_b) / (a - b)
     square = d1 * d1 - slope_a * slope_b  # not d1**2, which raises where it overflows

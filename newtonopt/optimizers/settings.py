@@ -1,4 +1,4 @@
-"""Checks of the settings that users give."""
+"""Checks of the settings that users give, and what they mean under other names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from newtonopt.optimizers import rules
 
 # Settings that a parameter group may have of its own.
 PER_GROUP = ("lr", "weight_decay")
-# What takes the place of settings that other optimizers have: a setting here, or a sentence.
+# The replacement for each setting that other optimizers have: a setting here, or a sentence.
 _FIRST_ORDER = "Leave it out: a Newton step takes the curvature instead."
 _KERNELS = "Leave it out: it chooses among the implementations of torch's own optimizers."
 _CONTROLS = (
@@ -51,16 +51,16 @@ ELSEWHERE = {
     "curvature_closure": "Give it to the step: optimizer.step(closure, curvature_closure=...).",
     **dict.fromkeys(("blocks", "eigenvalues"), "DampedNewton has it."),
     **dict.fromkeys(("preconditioner", "rank", "refresh_every", "seed"), "HessianFree and NewtonCG have it."),
-    **dict.fromkeys(("probes", "warm_start", "progress_tolerance"), "HessianFree has it."),
+    **dict.fromkeys(("warm_start", "progress_tolerance"), "HessianFree has it."),
 }
-# Of learning rates: LinearLR, for one, goes from 1 to -2e-17 where it should end at zero.
+# Rounding of schedules: LinearLR, for one, goes from 1 to -2e-17 where it should end at zero.
 _ROUNDING = 1e-12
 # At a rate of 0.1 it takes 22 Newton steps to reduce the error tenfold where one whole step solves a quadratic.
 _SMALL_RATE = 0.1
 
 
 def check_choices(settings: dict[str, Any], **allowed: Sequence[Any]) -> None:
-    """Refuse a setting that is none of the values allowed for it, with a ValueError."""
+    """Raise a ValueError if a setting is none of the values allowed for it."""
     for name, values in allowed.items():
         check_choice(name, settings[name], values)
 
@@ -83,7 +83,7 @@ def plain(settings: dict[str, Any], *, keep_rate: bool = False) -> dict[str, Any
 
 
 def check_settings(settings: dict[str, Any], control: str | None) -> None:
-    """Refuse values of the settings that all optimizers share, and of the control's, with a ValueError."""
+    """Raise a ValueError if a setting that all optimizers share, or one of the control's, is out of its range."""
     check_products(settings["products"])
     check_choices(settings, curvature=("gauss_newton", "hessian"))
     for name in (*PER_GROUP, "tolerance_gradient", "tolerance_step"):
@@ -102,9 +102,9 @@ def check_settings(settings: dict[str, Any], control: str | None) -> None:
 
 
 def check_names(group: dict[str, Any], names: Sequence[str]) -> None:
-    """Refuse an entry of a parameter group that means a setting and is none, with a TypeError.
+    """Raise a TypeError if an entry of a parameter group means a setting under another name.
 
-    Others are left alone, as torch leaves them: schedulers and users keep what they like in a group.
+    Other entries are left alone, as torch leaves them: schedulers and users keep what they like in a group.
     """
     for name in group:
         if name not in names and (remedy := instead(name, names, ELSEWHERE)) and not remedy.startswith("Its"):
@@ -112,7 +112,7 @@ def check_names(group: dict[str, Any], names: Sequence[str]) -> None:
 
 
 def check_group(group: dict[str, Any], shared: dict[str, Any]) -> None:
-    """Refuse a parameter group with a setting of its own that all groups share with a ValueError."""
+    """Raise a ValueError if a parameter group has its own value of a setting that all groups share."""
     for name, value in shared.items():
         if group.get(name, value) != value:
             raise ValueError(
@@ -124,12 +124,12 @@ def check_group(group: dict[str, Any], shared: dict[str, Any]) -> None:
 def check_groups(
     groups: Sequence[dict[str, Any]], names: Container[str], check: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Refuse settings that were changed in the parameter groups, as schedulers do, to what cannot be used.
+    """Check the settings in the parameter groups, which schedulers and users change between steps.
 
     Args:
         groups: The parameter groups.
-        names: Of the settings.
-        check: The optimizer's own.
+        names: Names of the settings.
+        check: The optimizer's own check.
 
     Raises:
         ValueError: One is out of its range, or differs between groups and is the whole optimizer's.
@@ -155,18 +155,18 @@ def warn_of_small_rates(groups: Sequence[dict[str, Any]]) -> None:
 
 
 def shared_settings(settings: dict[str, Any], names: Container[str]) -> dict[str, Any]:
-    """Those of these names that no parameter group may have of its own."""
+    """Return the settings of these names that no parameter group may have of its own."""
     return {name: value for name, value in settings.items() if name in names and name not in PER_GROUP}
 
 
 def rate_of(group: dict[str, Any]) -> Any:
-    """A group's learning rate: zero where a schedule that ends there has ended below it by rounding."""
+    """Return a group's learning rate: zero where a schedule that ends there has ended below it by rounding."""
     lr = float(group["lr"]) if isinstance(group["lr"], Tensor) and group["lr"].numel() == 1 else group["lr"]
     return 0.0 if isinstance(lr, float) and -_ROUNDING < lr < 0.0 else lr
 
 
 def damping_rule(settings: dict[str, Any], damping: float, ratio: float) -> float:
-    """The next damping by the Levenberg-Marquardt rule of these settings."""
+    """Return the next damping by the Levenberg-Marquardt rule of these settings."""
     return rules.levenberg_marquardt(
         damping,
         ratio,

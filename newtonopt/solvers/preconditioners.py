@@ -169,29 +169,6 @@ def _products(A: Matrix, columns: Tensor) -> Tensor:
     return _finite(products)
 
 
-def estimated_diagonal(A: Matrix, probes: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    """Sizes of a matrix's diagonal entries, `(n,)`, each zero or above, by `probes` products.
-
-    With random signs `z`, `z * (A z)` has the diagonal as its mean (Bekas, Kokiopoulou & Saad 2007). Of these estimates
-    the root of the mean square is taken, as in AdaHessian (Yao et al. 2021): it tends to the norms of the rows, which
-    no cancellation makes small, and preconditions better than the mean (benchmarks/NOTES.md).
-
-    Args:
-        A: The matrix, `(n, n)`; it may be indefinite.
-        probes: One or more.
-        generator: On the CPU, as for `sketch`.
-        like: A vector `(n,)` of the dtype and device wanted.
-
-    Raises:
-        FloatingPointError: A product was not finite.
-    """
-    squares, matrix = torch.zeros_like(like), InRange(A)
-    for _ in range(probes):
-        product = matrix @ normals(like, generator).sign()
-        squares.addcmul_(product, product)
-    return times_power(_finite(squares.div_(probes).sqrt_()), matrix.exponent)
-
-
 def _finite(products: Tensor) -> Tensor:
     # The norm overflows before the entries do, and the factorisations need a finite one.
     if not bool(torch.isfinite(products.norm())):

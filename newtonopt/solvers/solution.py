@@ -27,7 +27,7 @@ class Solution:
         path: Iterates kept on request, first to last. The step itself is the last one if it falls on the grid.
         negative_curvature: A direction `d` with `d'Ad <= 0` and `g'd <= 0` if one was met, else None.
         bend: `d'Ad` of that direction, or zero if it is rounding; zero without a direction.
-        is_finite: False if a product was not finite: the step is then the last one before.
+        is_finite: Whether all products were finite. The step is the last one before the first that was not.
     """
 
     step: Tensor

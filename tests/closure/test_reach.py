@@ -107,6 +107,6 @@ def test_the_optimizers_own_state_is_not_taken_for_the_closures() -> None:
 
         for _ in range(3):
             optimizer.step(closure)
-        ends.append([content(training.model), inner.last_step, inner._memory["steps"], inner._memory["damping"]])
+        ends.append([content(training.model), inner.last_step, inner._state.steps, inner._state.control])
     assert ends[0] == ends[1]
     assert ends[0][2] == 3

@@ -19,25 +19,12 @@ from newtonopt.optimizers.rules import (
     strong_wolfe,
     sufficient_decrease,
     trust_radius,
-    undamped_decrease,
 )
 
 EPS = torch.finfo(torch.float64).eps
 rules = settings(max_examples=200, deadline=None, derandomize=True)
 dampings = st.floats(-12, 8).map(lambda exponent: 10.0**exponent)
 ratios = st.floats(-1e6, 1e6) | st.just(-math.inf)
-
-
-@pytest.mark.parametrize("damping", [0.0, 0.3, 50.0])
-def test_undamped_decrease_is_that_of_the_model_without_damping(damping: float) -> None:
-    A, g, s = torch.randn(6, 6).double(), torch.randn(6).double(), torch.randn(6).double()
-    A = A + A.T
-
-    def model(matrix: torch.Tensor) -> float:
-        return float(g @ s + s @ matrix @ s / 2)
-
-    damped = -model(A + damping * torch.eye(6, dtype=torch.float64))
-    assert undamped_decrease(damped, damping, float(s.norm())) == pytest.approx(-model(A), rel=1e-12)
 
 
 def test_ratio_is_actual_over_predicted() -> None:

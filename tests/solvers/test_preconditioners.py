@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from newtonopt.solvers.cg import conjugate_gradients
-from newtonopt.solvers.preconditioners import Sketch, diagonal, estimated_diagonal, sketch
+from newtonopt.solvers.preconditioners import Sketch, diagonal, sketch
 
 
 class Known:
@@ -209,47 +209,6 @@ def test_diagonal_divides_by_a_power() -> None:
     torch.testing.assert_close(apply(torch.ones(2).double()), torch.tensor([1 / 8, 1 / 27]).double())
     apply = diagonal(torch.tensor([3.0]).double(), 1.0, exponent=0.5)
     torch.testing.assert_close(apply(torch.ones(1).double()), torch.tensor([0.5]).double())
-
-
-def test_estimate_is_the_diagonals_size_where_there_is_nothing_else() -> None:
-    values = torch.tensor([4.0, -3.0, 0.0, 1e-3]).double()
-    for probes in (1, 3):
-        A = Known(torch.diag(values), psd=False)
-        found = estimated_diagonal(A, probes, torch.Generator().manual_seed(0), values)
-        torch.testing.assert_close(found, values.abs(), rtol=1e-12, atol=0)
-        assert A.products == probes
-
-
-def test_estimate_tends_to_the_norms_of_the_rows() -> None:
-    """Of random signs `z`, the square of `z_i (A z)_i` has the mean `sum_j A_ij^2`, and variance at most twice its
-    square.
-    """
-    A, probes = alternating(12), 4000
-    found = estimated_diagonal(Known(A, psd=False), probes, torch.Generator().manual_seed(0), A[0])
-    torch.testing.assert_close(found.square(), A.square().sum(1), rtol=5 * (2 / probes) ** 0.5, atol=0)
-    assert bool((found >= A.diagonal().abs() * 0.9).all())
-
-
-def test_estimate_draws_the_seeds_own_numbers() -> None:
-    A = decaying(20)
-    before = torch.get_rng_state()
-
-    def found(A: Tensor, seed: int) -> Tensor:
-        return estimated_diagonal(A, 3, torch.Generator().manual_seed(seed), A[0])
-
-    assert torch.equal(found(A, 3), found(A, 3)) and not torch.equal(found(A, 3), found(A, 4))
-    torch.testing.assert_close(found(A.float(), 3).double(), found(A, 3), rtol=1e-4, atol=1e-7)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_estimate_of_what_is_no_number_raises_and_of_large_numbers_does_not() -> None:
-    A = decaying(6)
-    A[2, 3] = math.nan
-    with pytest.raises(FloatingPointError, match="curvature product is not finite"):
-        estimated_diagonal(A, 2, torch.Generator(), A[0])
-    for size in (1e-30, 1e30):
-        found = estimated_diagonal(size * torch.eye(6), 2, torch.Generator(), torch.zeros(6))
-        torch.testing.assert_close(found.double() / size, torch.ones(6).double(), rtol=1e-6, atol=0)
 
 
 def test_a_sketch_takes_two_matrices_of_its_size() -> None:

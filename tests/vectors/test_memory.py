@@ -55,7 +55,7 @@ def test_blocks_fit_where_the_matrix_does_not(monkeypatch: pytest.MonkeyPatch) -
         DampedNewton(case.params).step(case.closure)
 
 
-@pytest.mark.parametrize(("kind", "other"), [(HessianFree, '"hutchinson"'), (NewtonCG, "preconditioner=None")])
+@pytest.mark.parametrize(("kind", "other"), [(HessianFree, '"empirical_fisher"'), (NewtonCG, "preconditioner=None")])
 def test_a_sketch_that_does_not_fit_names_what_the_optimizer_has(
     kind: type[HessianFree | NewtonCG], other: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

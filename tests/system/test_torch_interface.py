@@ -327,7 +327,7 @@ class Noisy:
         return loss
 
     def everything(self, optimizer: NewtonOptimizer) -> list[Any]:
-        state = copy.deepcopy([value for key, value in optimizer._memory.items() if key != "layout"])
+        state = copy.deepcopy([value for key, value in vars(optimizer._state).items() if key != "layout"])
         tensors = [t.clone() for t in self.model.state_dict().values()]
         return [*tensors, torch.get_rng_state(), random.getstate(), str(np.random.get_state()), *state]
 

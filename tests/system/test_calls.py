@@ -175,12 +175,12 @@ def test_an_error_in_a_later_step_undoes_the_call(build: Build, products: Any) -
     optimizer.step(problem.closure)
     for group in optimizer.param_groups:
         group["steps_per_call"] = 4
-    start, state, reached = problem.flat(), copy.deepcopy(optimizer._memory), unseen([])
+    start, state, reached = problem.flat(), copy.deepcopy(optimizer._state), unseen([])
 
     def failing() -> Tensor:
         if not any(torch.equal(problem.flat(), point) for point in reached()):
             reached().append(problem.flat())
-        if optimizer._memory["steps"] == 4:
+        if optimizer.last_step.steps == 2:
             raise ValueError("the disk is full")
         return problem.closure()
 
@@ -188,7 +188,7 @@ def test_an_error_in_a_later_step_undoes_the_call(build: Build, products: Any) -
         optimizer.step(failing)
     assert len(reached()) > 2, "steps were taken before"
     assert torch.equal(problem.flat(), start)
-    assert str(optimizer._memory) == str(state)
+    assert str(optimizer._state) == str(state)
 
 
 def test_one_call_falls_back_once() -> None:

@@ -597,8 +597,7 @@ BAD_DAMPING = [
     ("min_damping", 1e31, "must be at most max_damping"),
 ]
 BAD_HESSIAN_FREE = [
-    ("preconditioner", "jacobi", "'nystrom' or 'hutchinson' or 'empirical_fisher' or None"),
-    ("probes", 0, "a whole number and at least 1"),
+    ("preconditioner", "jacobi", "'nystrom' or 'empirical_fisher' or None"),
     ("max_trials", 0, "a whole number and at least 1"),
     ("rank", 0, "a whole number and at least 1"),
     ("refresh_every", 1.5, "whole number"),

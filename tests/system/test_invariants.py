@@ -105,7 +105,7 @@ def test_the_promise_is_the_undamped_models(name: str, seed: int, lr: list[float
 
 
 # Hutchinson's random numbers go by the entries' places, and conjugate gradients end early.
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "hessian_free_hutchinson"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @few
 @given(seeds, decays)
 def test_the_order_of_parameter_groups_does_not_matter(name: str, seed: int, decay: list[float]) -> None:

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,12 @@ def test_loading_changes_nothing_in_the_state_given_nor_shares_numbers_with_it(b
 
 def test_what_is_public_survives_a_copy(build: Build) -> None:
     problem, optimizer = trained(build)
-    optimizer._fell_back = True
+    optimizer._experience = replace(optimizer._experience, fell_back=True)
     for twin_of in (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))):
         twin, other = twin_of((problem, optimizer))
         public = [{name for name in vars(o) if not name.startswith("_")} for o in (optimizer, other)]
         assert public[0] == public[1]
-        assert other.last_step == optimizer.last_step and other._fell_back
+        assert other.last_step == optimizer.last_step and other._experience.fell_back
         reference, again = copy.deepcopy((problem, optimizer))
         assert_goes_on_alike(reference, again, twin, other)
 
@@ -190,16 +191,6 @@ def test_half_precision_in_mid_run_is_refused_with_all_as_it_was(build: Build) -
         optimizer.step(problem.closure)
     assert torch.equal(problem.flat(), before)
     assert same(optimizer.state_dict(), state)
-
-
-def test_vectors_follow_to_another_device() -> None:
-    """No second device is at hand: what a state on the meta device becomes is asked for."""
-    from newtonopt.optimizers.checkpoints import follow
-
-    memory = {"direction": torch.zeros(3, device="meta"), "steps": 2, "layout": [3]}
-    follow(memory, [torch.zeros(3, device="meta", dtype=torch.float64)])
-    assert memory["direction"].device.type == "meta" and memory["direction"].dtype == torch.float64
-    assert memory["steps"] == 2 and memory["layout"] == [3]
 
 
 @pytest.mark.parametrize(
