@@ -74,15 +74,23 @@ def test_forward_mode_gives_tangents_and_leaves_the_parameters() -> None:
     assert torch.equal(x.detach(), before) and x._version == version
 
 
-def test_kernels_are_put_back_after_an_error() -> None:
+@pytest.mark.parametrize("chosen", [True, False])
+def test_kernels_are_put_back_after_an_error(chosen: bool) -> None:
     cuda = torch.backends.cuda
-    flags = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled, cuda.math_sdp_enabled)
-    before, norm = [flag() for flag in flags], torch._weight_norm
-    with pytest.raises(KeyError), differentiable_kernels():
-        assert [flag() for flag in flags] == [False, False, False, True]
-        assert torch._weight_norm is not norm
-        raise KeyError
-    assert [flag() for flag in flags] == before and torch._weight_norm is norm
+    read = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled, cuda.math_sdp_enabled)
+    write = (cuda.enable_flash_sdp, cuda.enable_mem_efficient_sdp, cuda.enable_cudnn_sdp, cuda.enable_math_sdp)
+    before, norm = [flag() for flag in read], torch._weight_norm
+    try:
+        for enable in write:
+            enable(chosen)
+        with pytest.raises(KeyError), differentiable_kernels():
+            assert [flag() for flag in read] == [False, False, False, True]
+            assert torch._weight_norm is not norm
+            raise KeyError
+        assert [flag() for flag in read] == [chosen] * 4 and torch._weight_norm is norm
+    finally:
+        for enable, enabled in zip(write, before, strict=True):
+            enable(enabled)
 
 
 def test_a_weight_norm_has_its_second_derivative() -> None:
