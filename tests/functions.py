@@ -17,7 +17,7 @@ class Function:
     """A sum of squares, where the collection starts it, and the values of its known minima.
 
     Args:
-        name: Of the function, and of its number of variables where that varies.
+        name: Name of the function, with its number of variables where that varies.
         start: The standard starting point.
         value: The sum of squares at a vector, differentiable twice.
         minima: Values of the known local minima and, where the function falls towards one, of its limits at infinity.
