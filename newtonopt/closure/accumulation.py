@@ -192,7 +192,7 @@ class GradientTracker:
             if p.grad is None or seen is None or number in self._noted:
                 continue
             if seen[0] == _address(p.grad) and seen[1] != p.grad._version:
-                # In a run without real gradients one that was clipped looks like one that was cleared.
+                # Without real gradients a clipped one looks like a cleared one.
                 self.was_read = True
                 if not bool(p.grad.any()):
                     self._since[number] = self.calls

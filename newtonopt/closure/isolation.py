@@ -69,7 +69,7 @@ class Isolation:
         self._contents: list[Any] = []
         self._settled: list[Any] = []
         self._moved: list[int] = []
-        # By identity here and below: a torchmetrics.Metric hashes by its state, which a run changes.
+        # Modules and buffers are known by identity: a torchmetrics.Metric hashes by its state, which a run changes.
         self._modules: list[nn.Module] = []
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
         # Buffers that not only modules hold: they are put back in place.

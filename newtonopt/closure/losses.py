@@ -241,7 +241,7 @@ def logits_behind(
     return None if node is None else (log_softmaxes[node], _SELECTIONS.issuperset(passed))
 
 
-# From a loss back to the convex functions of outputs that it is a sum of.
+# The walk from a loss back to the convex functions of outputs that it is a sum of.
 
 
 @dataclass(frozen=True)
@@ -445,7 +445,7 @@ def _is_weight(w: Tensor, note: ConvexNote) -> bool:
     return not bool((w < 0).any())
 
 
-# Which of the outputs met are those of the Gauss-Newton matrix.
+# The choice of the outputs of the Gauss-Newton matrix among those met.
 
 
 def independent_outputs(
@@ -490,7 +490,7 @@ def _not_nested(outputs: list[Output], loss: Tensor) -> tuple[list[Output], set[
     return outputs, within
 
 
-# What to write instead of a loss of which no output was recorded.
+# Advice for losses without a recorded output.
 
 
 def advice(called: Iterable[str], ends: Iterable[str], wrappers: Iterable[str]) -> str:
@@ -550,7 +550,7 @@ REMEDIES: dict[str, str] = {
     ),
     "ctc_loss": f"has no second derivative: {_HESSIAN}, whose products are then formed by finite differences",
 }
-"""What to write instead of a function of `torch.nn.functional` that the closure called."""
+"""Remedies for functions of `torch.nn.functional` that the closure called, as the end of a sentence."""
 
 _ELSEWHERE = (
     "a loss of torch.nn.functional that was called outside of the closure",
@@ -560,7 +560,7 @@ _LAYER = (
     "the model's output itself, as a critic's does",
     f"it is linear in the output, so that there is no Gauss-Newton matrix: {_HESSIAN}",
 )
-# What a node is, and what to write instead, where a loss is computed from it through linear operations alone.
+# Names and remedies for the nodes that a loss is computed from through linear operations alone.
 _ENDS: dict[str, tuple[str, str]] = {
     "LogBackward0": ("a logarithm", f"if it is that of probabilities, {_PROBABILITIES}"),
     "LogSoftmaxBackward0": ("log-probabilities", "take cross_entropy of the logits"),

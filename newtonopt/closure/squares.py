@@ -53,7 +53,7 @@ _FIRST = ("input", "self", "a", "x")
 _SECOND = ("exponent", "other", "mat2", "tensor", "b", "y")
 
 
-# What the tap calls.
+# The functions that the tap calls.
 
 
 def square(
@@ -131,7 +131,7 @@ def root_operand(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
     return given["input"] - given["other"]
 
 
-# Whether a call squares, and what it would compute from a view of its operand.
+# Whether a call squares, and its result as a function of the operand.
 
 
 def _squaring(

@@ -110,7 +110,7 @@ class LossTerm:
     Attributes:
         loss: A live scalar.
         outputs: The recorded outputs that it is computed from.
-        keep: Whether whoever is handed the term must leave its graph whole.
+        keep: Whether an `OnLoss` function must leave the graph whole.
     """
 
     loss: Tensor
@@ -124,7 +124,7 @@ class LossTerm:
 
 
 OnLoss = Callable[[LossTerm], None]
-"""What is done with each loss."""
+"""A function that is handed each loss."""
 
 
 class Tap(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""What a closure does with `.grad` between its losses, against dense matrices of what `.grad` holds in the end."""
+"""Closures that work on `.grad` between their losses, against dense matrices of the losses left in it at the end."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Game:
         return first.detach() + second.detach()
 
     def cleared(self) -> Tensor:
-        """The same by a backward through both players, and `zero_grad` of the critic after it."""
+        """Call backward through both players, and `zero_grad` of the critic after it."""
         self.zero_grad()
         second = self.generator_loss()
         second.backward()
@@ -516,7 +516,7 @@ def policy(problem: Regression) -> Tensor:
 
 
 def cached_by_rows(problem: Regression) -> Tensor:
-    """As a contrastive loss is taken of more rows than fit in memory with their graph."""
+    """Differentiate in two stages, as one does for a contrastive loss of more rows than fit in memory."""
     with torch.no_grad():
         z = problem.model(problem.x)
     loss = F.mse_loss(z.requires_grad_(), problem.y)

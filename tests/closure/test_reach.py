@@ -1,4 +1,4 @@
-"""What a closure can reach: which state is found, told apart and put back, and what can only be named."""
+"""State that a closure can reach: the search leaves out what is not its own, and names what cannot be put back."""
 
 from __future__ import annotations
 

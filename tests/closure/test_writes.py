@@ -14,7 +14,7 @@ from newtonopt import HessianFree, evaluate, hessian
 
 
 def test_inputs_that_a_closure_makes_leaves_are_not_written_to() -> None:
-    """As that of a physics-informed network does with its collocation points, each time."""
+    """A physics-informed network does this with its collocation points in each run."""
     x, layer = torch.rand(6, 1), nn.Linear(1, 1)
 
     def closure() -> Tensor:
