@@ -115,22 +115,6 @@ def test_fused_attention_and_recurrent_networks_have_products(device: str) -> No
         torch.testing.assert_close(v @ (A @ evaluation.gradient), evaluation.gradient @ (A @ v), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has one precision for all of cuDNN")
-def test_recurrent_networks_keep_the_precision_that_the_user_chose() -> None:
-    kinds = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
-    before = [kind.fp32_precision for kind in kinds]
-    network, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
-    kinds[0].fp32_precision, kinds[1].fp32_precision = "ieee", "tf32"
-    try:
-        A = hessian(evaluate(lambda: F.mse_loss(network(x)[0], torch.zeros(5, 2, 4)), network.parameters()))
-        assert torch.isfinite(A @ torch.ones(A.shape[1])).all()
-        assert [kind.fp32_precision for kind in kinds] == ["ieee", "tf32"]
-        assert torch.backends.cudnn.enabled
-    finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
-
-
 @pytest.mark.slow
 def test_a_compiled_model_has_products_and_stays_compiled() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
