@@ -17,7 +17,7 @@ from torch.autograd.graph import Node
 from newtonopt.autodiff.graph import reaches
 from newtonopt.lightning import fabric_backward
 from newtonopt.vectors.flat import unflatten
-from newtonopt.vectors.sharded import is_sharded, pulled
+from newtonopt.vectors.sharded import gradients_by_backward, is_sharded
 from newtonopt.vectors.subclasses import plain
 
 Gradients = tuple[Tensor | None, ...]
@@ -51,7 +51,7 @@ def grad(
     """
     with _differentiating(of):
         if is_sharded(by):
-            return pulled(of, by, along, keep=keep)
+            return gradients_by_backward(of, by, along, keep=keep)
         found = torch.autograd.grad(of, by, along, retain_graph=keep, allow_unused=True, is_grads_batched=batched)
     return tuple(plain(g) for g in found)
 

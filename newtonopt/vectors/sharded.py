@@ -7,7 +7,7 @@ different from a model that each process holds whole:
 2. Hooks gather the parameters and scatter the gradients. Hooks have no derivative, so there is no double backward:
    products are central differences of gradients (`supported`).
 3. The hooks run in a `backward` and not in `torch.autograd.grad`. Gradients are read from `.grad` after a backward, and
-   come averaged over the processes (`pulled`).
+   come averaged over the processes (`gradients_by_backward`).
 4. A module keeps the parameters that it gathered in a forward pass until a backward. A trial needs no backward, so they
    are released by hand (`resharded`).
 
@@ -160,7 +160,7 @@ def taken_back(t: Tensor, like: Any) -> Tensor:
     return part
 
 
-def pulled(
+def gradients_by_backward(
     of: Tensor | Sequence[Tensor], params: Sequence[Tensor], along: Sequence[Tensor] | None, *, keep: bool
 ) -> Gradients:
     """Return the gradients `along' d of / d params`, averaged over the processes, by a backward.
