@@ -1,7 +1,7 @@
 """Special cases for Lightning (its Trainer, loggers, closures and Fabric) and for accelerate, each with its reason.
 
-Both are looked for among what the user has imported, and never imported from here. `closure.isolation` silences the log,
-`closure.reach` asks what belongs to the Trainer, `autodiff.gradients` differentiates under `fabric_backward`, and
+Both are looked for among what the user has imported, and never imported from here. `closure.isolation` silences the
+log, `closure.reach` asks what belongs to the Trainer, `autodiff.gradients` differentiates under `fabric_backward`, and
 `optimizers.newton` asks what kind of closure it was given. Upstream files of Lightning are below
 https://github.com/Lightning-AI/pytorch-lightning/blob/master/src/lightning/.
 """
