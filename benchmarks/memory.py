@@ -1,8 +1,8 @@
 """Memory: the peak of a step and of a measurement beside a plain step of SGD.
 
 `python benchmarks/memory.py` prints a table for each of four small models: the peak of one action above the memory in
-use before it (the data and the parameters), plus the parameters. It is the exact peak of PyTorch's allocator; memory
-that a kernel allocates by itself, such as oneDNN's scratch, is not counted.
+use before it (the data and the parameters), plus the parameters. The figure is the exact peak of PyTorch's allocator;
+memory that a kernel allocates by itself, such as oneDNN's scratch, is not counted.
 
 `python benchmarks/memory.py --large` takes a GPT of 100 million parameters: each action runs in a process of its own
 and reports the peak of its resident memory. A process that would take more than `--limit` ends with an error instead.

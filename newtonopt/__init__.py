@@ -2,7 +2,7 @@
 
 From the ground up, each package built on those before it:
 
-- `checks` and `progress`: argument checks; progress bars.
+- `checks`, `progress` and `lightning`: argument checks; progress bars; special cases for Lightning.
 - `vectors`: flat vectors, whole or sharded, over one or several processes.
 - `autodiff`: derivatives, graphs, and kernels that can be differentiated twice.
 - `closure`: the user's closure as an `Objective`, and what is known of it at a point, an `Evaluation`.

@@ -11,7 +11,7 @@ FILES = sorted([*(ROOT / "newtonopt").rglob("*.py"), *(ROOT / "callbacks").rglob
 
 
 def module_of(path: Path) -> str:
-    """The dotted name under which a file installs."""
+    """Return the dotted name under which a file installs."""
     parts = list(path.relative_to(ROOT).with_suffix("").parts)
     parts = ["newtonopt", *parts] if parts[0] == "callbacks" else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -21,12 +21,12 @@ MODULES = {module_of(path) for path in FILES}
 
 
 def room_of(module: str) -> str:
-    """The package that a module belongs to: `"solvers"` for `newtonopt.solvers.cg`, `"newtonopt"` for the top."""
+    """Return the package of a module: `"solvers"` for `newtonopt.solvers.cg`, `"newtonopt"` for the top."""
     return module.split(".")[1] if "." in module else module
 
 
 def imports_of(source: str, module: str, is_package: bool) -> Iterator[str]:
-    """Dotted names of all modules that a source imports, wherever the statement stands."""
+    """Yield the dotted names of all modules that a source imports, wherever the statement stands."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -42,7 +42,7 @@ def imports_of(source: str, module: str, is_package: bool) -> Iterator[str]:
 
 
 def rooms_imported() -> dict[str, set[str]]:
-    """For each package the other packages that its files import."""
+    """Return for each package the other packages that its files import."""
     found: dict[str, set[str]] = {room_of(module): set() for module in MODULES}
     for path in FILES:
         module = module_of(path)

@@ -1,4 +1,4 @@
-"""Symmetric operators whose eigenvalues are known, and what every measurement of them has to keep to."""
+"""Symmetric operators whose eigenvalues are known, and the checks that all measurements of them share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def diagonal(values: Tensor, psd: bool = False) -> LinearOperator:
 
 
 def rotated(values: Tensor) -> Tensor:
-    """A matrix with these eigenvalues and random eigenvectors."""
+    """Return a matrix with these eigenvalues and random eigenvectors."""
     n = values.shape[0]
     Q = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
     return (Q * values) @ Q.T
@@ -50,13 +50,13 @@ LEAST_COVERAGE = 0.83
 
 
 def coverage(measure: Callable[[int], tuple[float, float]], truth: float, runs: int) -> float:
-    """How often the truth is within two standard errors."""
+    """Return how often the truth is within two standard errors."""
     found = [measure(seed) for seed in range(runs)]
     return sum(abs(value - truth) <= 2.0 * doubt for value, doubt in found) / runs
 
 
 def check_seeds_and_operators(measure: Callable[[LinearOperator, int], float]) -> None:
-    """The seed decides, the global random state stays, and what is no square operator is refused."""
+    """Check that the seed decides, that the global random state stays, and that only square operators are taken."""
     A = dense(MATRICES["slow"])
     before = torch.get_rng_state()
     first = measure(A, 3)
@@ -72,9 +72,9 @@ def check_seeds_and_operators(measure: Callable[[LinearOperator, int], float]) -
 
 
 def softmax_regression() -> tuple[Evaluation, Tensor]:
-    """Softmax regression at zero, and the second moment S `(5, 5)` of its inputs [x; 1].
+    """Return softmax regression with zero weights, and the second moment S `(5, 5)` of its inputs [x; 1].
 
-    There the Hessian is S (x) (I - 11'/C) / C.
+    The Hessian is S (x) (I - 11'/C) / C, with C = 10 classes.
     """
     torch.manual_seed(0)
     x = torch.randn(60, 4).double() * torch.tensor([3.0, 2.0, 1.0, 0.5]).double()
@@ -87,6 +87,6 @@ def softmax_regression() -> tuple[Evaluation, Tensor]:
 
 
 def softmax_eigenvalues(S: Tensor) -> Tensor:
-    """All eigenvalues of that Hessian, ascending within each part: those of S / C, C - 1 times each, and zeros."""
+    """Return all eigenvalues of that Hessian: the eigenvalues of S / C, C - 1 times each and ascending, then zeros."""
     distinct = torch.cat([torch.linalg.eigvalsh(S) / 10, torch.zeros(1).double()])
     return distinct.repeat_interleave(torch.tensor([9, 9, 9, 9, 9, 5]))

@@ -15,8 +15,9 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 
 from newtonopt.autodiff.graph import reaches
+from newtonopt.lightning import fabric_backward
 from newtonopt.vectors.flat import unflatten
-from newtonopt.vectors.sharded import is_sharded, pulled
+from newtonopt.vectors.sharded import gradients_by_backward, is_sharded
 from newtonopt.vectors.subclasses import plain
 
 Gradients = tuple[Tensor | None, ...]
@@ -50,7 +51,7 @@ def grad(
     """
     with _differentiating(of):
         if is_sharded(by):
-            return pulled(of, by, along, keep=keep)
+            return gradients_by_backward(of, by, along, keep=keep)
         found = torch.autograd.grad(of, by, along, retain_graph=keep, allow_unused=True, is_grads_batched=batched)
     return tuple(plain(g) for g in found)
 
@@ -101,13 +102,8 @@ def _differentiating(of: Tensor | Sequence[Tensor]) -> Iterator[None]:
 
     A checkpoint computes its part of the forward pass again, and must meet the kernels that it met the first time.
     """
-    # Fabric, under some precisions, hooks the model's outputs and refuses any other derivative than fabric.backward's.
-    wrappers = [sys.modules[name] for name in _FABRIC if name in sys.modules]
-    flags = [getattr(module, "_in_fabric_backward", False) for module in wrappers]
     try:
-        for module in wrappers:
-            vars(module)["_in_fabric_backward"] = True
-        with differentiable_kernels(), torch.enable_grad():
+        with fabric_backward(), differentiable_kernels(), torch.enable_grad():
             yield
     except RuntimeError as error:  # NotImplementedError is one
         text = str(error)
@@ -129,9 +125,6 @@ def _differentiating(of: Tensor | Sequence[Tensor]) -> Iterator[None]:
                 "function and loss.backward() inside the closure."
             ) from error
         raise
-    finally:
-        for module, flag in zip(wrappers, flags, strict=True):
-            vars(module)["_in_fabric_backward"] = flag
 
 
 # Words in which torch and its extensions say that there is no derivative.
@@ -140,7 +133,6 @@ _WITHOUT = re.compile(
     r"not (twice differentiable|differentiable twice)|no autograd formula was registered",
     re.IGNORECASE | re.DOTALL,
 )
-_FABRIC = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
 CHANGED = (
     "The parameters, or something else that the loss was computed from, changed after this evaluation was made, as an "
     "optimizer's step or a closure that clamps weights changes them: its products are no longer defined. Call "

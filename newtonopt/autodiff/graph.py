@@ -17,7 +17,7 @@ def behind(start: Node | Iterable[Node | None] | None, barrier: Collection[Node]
     """Go back from `start` (one node or several), and give each node once.
 
     Args:
-        start: Where to begin; None, the graph of a constant, leads nowhere.
+        start: First nodes; None, the graph of a constant, leads nowhere.
         barrier: Nodes that are neither given nor passed.
     """
     seen: set[Node] = set(barrier)
@@ -52,7 +52,7 @@ def coarsest(start: Iterable[Node | None], eps: float) -> float:
     """Return the rounding unit of the coarsest dtype of the gradients passed to the nodes reachable from `start`.
 
     Args:
-        start: Where to begin.
+        start: First nodes.
         eps: The least rounding unit to return.
     """
     return max([eps, *(unit for node in behind(start) for unit in _units(node))])

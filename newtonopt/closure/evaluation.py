@@ -18,7 +18,7 @@ from newtonopt.autodiff.gradients import CHANGED, Gradients, gradient_of
 from newtonopt.autodiff.graph import reaches
 from newtonopt.checks import check_choice
 from newtonopt.closure.losses import Output
-from newtonopt.closure.tap import Term
+from newtonopt.closure.tap import LossTerm
 from newtonopt.vectors.flat import differs, flatten
 from newtonopt.vectors.scaling import norm
 from newtonopt.vectors.sharded import Sharded, is_sharded
@@ -41,10 +41,10 @@ class Evaluation:
         gradient: Gradient of the objective, `(n,)`, in the order of `params`.
         data_gradient: Gradient without the term of `decay`, `(n,)`.
         params: The parameters.
-        recording: What the run of the closure has shown, on this process.
+        recording: Recording of the run of the closure, on this process.
         local_loss: Loss of that run: this process's part of the mean, without the term of `decay`.
         place: The parameters' values at the evaluation.
-        standing: What forming products shows about them.
+        standing: Findings about the products, made while they are formed.
         decay: Coefficients, one number or `(n,)`, of the term `sum(decay * theta^2) / 2`. Default 0.0.
         source: Runs the closure again, for products that are streamed or by finite differences; None (default): there
             is no closure.
@@ -107,7 +107,7 @@ class Evaluation:
 
     @property
     def returned(self) -> Any:
-        """What the closure returned, detached if it is a tensor."""
+        """Return value of the closure, detached if it is a tensor."""
         return self.recording.returned
 
     @property
@@ -127,7 +127,7 @@ class Evaluation:
 
     @property
     def form(self) -> Form:
-        """How products are formed."""
+        """Form of the products."""
         return self.parts[0][0].form if self.parts else self.standing.form
 
     @property
@@ -142,7 +142,7 @@ class Evaluation:
 
     @property
     def checks(self) -> int:
-        """How many products and gradients these checks took."""
+        """Number of products and gradients that the checks took."""
         return self.standing.checks + sum(part.checks for part, _ in self.parts)
 
     def verdict(self, matrix: Matrix) -> Verdict | None:
@@ -277,12 +277,12 @@ def evaluated(
     """Return the evaluation of an objective.
 
     Args:
-        recording: What the run of the closure has shown.
+        recording: Recording of the run of the closure.
         params: The parameters.
         loss: Value of the objective, decay included.
         gradient: Gradient of the objective without decay, `(n,)`.
         point: The parameters' values, `(n,)`, which nobody changes.
-        standing: What is known about the products.
+        standing: Findings about the products.
         decay: Coefficients of the decay.
         more: Further fields of the evaluation.
     """
@@ -293,14 +293,14 @@ def evaluated(
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """What one run of the closure has shown, on this process.
+    """Recording of one run of the closure, on this process.
 
     Attributes:
         loss: Sum of its losses, detached.
         gradient: Gradient of that sum, `(n,)`.
         graph: The losses' graph, if it was kept.
         output_sizes: Number of entries of each recorded output, by its number in a run of the closure.
-        returned: What the closure returned, detached if it is a tensor.
+        returned: Return value of the closure, detached if it is a tensor.
         related: Numbers of the parameters that the losses depend on.
         convex: Whether the loss is known to be convex in the recorded outputs: a sum of recognised losses and squares
             with weights that are not negative. For marked outputs only the user can know that.
@@ -308,7 +308,7 @@ class Recording:
         holds_constant: Whether the closure holds parts of its loss constant, by `detach` or `no_grad`.
         hooks_gradients: Whether hooks that it registers change gradients.
         weight: Number of entries that its losses are means over; zero: not known.
-        advice: What to do where no output was recorded.
+        advice: Error message for a closure without recorded outputs, which says what to write.
     """
 
     loss: Tensor
@@ -361,7 +361,7 @@ class KeptGraph:
         return self._outside
 
     def drop(self, params: Sequence[Tensor]) -> None:
-        """Let the graph go, and keep what may be asked about it later."""
+        """Let the graph go, after a look at whether the loss leaves outputs out."""
         self.leaves_outputs_out(params)
         self._live = None
 
@@ -378,16 +378,16 @@ class KeptGraph:
 
 @dataclass(eq=False)
 class Standing:
-    """What forming an evaluation's products shows about them.
+    """Findings about an evaluation's products, made while they are formed.
 
     It changes, because products are formed after the evaluation, and often never: whether an operation has a second
     derivative, whether products pass their checks, and whether the closure computes the same when it runs again.
 
     Attributes:
-        form: How products are formed.
+        form: Form of the products.
         verdicts: Verdicts of the checks of products, by matrix, earlier steps' included.
         replayed: Whether the closure was seen to compute the same loss and gradient when it ran again.
-        checks: How many products and gradients the checks took at this evaluation.
+        checks: Number of products and gradients that the checks took at this evaluation.
         graph_eps: Rounding unit of the coarsest dtype in the graphs that the closure builds; None: not known yet.
     """
 
@@ -441,7 +441,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Manner:
-    """How products are formed.
+    """A manner of forming products.
 
     Attributes:
         form: The form.
@@ -465,7 +465,7 @@ class Verdict:
         manner: How the products are formed.
         doubt: Why the products cannot be vouched for; empty if they can.
         error: Estimated relative error of a product; zero for exact ones.
-        cost: How many products and gradients the checks took.
+        cost: Number of products and gradients that the checks took.
     """
 
     manner: Manner
@@ -476,7 +476,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Known:
-    """What earlier steps of an optimizer or a monitor have found out about a closure, and the next one need not.
+    """Findings of an optimizer's or a monitor's earlier steps about a closure, which the next one need not repeat.
 
     Attributes:
         verdicts: Verdicts of the checks of products, by matrix.
@@ -490,20 +490,14 @@ class Known:
 
 
 class Source(Protocol):
-    """What an evaluation was made from, and runs the closure again: an `Objective`."""
+    """Runs the closure of an evaluation again: an `Objective`."""
 
     def visit(
-        self, of_term: Callable[[Term], Result], step: Tensor | None = None, *, numbers: Collection[int] = ()
+        self, of_term: Callable[[LossTerm], Result], step: Tensor | None = None, *, numbers: Collection[int] = ()
     ) -> tuple[Tensor, list[Result]]:
-        """Run the closure at the current point, or a step from it.
+        """Run the closure at a step from the point, and call `of_term` with each loss and its outputs of these numbers.
 
-        Args:
-            of_term: Called with each loss, while its graph is alive.
-            step: The step, `(n,)`; None: none.
-            numbers: Numbers of the outputs that are handed over with the losses.
-
-        Returns:
-            The sum of the losses on this process, and what `of_term` returned for each of them.
+        Returns the sum of the losses, and the results of `of_term`.
         """
         ...
 
@@ -524,12 +518,12 @@ class Source(Protocol):
         ...
 
     def together(self, compute: Callable[[], Result]) -> Result:
-        """Return what this process computes, once all processes have computed theirs without an error."""
+        """Return this process's result, once all processes have computed theirs without an error."""
         ...
 
 
 def source_of(evaluation: Evaluation) -> Source:
-    """Return what runs the evaluation's closure again.
+    """Return the source that runs the evaluation's closure again.
 
     Raises:
         RuntimeError: There is no closure.

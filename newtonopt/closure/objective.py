@@ -1,8 +1,8 @@
 """The user's closure as a function of the parameters.
 
 `evaluate` makes an `Objective` and evaluates it once. An `Objective` runs the closure at any point, without a trace,
-and remembers in `Runs` what that has shown. In each run a `Recorder` takes the losses as they come, and makes a
-`Recording` of them, from which the objective makes an `Evaluation`.
+and keeps in `Runs` what the next runs need to know. In a run for an evaluation a `Recorder` takes the losses as they
+come and makes a `Recording` of them, and the objective makes an `Evaluation` of that.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from newtonopt.closure.evaluation import (
     with_decay,
 )
 from newtonopt.closure.isolation import Isolation, UnprotectedError
-from newtonopt.closure.losses import unrecognised
-from newtonopt.closure.tap import Tap, Term, Writes, tapped
+from newtonopt.closure.tap import LossTerm, OutputNumbers, Tap, tapped
+from newtonopt.closure.writes import Writes
 from newtonopt.progress import progress
 from newtonopt.vectors.flat import add_flat, flatten, is_rounding, place, put_back, trained_parameters, unflatten
 from newtonopt.vectors.processes import Processes
@@ -133,9 +133,9 @@ class Objective:
             0.0.
         products: How products are formed, "auto" (default) or as for `evaluate`.
         weight: Weight of this process in the mean, above zero; None (default): found from the losses.
-        known: What earlier steps have found out about the closure; None (default): nothing.
+        known: Findings of earlier steps about the closure; None (default): none.
         point: The parameters' values, `(n,)`; None (default): copied from the parameters.
-        runs: What runs of the closure for another objective have shown; None (default): there were none.
+        runs: State of the closure's runs for another objective; None (default): there were none.
 
     Attributes:
         params: The parameters.
@@ -278,7 +278,7 @@ class Objective:
         """Raise a RuntimeError if the closure computes another loss or gradient when it runs again, on this process."""
         gradient = torch.zeros_like(self.point)
 
-        def add(term: Term) -> float:
+        def add(term: LossTerm) -> float:
             eps = coarsest([term.loss.grad_fn], evaluation.eps)
             self._add(term, gradient)
             return eps
@@ -288,7 +288,7 @@ class Objective:
         self._runs.replayed = True
 
     def visit(
-        self, of_term: Callable[[Term], Result], step: Tensor | None = None, *, numbers: Collection[int] = ()
+        self, of_term: Callable[[LossTerm], Result], step: Tensor | None = None, *, numbers: Collection[int] = ()
     ) -> tuple[Tensor, list[Result]]:
         """Run the closure at `point + step` without a trace.
 
@@ -298,7 +298,7 @@ class Objective:
             numbers: Numbers of the outputs that are handed over with the losses.
 
         Returns:
-            The sum of the losses on this process, and what `of_term` returned for each of them.
+            The sum of the losses on this process, and the results of `of_term`, one for each loss.
 
         Raises:
             ParametersMovedError: The closure moves the parameters from there.
@@ -321,20 +321,19 @@ class Objective:
             RuntimeError: The closure differentiates inside or writes to the parameters, which changes their tangents,
                 or an operation has no forward mode.
         """
-        tangents: dict[int, Tensor] = {}
         with (
             self._placed(None),
             self._runs.isolation.isolated() as writes,
             progress(self._runs.terms) as tick,
             forward_mode(self.params, v),
         ):
-            tap = self._tap(on_term=lambda term: tick(), wanted=numbers, tangents=tangents, writes=writes)
+            tap = self._tap(on_term=lambda term: tick(), wanted=numbers, forward=True, writes=writes)
             versions, unchanged = [p._version for p in self.params], kept_versions(self.params)
             returned = self._call(tap)
             if [p._version for p in self.params] != versions:
                 unchanged()
                 raise RuntimeError("The closure writes to the parameters, and so changes their tangents.")
-        return tap.total(returned), tangents
+        return tap.total(returned), tap.outputs.tangents
 
     def add_gradient(self, gradient: Tensor, step: Tensor) -> Tensor:
         """Add this process's gradient at `point + step` to `gradient` in place; return its loss there."""
@@ -350,10 +349,10 @@ class Objective:
         return self._processes.sum(lambda: share * compute(), like)
 
     def together(self, compute: Callable[[], Result]) -> Result:
-        """Return what this process computes, once all processes have computed theirs without an error."""
+        """Return this process's result, once all processes have computed theirs without an error."""
         return self._processes.together(compute)
 
-    # From runs to evaluations.
+    # Evaluations made of runs.
 
     def _record(self) -> Evaluation:
         with self._runs.isolation.recorded() as writes:
@@ -507,7 +506,7 @@ class Objective:
             averages.append(self._processes.sum(lambda: own / self._processes.count))
         return averages
 
-    # From runs to trials.
+    # Trials made of runs.
 
     def _value(self, compute: Callable[[], Rest]) -> tuple[float, Rest]:
         """Return the objective where this process computes its part of it, and that part."""
@@ -589,7 +588,7 @@ class Objective:
     # One run of the closure.
 
     def _pass(
-        self, of_term: Callable[[Term], Result] | None, point: Tensor | None, numbers: Collection[int] = ()
+        self, of_term: Callable[[LossTerm], Result] | None, point: Tensor | None, numbers: Collection[int] = ()
     ) -> Passed[Result]:
         """Run the closure without a trace at `point`, by default where the parameters are.
 
@@ -600,7 +599,7 @@ class Objective:
 
     def _pass_once(
         self,
-        of_term: Callable[[Term], Result] | None,
+        of_term: Callable[[LossTerm], Result] | None,
         point: Tensor | None,
         numbers: Collection[int],
         release: bool,
@@ -608,7 +607,7 @@ class Objective:
         found: list[Result] = []
         with self._placed(point), self._runs.isolation.isolated() as writes, progress(self._runs.terms) as tick:
 
-            def take(term: Term) -> None:
+            def take(term: LossTerm) -> None:
                 self._runs.has_released = release
                 if of_term is not None:
                     found.append(of_term(term))
@@ -622,7 +621,7 @@ class Objective:
         return Passed(tap.total(returned), left, found)
 
     def _run(self, writes: Writes, *, backward: bool, release: bool) -> Run:
-        """Run the closure once, and record what an evaluation needs to know."""
+        """Run the closure once, for an evaluation."""
         cached = self.products in ("auto", "cached")
         recorder = Recorder(self.params, cached=cached, accumulates=backward and self._sharded)
         recording: Recording | None = None
@@ -702,7 +701,7 @@ class Objective:
             runs.may_release = False
         return attempt(False)
 
-    def _add(self, term: Term, gradient: Tensor) -> None:
+    def _add(self, term: LossTerm, gradient: Tensor) -> None:
         """Add the gradient of a loss to `gradient`, `(n,)`, in place."""
         add_flat(gradient, grad(term.loss, self.params, keep=term.keep), self.params)
 
@@ -734,7 +733,7 @@ class Objective:
 
 @dataclass(eq=False)
 class Runs:
-    """What runs of a closure have shown so far. It grows from run to run, so that each can rely on those before it.
+    """State of a closure's runs: each run leaves here what the next ones need to know.
 
     Attributes:
         isolation: Puts back what a run changes.
@@ -752,7 +751,7 @@ class Runs:
 
     isolation: Isolation
     replayed: bool = False
-    numbers: dict[object, int] = field(default_factory=dict)
+    numbers: OutputNumbers = field(default_factory=OutputNumbers)
     terms: int | None = None
     calls: int = 0
     groups: tuple[Group, ...] | None = None
@@ -773,8 +772,8 @@ class Run:
     """A run for an evaluation.
 
     Attributes:
-        recording: What it has shown; None if another run is needed, where all losses count or the parameters rest.
-        left: Where the closure left the parameters, `(n,)`, if elsewhere.
+        recording: Recording of the run; None if another run is needed, where all losses count or the parameters rest.
+        left: Parameters where the closure left them, `(n,)`; None: in place.
         called_backward: Whether the closure called `backward`.
         had_gradients: Whether there were gradients before its first `backward`.
     """
@@ -791,8 +790,8 @@ class Passed(Generic[Result]):
 
     Attributes:
         loss: Sum of the losses on this process.
-        left: Where the closure left the parameters, `(n,)`, if elsewhere.
-        found: What was computed from each loss.
+        left: Parameters where the closure left them, `(n,)`; None: in place.
+        found: Results of `of_term`, one for each loss.
     """
 
     loss: Tensor
@@ -837,7 +836,7 @@ class Recorder:
         self._looked = [p._version for p in params]
         self._places: list[Tensor] = []
 
-    def take(self, term: Term) -> None:
+    def take(self, term: LossTerm) -> None:
         """Take one of the losses. The tap calls this with each of them."""
         _refuse_reentrant_checkpoints(term.loss)
         if self._gradient is None:
@@ -884,14 +883,14 @@ class Recorder:
             )
 
     def finish(self, tap: Tap, returned: Any) -> Recording:
-        """Return what the run has shown, once the closure has ended and returned `returned`."""
+        """Return the recording, once the closure has ended and returned `returned`."""
         value = detached(returned) if isinstance(returned, Tensor) else returned
         loss, gradient = tap.total(returned), self._gradient
         if gradient is None:
             live = self._sum_of_losses()
             gradients = local_gradients(live, self._params)
             self._relate(gradients)
-            loss, gradient, outputs = live.detach(), flatten(gradients, self._params), tap.outputs_of(live)
+            loss, gradient, outputs = live.detach(), flatten(gradients, self._params), tap.outputs.of_all(live)
             graph, sizes = KeptGraph(live, outputs), {z.number: z.tensor.numel() for z in outputs}
         else:
             if not self._related:
@@ -907,12 +906,12 @@ class Recorder:
             output_sizes=sizes,
             returned=value,
             related=frozenset(self._related),
-            convex=not tap.has_marks and tap.is_convex(sizes),
-            linear_marks=tap.linear_marks,
+            convex=not tap.outputs.has_marks and tap.outputs.is_convex(sizes),
+            linear_marks=tap.outputs.linear_marks,
             holds_constant=tap.holds_constant or tap.gradients.was_read,
             hooks_gradients=tap.hooks.change,
-            weight=tap.weight(),
-            advice=unrecognised(tap.losses_seen, tap.ends, tap.wrappers),
+            weight=tap.outputs.weight(),
+            advice=tap.outputs.advice(),
         )
 
     @torch.enable_grad()
@@ -931,7 +930,7 @@ class ParametersMovedError(RuntimeError):
     """The closure moved the parameters, which were put back.
 
     Attributes:
-        point: Where it left them, `(n,)`.
+        point: Parameters where the closure left them, `(n,)`.
     """
 
     def __init__(self, message: str, point: Tensor) -> None:

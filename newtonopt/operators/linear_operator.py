@@ -29,7 +29,7 @@ _COARSER = 4.0
 
 @dataclass(frozen=True)
 class Trust:
-    """How far the products of an operator can be trusted.
+    """Trust in the products of an operator.
 
     Attributes:
         doubt: Why the products cannot be vouched for; empty if they can.
@@ -102,14 +102,14 @@ class LinearOperator:
 
     @property
     def products(self) -> int:
-        """How many products were formed, by this operator and by those derived from it."""
+        """Number of products formed, by this operator and by operators derived from it."""
         return self._count.products
 
     @property
     @torch.inference_mode(False)
     @torch.no_grad()
     def trust(self) -> Trust:
-        """How far the products can be trusted. Finding that out before the first one takes some products."""
+        """Trust in the products. Finding it out before the first product takes some products."""
         return Trust() if self._trust is None else self._trust()
 
     @property

@@ -95,12 +95,13 @@ def diagonal_blocks(evaluation: Evaluation, curvature: Literal["gauss_newton", "
     matrix, by vectors that are zero outside the block. Each block holds a graph of its own: drop it before the next.
 
     Args:
-        evaluation: From `evaluate(closure, params)`, which says how products are formed.
+        evaluation: Made by `evaluate(closure, params)`, which says how products are formed.
         curvature: The matrix.
 
     Raises:
         TypeError: `evaluation` is no `Evaluation`.
-        RuntimeError: As `hessian` and `gauss_newton` do.
+        RuntimeError: No output was recorded for `"gauss_newton"`, the evaluation was freed, or an operation has no
+            second derivative.
         FloatingPointError: The loss is not finite.
     """
     (_check_gauss_newton if curvature == "gauss_newton" else _check)(evaluation)

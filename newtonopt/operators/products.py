@@ -23,14 +23,14 @@ from newtonopt.autodiff.gradients import Gradients, grad, grad_with_graph
 from newtonopt.autodiff.graph import bytes_handed_on, coarsest
 from newtonopt.closure.evaluation import SAME_FUNCTION, Evaluation, Source, eps_of, source_of
 from newtonopt.closure.losses import Output, Root
-from newtonopt.closure.tap import Term
+from newtonopt.closure.tap import LossTerm
 from newtonopt.operators.linear_operator import Product
 from newtonopt.vectors.flat import add_flat, flatten, flatten_rows, unflatten, unflatten_rows
 
 Result = TypeVar("Result")
 # `v -> J v`, by the outputs' numbers.
 Push = Callable[[Tensor], dict[int, Tensor]]
-# From a loss, its outputs, the parameters, and whether the graph must outlive the products, to `v -> A v` in pieces.
+# Maps a loss, its outputs, the parameters, and whether the graph must outlive the products, to `v -> A v` in pieces.
 # Rows `(k, n)` give pieces with a first dimension of `k`.
 Build = Callable[[Tensor, Sequence[Output], Sequence[Tensor], bool], Callable[[Tensor], Gradients]]
 
@@ -125,7 +125,7 @@ def curve_of(loss: Tensor, outputs: Sequence[Output]) -> Callable[[Sequence[Tens
         along = [pushed[i] for i, _ in live]
         before = pushed[0].shape[: pushed[0].dim() - outputs[0].tensor.dim()]
         curved: list[Tensor | None] = [scale * pushed[i] for i, scale in scales.items()]
-        # Without any, the loss is linear in the outputs.
+        # If there is none, the loss is linear in the outputs.
         if live:
             curved += grad([g for _, g in live], tensors, along, keep=True, batched=len(before) == 1)
         else:
@@ -190,7 +190,7 @@ def streamed_hessian(evaluation: Evaluation) -> Product:
         result, gradient = torch.zeros_like(v), torch.zeros_like(v)
         known = evaluation.standing.graph_eps
 
-        def add(term: Term) -> float:
+        def add(term: LossTerm) -> float:
             eps = coarsest([term.loss.grad_fn], evaluation.eps) if known is None else known
             gradients = grad_with_graph(term.loss, params)
             add_flat(gradient, [None if g is None else g.detach() for g in gradients], params)
@@ -213,7 +213,7 @@ def gauss_newton_from(push: Push, evaluation: Evaluation) -> Product:
         pushed = push(v)
         result = torch.zeros_like(v)
 
-        def add(term: Term) -> None:
+        def add(term: LossTerm) -> None:
             along = curve_of(term.loss, term.outputs)([pushed[z.number] for z in term.outputs])
             add_flat(result, grad(term.tensors, params, along, keep=term.keep), params)
 
@@ -231,7 +231,7 @@ def pull_from(evaluation: Evaluation) -> Product:
         result = torch.zeros_like(evaluation.gradient)
         pieces = dict(zip(sizes, u.split(list(sizes.values())), strict=True))
 
-        def add(term: Term) -> None:
+        def add(term: LossTerm) -> None:
             # Several losses may be computed from one output, which the first of them pulls.
             first = [z.tensor for z in term.outputs if z.number in pieces]
             along = [pieces.pop(z.number) for z in term.outputs if z.number in pieces]
@@ -277,7 +277,7 @@ class StreamedPush:
         return pushed
 
     def _backwards(self, v: Tensor) -> dict[int, Tensor]:
-        def push(term: Term) -> dict[int, Tensor]:
+        def push(term: LossTerm) -> dict[int, Tensor]:
             pushed = push_of(term.tensors, self._evaluation.params)(v)
             return dict(zip([z.number for z in term.outputs], pushed, strict=True))
 
@@ -345,7 +345,7 @@ def differenced_push(evaluation: Evaluation, length: float | None = None) -> Pus
     length = displacement(evaluation.params) if length is None else length
 
     def outputs_at(step: Tensor) -> dict[int, Tensor]:
-        def copied(term: Term) -> dict[int, Tensor]:
+        def copied(term: LossTerm) -> dict[int, Tensor]:
             return {z.number: z.tensor.detach().clone() for z in term.outputs}
 
         found = _joined(source.visit(copied, step, numbers=evaluation.output_sizes)[1])
@@ -372,7 +372,7 @@ def differenced_gauss_newton(evaluation: Evaluation, length: float | None = None
     source, pull = source_of(evaluation), pull_from(evaluation)
     length = displacement(evaluation.params) if length is None else length
 
-    def slopes_of(term: Term) -> list[tuple[int, Tensor]]:
+    def slopes_of(term: LossTerm) -> list[tuple[int, Tensor]]:
         if not term.outputs:
             return []
         slopes = zip(term.outputs, grad(term.loss, term.tensors, keep=True), strict=True)
@@ -447,14 +447,14 @@ def restricted(product: Product, part: slice, n: int) -> Product:
 # Runs of the closure for products.
 
 
-def _visit_with_outputs(evaluation: Evaluation, of_term: Callable[[Term], Result]) -> list[Result]:
-    """Run the closure again, and return what `of_term` returns for each loss with recorded outputs.
+def _visit_with_outputs(evaluation: Evaluation, of_term: Callable[[LossTerm], Result]) -> list[Result]:
+    """Run the closure again; return the results of `of_term`, one for each loss with recorded outputs.
 
     Raises:
         RuntimeError: The closure computes another function by now, or one of the outputs was not met.
     """
 
-    def take(term: Term) -> tuple[list[int], list[Result]]:
+    def take(term: LossTerm) -> tuple[list[int], list[Result]]:
         return [z.number for z in term.outputs], [of_term(term)] if term.outputs else []
 
     evaluation.check_rerun()

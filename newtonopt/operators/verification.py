@@ -37,7 +37,7 @@ from newtonopt.autodiff.gradients import NoSecondDerivativeError
 from newtonopt.autodiff.graph import Graph, look_through
 from newtonopt.checks import warn
 from newtonopt.closure.evaluation import Evaluation, Manner, Matrix, Verdict, source_of
-from newtonopt.closure.tap import Term
+from newtonopt.closure.tap import LossTerm
 from newtonopt.operators.linear_operator import Product, Trust
 from newtonopt.operators.products import displacement
 from newtonopt.vectors.flat import local_pieces
@@ -109,7 +109,7 @@ class Vouched:
 
     @property
     def trust(self) -> Trust:
-        """How far the products can be trusted."""
+        """Trust in the products."""
         verdict = self._tried(self._settle)
         return Trust(verdict.doubt, verdict.error)
 
@@ -199,7 +199,7 @@ class Finding:
         warns: Whether the doubt is worth a warning.
         finite: Whether the products were finite.
         empty: Whether finite differences show nothing, so that they cannot judge other products.
-        cost: How many products and gradients the examination took.
+        cost: Number of products and gradients that the examination took.
     """
 
     manner: Manner
@@ -222,8 +222,10 @@ def examine_hessian(evaluation: Evaluation, manner: Manner, form: Callable[[Mann
         return Finding(manner, wrong=_NOT_FINITE, finite=False, cost=2)
     if _is_changed(evaluation):
         return Finding(manner, doubt=_NOT_THE_GRADIENT.format(""), cost=4)
+    # Transpose: u'(H w) = w'(H u).
     asymmetry = _asymmetry(u, w, images)
     is_symmetric = asymmetry <= _tolerance(graph.eps)
+    # Derivative: H w is a central difference of gradients, and g'w one of losses.
     seen = _compared(evaluation, w, images[1], _MANY if graph.is_foreign or not is_symmetric else _FEW, graph.eps)
     seen = _with_another(evaluation, seen, graph)
     found = Finding(manner, cost=2 + seen.cost)
@@ -260,6 +262,7 @@ def examine_gauss_newton(
     graph = _graph_of(evaluation)
     if _is_changed(evaluation):
         return Finding(manner, doubt=_NOT_THE_GRADIENT.format(""), cost=2)
+    # Transpose, for the Jacobian in it: u'(J w) = (J'u)'w.
     if is_sharded(evaluation.params):
         found = Finding(manner)  # `J v` is each process's own there, and `J'u` is averaged over all
     else:
@@ -278,12 +281,14 @@ def examine_gauss_newton(
         at = _length_chosen(evaluation, lambda h: (form(replace(manner, length=h))(w), math.nan), manner.length)
         found = Finding(replace(manner, length=at.length), error=at.error, cost=found.cost + at.cost)
         images = form(found.manner)(u), form(found.manner)(w)
+    # Transpose: u'(G w) = w'(G u).
     asymmetry = _asymmetry(u, w, images)
     if asymmetry > _tolerance(graph.eps) + 3 * found.error:
-        # Most often it is rounding, as where a softmax has saturated.
+        # Most often this is rounding, as where a softmax has saturated.
         return replace(found, doubt=_ASYMMETRIC.format(f"{asymmetry:.1g}", graph.named(" through ")), warns=False)
     if not graph.is_foreign or is_sharded(evaluation.params):
         return found
+    # Slope: g'w is a central difference of losses.
     seen = _with_another(evaluation, _compared(evaluation, w, None, _MANY, graph.eps), graph)
     found = replace(found, cost=found.cost + seen.cost)
     if seen.follows is False:
@@ -323,6 +328,7 @@ def examine_jacobian(
 def _examine_transposes(
     evaluation: Evaluation, manner: Manner, push: Callable[[Manner], Product], pull: Product, graph: Graph
 ) -> Finding:
+    """Examine products `J w` by `y'(J w) = (J'y)'w`, with `y` along `J w` and at random."""
     w = _direction([_inside(evaluation, evaluation.data_gradient), _noise(evaluation, 1)])
     error, cost = 0.0, 2
     if manner.form == "finite_difference":
@@ -357,6 +363,7 @@ def _examine_transposes(
 
 
 def _examine_differences(evaluation: Evaluation, manner: Manner, form: Callable[[Manner], Product]) -> Finding:
+    """Examine the Hessian's products by differences: at two lengths, and against their transpose and the slope."""
     _check_replays(evaluation)
     u = _direction([_inside(evaluation, evaluation.data_gradient), _noise(evaluation, 0)], first=True)
     image = _inside(evaluation, form(manner)(u))
@@ -432,12 +439,12 @@ def gradient_at(evaluation: Evaluation, step: Tensor) -> tuple[Tensor, float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a product compares with differences along the same direction.
+    """Comparison of a product with differences along the same direction.
 
     Attributes:
         agrees: Whether they agree; None: it cannot be told.
         follows: Whether the gradient is the loss's; None: it cannot be told.
-        cost: Gradients.
+        cost: Number of gradients that it took.
     """
 
     agrees: bool | None = None
@@ -489,7 +496,7 @@ def _raise_in_group() -> None:
 
 
 def _with_another(evaluation: Evaluation, seen: Comparison, graph: Graph) -> Comparison:
-    """Where there are custom Functions, compare the slope along a random direction too.
+    """Compare the slope along a random direction too where there are custom Functions.
 
     A gradient with some parts left out still follows the loss along itself.
     """
@@ -590,7 +597,7 @@ class Chosen:
     Attributes:
         length: The length.
         error: Relative difference of the two, an estimate of the error.
-        cost: How many gradients choosing it took.
+        cost: Number of gradients that choosing it took.
         tried: The lengths tried, in order, each with the loss's slope there.
     """
 
@@ -738,7 +745,7 @@ def _graph_of(evaluation: Evaluation) -> Graph:
     else:
         source = source_of(evaluation)
 
-        def look(term: Term) -> Graph:
+        def look(term: LossTerm) -> Graph:
             return look_through(term.loss, term.tensors, eps)
 
         # An error on one process reaches the others.

@@ -22,8 +22,8 @@ from torch.optim.optimizer import ParamsT
 
 from newtonopt.checks import check_closure, listed_group, listed_groups, warn
 from newtonopt.closure.evaluation import Evaluation, Known, Products
-from newtonopt.closure.lightning import does_nothing, refuse_skipped_batches, skips_backward
 from newtonopt.closure.objective import RESTLESS, Objective, ParametersMovedError
+from newtonopt.lightning import does_nothing, refuse_skipped_batches, skips_backward
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.operators.matrices import diagonal_blocks, gauss_newton, hessian
 from newtonopt.optimizers.escape import STALLED, critical, is_settled, is_stalled, leave, progressed, settled

@@ -154,7 +154,7 @@ def _iterate(
         rho_new = r_new @ y
         # The one wait for the device in an iteration.
         values = [curvature, alpha, (s_new @ r_new - s_new @ g) / 2, rho_new, r_new.norm(), *lengths]
-        bend, length, decrease_new, slope_new, r_norm, *sizes = torch.stack(values).tolist()
+        bend, step_size, decrease_new, slope_new, r_norm, *sizes = torch.stack(values).tolist()
         iteration += 1
         if not math.isfinite(bend):
             return Solution(s, decrease, iteration, "non-finite product", tuple(path), is_finite=False)
@@ -184,7 +184,7 @@ def _iterate(
             return Solution(s, decrease, iteration, reason, tuple(path), negative_curvature=d, bend=bend)
 
         # The minimiser along d lies outside of the ball: end where d leaves it (Steihaug).
-        if math.isfinite(reach) and norms.at(length) >= reach:
+        if math.isfinite(reach) and norms.at(step_size) >= reach:
             tau = norms.to_boundary(reach)
             gain = tau * slope - tau * tau * bend / 2
             path += [Iterate(s, decrease)] * keep_path
@@ -201,7 +201,7 @@ def _iterate(
             break
 
         # The next direction is conjugate to all before it: d = y + beta d with beta = r_new'y_new / r'y.
-        norms = norms.turned(length, slope_new, slope_new / slope)
+        norms = norms.turned(step_size, slope_new, slope_new / slope)
         d = y + (rho_new / rho) * d
         rho, slope = rho_new, slope_new
     return Solution(s, decrease, iteration, reason, tuple(path))

@@ -8,5 +8,5 @@
 - `subclasses`: subclasses of `torch.Tensor` that closures compute with.
 - `memory`: whether a vector or a matrix would fit.
 
-`flat` and `random` call `sharded` for parameters that are shards, and that calls `subclasses`. The others stand alone.
+`flat` and `random` call `sharded` for sharded parameters, and that calls `subclasses`. The others stand alone.
 """

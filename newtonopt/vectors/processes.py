@@ -64,7 +64,7 @@ class Processes:
         return cast(Result, found), table[:, :2]
 
     def together(self, compute: Callable[[], Result]) -> Result:
-        """Return what this process computes, once all processes have computed theirs.
+        """Return this process's result, once all processes have computed theirs.
 
         Raises:
             RuntimeError: `compute` raised on another process.

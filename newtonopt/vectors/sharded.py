@@ -7,7 +7,7 @@ different from a model that each process holds whole:
 2. Hooks gather the parameters and scatter the gradients. Hooks have no derivative, so there is no double backward:
    products are central differences of gradients (`supported`).
 3. The hooks run in a `backward` and not in `torch.autograd.grad`. Gradients are read from `.grad` after a backward, and
-   come averaged over the processes (`pulled`).
+   come averaged over the processes (`gradients_by_backward`).
 4. A module keeps the parameters that it gathered in a forward pass until a backward. A trial needs no backward, so they
    are released by hand (`resharded`).
 
@@ -160,7 +160,7 @@ def taken_back(t: Tensor, like: Any) -> Tensor:
     return part
 
 
-def pulled(
+def gradients_by_backward(
     of: Tensor | Sequence[Tensor], params: Sequence[Tensor], along: Sequence[Tensor] | None, *, keep: bool
 ) -> Gradients:
     """Return the gradients `along' d of / d params`, averaged over the processes, by a backward.
@@ -332,7 +332,7 @@ class Sharded(Tensor):
         if rule is None and torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
             rule = _entry_by_entry
         if rule is None:
-            raise _refusal(func, "it is not known how it would have to communicate")
+            raise _refusal(func, "there is no rule for how it communicates")
         return rule(func, args, kwargs or {})
 
     def to_local(self) -> Tensor:
@@ -358,7 +358,7 @@ Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 def _refusal(func: Any, why: str) -> NotImplementedError:
     return NotImplementedError(
-        f"{func} is not available for a vector that is shared out among processes: {why}. Compute on each process's "
+        f"{func} is not available for a vector that is sharded over processes: {why}. Compute on each process's "
         "slice, to_local(), or gather a small vector with full_tensor()."
     )
 
@@ -377,7 +377,7 @@ def _summed(x: Tensor, layout: Layout, op: str = "SUM") -> Tensor:
 def _layout(func: Any, operands: Sequence[Any]) -> Layout:
     first, *others = (x.placement for x in operands if isinstance(x, Sharded))
     if any(other is not first and other != first for other in others):
-        raise _refusal(func, "the operands are shared out in different ways")
+        raise _refusal(func, "the operands are sharded in different ways")
     return first
 
 
@@ -409,7 +409,7 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     axis = -1 if b_outer else -b.dim()
     based = all(isinstance(x, Sharded) and x.axis == axis for x in base)
     if a_inner or b_inner or a_outer == b_outer or not based:
-        raise _refusal(func, "its sum runs over entries of which one factor's are all here and the other's are not")
+        raise _refusal(func, "it sums over entries that one factor has sharded and the other has not")
     result = func(*map(_local, args), **kwargs)
     return args[0] if func._schema.is_mutable else Sharded(result, layout, axis)
 
@@ -427,14 +427,14 @@ def _whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sh
     x, dim = args[0], given.get("dim")
     dims = {d % x.dim() for d in ([dim] if isinstance(dim, int) else dim or range(x.dim()))}
     if given.get("keepdim") or len(dims) < x.dim() or "other" in given:
-        raise _refusal(func, "only the reduction of all entries to one number is")
+        raise _refusal(func, "only the reduction of all entries to one number is available")
     return x, given
 
 
 def _norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x, given = _whole(func, args, kwargs)
     if given["ord"] != 2:
-        raise _refusal(func, "only the Euclidean norm is")
+        raise _refusal(func, "only the Euclidean norm is available")
     # The square of a float32 overflows where the norm does not.
     wide = torch.float64 if x.device.type != "mps" else x.dtype
     square = torch.linalg.vector_norm(x.local).to(wide).square()
@@ -529,7 +529,7 @@ def _new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sharded:
     """Compute `x.new_zeros(n)` and `x.new_zeros(k, n)`, sharded as `x` is."""
     x, size, *rest = args
     if not size or size[-1] != x.placement.size:
-        raise _refusal(func, f"new ones have {x.placement.size} entries or rows of as many, not {tuple(size)}")
+        raise _refusal(func, f"new tensors have {x.placement.size} entries, or rows of as many, not {tuple(size)}")
     return Sharded(func(x.local, [*size[:-1], x.local.shape[x.axis]], *rest, **kwargs), x.placement)
 
 
@@ -567,7 +567,7 @@ def _qr(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Shard
     """
     x = args[0]
     if x.axis != -2 or _bound(func, args, kwargs)["mode"] != "reduced":
-        raise _refusal(func, "only the reduced factorisation of columns is")
+        raise _refusal(func, "only the reduced factorisation of columns is available")
     q, r = torch.linalg.qr(x.local)
     rank, count = dist.get_rank(x.placement.group), dist.get_world_size(x.placement.group)
     k, height = x.shape[1], r.shape[0]
@@ -581,7 +581,7 @@ def _svd(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Shar
     """Compute the singular value decomposition of columns `(n, k)` by that of their factor `R`."""
     x, given = args[0], _bound(func, args, kwargs)
     if x.axis != -2 or given["full_matrices"] or not given["compute_uv"]:
-        raise _refusal(func, "only the reduced decomposition of columns is")
+        raise _refusal(func, "only the reduced decomposition of columns is available")
     q, r = torch.linalg.qr(x)
     u, values, v = torch.linalg.svd(r, full_matrices=False)
     return Sharded(q.local @ u, x.placement, -2), values, v
@@ -590,7 +590,7 @@ def _svd(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Shar
 def _solve_triangular(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sharded:
     triangle, x = args
     if isinstance(triangle, Sharded) or x.axis != (-1 if kwargs.get("left", True) else -2):
-        raise _refusal(func, "only the right-hand sides may be shared out")
+        raise _refusal(func, "only the right-hand sides may be sharded")
     return Sharded(func(triangle, x.local, **kwargs), x.placement, x.axis)
 
 

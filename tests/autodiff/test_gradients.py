@@ -74,15 +74,23 @@ def test_forward_mode_gives_tangents_and_leaves_the_parameters() -> None:
     assert torch.equal(x.detach(), before) and x._version == version
 
 
-def test_kernels_are_put_back_after_an_error() -> None:
+@pytest.mark.parametrize("chosen", [True, False])
+def test_kernels_are_put_back_after_an_error(chosen: bool) -> None:
     cuda = torch.backends.cuda
-    flags = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled, cuda.math_sdp_enabled)
-    before, norm = [flag() for flag in flags], torch._weight_norm
-    with pytest.raises(KeyError), differentiable_kernels():
-        assert [flag() for flag in flags] == [False, False, False, True]
-        assert torch._weight_norm is not norm
-        raise KeyError
-    assert [flag() for flag in flags] == before and torch._weight_norm is norm
+    read = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled, cuda.math_sdp_enabled)
+    write = (cuda.enable_flash_sdp, cuda.enable_mem_efficient_sdp, cuda.enable_cudnn_sdp, cuda.enable_math_sdp)
+    before, norm = [flag() for flag in read], torch._weight_norm
+    try:
+        for enable in write:
+            enable(chosen)
+        with pytest.raises(KeyError), differentiable_kernels():
+            assert [flag() for flag in read] == [False, False, False, True]
+            assert torch._weight_norm is not norm
+            raise KeyError
+        assert [flag() for flag in read] == [chosen] * 4 and torch._weight_norm is norm
+    finally:
+        for enable, enabled in zip(write, before, strict=True):
+            enable(enabled)
 
 
 def test_a_weight_norm_has_its_second_derivative() -> None:
@@ -113,22 +121,6 @@ def test_fused_attention_and_recurrent_networks_have_products(device: str) -> No
     for A in (hessian(evaluation), gauss_newton(evaluation)):
         assert torch.isfinite(A @ v).all()
         torch.testing.assert_close(v @ (A @ evaluation.gradient), evaluation.gradient @ (A @ v), rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has one precision for all of cuDNN")
-def test_recurrent_networks_keep_the_precision_that_the_user_chose() -> None:
-    kinds = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
-    before = [kind.fp32_precision for kind in kinds]
-    network, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
-    kinds[0].fp32_precision, kinds[1].fp32_precision = "ieee", "tf32"
-    try:
-        A = hessian(evaluate(lambda: F.mse_loss(network(x)[0], torch.zeros(5, 2, 4)), network.parameters()))
-        assert torch.isfinite(A @ torch.ones(A.shape[1])).all()
-        assert [kind.fp32_precision for kind in kinds] == ["ieee", "tf32"]
-        assert torch.backends.cudnn.enabled
-    finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What a closure does with `.grad` between its losses, against dense matrices of what `.grad` holds in the end."""
+"""Closures that work on `.grad` between their losses, against dense matrices of the losses left in it at the end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import error
+from problems import build, error, unseen
 from torch import Tensor, nn
 
 from newtonopt import HessianFree, NewtonCG, evaluate, gauss_newton, hessian, jacobian
@@ -49,7 +49,7 @@ class Game:
         return first.detach() + second.detach()
 
     def cleared(self) -> Tensor:
-        """The same by a backward through both players, and `zero_grad` of the critic after it."""
+        """Call backward through both players, and `zero_grad` of the critic after it."""
         self.zero_grad()
         second = self.generator_loss()
         second.backward()
@@ -516,7 +516,7 @@ def policy(problem: Regression) -> Tensor:
 
 
 def cached_by_rows(problem: Regression) -> Tensor:
-    """As a contrastive loss is taken of more rows than fit in memory with their graph."""
+    """Differentiate in two stages, as one does for a contrastive loss of more rows than fit in memory."""
     with torch.no_grad():
         z = problem.model(problem.x)
     loss = F.mse_loss(z.requires_grad_(), problem.y)
@@ -652,3 +652,18 @@ def test_frozen_networks_keep_their_gradients_through_trials() -> None:
     kept = [p.grad for p in game.of_d]
     hessian(evaluate(closure, game.of_g, products="streamed")).dense()
     assert all(p.grad is g and bool((p.grad == 2).all()) for p, g in zip(game.of_d, kept, strict=True))
+
+
+def test_closures_that_read_gradients_work_in_replays() -> None:
+    case = build("mlp", "mse")
+    norms = unseen([])
+
+    def closure() -> Tensor:
+        loss = case.closure()
+        norms().append(float(torch.nn.utils.get_total_norm([p.grad for p in case.params])))
+        return loss
+
+    objective = Objective(closure, case.params)
+    objective.record()
+    objective.loss_at(torch.zeros_like(objective.point))
+    assert norms()[0] > 0 and len(norms()) == 2

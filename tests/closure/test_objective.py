@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import random
-import threading
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import build, models, unseen
+from problems import build, models
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from newtonopt import HessianFree, evaluate, gauss_newton, hessian, mark_outputs
-from newtonopt.closure.losses import mean_over
+from newtonopt import evaluate, hessian
 from newtonopt.closure.objective import Objective
 
 
@@ -129,133 +126,6 @@ def test_a_closure_that_raises_leaves_no_trace(mode: str) -> None:
     assert all(p.grad is not None for p in params)
 
 
-def test_the_tap_is_gone_after_a_step_that_raised() -> None:
-    model = nn.Linear(2, 1)
-    optimizer = HessianFree(model.parameters())
-
-    def closure() -> Tensor:
-        raise KeyError("inside")
-
-    with pytest.raises(KeyError, match="inside"):
-        optimizer.step(closure)
-    loss = model(torch.ones(1, 2)).sum()
-    loss.backward()
-    with pytest.raises(RuntimeError, match="second time"):
-        loss.backward()  # the graph was not retained
-
-
-def test_the_tap_nests_with_other_modes() -> None:
-    class Counting(TorchFunctionMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.calls = unseen([])
-
-        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            self.calls().append(func)
-            return func(*args, **(kwargs or {}))
-
-    case = build("mlp", "by_hand")
-    plain = gauss_newton(evaluate(case.closure, case.params)).dense()
-    inner, outer = Counting(), Counting()
-
-    def closure() -> Tensor:
-        with inner:
-            return case.closure()
-
-    with outer:
-        nested = gauss_newton(evaluate(closure, case.params)).dense()
-    assert torch.equal(plain, nested)
-    assert inner.calls() and outer.calls()
-
-
-def test_the_tap_is_local_to_its_thread() -> None:
-    case, other = build("mlp", "mse"), build("mlp", "mse", seed=1)
-    inside, finished = threading.Event(), threading.Event()
-
-    def work() -> None:
-        inside.wait(10)
-        other.closure()
-        finished.set()
-
-    def closure() -> Tensor:
-        inside.set()
-        assert finished.wait(10)
-        return case.closure()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    evaluation = evaluate(closure, case.params)
-    thread.join()
-    assert all(p.grad is not None and bool(p.grad.any()) for p in other.params)  # a real backward
-    torch.testing.assert_close(evaluation.loss, case.loss(case.model(case.inputs)).detach())
-
-
-def test_a_live_loss_without_backward() -> None:
-    case = build("mlp", "cross_entropy")
-    with_backward = evaluate(case.closure, case.params)
-    live = evaluate(lambda: case.loss(case.model(case.inputs)), case.params)
-    assert torch.equal(with_backward.gradient, live.gradient)
-    assert torch.equal(hessian(with_backward).dense(), hessian(live).dense())
-
-
-def test_backward_with_a_gradient_scales_the_objective() -> None:
-    case = build("mlp", "mse")
-    plain = evaluate(case.closure, case.params)
-    scaled = evaluate(lambda: case.loss(case.model(case.inputs)).backward(torch.tensor(3.0).double()), case.params)
-    torch.testing.assert_close(scaled.gradient, 3 * plain.gradient)
-    torch.testing.assert_close(scaled.loss, 3 * plain.loss)
-
-
-def test_closures_that_read_gradients_work_in_replays() -> None:
-    case = build("mlp", "mse")
-    norms = unseen([])
-
-    def closure() -> Tensor:
-        loss = case.closure()
-        norms().append(float(torch.nn.utils.get_total_norm([p.grad for p in case.params])))
-        return loss
-
-    objective = Objective(closure, case.params)
-    objective.record()
-    objective.loss_at(torch.zeros_like(objective.point))
-    assert norms()[0] > 0 and len(norms()) == 2
-
-
-@pytest.mark.parametrize(
-    ("end", "words"),
-    [
-        (lambda loss: loss.item(), r"loss\.backward\(\); return loss"),
-        (lambda loss: None, r"it returned a NoneType.*loss\.backward\(\); return loss"),
-        (lambda loss: (loss, "aux"), r"it returned a tuple.*loss\.backward\(\); return loss"),
-        (lambda loss: loss.detach(), r"it returned a Tensor without a graph.*no torch\.no_grad"),
-        (lambda loss: loss.detach().expand(2), "it returned a Tensor without a graph"),
-        (lambda loss: loss.expand(3), "return a scalar"),
-    ],
-)
-def test_a_closure_without_a_loss_says_what_to_do(end: object, words: str) -> None:
-    case = build("mlp", "mse")
-    with pytest.raises(RuntimeError, match=words):
-        evaluate(lambda: end(case.loss(case.model(case.inputs))), case.params)  # type: ignore[operator]
-
-
-def test_nll_without_log_softmax_is_not_recorded_as_zero_curvature() -> None:
-    case = build("mlp", "cross_entropy")
-    labels = torch.zeros(6, dtype=torch.long)
-    loss = lambda: F.nll_loss(torch.softmax(case.model(case.inputs), 1).sqrt().log(), labels)  # noqa: E731
-    with pytest.raises(RuntimeError, match="mark_outputs"):
-        gauss_newton(evaluate(loss, case.params))
-
-
-def test_kl_div_is_taken_at_the_logits() -> None:
-    case = build("mlp", "probabilities")
-    soft = torch.softmax(torch.randn(6, 3, dtype=torch.float64), 1)
-    by_kl = evaluate(
-        lambda: F.kl_div(F.log_softmax(case.model(case.inputs), 1), soft, reduction="batchmean"), case.params
-    )
-    by_cross_entropy = evaluate(lambda: F.cross_entropy(case.model(case.inputs), soft), case.params)
-    torch.testing.assert_close(gauss_newton(by_kl).dense(), gauss_newton(by_cross_entropy).dense())
-
-
 def test_autocast_in_bfloat16_gives_products() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
     x, y = torch.randn(16, 3), torch.randn(16, 2)
@@ -324,18 +194,6 @@ def test_bad_parameters_are_refused() -> None:
         evaluate(lambda: torch.zeros(()), [torch.zeros(1, requires_grad=True)], products="exact")  # type: ignore[arg-type]
 
 
-def test_autograd_backward_is_answered_with_the_method() -> None:
-    case = build("mlp", "mse")
-
-    def closure() -> Tensor:
-        loss = case.loss(case.model(case.inputs))
-        torch.autograd.backward(loss)
-        return loss
-
-    with pytest.raises(RuntimeError, match=r"torch\.autograd\.backward\(loss\).*loss\.backward\(\) inside"):
-        evaluate(closure, case.params)
-
-
 def test_a_loss_of_other_parameters_is_refused() -> None:
     case, other = build("mlp", "mse"), build("mlp", "mse")
     with pytest.raises(RuntimeError, match="does not depend on any of the parameters given"):
@@ -368,22 +226,3 @@ def test_every_model_replays_bit_equal() -> None:
         objective = Objective(case.closure, case.params)
         loss = float(objective.record().loss)
         assert objective.loss_at(torch.zeros_like(objective.point)) == loss, name
-
-
-def test_mark_outputs_is_an_identity_anywhere() -> None:
-    z = torch.randn(3, requires_grad=True)
-    assert mark_outputs(z) is z
-
-
-def test_mark_outputs_names_what_is_no_tensor() -> None:
-    with pytest.raises(TypeError, match=r"z must be a tensor, got a value of type str. Give the model's output"):
-        mark_outputs("x")  # type: ignore[arg-type]
-
-
-def test_what_losses_are_means_over() -> None:
-    z, y, w = torch.randn(4, 3), torch.tensor([0, 1, -100, 2]), torch.tensor([1.0, 2.0, 4.0])
-    assert float(mean_over(F.cross_entropy, {"input": z, "target": y})) == 3
-    assert float(mean_over(F.cross_entropy, {"input": z, "target": y, "weight": w})) == 7
-    assert mean_over(F.kl_div, {"input": z, "target": z, "reduction": "batchmean"}) == 4
-    assert mean_over(F.mse_loss, {"input": z, "target": z}) == 12
-    assert mean_over(F.mse_loss, {"input": z, "target": z, "reduction": "sum"}) is None

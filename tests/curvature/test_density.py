@@ -81,7 +81,7 @@ def test_density_integrates_to_one_and_its_error_is_that_of_the_starts() -> None
 
 def test_density_of_few_distinct_eigenvalues_ends_early() -> None:
     values = torch.cat([torch.zeros(150), torch.ones(50)]).double()
-    # Diagonal: a rotated matrix has these eigenvalues up to rounding only, and those that differ by it are not few.
+    # A rotated matrix would have these eigenvalues up to rounding only, hence many distinct ones.
     found = spectral_density(dense(torch.diag(values)), steps=30, starts=4)
     assert found.products == len(found.nodes) == 8
     torch.testing.assert_close(found.nodes, torch.tensor([0.0, 1.0]).double().repeat(4), rtol=0, atol=1e-12)

@@ -32,7 +32,7 @@ def _settings() -> st.SearchStrategy[dict[str, Any]]:
 
 
 def _growth(arguments: dict[str, Any], curvature: float, steps: int = 1000) -> float:
-    """log |theta| gained over the second half of a run on curvature * theta^2 / 2, as torch.optim.SGD makes it."""
+    """Return the growth of log |theta| over the second half of a run of torch.optim.SGD on curvature * theta^2 / 2."""
     theta = torch.ones(1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD([theta], **arguments)
     sizes = []
@@ -192,7 +192,7 @@ def _params() -> list[Tensor]:
 
 
 def _warm(optimizer: Optimizer, params: list[Tensor]) -> None:
-    """Steps along gradients of every size, which leave a state behind."""
+    """Take steps along gradients of every size, which leave a state behind."""
     generator = torch.Generator().manual_seed(2)
     for _ in range(WARM):
         for p in params:
@@ -211,7 +211,7 @@ def _matrix(n: int = 7) -> Tensor:
 
 
 def _log_growth(optimizer: Optimizer, params: list[Tensor], H: Tensor, steps: int = 1000) -> float:
-    """log |theta| gained in the second half, by the optimizer's own step with its preconditioner held still.
+    """Return the growth of log |theta| over the second half of a run with the preconditioner held still.
 
     The parameters are tiny, so that their gradients add nothing to the second moments, of which each step's decay is
     undone beforehand.

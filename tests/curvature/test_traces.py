@@ -93,7 +93,7 @@ def test_exact_where_the_budget_reaches_the_size(dtype: torch.dtype) -> None:
 
 
 def test_softmax_regression_at_zero() -> None:
-    """There the Hessian is S (x) (I - 11'/C) / C, S the second moment of [x; 1]."""
+    """The Hessian is S (x) (I - 11'/C) / C, with the second moment S of the inputs [x; 1]."""
     evaluation, S = softmax_regression()
     for A in (hessian(evaluation), gauss_newton(evaluation)):
         assert trace(A).value == pytest.approx(0.9 * float(S.trace()), rel=1e-6)
@@ -163,10 +163,10 @@ def test_a_diagonal_prints_without_its_entries() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 10])
-def test_two_standard_errors_hold_the_mean_of_few_normal_numbers_as_often_as_that_of_many(count: int) -> None:
-    """The widening makes two of them Student's quantile at 95.4 %, to the accuracy of its expansion."""
-    scipy_t = scipy.stats.t.ppf(0.975, count - 1) / 1.96 / math.sqrt(count - 1)
-    assert student_factor(count) == pytest.approx(float(scipy_t), rel={2: 0.7, 3: 0.15}.get(count, 0.02))
+def test_standard_errors_from_few_samples_are_widened_as_by_student(count: int) -> None:
+    """The factor is the ratio of Student's quantile and the normal one, to the accuracy of its expansion."""
+    expected = scipy.stats.t.ppf(0.975, count - 1) / 1.96 / math.sqrt(count - 1)
+    assert student_factor(count) == pytest.approx(float(expected), rel={2: 0.7, 3: 0.15}.get(count, 0.02))
     values = torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     drawn = Samples()
     for value in values.tolist():

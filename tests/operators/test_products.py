@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -446,43 +444,6 @@ def test_a_graph_that_is_kept_stays_whole(keep: str) -> None:
         cached, streamed = (operator(evaluate(closure, problem.params, products=way)) for way in ("cached", "streamed"))  # type: ignore[arg-type]
         v = torch.randn(cached.shape[1], dtype=torch.float64)
         assert error(streamed @ v, cached @ v) < 1e-12
-
-
-class Watched(torch.autograd.Function):
-    """An identity whose result's memory can be watched."""
-
-    alive: ClassVar[Callable[[], list[weakref.ref[np.ndarray]]]] = unseen([])
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        memory = x.detach().numpy().copy()
-        Watched.alive().append(weakref.ref(memory))
-        return torch.from_numpy(memory)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
-
-
-@pytest.mark.parametrize("loss", ["marked", "recognised", "log_softmax"])
-def test_outputs_are_let_go(loss: str) -> None:
-    problem, counts = Batches(), unseen([])
-    functions = {
-        "marked": lambda z, y: F.softplus(mark_outputs(z)).mean(),
-        "recognised": F.cross_entropy,
-        "log_softmax": lambda z, y: F.nll_loss(F.log_softmax(z, 1), y),
-    }
-
-    def closure() -> None:
-        Watched.alive().clear()
-        for x, y in problem.loader:
-            functions[loss](Watched.apply(problem.model(x)), y).backward()
-            counts().append(sum(ref() is not None for ref in Watched.alive()))
-
-    H = hessian(evaluate(closure, problem.params, products="streamed"))
-    counts().clear()
-    H @ torch.ones(H.shape[1], dtype=torch.float64)
-    assert max(counts()) == 0
 
 
 def test_two_operators_warn_once() -> None:

@@ -22,6 +22,7 @@ from houses import FILES, MODULES, ROOT, imports_of, module_of, room_of
 LAYERS = (
     "checks",
     "progress",
+    "lightning",
     "vectors",
     "autodiff",
     "closure",
@@ -36,6 +37,7 @@ LAYERS = (
 KNOWS_ONLY = {
     "checks": set(),
     "progress": set(),
+    "lightning": set(),
     "solvers": {"vectors"},
     "callbacks": {*LAYERS} - {"solvers", "callbacks"},
     "curvature": {*LAYERS[: LAYERS.index("solvers") + 1]},

@@ -142,15 +142,6 @@ class OnceDifferentiableCube(Cube):
         return 3 * x**2 * g
 
 
-class Applied(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(*args)
-
-
 class Heads(nn.Module):
     """One body, a classifier and a regressor."""
 

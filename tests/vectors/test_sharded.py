@@ -110,7 +110,7 @@ def compute(rank: int) -> dict[str, Any]:
         whole = result.full_tensor() if isinstance(result, Sharded) else result
         found[name] = whole, operation(v, w, rows, columns), isinstance(result, Sharded)
     for name, refused in REFUSED.items():
-        with pytest.raises(NotImplementedError, match="shared out among processes"):
+        with pytest.raises(NotImplementedError, match="sharded over processes"):
             refused(operands[0], operands[2])
             pytest.fail(name)
     return found

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from newtonopt import HessianFree, NewtonCG, evaluate, gauss_newton, hessian, jacobian
+from newtonopt.vectors.subclasses import alike, copied, detached, is_wrapper, plain
 
 PRODUCTS = ("cached", "streamed", "finite_difference")
 
@@ -142,3 +143,24 @@ def test_a_parameter_as_output() -> None:
     w = nn.Parameter(torch.ones(3, dtype=torch.float64))
     evaluation = evaluate(lambda: F.mse_loss(w, torch.zeros(3, dtype=torch.float64)), [w])
     assert torch.equal(gauss_newton(evaluation).dense(), torch.eye(3, dtype=torch.float64) * 2 / 3)
+
+
+def test_a_subclass_becomes_plain_and_comes_back() -> None:
+    t = labelled(torch.ones(2, requires_grad=True) * 2, ["u", "v"])
+    found = plain(t)
+    assert type(found) is Tensor and found.data_ptr() == t.data_ptr() and found.grad_fn is not None
+    back = alike(found, t)
+    assert isinstance(back, Labelled) and back.labels == ["u", "v"]
+    for made in (detached(t), copied(t)):
+        assert isinstance(made, Labelled) and made.labels == ["u", "v"] and not made.requires_grad
+    assert plain(detached(t)).data_ptr() == t.data_ptr() != plain(copied(t)).data_ptr()
+    assert plain(None) is None
+
+
+def test_tensors_without_methods_of_their_own_and_wrappers_stay_as_they_are() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged)
+    for t in (torch.ones(1), nn.Parameter(torch.ones(1)), nested):
+        assert plain(t) is t
+        assert alike(found := torch.zeros(1), t) is found
+    assert is_wrapper(nested)
+    assert not is_wrapper(labelled(torch.ones(1)))

@@ -30,7 +30,7 @@ from newtonopt.vectors.scaling import InRange, lost
 
 # Vectors of length n that a measurement may hold, unless more eigenvalues are asked for.
 _VECTORS = 120
-# So many eigenvalues may be asked for even of an operator with fewer rows, because the defaults ask for them.
+# Number of eigenvalues that may be asked for even if the operator has fewer rows: the defaults ask for as many.
 _FEW = 5
 _ANYWHERE = Interval(-math.inf, math.inf)
 
@@ -99,7 +99,7 @@ class Spectrum:
     converged: bool
     confidence: float
     certified: bool
-    asymmetry: float = 0.0
+    asymmetry: float
 
 
 def extreme_eigenvalues(
@@ -228,7 +228,7 @@ def check_spectrum(name: str, spectrum: object) -> None:
 
 
 def check_count(name: str, count: int, rows: int) -> None:
-    """Raise a ValueError if more eigenvalues are asked for than there are, unless it is as few as the defaults."""
+    """Raise a ValueError if more eigenvalues are asked for than there are, and than the defaults ask for."""
     if count > max(rows, _FEW):
         raise ValueError(f"{name} must be at most {rows}, for there are as many parameters, got {count!r}.")
 

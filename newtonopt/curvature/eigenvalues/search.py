@@ -75,7 +75,7 @@ def restarts(request: Request, known: Knowledge) -> Restarts:
 
 
 def from_the_ends(request: Request, values: Tensor, most: int) -> list[int]:
-    """Return the indices, ascending, of the wanted values and of those behind them, about `most` together."""
+    """Return the indices, ascending, of the wanted values, and of values behind them until `most` are chosen."""
     asked = [(sign, count) for sign, count in request.ends if count]
     extra = max(most - sum(count for _, count in asked), 0) // max(len(asked), 1)
     chosen: set[int] = set()

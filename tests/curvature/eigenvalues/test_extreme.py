@@ -14,7 +14,7 @@ from spectra import dense, diagonal, softmax_regression, uniform
 
 from newtonopt import LinearOperator, evaluate, gauss_newton, hessian
 from newtonopt.curvature import Spectrum, extreme_eigenvalues
-from newtonopt.curvature.eigenvalues import search as module
+from newtonopt.curvature.eigenvalues import search
 
 
 def _spectra() -> dict[str, torch.Tensor]:
@@ -33,7 +33,7 @@ SPECTRA = _spectra()
 
 
 def _held(spectrum: Spectrum, truth: Sequence[float], doubt: float = 0.0) -> list[bool]:
-    """Whether each interval holds the eigenvalue of its rank, known up to the doubt."""
+    """Return whether each interval holds the eigenvalue of its rank, which is known up to the doubt."""
     ends = [*zip(spectrum.top, truth[::-1], strict=False), *zip(spectrum.bottom, truth, strict=False)]
     return [entry.lower - doubt <= exact <= entry.upper + doubt for entry, exact in ends]
 
@@ -45,7 +45,7 @@ def _coverage(values: torch.Tensor, runs: int, **arguments: float) -> np.ndarray
 
 
 def _least(confidence: float, runs: int) -> float:
-    """Three standard deviations of the binomial below the confidence."""
+    """Return the confidence less three standard deviations of the binomial distribution."""
     return confidence - 3.0 * (confidence * (1.0 - confidence) / runs) ** 0.5
 
 
@@ -76,7 +76,7 @@ def test_coverage_of_several_at_length(name: str, budget: int) -> None:
 
 
 def test_coverage_fails_where_the_bound_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "component_floor", lambda size, failure: 0.5)
+    monkeypatch.setattr(search, "component_floor", lambda size, failure: 0.5)
     coverage = _coverage(SPECTRA["slow"], 60, top=1, bottom=1, confidence=0.8, max_products=3)
     assert coverage.min() < _least(0.8, 60)
 

@@ -92,7 +92,7 @@ def test_few_vectors_cost_few_products_more(name: str) -> None:
 
 
 class _Live(TorchFunctionMode):
-    """Counts the vectors of length n that are alive."""
+    """Count the vectors of length n that are alive."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
