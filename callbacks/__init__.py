@@ -1,7 +1,17 @@
-"""Lightning callbacks that show an optimizer's curvature and steps while it trains."""
+"""Lightning callbacks that show an optimizer's curvature and steps while it trains.
+
+- `curvature_monitor`: `CurvatureMonitor`, when it measures, and its budget. The measurements are those of
+  `newtonopt.curvature`.
+- `step_monitor`: `StepMonitor`, which logs the reports of Newton steps.
+- `lightning`: the module's loss on kept batches as a closure, and what is peculiar about Lightning.
+- `tensorboard`: charts, words, figures and histograms.
+
+The monitors call `lightning` for the closure and for writing values, and `tensorboard` for the rest.
+"""
 
 try:
-    from .curvature_monitor import CurvatureMonitor
+    from .curvature_monitor import Budget, CurvatureMonitor
+    from .lightning import Probe
     from .step_monitor import StepMonitor
 except ModuleNotFoundError as error:
     raise ImportError(
@@ -9,4 +19,4 @@ except ModuleNotFoundError as error:
         "pip install lightning tensorboard."
     ) from error
 
-__all__ = ["CurvatureMonitor", "StepMonitor"]
+__all__ = ["Budget", "CurvatureMonitor", "Probe", "StepMonitor"]

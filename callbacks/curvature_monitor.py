@@ -3,42 +3,101 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from newtonopt.checks import check_flag, check_whole, explains_arguments
+from newtonopt.checks import (
+    check_flag,
+    check_instance,
+    check_positive,
+    check_positive_share,
+    check_share,
+    check_whole,
+    explains_arguments,
+)
 from newtonopt.closure.evaluation import Products
 from newtonopt.closure.isolation import UnprotectedError, Watch
-from newtonopt.curvature.measure import take
-from newtonopt.curvature.measurement import Layers, Matrix, Measurement, Settings
-from newtonopt.curvature.sharpness import Kind
+from newtonopt.curvature import Measured, Measurement, Sharpness
+from newtonopt.curvature.ascent import Kind
+from newtonopt.curvature.measurements.measurement import Matrix, Plan, take
+from newtonopt.curvature.measuring import list_of
 
-from .charts import curvature_charts
-from .logs import Charts, add_charts, log_values
-from .measuring import Subject, at_rest
-from .panels import add_figures, add_text
-from .probe import Probe
-from .schedule import Allowance, Schedule
+from .lightning import Batches, Probe, at_rest, is_trial, log_values, passes_multiple
+from .tensorboard import Charts, add_charts, add_figures, add_text, charts_of
 
 # What checkpoints hold of the monitors, by prefix.
 _STATE = "CurvatureMonitor"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What CurvatureMonitor may spend.
+
+    Args:
+        max_products: Bound on the eigenvalues' curvature products in one measurement, one or more. The extreme
+            eigenvalues' intervals are logged as wide as they are then; a further eigenvalue, shown without an interval,
+            is left out unless it is known to a tenth. Default 24: on networks of digits the largest is known to a
+            percent or better then, and of the smallest the sign; 100 narrow its interval too.
+        max_seconds: How long a measurement may take, roughly; what does not fit is left out. None (default): no bound.
+        max_overhead: The share of the training time that measuring may add, above 0 and at most 1, such as 0.15 for
+            15 %: measurements that would exceed it are left out, but for the first of each kind and those at the start
+            and the end. None (default): no bound.
+        certify_every: Every how many measurements start at random, one or more; 1: all. The others follow the
+            eigenvectors of the last one, with a quarter of `max_products` or a little more, and certify nothing:
+            `curvature/certified` is 0, and the bounds enclose some eigenvalue, perhaps not the extreme one. Between
+            measurements vectors are kept, `top + bottom + 1` times the parameters. Default 10.
+        tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
+            no more.
+
+    Raises:
+        ValueError: A setting is out of its range.
+
+    Example:
+        >>> from newtonopt.callbacks import Budget, CurvatureMonitor
+        >>> CurvatureMonitor(budget=Budget(max_overhead=0.15)).budget.max_products
+        24
+    """
+
+    max_products: int = 24
+    max_seconds: float | None = None
+    max_overhead: float | None = None
+    certify_every: int = 10
+    tolerance: float = 1e-2
+
+    def __post_init__(self) -> None:
+        check_whole("max_products", self.max_products, 1)
+        if self.max_seconds is not None:
+            check_positive("max_seconds", self.max_seconds)
+        if self.max_overhead is not None:
+            check_positive_share("max_overhead", self.max_overhead)
+        check_whole("certify_every", self.certify_every, 1)
+        check_share("tolerance", self.tolerance)
+
+
 # What other callbacks and libraries call an argument, and what it is called here.
 _ELSEWHERE = {
     **dict.fromkeys(("every", "every_n_steps", "every_n_batches", "log_every_n_steps"), "every_n_train_steps"),
     **dict.fromkeys(("k", "top_k", "top_n", "n_eigenvalues", "num_eigenvalues"), "top"),
-    **dict.fromkeys(("loader", "dataloaders", "train_dataloaders", "val_dataloaders", "batches"), "dataloader"),
+    **dict.fromkeys(
+        ("loader", "dataloaders", "train_dataloaders", "val_dataloaders", "batches"),
+        "Write probe=Probe(dataloader=...).",
+    ),
     "every_n_train_epochs": "every_n_epochs",
-    "params": "parameters",
-    "radius": "sharpness_radius",
+    "params": "Write probe=Probe(parameters=...).",
+    **dict.fromkeys(("radius", "sharpness_radius"), "Write sharpness=Sharpness(radius=...)."),
+    **{name: f"Write probe=Probe({name}=...)." for name in Probe.__dataclass_fields__},
+    **{name: f"Write budget=Budget({name}=...)." for name in Budget.__dataclass_fields__},
+    "trace": "Write measurements=[Trace()].",
+    "density": "Write measurements=[Density()].",
+    "layers": "Write measurements=[Layers()].",
+    "preconditioned": "Write measurements=[Preconditioned()].",
+    "loss_slice": "Write measurements=[LossSlice()].",
 }
-
-
-_A_LOSS_OF_ITS_OWN = 'Or give the module another method that returns the loss alone, and name it by step="...".'
 
 
 class CurvatureMonitor(Callback):
@@ -46,79 +105,56 @@ class CurvatureMonitor(Callback):
 
     The loss is that of `training_step` on the first batches that training saw, kept as the probe, weighted by their
     sizes. It is measured in full precision, without autocast, and leaves no trace: parameters, `.grad`, buffers, random
-    state, metrics, logs, and all state that `training_step` can reach stay as they were to the bit. What cannot be put
-    back, such as an iterator that `training_step` moves on, ends measuring with a warning that names it. A measurement
-    that fails warns once and is left out; training goes on.
+    state, metrics, logs, and all state that `training_step` can reach stay as they were to the bit. State that cannot
+    be put back, such as an iterator that `training_step` moves on, ends measuring with a warning that names it. A
+    measurement that fails warns once and is left out; training goes on.
 
     Under the Trainer's `fast_dev_run` it measures once, at the end, if not before.
 
     Values go to every logger, under `curvature/`, and to `trainer.callback_metrics`. TensorBoard's custom-scalars page
-    gets a category of charts.
+    gets a category of charts. Each argument can be read and changed under its name; a change holds from the next
+    measurement on, that of `probe` from the next fit on.
 
     Args:
         every_n_train_steps: Optimizer steps between measurements, one or more; None (default): 100, unless
             `every_n_epochs` is given.
-        every_n_epochs: Epochs between measurements, one or more, at the end of an epoch's last batch; None (default):
-            by steps.
-        at_start: Whether to measure before the first step as well, or as soon as there are `num_batches`. Then the
-            values are there for an EarlyStopping that is strict. Default False.
-        at_end: Whether to measure after the last step as well. Default False.
         top: How many of the largest eigenvalues, one or more. Default 3.
         bottom: How many of the smallest eigenvalues, zero or more. Default 1.
-        curvature: Of which matrix: "hessian" (default) or "gauss_newton".
+        sharpness: "ball" (default): the worst loss increase at Euclidean distance up to 0.05; "adaptive_ball": the same
+            with each step relative to its parameter's size (Kwon et al. 2021); "average": the mean increase at that
+            distance; a `Sharpness`, for another radius; None: not measured.
+        measurements: Further measurements: `Layers`, `Preconditioned`, `Trace`, `Density`, `LossSlice`, or one of your
+            own. Default: none.
+        every_n_epochs: Epochs between measurements, one or more, at the end of an epoch's last batch; None (default):
+            by steps.
+        at_start: Whether to measure before the first step as well, or as soon as the probe has all its batches. Then
+            the values are there for an EarlyStopping that is strict. Default False.
+        at_end: Whether to measure after the last step as well. Default False.
         gradient: Whether to measure the curvature along the gradient, for one product. Default True.
-        preconditioned: Whether to measure the largest eigenvalue of the matrix as Adam and its kin see it too
-            (`preconditioned`), which is the one that their stability threshold is for. Default False.
-        layers: Patterns of parameters' names, such as ["encoder.*", "*.bias"]: the largest eigenvalue of each such
-            diagonal block, under `curvature/lambda_max_of/`, for as many products each; "parts": of each of the model's
-            parts; None (default): none.
-        trace: Whether to measure the trace, with its standard error. Default False.
-        density: Whether to show the density of all eigenvalues in TensorBoard, as a figure and as a histogram. Default
-            False.
-        loss_slice: Along how many eigenvectors to show the loss and its quadratic model in TensorBoard: none (0), the
-            top one (1), or the top one and the bottom one (2), which takes 441 losses. Default 0.
-        slice_radius: How far the slice reaches, above zero. Default 1.
-        sharpness: "ball" (default): the worst loss increase at Euclidean distance up to `sharpness_radius`;
-            "adaptive_ball": the same with each step relative to its parameter's size (Kwon et al. 2021); "average": the
-            mean increase at that distance; None: not measured.
-        sharpness_radius: Above zero. Default 0.05 (Foret et al. 2021).
-        mode: "train" (default): the function that training minimises, with Dropout's random numbers held fixed; "eval":
-            the model in evaluation mode.
-        num_batches: How many of the first batches make the probe, one or more; of an epoch with fewer, all. Default 1.
-        dataloader: A loader, or a list of batches, to measure on instead, all of it each time; None (default): the
-            first batches.
-        device: Where the first batches are kept, such as "cpu"; None (default): where training has them.
-        precision: "full" (default): that of the weights, without autocast; "training": as in training.
-        step: The module's method that returns the loss, called as `training_step` is. Default "training_step". With
-            manual optimization name another, for `training_step` would train the model.
-        parameters: A regular expression to be found in the names of those that are looked at, such as "^generator";
-            None (default): all.
-        text: Whether to say in words what a measurement means, on TensorBoard's text page. Default True.
+        curvature: The matrix that is measured: "hessian" (default) or "gauss_newton".
         products: How curvature products are formed, "auto" (default), "cached", "streamed" or
             "finite_difference": see `evaluate`.
-        tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
-            no more.
-        max_products: Bound on the eigenvalues' curvature products in one measurement, one or more. The extreme
-            eigenvalues' intervals are logged as wide as they are then; a further eigenvalue, shown without an interval,
-            is left out unless it is known to a tenth. Default 24: on networks of digits the largest is known to a
-            percent or better then, and of the smallest the sign; 100 narrow its interval too.
-        max_seconds: How long a measurement may take, roughly; what does not fit is left out. None (default): no bound.
-        certify_every: Every how many measurements start at random, one or more; 1: all. The others follow the
-            eigenvectors of the last one, with a quarter of `max_products` or a little more, and certify nothing:
-            `curvature/certified` is 0, and the bounds enclose some eigenvalue, perhaps not the extreme one. Between
-            measurements vectors are kept, `top + bottom + 1` times the parameters. Default 10.
-        max_overhead: The share of the training time that measuring may add, above 0 and at most 1, such as
-            0.15 for 15 %: measurements that would exceed it are left out, but for the first of each kind and those at
-            the start and the end. None (default): no bound.
-        seed: Of the random start vectors. Default 0.
-        prefix: The tags' group. Default "curvature". Two monitors in one run need two.
+        seed: Seed of the random start vectors. Default 0.
+        text: Whether to say in words what a measurement means, on TensorBoard's text page. Default True.
+        prefix: Prefix of the tags. Default "curvature". Two monitors in one run need two.
+        probe: The batches, loss and parameters that are measured; None (default): `Probe()`.
+        budget: What measuring may take; None (default): `Budget()`.
 
     Raises:
-        ValueError: A setting out of its range; when a fit starts, a `step`, `parameters` or `layers` that the module
-            has none of, or another monitor with the same `prefix`.
+        TypeError: `measurements`, `probe` or `budget` is of another kind.
+        ValueError: A setting is out of its range; when a fit starts, the module lacks what the probe or a measurement
+            names, or another monitor has the same `prefix`.
 
     Warns:
-        UserWarning: A fit ends without a measurement, or one fails, or has nothing to be `preconditioned` by.
+        UserWarning: A fit ends without a measurement, or one fails, or there is nothing to measure for one of the
+            `measurements`.
+
+    Example:
+        >>> from newtonopt.callbacks import CurvatureMonitor
+        >>> from newtonopt.curvature import Trace
+        >>> monitor = CurvatureMonitor(every_n_train_steps=50, top=1, measurements=[Trace()])
+        >>> monitor.top, monitor.measurements
+        (1, [Trace()])
     """
 
     @explains_arguments(_ELSEWHERE)
@@ -127,78 +163,79 @@ class CurvatureMonitor(Callback):
         every_n_train_steps: int | None = None,
         top: int = 3,
         bottom: int = 1,
-        sharpness: Kind | None = "ball",
-        sharpness_radius: float = 0.05,
-        mode: Literal["train", "eval"] = "train",
-        num_batches: int = 1,
-        products: Products = "auto",
-        tolerance: float = 1e-2,
-        max_products: int = 24,
-        seed: int = 0,
+        sharpness: Kind | Sharpness | None = "ball",
+        measurements: Sequence[Measurement[Any]] = (),
         *,
         every_n_epochs: int | None = None,
         at_start: bool = False,
         at_end: bool = False,
-        curvature: Matrix = "hessian",
         gradient: bool = True,
-        preconditioned: bool = False,
-        layers: Layers = None,
-        trace: bool = False,
-        density: bool = False,
-        loss_slice: Literal[0, 1, 2] = 0,
-        slice_radius: float = 1.0,
-        dataloader: Iterable[Any] | None = None,
-        device: str | None = None,
-        precision: Literal["full", "training"] = "full",
-        step: str = "training_step",
-        parameters: str | None = None,
+        curvature: Matrix = "hessian",
+        products: Products = "auto",
+        seed: int = 0,
         text: bool = True,
-        max_seconds: float | None = None,
-        certify_every: int = 10,
-        max_overhead: float | None = None,
         prefix: str = "curvature",
+        probe: Probe | None = None,
+        budget: Budget | None = None,
     ) -> None:
-        self._schedule = Schedule(every_n_train_steps, every_n_epochs, at_start, at_end)
-        self._settings = Settings(
-            top=top,
-            bottom=bottom,
-            curvature=curvature,
-            gradient=gradient,
-            preconditioned=preconditioned,
-            layers=layers,
-            trace=trace,
-            density=density,
-            loss_slice=loss_slice,
-            slice_radius=slice_radius,
-            sharpness=sharpness,
-            sharpness_radius=sharpness_radius,
-            products=products,
-            tolerance=tolerance,
-            max_products=max_products,
-            max_seconds=max_seconds,
-            seed=seed,
-            prefix=prefix,
-        )
-        check_flag("text", text)
-        check_whole("certify_every", certify_every, 1)
-        self._subject = Subject(step, mode, precision, parameters)
-        self._probe = Probe(num_batches, dataloader, device)
-        self._allowance = Allowance(max_overhead)
-        # Each argument can be read under its name.
-        given: dict[str, Any] = {"num_batches": num_batches, "dataloader": dataloader, "device": device, "text": text}
-        given |= {"certify_every": certify_every, "max_overhead": max_overhead}
-        vars(self).update(vars(self._schedule) | vars(self._settings) | vars(self._subject) | given)
-        self._text = text
-        self._certify_every = certify_every
+        self.every_n_train_steps = every_n_train_steps
+        self.top = top
+        self.bottom = bottom
+        self.sharpness = sharpness
+        self.measurements = measurements
+        self.every_n_epochs = every_n_epochs
+        self.at_start = at_start
+        self.at_end = at_end
+        self.gradient = gradient
+        self.curvature: Matrix = curvature
+        self.products: Products = products
+        self.seed = seed
+        self.text = text
+        self.prefix = prefix
+        self.probe = Probe() if probe is None else probe
+        self.budget = Budget() if budget is None else budget
+        self._check()
         self._begin()
+
+    def _check(self) -> None:
+        """Refuse settings that are out of their range."""
+        for name in ("every_n_train_steps", "every_n_epochs"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), 1)
+        if self.every_n_train_steps is not None and self.every_n_epochs is not None:
+            raise ValueError(
+                f"every_n_train_steps must be None beside every_n_epochs={self.every_n_epochs}, got "
+                f"{self.every_n_train_steps}. Give one of them."
+            )
+        for name in ("at_start", "at_end", "text"):
+            check_flag(name, getattr(self, name))
+        check_instance("probe", self.probe, Probe, "a Probe, or None", "Write Probe(num_batches=4), for example.")
+        check_instance(
+            "budget", self.budget, Budget, "a Budget, or None", "Write Budget(max_products=100), for example."
+        )
+        self._plan()
+
+    def _plan(self) -> Plan:
+        """Return what is measured, from the settings as they are now."""
+        return Plan(
+            list_of(self.top, self.bottom, self.sharpness, self.gradient, self.measurements),
+            self.curvature,
+            self.products,
+            self.budget.tolerance,
+            self.budget.max_products,
+            self.budget.max_seconds,
+            self.seed,
+            self.prefix,
+        )
 
     def _begin(self) -> None:
         """Forget the last fit."""
-        self._probe.clear()
+        self._batches = Batches(self.probe)
+        self._allowance = Allowance(self.budget.max_overhead)
         self._enabled = True
         self._watch: Watch | None = None
         self._watched = False
-        self._last: Measurement | None = None
+        self._last: Measured | None = None
         self._followed = 0
         self._differences = False
         self._last_step = 0
@@ -209,46 +246,46 @@ class CurvatureMonitor(Callback):
 
     # Hooks, and not `state_dict`: of two with one prefix Trainer would say that they cannot be saved, and not why.
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint.setdefault(_STATE, {})[self._settings.prefix] = self._probe.state_dict()
+        checkpoint.setdefault(_STATE, {})[self.prefix] = self._batches.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint.get(_STATE, {}).get(self._settings.prefix)
+        state = checkpoint.get(_STATE, {}).get(self.prefix)
         if state is not None:
-            self._probe.load_state_dict(state)
+            self._batches.load_state_dict(state)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Before a checkpoint is loaded."""
+        """Begin anew before a checkpoint is loaded."""
         if stage != "fit":
             return
-        prefix = self._settings.prefix
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(c, CurvatureMonitor) and c._settings.prefix == prefix for c in callbacks) > 1:
+        if sum(isinstance(c, CurvatureMonitor) and c.prefix == self.prefix for c in callbacks) > 1:
             raise ValueError(
-                f"prefix must be another one in each CurvatureMonitor of a Trainer, got {prefix!r} in several, which "
-                "would write the same tags. Give each a prefix of its own."
+                f"prefix must be another one in each CurvatureMonitor of a Trainer, got {self.prefix!r} in several, "
+                "which would write the same tags. Give each a prefix of its own."
             )
+        self._check()
         self._begin()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._subject.check(pl_module, self._settings)
-        self._enabled = pl_module.automatic_optimization or self._subject.step != "training_step"
+        self.probe.check_model(pl_module, self._plan().measurements)
+        self._enabled = pl_module.automatic_optimization or self.probe.step != "training_step"
         if not self._enabled:
             rank_zero_warn(
                 "CurvatureMonitor measures nothing: it gets the loss from training_step, which under manual "
-                'optimization would train the model. Give it step="...", the name of a method of the module that takes '
-                "a batch and its index and returns the loss, and where there are several networks "
+                'optimization would train the model. Give it probe=Probe(step="..."), the name of a method of the '
+                "module that takes a batch and its index and returns the loss, and where there are several networks "
                 'parameters="^generator" or the like.'
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
-        self._allowance.restart()
+        self._allowance = Allowance(self.budget.max_overhead)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._probe.offer(batch, batch_idx)
-        if self._schedule.at_start and self._measured_at is None:
+        self._batches.offer(batch, batch_idx)
+        if self.at_start and self._measured_at is None:
             self._look(trainer, pl_module)
-        if self._enabled and not self._watched and self._subject.step == "training_step":
+        if self._enabled and not self._watched and self.probe.step == "training_step":
             # The first step of training tells whether a measurement would change what cannot be put back.
             self._watched = True
             self._watch = Watch(pl_module.training_step)
@@ -259,50 +296,62 @@ class CurvatureMonitor(Callback):
         if self._watch is not None and (changed := self._watch.changed()):
             self._stop(f"measuring would change training. {UnprotectedError(changed)}")
         self._watch = None
-        due = self._schedule.after_step(self._last_step, trainer.global_step)
+        due = self._due_after_step(self._last_step, trainer.global_step)
         self._last_step = trainer.global_step
         if trainer.is_last_batch:
-            self._probe.close()
-            due = due or self._schedule.after_epoch(trainer.current_epoch)
+            # Validation runs before the epoch's end hooks, and EarlyStopping may look for values there.
+            self._batches.close()
+            due = due or self._due_after_epoch(trainer.current_epoch)
         if due and self._fits(trainer):
             self._look(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # An epoch that was cut short had no last batch.
-        self._probe.close()
-        if self._schedule.after_epoch(trainer.current_epoch) and self._fits(trainer):
+        self._batches.close()
+        if self._due_after_epoch(trainer.current_epoch) and self._fits(trainer):
             self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A trial run is to find out whether all works, and ends before a measurement is due.
-        is_trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        if self._schedule.at_end or (is_trial and self._measured_at is None):
+        if self.at_end or (is_trial(trainer) and self._measured_at is None):
             self._look(trainer, pl_module)
         if self._enabled and self._measured_at is None:
-            why = self._probe.lack() if self._lacked_batches else self._schedule.lack(trainer.global_step)
+            why = self._batches.lack() if self._lacked_batches else self._why_never_due(trainer.global_step)
             rank_zero_warn(f"CurvatureMonitor measured nothing in this fit: {why}, or set at_end=True.")
 
+    def _due_after_step(self, before: int, now: int) -> bool:
+        return self.every_n_epochs is None and passes_multiple(before, now, self.every_n_train_steps or 100)
+
+    def _due_after_epoch(self, epoch: int) -> bool:
+        """Return whether a measurement is due at the end of the epoch, counted from zero."""
+        return self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0
+
+    def _why_never_due(self, steps: int) -> str:
+        if self.every_n_epochs is not None:
+            return f"it ended at step {steps}, before every_n_epochs={self.every_n_epochs} had passed. Lower that"
+        every = self.every_n_train_steps or 100
+        return f"it ended at step {steps}, before one was due by every_n_train_steps={every}. Lower that"
+
     def _fits(self, trainer: Trainer) -> bool:
-        """Whether time allows it, on all processes alike."""
+        """Return whether time allows a measurement, on all processes alike."""
         if self._measured_at == trainer.global_step:
             return False
         return trainer.strategy.reduce_boolean_decision(self._allowance.allows(self._certifies()), all=True)
 
     def _certifies(self) -> bool:
-        """Whether the next measurement starts at random."""
-        return self._last is None or self._followed + 1 >= self._certify_every
+        """Return whether the next measurement starts at random."""
+        return self._last is None or self._followed + 1 >= self.budget.certify_every
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure and log, once a step."""
         if not self._enabled or self._measured_at == trainer.global_step:
             return
-        if not self._probe.complete:
+        if not self._batches.complete:
             self._lacked_batches = True
             return
         self._measured_at = trainer.global_step
         certifies, began = self._certifies(), time.perf_counter()
         try:
-            values = self._measure(trainer, pl_module)
+            measured = self._measure(trainer, pl_module)
         except UnprotectedError as error:
             self._stop(f"at step {trainer.global_step} a measurement would have changed training further. {error}")
             return
@@ -316,17 +365,44 @@ class CurvatureMonitor(Callback):
             return
         finally:
             self._allowance.spend(certifies, time.perf_counter() - began)
-        log_values(trainer, values)
-        if self._text:
-            add_text(trainer, values, self._subject.in_words(trainer, pl_module))
+        self._show(trainer, pl_module, measured)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> Measured:
+        plan = replace(self._plan(), products="finite_difference") if self._differences else self._plan()
+        with self.probe.measuring(pl_module):
+            closure, samples = self._batches.loss(trainer, pl_module)
+            named = self.probe.trained(pl_module)
+            last = None if self._certifies() else self._last
+            params = [p for _, p in named]
+            watch = Watch(closure)
+            try:
+                measured = at_rest(
+                    lambda: take(closure, params, trainer.optimizers, plan, samples, named, last),
+                    params,
+                    trainer.optimizers,
+                )
+            finally:
+                if changed := watch.changed():
+                    raise UnprotectedError(changed)
+        self._last = measured
+        self._followed = 0 if last is None or measured.read("certified") == 1.0 else self._followed + 1
+        # A loss that has no second derivative now has none the next time.
+        self._differences = measured.form == "finite_difference"
+        return measured
+
+    def _show(self, trainer: Trainer, pl_module: LightningModule, measured: Measured) -> None:
+        """Write what was measured to the loggers."""
+        log_values(trainer, measured)
+        if self.text:
+            add_text(trainer, measured, self.probe.in_words(trainer, pl_module))
         # An optimizer that has taken no step yet may still do.
-        if values.lack is not None and trainer.global_step > 0:
-            self._warn("preconditioned", f"CurvatureMonitor cannot do what preconditioned=True asks for: {values.lack}")
+        for name, reason in measured.unmeasurable().items() if trainer.global_step > 0 else ():
+            self._warn(name, f"CurvatureMonitor cannot measure {name}: {reason}")
         try:
-            add_figures(trainer, values)
+            add_figures(trainer, measured)
         except ImportError as error:
             self._warn("figures", f"CurvatureMonitor draws no figures: {error}")
-        for category, charts in curvature_charts(values, values.prefix).items():
+        for category, charts in charts_of(measured).items():
             known = self._charts.get(category, {})
             if not charts.keys() <= known.keys():
                 self._charts[category] = {**known, **charts}
@@ -335,33 +411,39 @@ class CurvatureMonitor(Callback):
     def _stop(self, why: str) -> None:
         """Measure no more in this fit."""
         self._enabled = False
-        rank_zero_warn(f"CurvatureMonitor measures nothing from here on: {why} {_A_LOSS_OF_ITS_OWN}")
+        rank_zero_warn(
+            f"CurvatureMonitor measures nothing from here on: {why} Or give the module another method that returns the "
+            'loss alone, and name it by probe=Probe(step="...").'
+        )
 
     def _warn(self, subject: str, message: str) -> None:
-        """Once a fit on each subject."""
+        """Warn once a fit on each subject."""
         if subject not in self._warned:
             rank_zero_warn(message)
         self._warned.add(subject)
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> Measurement:
-        settings = replace(self._settings, products="finite_difference") if self._differences else self._settings
-        with self._subject.measuring(pl_module):
-            closure, samples = self._subject.loss_over(self._probe, trainer, pl_module)
-            named = self._subject.trained(pl_module)
-            last = None if self._certifies() else self._last
-            params = [p for _, p in named]
-            watch = Watch(closure)
-            try:
-                values = at_rest(
-                    lambda: take(closure, params, trainer.optimizers, settings, samples, named, last),
-                    params,
-                    trainer.optimizers,
-                )
-            finally:
-                if changed := watch.changed():
-                    raise UnprotectedError(changed)
-        self._last = values
-        self._followed = 0 if last is None or values.read("certified") == 1.0 else self._followed + 1
-        # What has no second derivative now has none the next time.
-        self._differences = values.form == "finite_difference"
-        return values
+
+class Allowance:
+    """Keeps what measuring adds below a share of the time that training takes, by leaving measurements out.
+
+    Args:
+        share: Share of training's own time, from when this is made; None: no bound.
+    """
+
+    def __init__(self, share: float | None) -> None:
+        self._share = share
+        self._began = time.perf_counter()
+        self._spent = 0.0
+        self._costs: dict[bool, float] = {}
+
+    def allows(self, certified: bool) -> bool:
+        """Return whether a measurement, at the cost of the last one of its kind, fits; the first one always does."""
+        if self._share is None or certified not in self._costs:
+            return True
+        trained = time.perf_counter() - self._began - self._spent
+        return self._spent + self._costs[certified] <= self._share * trained
+
+    def spend(self, certified: bool, seconds: float) -> None:
+        """Enter what a measurement took."""
+        self._costs[certified] = seconds
+        self._spent += seconds

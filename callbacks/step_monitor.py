@@ -13,15 +13,15 @@ from newtonopt.checks import check_whole, explains_arguments
 from newtonopt.optimizers.newton import NewtonOptimizer
 from newtonopt.optimizers.report import StepReport
 
-from .logs import Charts, add_charts, log_values
-from .schedule import passes_multiple
+from .lightning import is_trial, log_values, passes_multiple
+from .tensorboard import Charts, add_charts
 
 
 class StepMonitor(Callback):
     """Log a Newton optimizer's damping, radius or sigma, and ratios, iterations, products and norms, under `newton/`.
 
-    `newton/ratio` is the actual over the predicted decrease of the step taken; `newton/first_ratio` that of the step as
-    proposed, before a line search shortened it, which adapts the damping, radius or sigma.
+    `newton/ratio` is the actual over the predicted decrease of the step taken; `newton/first_ratio` is the ratio of the
+    step as proposed, before a line search shortened it, and adapts the damping, radius or sigma.
 
     Args:
         every_n_train_steps: Optimizer steps between log entries, one or more. Default 1: a Newton step is dear, and its
@@ -29,6 +29,11 @@ class StepMonitor(Callback):
 
     Raises:
         ValueError: `every_n_train_steps` is below one.
+
+    Example:
+        >>> from newtonopt.callbacks import StepMonitor
+        >>> StepMonitor(every_n_train_steps=10).every_n_train_steps
+        10
     """
 
     @explains_arguments(dict.fromkeys(("every", "every_n_steps", "log_every_n_steps"), "every_n_train_steps"))
@@ -51,8 +56,7 @@ class StepMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        # A trial run is to find out whether all works, and ends before a step is due.
-        every = 1 if trainer.fast_dev_run else self.every_n_train_steps  # type: ignore[attr-defined]
+        every = 1 if is_trial(trainer) else self.every_n_train_steps
         due = passes_multiple(self._last_step, trainer.global_step, every)
         self._last_step = trainer.global_step
         reports = [

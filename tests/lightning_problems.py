@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 
 from newtonopt import CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton
+from newtonopt.callbacks import Budget, CurvatureMonitor, Probe
 
 BATCHES = 3
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -124,6 +126,17 @@ def quiet_trainer(**settings: Any) -> L.Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     defaults = {"accelerator": "cpu", "max_epochs": 2, "logger": False, "log_every_n_steps": 1, **quiet}
     return L.Trainer(**{**defaults, **settings})
+
+
+def monitor_of(settings: dict[str, Any]) -> CurvatureMonitor:
+    """A monitor by its arguments and those of its probe and its budget, which have other names."""
+    parts: dict[str, Any] = {}
+    for name, kind in (("probe", Probe), ("budget", Budget)):
+        fields = {f.name for f in dataclasses.fields(kind)} & settings.keys()
+        if fields:
+            parts[name] = kind(**{field: settings[field] for field in fields})
+            settings = {key: value for key, value in settings.items() if key not in fields}
+    return CurvatureMonitor(**settings, **parts)
 
 
 def both_loggers(folder: Path) -> list[Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from newtonopt.checks import check_closure, check_positive, check_weight, check_whole, shown
 from newtonopt.closure.evaluation import Products, check_products
 from newtonopt.closure.objective import Objective
+from newtonopt.curvature.drawing import figure_of, panels
 from newtonopt.operators.matrices import hessian
 from newtonopt.vectors.flat import trained_parameters
 from newtonopt.vectors.scaling import dot, norm
@@ -23,19 +24,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class LossSlice:
+class LossSurface:
     """The loss at `theta + a d`, or at `theta + a d + b e`, and its quadratic model there.
 
     Attributes:
-        coordinates: The values of a, and of b, `(points,)`, float64 on the CPU.
-        losses: `(points,)`, or `(points, points)` with a along the rows' index, float64 on the CPU; what is not finite
-            stays so.
-        model: The second-order Taylor polynomial there, of the same shape.
-        loss: At theta.
-        slopes: Of the loss along the directions, `(1,)` or `(2,)`.
-        curvatures: Second derivatives along them, `(1, 1)` or `(2, 2)`.
+        coordinates: Values of a, and of b, `(points,)`, float64 on the CPU.
+        losses: Losses `(points,)`, or `(points, points)` with a along the rows' index, float64 on the CPU; losses that
+            are not finite stay so.
+        model: Second-order Taylor polynomial at the same places, of the same shape.
+        loss: Loss at theta.
+        slopes: Slopes of the loss along the directions, `(1,)` or `(2,)`.
+        curvatures: Second derivatives along the directions, `(1, 1)` or `(2, 2)`.
         products: Hessian products that were used, one a direction.
-        names: What a figure calls the directions.
+        names: Names of the directions in a figure.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt.curvature import loss_slice
+        >>> w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        >>> surface = loss_slice(lambda: w[0] ** 2 + w[1], [w], torch.eye(2, dtype=torch.float64), points=3)
+        >>> surface.losses.tolist()
+        [[0.0, 1.0, 2.0], [-1.0, 0.0, 1.0], [0.0, 1.0, 2.0]]
+        >>> torch.equal(surface.losses, surface.model)
+        True
     """
 
     coordinates: Tensor = field(repr=False)
@@ -51,7 +62,7 @@ class LossSlice:
         """Draw loss and model as two lines; in two dimensions as contours side by side.
 
         Args:
-            ax: The axes of matplotlib's to draw in, two of them in two dimensions; None (default): a new figure, which
+            ax: Axes of matplotlib's to draw in, two of them in two dimensions; None (default): a new figure, which
                 `plt.show()` shows.
 
         Returns:
@@ -61,9 +72,29 @@ class LossSlice:
             ImportError: matplotlib is missing.
             TypeError: `ax` is something else, or another number of axes.
         """
-        from newtonopt.curvature.figures import slice_figure
-
-        return slice_figure(self, ax)
+        drawn_in = panels(ax, self.losses.dim())
+        steps = self.coordinates.numpy()
+        if self.losses.dim() == 1:
+            (axes,) = drawn_in
+            axes.plot(steps, self.losses.numpy(), color="C0", linewidth=1.5, label="loss")
+            axes.plot(steps, self.model.numpy(), color="C1", linestyle="--", label="quadratic model")
+            axes.plot(0.0, self.loss, "ko", markersize=4)
+            axes.set(xlabel=f"step along {self.names[0]}", ylabel="loss")
+            axes.set_title(f"slope {float(self.slopes[0]):.3g}, curvature {float(self.curvatures[0, 0]):.3g}")
+            axes.legend(frameon=False)
+            return figure_of(axes)
+        finite = self.losses[self.losses.isfinite()]
+        both = torch.cat([finite, self.model.reshape(-1)])
+        levels = _levels(float(both.min()), float(both.max()))
+        for panel, values, title in zip(drawn_in, (self.losses, self.model), ("loss", "quadratic model"), strict=True):
+            # The first coordinate runs to the right.
+            drawn = panel.contourf(steps, steps, values.T.numpy(), levels=levels, cmap="viridis")
+            panel.plot(0.0, 0.0, "w+", markersize=8)
+            panel.set(xlabel=f"step along {self.names[0]}", title=title, aspect="equal")
+        drawn_in[0].set_ylabel(f"step along {self.names[1]}")
+        figure = figure_of(drawn_in[0])
+        figure.colorbar(drawn, ax=drawn_in, label="loss")
+        return figure
 
 
 @torch.inference_mode(False)
@@ -75,8 +106,8 @@ def loss_slice(
     points: int = 41,
     products: Products = "auto",
     weight: float | None = None,
-) -> LossSlice:
-    """The loss on a line or a square through the parameters, beside its quadratic model.
+) -> LossSurface:
+    """Return the loss on a line or a square through the parameters, beside its quadratic model.
 
     Parameters, random state and buffers are as before afterwards.
 
@@ -85,11 +116,11 @@ def loss_slice(
         params: The parameters; those without `requires_grad` are left alone.
         directions: One or two flat vectors `(n,)`, such as `spectrum.top[0].vector`, of any length: coordinates count
             them as they are. One alone may be given without a sequence.
-        radius: Coordinates run from -radius to radius; positive. Default 1.
-        points: In each direction, at least 3; an odd number has the parameters themselves among them. Default 41: a
-            square takes the loss 1681 times.
+        radius: Reach of the coordinates, from -radius to radius; above zero. Default 1.
+        points: Points in each direction, at least 3; an odd number has the parameters themselves among them. Default
+            41: a square takes the loss 1681 times.
         products: How Hessian products are formed, as for `evaluate`.
-        weight: Of this process in the mean over several, as for `evaluate`.
+        weight: Weight of this process in the mean over several, as for `evaluate`.
 
     Returns:
         The slice.
@@ -99,6 +130,13 @@ def loss_slice(
         ValueError: An argument is out of range, or a direction is of another length than the parameters, zero or not
             finite.
         FloatingPointError: The loss at the parameters is not finite.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt.curvature import loss_slice
+        >>> w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        >>> loss_slice(lambda: w.square().sum(), [w], torch.tensor([2.0, 0.0]), points=3).losses.tolist()
+        [4.0, 0.0, 4.0]
     """
     check_positive("radius", radius)
     check_whole("points", points, 3)
@@ -121,7 +159,7 @@ def loss_slice(
     losses = [objective.loss_at(_combined(place, axes)) for place in grid.tolist()]
     shape = (points,) * len(axes)
     model = loss + grid @ slopes + 0.5 * ((grid @ curvatures) * grid).sum(1)
-    return LossSlice(
+    return LossSurface(
         steps,
         torch.tensor(losses, dtype=torch.float64, device="cpu").reshape(shape),
         model.reshape(shape),
@@ -159,3 +197,10 @@ def _axes(directions: Tensor | Sequence[Tensor], point: Tensor) -> list[Tensor]:
         if not 0.0 < norm(direction) < math.inf:
             raise ValueError("directions must be finite and not zero, got a vector that is not.")
     return [direction.to(point.dtype).to(point.device) for direction in directions]
+
+
+def _levels(low: float, high: float) -> Any:
+    """Return round values that part the range into about sixteen."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(16).tick_values(low, high if high > low else low + 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import re
 import warnings
@@ -28,6 +29,7 @@ from lightning_problems import (
     from_events,
     layout,
     loader,
+    monitor_of,
     quiet_trainer,
 )
 from problems import Doubled
@@ -35,11 +37,13 @@ from torch import Tensor
 from torch.autograd.functional import hessian as dense_hessian
 from torch.func import functional_call
 
-from newtonopt.callbacks import CurvatureMonitor, StepMonitor
+from newtonopt.callbacks import Budget, CurvatureMonitor, Probe, StepMonitor
+from newtonopt.curvature import Density, Layers, LossSlice, Preconditioned, Sharpness, Tag, Trace
+from newtonopt.curvature.measurements.measurement import COST_TAGS
 
 
 def small_monitor(**settings: Any) -> CurvatureMonitor:
-    return CurvatureMonitor(**{"every_n_train_steps": 1, "max_products": 30, **settings})
+    return monitor_of({"every_n_train_steps": 1, "max_products": 30, **settings})
 
 
 def everything(model: Classifier, trainer: L.Trainer, folder: Path) -> dict[str, Any]:
@@ -78,9 +82,10 @@ def fitted(optimizer: str, folder: Path, *callbacks: L.Callback) -> dict[str, An
 @pytest.mark.parametrize("optimizer", [pytest.param("SGD", marks=pytest.mark.slow), "Adam", "HessianFree"])
 def test_measuring_changes_nothing(optimizer: str, tmp_path: Path) -> None:
     without = fitted(optimizer, tmp_path / "without")
-    everything_else = {"at_start": True, "trace": True, "density": True, "layers": ["layers.0.*"], "loss_slice": 1}
+    further = [Trace(), Density(), Layers(["layers.0.*"]), LossSlice()]
+    everything_else: dict[str, Any] = {"at_start": True}
     everything_else |= {
-        "preconditioned": optimizer != "HessianFree",
+        "measurements": further if optimizer == "HessianFree" else [*further, Preconditioned()],
         "precision": "training",
         "dataloader": list(loader()),
         "device": "cpu",
@@ -161,13 +166,11 @@ def test_values_are_those_of_the_dense_matrix(mode: str, precision: str, tmp_pat
     model, batches = Plain("SGD", dropout=0.0 if mode == "train" else 0.5), Batches()
     monitor = CurvatureMonitor(
         every_n_train_steps=4,
-        mode=mode,
-        num_batches=2,
         top=3,
         bottom=2,
-        tolerance=1e-3,
-        max_products=200,
-        sharpness_radius=0.2,
+        sharpness=Sharpness(radius=0.2),
+        probe=Probe(mode=mode, num_batches=2),
+        budget=Budget(tolerance=1e-3, max_products=200),
     )
     trainer = quiet_trainer(precision=precision, callbacks=[batches, monitor], logger=both_loggers(tmp_path))
     trainer.fit(model, loader(14, dtype=dtype))  # batches of 14 and 8, twice: measured once, at the final parameters
@@ -212,17 +215,28 @@ def test_tags_reach_every_logger_and_the_trainer(tmp_path: Path) -> None:
 
 
 def test_the_manual_has_every_tag_and_no_other(tmp_path: Path) -> None:
-    everything = {"bottom": 2, "preconditioned": True, "layers": ["layers.0.*"], "trace": True, "density": True}
-    everything |= {"loss_slice": 1, "sharpness": "average", "every_n_epochs": 1, "every_n_train_steps": None}
-    trainer = quiet_trainer(max_epochs=1, callbacks=[small_monitor(**everything)], logger=both_loggers(tmp_path))
+    further = [Preconditioned(), Layers(["layers.0.*"]), Trace(), Density(), LossSlice()]
+    everything = {"bottom": 2, "sharpness": "average", "measurements": further, "every_n_epochs": 1}
+    monitor = small_monitor(**everything, every_n_train_steps=None)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[monitor], logger=both_loggers(tmp_path))
     trainer.fit(Classifier("Adam"), loader())
     written = [tag.removeprefix("curvature/") for tag in all_tags(tmp_path) if tag.startswith("curvature/")]
-    names = {re.sub("_of/.*", "_of/PART", tag.removesuffix("/text_summary")) for tag in written}
+    names = {tag.removesuffix("/text_summary") for tag in written}
     tags = (Path(__file__).parents[2] / "docs" / "monitor.md").read_text().split("## Tags")[1].split("\n## ")[0]
-    told = {name for row in re.findall(r"^\| (`.*?) \|", tags, re.MULTILINE) for name in row.split("`")[1::2]}
-    [others] = re.findall("^TensorBoard also gets (.*)", tags, re.MULTILINE)
+    told = re.findall(r"^\| `([^`]+)` \|", tags, re.MULTILINE)
     # Products that are not symmetric are not met here.
-    assert names == (told - {"top", "bottom", "asymmetry"}) | set(others.split("`")[1::2])
+    unmet = [name for name in told if not any(Tag(name, "", "").fits(tag) for tag in names)]
+    assert unmet == ["asymmetry"]
+    assert [tag for tag in names if not any(Tag(name, "", "").fits(tag) for name in told)] == ["in_words"]
+
+
+def test_the_manual_says_of_each_tag_what_its_measurement_says() -> None:
+    further: list[Any] = [Preconditioned, Layers, Trace, Density, LossSlice]
+    kinds = [type(m) for m in small_monitor(measurements=[kind() for kind in further])._plan().measurements]
+    tags = [*(tag for kind in kinds for tag in kind.tags), *COST_TAGS]
+    manual = (Path(__file__).parents[2] / "docs" / "monitor.md").read_text()
+    table = [line for line in manual.split("## Tags")[1].split("\n## ")[0].splitlines() if line.startswith("| `")]
+    assert table == [f"| `{tag.name}` | {tag.description} | {tag.unit} |" for tag in tags]
 
 
 def test_early_stopping_watches_curvature_without_a_logger() -> None:
@@ -338,7 +352,7 @@ def test_a_model_that_cannot_be_measured_still_trains() -> None:
     assert trainer.global_step == BATCHES
 
 
-FLAGS = ("at_start", "at_end", "gradient", "preconditioned", "trace", "density", "text")
+FLAGS = ("at_start", "at_end", "gradient", "text")
 
 
 @pytest.mark.parametrize(
@@ -356,15 +370,15 @@ FLAGS = ("at_start", "at_end", "gradient", "preconditioned", "trace", "density",
         *((({flag: "yes"}), f"{flag} must be True or False, got 'yes'") for flag in FLAGS),
         ({"sharpness": "cube"}, "sharpness must be 'ball' or 'adaptive_ball' or 'average' or None, got 'cube'"),
         ({"mode": "test"}, "mode must be 'train' or 'eval', got 'test'"),
-        ({"sharpness_radius": 0.0}, "sharpness_radius must be positive and finite, got 0.0"),
-        ({"sharpness_radius": None}, "sharpness_radius must be positive and finite, got None"),
+        ({"measurements": [int]}, "measurements must hold measurements only, got <class 'int'> in it"),
+        ({"measurements": [Sharpness()]}, "measurements must hold one Sharpness at most"),
+        ({"probe": 3}, "probe must be a Probe, or None, got 3"),
+        ({"budget": {}}, "budget must be a Budget, or None, got {}"),
         ({"tolerance": 1.0}, r"tolerance must be in \(0, 1\), got 1.0"),
         ({"products": "guess"}, "products must be 'auto' or .*, got 'guess'"),
         ({"curvature": "fisher"}, "curvature must be 'hessian' or 'gauss_newton', got 'fisher'"),
         ({"precision": "half"}, "precision must be 'full' or 'training', got 'half'"),
         ({"max_seconds": 0}, "max_seconds must be positive and finite, got 0"),
-        ({"layers": []}, r"layers must be a list of patterns .*, got \[\]"),
-        ({"layers": "encoder"}, "layers must be a list of patterns .*, got 'encoder'"),
         ({"prefix": ""}, "prefix must be made of letters, .* got ''. Write 'curvature'"),
         ({"device": "gpu"}, "device must be one of this machine, got 'gpu'. Write 'cpu'"),
         (
@@ -376,13 +390,29 @@ FLAGS = ("at_start", "at_end", "gradient", "preconditioned", "trace", "density",
         ({"parameters": "("}, r"parameters must be a regular expression, or None for all, got '\(' \(missing \)"),
         ({"parameters": ["encoder"]}, r"parameters must be a regular expression, or None for all, got \['encoder'\]"),
         ({"step": None}, "step must be the name of a method, got None"),
-        ({"loss_slice": True}, "loss_slice must be a whole number"),
-        ({"loss_slice": 2, "top": 1, "bottom": 0}, r"loss_slice must be at most top \+ bottom, 1, .*, got 2"),
+        (
+            {"measurements": [LossSlice(2)], "top": 1, "bottom": 0},
+            r"directions must be at most top \+ bottom, 1, .*, got 2",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        CurvatureMonitor(**settings)
+    with pytest.raises((TypeError, ValueError), match=words):
+        monitor_of(settings)
+
+
+def test_it_has_sixteen_arguments_and_a_change_of_one_holds(tmp_path: Path) -> None:
+    names = list(inspect.signature(CurvatureMonitor).parameters)
+    assert len(names) <= 16
+    monitor = small_monitor(top=1, bottom=0, sharpness=None)
+    assert all(hasattr(monitor, name) for name in names)
+    monitor.top, monitor.measurements, monitor.budget = 2, [Trace()], Budget(max_products=5)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[monitor])
+    trainer.fit(Classifier("SGD"), loader())
+    assert {"curvature/lambda_2", "curvature/trace"} <= trainer.callback_metrics.keys()
+    monitor.top = 0
+    with pytest.raises(ValueError, match="top must be a whole number and at least 1, got 0"):
+        quiet_trainer(max_epochs=1, callbacks=[monitor]).fit(Classifier("SGD"), loader())
 
 
 class OutOfPlace(Plain):
@@ -437,17 +467,16 @@ def test_a_layer_held_in_evaluation_mode_stays_in_it(mode: str) -> None:
 
 def test_the_command_line_builds_both_monitors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["fit"])
-    settings = {"every_n_train_steps": 2, "top": 4, "sharpness": None, "sharpness_radius": 0.1, "mode": "eval"}
-    settings |= {"num_batches": 3, "products": "cached", "layers": ["layer.*"], "trace": True, "loss_slice": 1}
-    settings |= {
-        "at_start": True,
-        "precision": "training",
-        "parameters": "^layer",
-        "device": "cpu",
-        "max_overhead": 0.15,
-    }
+    settings = {"every_n_train_steps": 2, "top": 4, "sharpness": None, "products": "cached", "at_start": True}
+    probe = {"num_batches": 3, "mode": "eval", "precision": "training", "parameters": "^layer", "device": "cpu"}
+    listing = [
+        {"class_path": "newtonopt.curvature.Trace"},
+        {"class_path": "newtonopt.curvature.Layers", "init_args": {"patterns": ["layer.*"]}},
+        {"class_path": "newtonopt.curvature.LossSlice", "init_args": {"directions": 2, "radius": 0.5}},
+    ]
+    given = {**settings, "probe": probe, "budget": {"max_overhead": 0.15}, "measurements": listing}
     callbacks = [
-        {"class_path": "newtonopt.callbacks.CurvatureMonitor", "init_args": settings},
+        {"class_path": "newtonopt.callbacks.CurvatureMonitor", "init_args": given},
         {"class_path": "newtonopt.callbacks.StepMonitor", "init_args": {"every_n_train_steps": 5}},
     ]
     quiet = {
@@ -465,6 +494,8 @@ def test_the_command_line_builds_both_monitors(monkeypatch: pytest.MonkeyPatch) 
     curvature = next(c for c in cli.trainer.callbacks if isinstance(c, CurvatureMonitor))
     steps = next(c for c in cli.trainer.callbacks if isinstance(c, StepMonitor))
     assert {name: getattr(curvature, name) for name in settings} == settings
+    assert curvature.probe == Probe(**probe) and curvature.budget == Budget(max_overhead=0.15)
+    assert curvature.measurements == [Trace(), Layers(["layer.*"]), LossSlice(2, 0.5)]
     assert steps.every_n_train_steps == 5
 
 

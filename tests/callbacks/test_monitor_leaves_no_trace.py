@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from keepers import KEEPERS, content, make
-from lightning_problems import BATCHES, loader, quiet_trainer
+from lightning_problems import BATCHES, loader, monitor_of, quiet_trainer
 from torch import Tensor, nn
 
 from newtonopt.callbacks import CurvatureMonitor
@@ -48,7 +48,7 @@ def trained(model: L.LightningModule, state: Callable[[], Any], *callbacks: L.Ca
 
 def monitor(**settings: Any) -> CurvatureMonitor:
     quick = {"every_n_train_steps": 1, "top": 1, "bottom": 0, "max_products": 2, "sharpness": None, "text": False}
-    return CurvatureMonitor(**{**quick, **settings})
+    return monitor_of({**quick, **settings})
 
 
 class All:

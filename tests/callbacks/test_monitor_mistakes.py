@@ -15,15 +15,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import BaseFinetuning
-from lightning_problems import BATCHES, OPTIMIZERS, Classifier, loader, quiet_trainer
+from lightning_problems import BATCHES, OPTIMIZERS, Classifier, loader, monitor_of, quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from newtonopt.callbacks import CurvatureMonitor, StepMonitor
+from newtonopt.callbacks import Budget, CurvatureMonitor, Probe, StepMonitor
+from newtonopt.curvature import Layers, Preconditioned
 
 
 def quick(**settings: Any) -> CurvatureMonitor:
-    return CurvatureMonitor(**{"top": 1, "bottom": 0, "sharpness": None, "max_products": 8, **settings})
+    return monitor_of({"top": 1, "bottom": 0, "sharpness": None, "max_products": 8, **settings})
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def quick(**settings: Any) -> CurvatureMonitor:
     [
         (
             {"step": "loss"},
-            "step must be the name of a method of Classifier, got 'loss'. Give that of one that takes a",
+            "step must be the name of a method of Classifier, got 'loss'. Give the name of one that takes a",
         ),
         ({"step": "make"}, "step must be the name of a method of Classifier, got 'make'"),
         (
@@ -39,12 +40,15 @@ def quick(**settings: Any) -> CurvatureMonitor:
             r"parameters must be found in the name of .* Classifier, got '\^encoder'\. Choose from layers\.0\.weight, ",
         ),
         (
-            {"layers": ["layers.*", "decoder.*"]},
-            r"layers must each fit the name of .*, got 'decoder\.\*'\. Choose from layers\.0\.weight, ",
+            {"measurements": [Layers(["layers.*", "decoder.*"])]},
+            r"patterns must each fit the name of .*, got 'decoder\.\*'\. Choose from layers\.0\.weight, ",
         ),
         ({"top": 1000}, "top must be at most [0-9]+, for there are as many parameters, got 1000"),
         ({"bottom": 7, "parameters": "4.bias"}, "bottom must be at most 3, for there are as many parameters, got 7"),
-        ({"layers": ["layers.0.*"], "parameters": "4"}, r"got 'layers\.0\.\*'\. Choose from layers\.4\.weight, "),
+        (
+            {"measurements": [Layers(["layers.0.*"])], "parameters": "4"},
+            r"got 'layers\.0\.\*'\. Choose from layers\.4\.weight, ",
+        ),
     ],
 )
 def test_what_the_module_has_not_is_an_error_before_training(settings: dict[str, Any], words: str) -> None:
@@ -73,7 +77,7 @@ def test_what_the_module_has_not_is_an_error_before_training(settings: dict[str,
 )
 def test_what_is_no_loader_is_refused(dataloader: Any, words: str) -> None:
     with pytest.raises(ValueError, match="^dataloader .*" + re.escape(words)):
-        CurvatureMonitor(dataloader=dataloader)
+        Probe(dataloader=dataloader)
 
 
 class Endless(IterableDataset[Tensor]):
@@ -84,8 +88,8 @@ class Endless(IterableDataset[Tensor]):
 
 
 def test_a_loader_of_unknown_length_is_taken() -> None:
-    CurvatureMonitor(dataloader=DataLoader(Endless()))
-    CurvatureMonitor(dataloader=Endless())
+    Probe(dataloader=DataLoader(Endless()))
+    Probe(dataloader=Endless())
 
 
 @pytest.mark.parametrize(
@@ -102,8 +106,8 @@ def test_a_loader_of_unknown_length_is_taken() -> None:
 )
 def test_an_overhead_is_a_share(share: Any, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
-        CurvatureMonitor(max_overhead=share)
-    CurvatureMonitor(max_overhead=1)
+        Budget(max_overhead=share)
+    Budget(max_overhead=1)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +117,11 @@ def test_an_overhead_is_a_share(share: Any, words: str) -> None:
         (StepMonitor, "every_n_steps", "Write every_n_train_steps=..."),
         (CurvatureMonitor, "every_n_train_epochs", "Write every_n_epochs=..."),
         (CurvatureMonitor, "top_k", "Write top=..."),
-        (CurvatureMonitor, "sharpness_radios", "Write sharpness_radius=..."),
+        (CurvatureMonitor, "sharpness_radius", "Write sharpness=Sharpness(radius=...)."),
+        (CurvatureMonitor, "max_products", "Write budget=Budget(max_products=...)."),
+        (CurvatureMonitor, "num_batches", "Write probe=Probe(num_batches=...)."),
+        (CurvatureMonitor, "trace", "Write measurements=[Trace()]."),
+        (CurvatureMonitor, "sharpnes", "Write sharpness=..."),
         (StepMonitor, "zzz", "Its arguments are every_n_train_steps."),
     ],
 )
@@ -152,13 +160,15 @@ class Thaw(BaseFinetuning):
 
 @pytest.mark.filterwarnings("ignore:Lazy modules|The model has|A layer with UninitializedParameter:UserWarning")
 def test_parameters_without_a_shape_so_far_are_no_mistake() -> None:
-    trainer = quiet_trainer(callbacks=[quick(every_n_train_steps=1, parameters="3", layers=["layers.3.*"])])
+    trainer = quiet_trainer(
+        callbacks=[quick(every_n_train_steps=1, parameters="3", measurements=[Layers(["layers.3.*"])])]
+    )
     trainer.fit(Lazy(), loader())
     assert float(trainer.callback_metrics["curvature/lambda_max_of/layers.3"]) > 0.0
 
 
 def test_parameters_that_are_frozen_so_far_are_no_mistake() -> None:
-    monitor = quick(every_n_train_steps=5, parameters="^layers.0", layers=["layers.0.*"])
+    monitor = quick(every_n_train_steps=5, parameters="^layers.0", measurements=[Layers(["layers.0.*"])])
     trainer = quiet_trainer(callbacks=[Thaw(), monitor])
     trainer.fit(Partly(), loader())
     assert float(trainer.callback_metrics["curvature/lambda_max_of/layers.0"]) > 0.0
@@ -192,7 +202,9 @@ def test_two_monitors_with_a_prefix_each_keep_their_own_batches(tmp_path: Path) 
 
 def fitted(optimizer: Callable[..., Any] | str, **settings: Any) -> tuple[L.Trainer, list[str]]:
     """After a fit, and what CurvatureMonitor warned of."""
-    trainer = quiet_trainer(callbacks=[quick(every_n_train_steps=1, preconditioned=True, at_start=True, **settings)])
+    trainer = quiet_trainer(
+        callbacks=[quick(every_n_train_steps=1, measurements=[Preconditioned()], at_start=True, **settings)]
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(Classifier(optimizer), loader())
@@ -222,7 +234,7 @@ def ascent(params: Any) -> torch.optim.Optimizer:
 )
 def test_a_preconditioned_eigenvalue_that_there_cannot_be_warns_once(optimizer: Any, why: str) -> None:
     trainer, (words,) = fitted(optimizer)
-    assert words.startswith("CurvatureMonitor cannot do what preconditioned=True asks for: ")
+    assert words.startswith("CurvatureMonitor cannot measure Preconditioned: ")
     assert re.search(why, words)
     assert "curvature/lambda_max" in trainer.callback_metrics
     assert "curvature/preconditioned_lambda_max" not in trainer.callback_metrics
@@ -243,13 +255,13 @@ class Failing(Classifier):
 
 
 def test_a_failure_after_another_warning_is_still_said() -> None:
-    monitor = quick(every_n_train_steps=1, preconditioned=True, step="loss")
+    monitor = quick(every_n_train_steps=1, measurements=[Preconditioned()], step="loss")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         quiet_trainer(callbacks=[monitor]).fit(Failing("HessianFree"), loader())
     words = [str(w.message) for w in caught if "CurvatureMonitor" in str(w.message)]
     assert len(words) == 2
-    assert "preconditioned=True" in words[0] and "could not measure at step 2" in words[1]
+    assert "cannot measure Preconditioned" in words[0] and "could not measure at step 2" in words[1]
 
 
 class Frozen(Classifier):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning_problems import Classifier, loader, points, quiet_trainer
+from lightning_problems import Classifier, loader, monitor_of, points, quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,7 +24,7 @@ from newtonopt.curvature import measure
 
 def quick(**settings: Any) -> CurvatureMonitor:
     standard = {"every_n_train_steps": 1, "top": 2, "sharpness": None, "max_products": 40, "certify_every": 1}
-    return CurvatureMonitor(**{**standard, **settings})
+    return monitor_of({**standard, **settings})
 
 
 class Smooth(Classifier):

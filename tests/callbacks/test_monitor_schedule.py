@@ -11,15 +11,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning_problems import BATCHES, Classifier, both_loggers, from_csv, from_events, loader, quiet_trainer
+from lightning_problems import (
+    BATCHES,
+    Classifier,
+    both_loggers,
+    from_csv,
+    from_events,
+    loader,
+    monitor_of,
+    quiet_trainer,
+)
 from torch import Tensor, nn
 
 from newtonopt.callbacks import CurvatureMonitor
-from newtonopt.callbacks.schedule import Allowance
+from newtonopt.callbacks.curvature_monitor import Allowance
 
 
 def quick(**settings: Any) -> CurvatureMonitor:
-    return CurvatureMonitor(**{"top": 1, "bottom": 0, "sharpness": None, "max_products": 8, **settings})
+    return monitor_of({"top": 1, "bottom": 0, "sharpness": None, "max_products": 8, **settings})
 
 
 class Validated(Classifier):
@@ -115,7 +124,7 @@ def test_measuring_takes_no_larger_share_than_allowed(tmp_path: Path) -> None:
     ends = {"at_start": True, "at_end": True, "certify_every": 1, "max_overhead": 1e-6}
     assert measured_steps(tmp_path / "ends", quick(every_n_train_steps=1, **ends), max_epochs=1) == [0, 3]
     with pytest.raises(ValueError, match="max_overhead must be above 0 and at most 1, got 0"):
-        CurvatureMonitor(max_overhead=0)
+        quick(max_overhead=0)
 
 
 def test_a_measurement_that_took_no_time_is_always_allowed() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from lightning_problems import Classifier, both_loggers, loader, quiet_trainer
 
-from newtonopt.callbacks import CurvatureMonitor, StepMonitor
+from newtonopt.callbacks import Budget, CurvatureMonitor, StepMonitor
+from newtonopt.curvature import Density, Trace
 
 # For each card of the custom-scalars page its title, how many points each of its lines has, and what is wrong with it.
 CARDS = """
@@ -59,7 +60,11 @@ def test_the_page_shows_every_chart_with_its_data(tmp_path: Path) -> None:
     if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
         pytest.skip("chromium and its chromedriver are not installed")
     monitor = CurvatureMonitor(
-        every_n_train_steps=1, at_start=True, bottom=2, max_products=40, density=True, trace=True
+        every_n_train_steps=1,
+        at_start=True,
+        bottom=2,
+        measurements=[Density(), Trace()],
+        budget=Budget(max_products=40),
     )
     trainer = quiet_trainer(max_epochs=1, callbacks=[monitor, StepMonitor()], logger=both_loggers(tmp_path))
     trainer.fit(Classifier("HessianFree"), loader())

@@ -46,7 +46,8 @@ MAY_IMPORT = {package: KNOWS_ONLY.get(package, {*LAYERS[:number]}) for number, p
 PURE = {"newtonopt.optimizers.rules"}
 CALLBACKS_ONLY = {"lightning", "lightning_utilities", "tensorboard"}
 # What may import matplotlib, and only when a figure is asked for.
-DRAWERS = {f"newtonopt.curvature.{name}" for name in ("drawing", "figures", "density", "slices")}
+DRAWERS = {f"newtonopt.curvature.{name}" for name in ("drawing", "density", "slices")}
+DRAWERS |= {f"newtonopt.curvature.measurements.{name}" for name in ("measurement", "density", "loss_slice")}
 
 PROGRAMS = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 PUBLIC = ["newtonopt", "newtonopt.optimizers", "newtonopt.curvature", "newtonopt.callbacks"]
@@ -99,8 +100,8 @@ def test_imports_point_one_way(path: Path) -> None:
         ("newtonopt.solvers.cg", "import numpy as np"),
         ("newtonopt.optimizers.rules", "from newtonopt.solvers import secular"),
         ("newtonopt.curvature.density", "import scipy.linalg"),
-        ("newtonopt.callbacks.logs", "import matplotlib"),
-        ("newtonopt.callbacks.logs", "from newtonopt.solvers.cg import conjugate_gradients"),
+        ("newtonopt.callbacks.tensorboard", "import matplotlib"),
+        ("newtonopt.callbacks.tensorboard", "from newtonopt.solvers.cg import conjugate_gradients"),
     ],
 )
 def test_import_against_the_direction_is_seen(module: str, source: str) -> None:
@@ -181,7 +182,7 @@ def test_a_package_opens_with_a_map_that_names_its_files(path: Path) -> None:
         ("newtonopt.optimizers.newton", "from newtonopt.optimizers import rules"),
         ("newtonopt.optimizers.newton", "from . import report"),
         ("newtonopt.solvers.cg", "import math, torch\nfrom .solution import Solution"),
-        ("newtonopt.callbacks.logs", "from newtonopt import hessian\nfrom lightning.pytorch import Trainer"),
+        ("newtonopt.callbacks.tensorboard", "from newtonopt import hessian\nfrom lightning.pytorch import Trainer"),
     ],
 )
 def test_import_along_the_direction_passes(module: str, source: str) -> None:

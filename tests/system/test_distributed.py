@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from newtonopt import HessianFree, Objective, evaluate, gauss_newton, hessian
-from newtonopt.callbacks import CurvatureMonitor
+from newtonopt.callbacks import Budget, CurvatureMonitor
 from newtonopt.curvature import extreme_eigenvalues, sharpness
 
 ROWS = 12
@@ -439,7 +439,7 @@ def fit(rank: int, count: int, name: str, folder: str) -> tuple[Tensor, dict[str
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(*(torch.randn(16, k, generator=generator, dtype=torch.float64) for k in (4, 1)))
     model = Regression(name)
-    monitor = CurvatureMonitor(every_n_train_steps=1, top=2, num_batches=1, certify_every=1)
+    monitor = CurvatureMonitor(every_n_train_steps=1, top=2, budget=Budget(certify_every=1))
     settings: dict[str, Any] = {"callbacks": [monitor], "max_epochs": 3, "default_root_dir": folder, "logger": False}
     if count > 1:
         settings |= {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": count, "accelerator": "cpu"}

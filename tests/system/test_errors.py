@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from newtonopt import LinearOperator, evaluate, gauss_newton, hessian, jacobian
 from newtonopt.curvature import (
+    LossSlice,
     blocks,
     critical_point,
     diagonal,
@@ -80,12 +81,12 @@ def _direction(*entries: float) -> Tensor:
         (
             lambda p: measure(p.closure, p.params, last=3),
             TypeError,
-            "last must be a Measurement, or None, got 3. Give the return value",
+            "last must be a Measured, or None, got 3. Give the return value",
         ),
         (
             lambda p: measure(p.closure, p.params, last={}),
             TypeError,
-            "last must be a Measurement, or None, got {}. Give the return value",
+            "last must be a Measured, or None, got {}. Give the return value",
         ),
         (
             lambda p: measure(p.params, p.closure),
@@ -115,12 +116,16 @@ def _direction(*entries: float) -> Tensor:
             ValueError,
             "top must be a whole number and at least 1, got True",
         ),
-        (lambda p: measure(p.closure, p.params, loss_slice=True), ValueError, "loss_slice must be a whole number and"),
-        (lambda p: measure(p.closure, p.params, trace="hutch++"), ValueError, "trace must be True or False, got 'hut"),
+        (lambda p: LossSlice(directions=True), ValueError, "directions must be 1 or 2, got True"),
         (
-            lambda p: measure(p.closure, p.params, slice_radius=None),
+            lambda p: measure(p.closure, p.params, measurements="trace"),
+            TypeError,
+            "measurements must be a list, got 'trace'",
+        ),
+        (
+            lambda p: LossSlice(radius=None),
             ValueError,
-            "slice_radius must be positive and fin",
+            "radius must be positive and finite, got None",
         ),
         (
             lambda p: measure(p.closure, p.params, max_seconds=True),

@@ -167,3 +167,15 @@ def edge() -> ModuleType:
     sys.modules["edge_of_stability"] = module
     specification.loader.exec_module(module)
     return module
+
+
+def test_a_measurement_of_ones_own_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    program = runpy.run_path(str(ROOT / "examples/own_measurement.py"))
+    program["main"].__globals__.update(STEPS=2, EVERY=2)
+    found = program["main"]()
+    assert found["curvature/gap"] == pytest.approx(found["curvature/lambda_max"] / found["curvature/lambda_3"])
+    assert capsys.readouterr().out.count("times the one of rank 3.") == 2
+    names: dict[str, object] = {}
+    (page,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own_measurement.md").read_text(), re.DOTALL)
+    exec(page, names)
+    assert names["values"]["curvature/gap"] == pytest.approx(4.0)  # type: ignore[index]

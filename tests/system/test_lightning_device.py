@@ -12,7 +12,8 @@ import torch
 from devices import SLOW_ON_CPU
 from lightning_problems import Classifier, both_loggers, from_events, loader, quiet_trainer
 
-from newtonopt.callbacks import CurvatureMonitor, StepMonitor
+from newtonopt.callbacks import CurvatureMonitor, Probe, StepMonitor
+from newtonopt.curvature import Trace
 
 
 def fit(device: str, optimizer: str, **settings: Any) -> Classifier:
@@ -27,7 +28,10 @@ def fit(device: str, optimizer: str, **settings: Any) -> Classifier:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("optimizer", ["Adam", "HessianFree"])
 def test_monitors_change_no_bit_of_training(optimizer: str, precision: str, device: str, tmp_path: Path) -> None:
-    monitors = [CurvatureMonitor(every_n_train_steps=2, trace=True), *([StepMonitor()] if optimizer != "Adam" else [])]
+    monitors = [
+        CurvatureMonitor(every_n_train_steps=2, measurements=[Trace()]),
+        *([StepMonitor()] if optimizer != "Adam" else []),
+    ]
     plain = fit(device, optimizer, precision=precision)
     watched = fit(device, optimizer, precision=precision, callbacks=monitors, logger=both_loggers(tmp_path))
     for name, value in plain.state_dict().items():
@@ -45,7 +49,7 @@ def test_the_monitor_keeps_its_probe_where_it_is_told_to(device: str, tmp_path: 
         fit(
             device,
             "Adam",
-            callbacks=[CurvatureMonitor(every_n_train_steps=3, device=kept)],
+            callbacks=[CurvatureMonitor(every_n_train_steps=3, probe=Probe(device=kept))],
             logger=both_loggers(folder),
         )
         seen.append(from_events(folder)["curvature/lambda_max"])

@@ -18,7 +18,7 @@ from lightning_problems import BATCHES, both_loggers, from_csv, from_events, loa
 from torch import Tensor, nn
 
 from newtonopt import DampedNewton, HessianFree
-from newtonopt.callbacks import CurvatureMonitor, StepMonitor
+from newtonopt.callbacks import Budget, CurvatureMonitor, StepMonitor
 
 NEWTON = pytest.mark.parametrize("optimizer", [HessianFree, DampedNewton])
 
@@ -254,7 +254,11 @@ def test_early_stopping_on_the_loss(optimizer: Any) -> None:
 @NEWTON
 def test_early_stopping_on_curvature(optimizer: Any) -> None:
     stop = EarlyStopping("curvature/lambda_max", mode="max", stopping_threshold=-1e9, strict=False)
-    monitors = [CurvatureMonitor(every_n_train_steps=2, max_products=30, sharpness=None), StepMonitor(), stop]
+    monitors = [
+        CurvatureMonitor(every_n_train_steps=2, sharpness=None, budget=Budget(max_products=30)),
+        StepMonitor(),
+        stop,
+    ]
     trainer = quiet_trainer(max_epochs=5, callbacks=monitors)
     trainer.fit(Plain(optimizer), loader(22))
     assert trainer.global_step == 2, "the first measurement"

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from newtonopt import HessianFree
-from newtonopt.callbacks import CurvatureMonitor, StepMonitor
+from newtonopt.callbacks import Budget, CurvatureMonitor, StepMonitor
 
 
 class Regression(L.LightningModule):
@@ -48,7 +48,7 @@ def fit(rank: int, folder: str, epochs: int, checkpoint: str | None) -> tuple[di
         devices=2,
         strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
         max_epochs=epochs,
-        callbacks=[CurvatureMonitor(every_n_train_steps=1, max_products=8), StepMonitor()],
+        callbacks=[CurvatureMonitor(every_n_train_steps=1, budget=Budget(max_products=8)), StepMonitor()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,8 +13,18 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian as dense_hessian
 from torch.func import functional_call
 
-from newtonopt.curvature import Measurement, measure
-from newtonopt.curvature.measurement import Settings
+from newtonopt.curvature import (
+    Density,
+    ExtremeEigenvalues,
+    Layers,
+    LossSlice,
+    Measurement,
+    Preconditioned,
+    Sharpness,
+    Tag,
+    Trace,
+    measure,
+)
 
 
 class Problem:
@@ -52,12 +63,9 @@ def test_every_value_is_that_of_the_dense_matrix() -> None:
         problem.model.named_parameters(),
         optimizer,
         bottom=2,
-        layers=["0.*", "*.bias"],
-        trace=True,
-        density=True,
-        loss_slice=1,
+        measurements=[Layers(["0.*", "*.bias"]), Trace(), Density(), LossSlice()],
         tolerance=1e-6,
-        sharpness_radius=1e-3,
+        sharpness=Sharpness(radius=1e-3),
         prefix="loss/here",
     )
     gradient, hessian = problem.dense()
@@ -85,20 +93,25 @@ def test_every_value_is_that_of_the_dense_matrix() -> None:
     assert found["loss/here/sharpness"] == pytest.approx(float(rise), rel=1e-3)
     assert found["loss/here/certified"] == 1.0
     assert {tag.startswith("loss/here/") for tag in found} == {True}
-    assert isinstance(found, dict) and all(type(value) is float for value in found.values())
-    torch.testing.assert_close(found.density.nodes, values, rtol=1e-8, atol=1e-10)
-    assert found.slice.losses.shape == (21,)
+    assert isinstance(found, Mapping) and all(type(value) is float for value in found.values())
+    torch.testing.assert_close(found.of(Density).nodes, values, rtol=1e-8, atol=1e-10)
+    assert found.of(LossSlice).losses.shape == (21,)
 
 
 def test_the_adaptive_optimizers_threshold_is_for_the_preconditioned_matrix() -> None:
     problem = Problem()
     adam = torch.optim.Adam(problem.model.parameters(), lr=1e-3)
-    before = measure(problem.closure, problem.model.parameters(), adam, preconditioned=True, sharpness=None)
+    before = measure(problem.closure, problem.model.parameters(), adam, measurements=[Preconditioned()], sharpness=None)
     assert not [tag for tag in before if "stability" in tag or "preconditioned" in tag]  # no step has been taken
     for _ in range(5):
         adam.step(problem.closure)
     found = measure(
-        problem.closure, problem.model.parameters(), adam, preconditioned=True, tolerance=1e-6, sharpness=None
+        problem.closure,
+        problem.model.parameters(),
+        adam,
+        measurements=[Preconditioned()],
+        tolerance=1e-6,
+        sharpness=None,
     )
     _, hessian = problem.dense()
     moments = torch.cat([adam.state[p]["exp_avg_sq"].flatten() for p in problem.model.parameters()])
@@ -114,7 +127,7 @@ def test_the_adaptive_optimizers_threshold_is_for_the_preconditioned_matrix() ->
 def test_following_takes_fewer_products_and_says_that_it_certifies_nothing() -> None:
     problem = Problem()
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.05)
-    settings: dict[str, Any] = {"top": 2, "tolerance": 1e-3, "sharpness_radius": 0.3}
+    settings: dict[str, Any] = {"top": 2, "tolerance": 1e-3, "sharpness": Sharpness(radius=0.3)}
     first = measure(problem.closure, problem.model.parameters(), optimizer, **settings)
     for _ in range(3):
         optimizer.step(problem.closure)
@@ -204,7 +217,7 @@ def test_it_says_whether_every_interval_is_narrow_enough(budget: int, converged:
     problem = Problem()
     found = measure(problem.closure, problem.model.named_parameters(), sharpness=None, max_products=budget)
     assert found["curvature/converged"] == converged
-    assert found.spectrum.converged == bool(converged)
+    assert found.of(ExtremeEigenvalues).converged == bool(converged)
 
 
 def test_a_part_whose_interval_is_wide_has_not_converged() -> None:
@@ -218,8 +231,8 @@ def test_a_part_whose_interval_is_wide_has_not_converged() -> None:
     settings: dict[str, Any] = {"top": 1, "bottom": 0, "sharpness": None, "tolerance": 1e-6, "max_products": 8}
     found = measure(closure, [("p", p), ("q", q)], **settings)
     assert found["curvature/converged"] == 1.0
-    found = measure(closure, [("p", p), ("q", q)], layers=["q"], **settings)
-    assert found.spectrum.converged and found["curvature/converged"] == 0.0
+    found = measure(closure, [("p", p), ("q", q)], measurements=[Layers(["q"])], **settings)
+    assert found.of(ExtremeEigenvalues).converged and found["curvature/converged"] == 0.0
 
 
 def test_gauss_newton_is_positive() -> None:
@@ -232,86 +245,20 @@ def test_gauss_newton_is_positive() -> None:
 
 def test_layers_need_names() -> None:
     problem = Problem()
-    with pytest.raises(ValueError, match=r"Give model\.named_parameters\(\) as params"):
-        measure(problem.closure, problem.model.parameters(), layers="parts")
+    with pytest.raises(ValueError, match=r"params must be pairs of names .* Give model\.named_parameters\(\)"):
+        measure(problem.closure, problem.model.parameters(), measurements=[Layers()])
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"top": 0}, "top must be a whole number and at least 1, got 0"),
-        ({"loss_slice": 3}, "loss_slice must be 0 or 1 or 2, got 3"),
-        ({"slice_radius": -1.0}, r"slice_radius must be positive and finite, got -1\.0"),
         ({"prefix": "my tags"}, "prefix must be made of letters, .* got 'my tags'"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         measure(Problem().closure, Problem().model.parameters(), **settings)
-
-
-def described(values: dict[str, float], **settings: Any) -> str:
-    measurement = Measurement(Settings(**settings))
-    for name, value in values.items():
-        measurement.add(name, value)
-    return measurement.in_words()
-
-
-LARGEST = {"lambda_max": 12.4, "lambda_max_lower": 12.35, "lambda_max_upper": 12.5}
-SMALLEST = {"lambda_min": -0.3, "lambda_min_lower": -0.4, "lambda_min_upper": -0.29}
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        (LARGEST, "The largest eigenvalue is 12.4 within 0.1."),
-        (
-            {**LARGEST, "stability_threshold": 12.157, "stability_ratio": 1.02},
-            "The largest eigenvalue, 12.4 within 0.1, is at 1.02 of the stability threshold 12.16: training is at the "
-            "edge of stability.",
-        ),
-        ({**LARGEST, "stability_threshold": 24.8, "stability_ratio": 0.5}, "24.8: steps are stable."),
-        ({**LARGEST, "stability_threshold": 6.2, "stability_ratio": 2.0}, "overshoot and grow"),
-        (
-            {**LARGEST, "certified": 0.0},
-            "12.4 (not certified: some eigenvalue lies within 0.1 of it, a larger one may be ",
-        ),
-        (SMALLEST, "The smallest, -0.3 within 0.1, says this is no minimum."),
-        (
-            {**SMALLEST, "certified": 0.0},
-            "The smallest, -0.3 (not certified: some eigenvalue lies within 0.1 of it, a smaller one may be missed), "
-            "says this is no minimum.",
-        ),
-        (
-            {"lambda_min": 0.3, "lambda_min_lower": 0.2, "lambda_min_upper": 0.31},
-            "0.3 within 0.1, says the loss is convex here.",
-        ),
-        (
-            {"lambda_min": 0.3, "lambda_min_lower": 0.2, "lambda_min_upper": 0.31, "certified": 0.0},
-            "a smaller one may be missed), may have either sign.",
-        ),
-        ({"lambda_min": 0.0, "lambda_min_lower": -0.1, "lambda_min_upper": 0.1}, "0 within 0.1, may have either sign."),
-        ({"gradient_curvature": 4.0}, "the loss falls most at a learning rate of 0.25."),
-        ({"gradient_curvature": -4.0}, "the loss falls faster than the gradient says."),
-        ({"sharpness": 0.25}, "within distance 0.05 the loss rises by 0.25 or more; that is the largest rise found."),
-        ({"products": 31.0, "seconds": 1.26}, "Measured with 31 products in 1.3 s."),
-    ],
-)
-def test_words_say_what_the_values_mean(values: dict[str, float], words: str) -> None:
-    assert words in described(values)
-
-
-def test_words_name_the_kind_of_sharpness_and_its_radius() -> None:
-    adaptive = described({"sharpness": 0.25}, sharpness="adaptive_ball", sharpness_radius=0.5)
-    assert "within 0.5, relative to each parameter's size, the loss rises by 0.25 or more" in adaptive
-    average = described({"sharpness": 0.25, "sharpness_error": 0.012}, sharpness="average", sharpness_radius=2.0)
-    assert "at distance 2 the loss rises by 0.25 on average, with a standard error of 0.012." in average
-
-
-def test_words_draw_no_conclusion_from_the_smallest_eigenvalue_of_a_gauss_newton_matrix() -> None:
-    values = {"lambda_min": 0.3, "lambda_min_lower": 0.2, "lambda_min_upper": 0.31}
-    assert "convex" in described(values)
-    assert described(values, curvature="gauss_newton") == ""
 
 
 @pytest.mark.parametrize("sharpness", [None, "ball"])
@@ -323,8 +270,8 @@ def test_a_closure_that_takes_other_data_each_time_is_refused(sharpness: Any) ->
 
 def test_a_preconditioner_needs_an_optimizer() -> None:
     p = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="preconditioned must be False without an optimizer, got True"):
-        measure(lambda: p.square().sum(), [p], preconditioned=True)
+    with pytest.raises(ValueError, match="optimizer must be given to measure Preconditioned, got None"):
+        measure(lambda: p.square().sum(), [p], measurements=[Preconditioned()])
 
 
 def test_an_optimizer_of_other_parameters_is_refused() -> None:
@@ -346,9 +293,9 @@ def test_words_say_why_there_is_no_preconditioned_eigenvalue() -> None:
         ),
         (torch.optim.LBFGS([p]), "optimizer must be one for which a stability threshold is known, "),
     ):
-        found = measure(lambda: p.square().sum(), [p], optimizer, preconditioned=True)
-        assert f"There is no preconditioned eigenvalue: {why}" in found.in_words()
-        assert "no preconditioned" not in measure(lambda: p.square().sum(), [p], optimizer).in_words()
+        found = measure(lambda: p.square().sum(), [p], optimizer, measurements=[Preconditioned()])
+        assert f"Preconditioned is not measured: {why}" in found.in_words()
+        assert "Preconditioned" not in measure(lambda: p.square().sum(), [p], optimizer).in_words()
 
 
 def test_words_for_no_curvature_at_all() -> None:
@@ -361,13 +308,84 @@ def test_words_for_no_curvature_at_all() -> None:
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        ({"loss_slice": 1}, ["the top eigenvector", "loss"]),
-        ({"loss_slice": 2}, ["the top eigenvector", "the bottom eigenvector"]),
-        ({"loss_slice": 2, "bottom": 0}, ["the top eigenvector", "the second eigenvector"]),
+        ({}, ["the top eigenvector", "loss"]),
+        ({"directions": 2}, ["the top eigenvector", "the bottom eigenvector"]),
+        ({"directions": 2, "bottom": 0}, ["the top eigenvector", "the second eigenvector"]),
     ],
 )
 def test_a_slice_is_labelled_by_its_eigenvectors(settings: dict[str, Any], names: list[str]) -> None:
     p = nn.Parameter(torch.ones(3))
-    found = measure(lambda: (p**4 * torch.arange(1, 4)).sum(), [p], sharpness=None, **settings)
-    axes = found.slice.plot().axes[0]
+    along = LossSlice(settings.get("directions", 1))
+    bottom = settings.get("bottom", 1)
+    found = measure(lambda: (p**4 * torch.arange(1, 4)).sum(), [p], bottom=bottom, sharpness=None, measurements=[along])
+    axes = found.of(LossSlice).plot().axes[0]
     assert [axes.get_xlabel(), axes.get_ylabel()] == [name.replace("the ", "step along the ") for name in names]
+
+
+@pytest.mark.parametrize(
+    ("measurements", "kind", "words"),
+    [
+        (Trace(), TypeError, r"measurements must be a list, got Trace\(\)\. Write \[Trace\(\)\]"),
+        ([Trace], TypeError, "measurements must hold measurements only, got <class .* in it"),
+        ([Trace(), Trace()], ValueError, "measurements must hold one Trace at most .* got Trace"),
+        ([Sharpness()], ValueError, "measurements must hold one Sharpness at most beside those of the other arguments"),
+    ],
+)
+def test_a_list_that_is_none_of_measurements_is_refused(measurements: Any, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        measure(Problem().closure, Problem().model.parameters(), measurements=measurements)
+
+
+class Asks(Measurement[float]):
+    """Asks for another one."""
+
+    tags = (Tag("first", "", "one more than the other"),)
+
+    def measure(self, view: Any) -> float:
+        return 1.0 + (view.of(Answers) or 0.0)
+
+    def values(self, result: float) -> dict[str, float]:
+        return {"first": result}
+
+
+class Answers(Asks):
+    """Is asked, or asks back."""
+
+    tags = (Tag("second", "", "two"),)
+
+    def measure(self, view: Any) -> float:
+        return 2.0
+
+    def values(self, result: float) -> dict[str, float]:
+        return {"second": result}
+
+
+class AsksBack(Answers):
+    def measure(self, view: Any) -> float:
+        return view.of(Asks) or 0.0
+
+
+class Undeclared(Answers):
+    def values(self, result: float) -> dict[str, float]:
+        return {"third": result}
+
+
+def test_a_measurement_gets_the_result_of_another_whatever_the_order() -> None:
+    p = nn.Parameter(torch.ones(2))
+    for measurements in ([Asks(), Answers()], [Answers(), Asks()]):
+        found = measure(lambda: p.square().sum(), [p], sharpness=None, measurements=measurements)
+        assert (found["curvature/first"], found["curvature/second"]) == (3.0, 2.0)
+    alone = measure(lambda: p.square().sum(), [p], sharpness=None, measurements=[Asks()])
+    assert alone["curvature/first"] == 1.0 and alone.of(Answers) is None
+
+
+def test_measurements_that_wait_for_one_another_are_told() -> None:
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(RuntimeError, match="wait for one another in a circle, and Asks"):
+        measure(lambda: p.square().sum(), [p], sharpness=None, measurements=[Asks(), AsksBack()])
+
+
+def test_a_value_that_is_no_tag_of_its_measurement_is_refused() -> None:
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="values of Undeclared must be among second, got 'third'"):
+        measure(lambda: p.square().sum(), [p], sharpness=None, measurements=[Undeclared()])

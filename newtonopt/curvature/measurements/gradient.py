@@ -1,0 +1,77 @@
+"""The curvature along the gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from newtonopt.curvature.measurements.eigenvalues import ExtremeEigenvalues
+from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, View
+from newtonopt.vectors.scaling import dot, norm
+
+
+@dataclass(frozen=True)
+class GradientShare:
+    """Curvature along the gradient g.
+
+    Attributes:
+        curvature: The Rayleigh quotient g'Ag / g'g.
+        alignment: Share of g'g along the top eigenvectors; None where these were not measured.
+    """
+
+    curvature: float
+    alignment: float | None
+
+
+@dataclass(frozen=True)
+class AlongGradient(Measurement[GradientShare]):
+    """The curvature along the gradient, for one product, and the gradient's share along the top eigenvectors.
+
+    `CurvatureMonitor` and `measure` take it unless `gradient=False`.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt.curvature import measure
+        >>> w = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+        >>> found = measure(lambda: w[0] ** 2 + 3 * w[1] ** 2, [w], top=1)
+        >>> found["curvature/gradient_curvature"], round(found["curvature/gradient_alignment"], 6)
+        (2.0, 0.0)
+    """
+
+    tags: ClassVar[tuple[Tag, ...]] = (
+        Tag("gradient_curvature", "L / θ²", "the curvature along the gradient g: g'Hg / g'g"),
+        Tag("gradient_alignment", "0 to 1", "the share of g'g along the `top` eigenvectors"),
+    )
+    charts: ClassVar[tuple[Chart, ...]] = (
+        Chart("Curvature along the gradient", ("gradient_curvature",), more=True),
+        Chart("Gradient's share along the top eigenvectors", ("gradient_alignment",), more=True),
+    )
+    uses_quotient: ClassVar[bool] = True
+
+    def measure(self, view: View) -> GradientShare | None:
+        """Return curvature and share; None where the gradient is zero."""
+        if view.quotient is None:
+            return None
+        spectrum, length = view.of(ExtremeEigenvalues), norm(view.gradient)
+        if spectrum is None:
+            return GradientShare(view.quotient, None)
+        cosines = [(dot(entry.vector, view.gradient) / length) ** 2 for entry in spectrum.top]
+        return GradientShare(view.quotient, math.fsum(cosines))
+
+    def values(self, result: GradientShare) -> dict[str, float]:
+        """Return curvature and share."""
+        share = {} if result.alignment is None else {"gradient_alignment": result.alignment}
+        return {"gradient_curvature": result.curvature, **share}
+
+    def sentences(self, result: GradientShare, measured: Measured) -> list[str]:
+        """Return the learning rate at which the loss falls most."""
+        curvature = result.curvature
+        if not math.isfinite(curvature):
+            return []
+        if curvature > 0.0:
+            rate = f"the loss falls most at a learning rate of {1.0 / curvature:.3g}."
+            return [f"Along the gradient the curvature is {curvature:.3g}: {rate}"]
+        if curvature == 0.0:
+            return ["Along the gradient there is no curvature: the loss falls as the gradient says."]
+        return [f"Along the gradient the curvature is {curvature:.3g}: the loss falls faster than the gradient says."]

@@ -1,0 +1,613 @@
+"""A measurement of a loss's curvature: its interface, the point it is taken at, and how a list of them is taken."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from newtonopt.checks import check_choice, check_positive, check_seed, check_share, check_whole, shown
+from newtonopt.closure.evaluation import Known, Products, Verdict, check_products
+from newtonopt.closure.evaluation import Matrix as Checked
+from newtonopt.closure.objective import Objective
+from newtonopt.curvature.eigenvalues.extreme import Spectrum
+from newtonopt.operators.linear_operator import LinearOperator
+from newtonopt.operators.matrices import gauss_newton, hessian
+from newtonopt.vectors.flat import trained_parameters
+from newtonopt.vectors.scaling import InRange, dot, scale_of, times_power
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Matrix = Literal["hessian", "gauss_newton"]
+Result = TypeVar("Result")
+
+# Products for a measurement of the whole spectrum (more where the eigenvalues may have more), and the fewest that say
+# anything about it.
+_WHOLE_PRODUCTS, _LEAST_PRODUCTS = 100, 10
+
+
+@dataclass(frozen=True)
+class Tag:
+    """The name of a value in a log.
+
+    Attributes:
+        name: Name without the prefix. A word in capitals stands for a number (RANK) or a name (PART).
+        unit: Unit of the value, in terms of the loss's unit L and the parameters' unit θ; empty for a flag or a count.
+        description: What the value is, for the table in docs/monitor.md.
+
+    Example:
+        >>> from newtonopt.curvature import Tag
+        >>> Tag("lambda_RANK", "L / θ²", "the next largest eigenvalues").fits("lambda_2")
+        True
+    """
+
+    name: str
+    unit: str
+    description: str
+
+    def fits(self, name: str) -> bool:
+        """Return whether a value of that name belongs to this tag."""
+        pattern = re.sub("[A-Z]+", ".+", re.escape(self.name).replace("RANK", r"\d+"))
+        return re.fullmatch(pattern, name) is not None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart on TensorBoard's custom-scalars page.
+
+    Attributes:
+        title: Title. Of several charts with one title, the first whose values are there is shown.
+        patterns: Regular expressions of the values' names. The chart appears once each of them matches a value.
+        margin: Whether the chart shows a value with its interval. `patterns` are then the names of the value, the lower
+            and the upper end. Default False: one line for each value.
+        more: Whether the chart belongs in the second category, for what is looked at less often. Default False.
+
+    Example:
+        >>> from newtonopt.curvature import Chart
+        >>> chart = Chart("Eigenvalues", ("lambda_(max|[0-9]+)",))
+        >>> chart.names(["lambda_max", "lambda_2", "sharpness"])
+        ['lambda_max', 'lambda_2']
+        >>> chart.names(["sharpness"])
+        []
+    """
+
+    title: str
+    patterns: tuple[str, ...]
+    margin: bool = False
+    more: bool = False
+
+    def names(self, known: Sequence[str]) -> list[str]:
+        """Return which of the known names the chart shows; none of them if a pattern matches none."""
+        matches = [[name for name in known if re.fullmatch(pattern, name)] for pattern in self.patterns]
+        return [name for found in matches for name in found] if all(matches) else []
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram:
+    """A histogram with its bars given.
+
+    Attributes:
+        low: Smallest value counted.
+        high: Largest value counted.
+        edges: Ends of the bars `(bars + 1,)`, ascending, float64 on the CPU.
+        heights: Heights of the bars `(bars,)`, float64 on the CPU.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt.curvature import Histogram
+        >>> Histogram(0.0, 2.0, torch.tensor([0.0, 1.0, 2.0]), torch.tensor([5.0, 1.0])).heights.tolist()
+        [5.0, 1.0]
+    """
+
+    low: float
+    high: float
+    edges: Tensor = field(repr=False)
+    heights: Tensor = field(repr=False)
+
+
+class UnmeasurableError(Exception):
+    """Raised by `Measurement.measure` where there is nothing to measure here, with the reason for the user.
+
+    The other measurements are taken all the same. `Measured.in_words` gives the reason, and `CurvatureMonitor` warns
+    once.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt.curvature import Preconditioned, measure
+        >>> adam = torch.optim.Adam([w := torch.ones(2, requires_grad=True)])
+        >>> found = measure(lambda: w.square().sum(), [w], adam, measurements=[Preconditioned()])
+        >>> print(found.in_words().splitlines()[-2][:80])
+        Preconditioned is not measured: optimizer must have a state (exp_avg_sq) of each
+    """
+
+
+class Measurement(ABC, Generic[Result]):
+    """Something to measure of a loss's curvature: settings, computation, tags, charts, sentences and figures.
+
+    A subclass is a frozen dataclass whose fields are its settings. It must define `tags`, `measure` and `values`; the
+    rest is optional. `measure` and `CurvatureMonitor` take a list of measurements, with at most one of each class.
+
+    Attributes:
+        tags: The values' tags.
+        charts: Charts on TensorBoard's custom-scalars page. Default: none.
+        uses_matrix: Whether `measure` forms products with `view.matrix`. Default True. Measurements that do not are
+            taken last, when the graph behind the matrix has been freed.
+        uses_quotient: Whether `measure` reads `view.quotient`, which costs one product. Default False.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt.curvature import ExtremeEigenvalues, Measurement, Tag, measure
+        >>> class Gap(Measurement[float]):
+        ...     tags = (Tag("gap", "L / θ²", "the largest eigenvalue less the second"),)
+        ...     def measure(self, view):
+        ...         spectrum = view.of(ExtremeEigenvalues)
+        ...         return None if spectrum is None else spectrum.top[0].value - spectrum.top[1].value
+        ...     def values(self, result):
+        ...         return {"gap": result}
+        >>> w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        >>> found = measure(lambda: w[0] ** 2 + 3 * w[1] ** 2, [w], measurements=[Gap()])
+        >>> round(found["curvature/gap"], 6)
+        4.0
+    """
+
+    tags: ClassVar[tuple[Tag, ...]]
+    charts: ClassVar[tuple[Chart, ...]] = ()
+    uses_matrix: ClassVar[bool] = True
+    uses_quotient: ClassVar[bool] = False
+
+    @abstractmethod
+    def measure(self, view: View) -> Result | None:
+        """Return the result at the point under view; None where the budget is too small for it.
+
+        Raises:
+            UnmeasurableError: There is nothing to measure here.
+        """
+
+    @abstractmethod
+    def values(self, result: Result) -> Mapping[str, float]:
+        """Return the values to log, by their tags' names. Values that are not finite are left out of the log."""
+
+    def sentences(self, result: Result, measured: Measured) -> Sequence[str]:
+        """Return sentences that say what the result means.
+
+        Args:
+            result: Result of `measure`.
+            measured: The results of all measurements.
+        """
+        return ()
+
+    def figures(self, result: Result) -> Mapping[str, Figure]:
+        """Return figures of matplotlib's by their tags' names. They must not be pyplot's, which would keep them."""
+        return {}
+
+    def histograms(self, result: Result) -> Mapping[str, Histogram]:
+        """Return histograms by their tags' names."""
+        return {}
+
+    def spectra(self, result: Result) -> Sequence[Spectrum]:
+        """Return the eigenvalues whose convergence `curvature/converged` reports."""
+        return ()
+
+    def check_list(self, measurements: Sequence[Measurement[Any]]) -> None:
+        """Raise ValueError if this cannot be measured as one of these measurements."""
+        return
+
+    def check_model(self, names: Sequence[str], size: int | None) -> None:
+        """Raise ValueError if this cannot be measured for a model. `CurvatureMonitor` calls it before training.
+
+        Args:
+            names: Names of the parameters.
+            size: How many entries they have together; None if it is not known yet.
+        """
+        return
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure and what it may cost: the arguments of `measure`, checked."""
+
+    measurements: tuple[Measurement[Any], ...]
+    curvature: Matrix = "hessian"
+    products: Products = "auto"
+    tolerance: float = 1e-2
+    max_products: int = 100
+    max_seconds: float | None = None
+    seed: int = 0
+    prefix: str = "curvature"
+
+    def __post_init__(self) -> None:
+        for measurement in self.measurements:
+            measurement.check_list(self.measurements)
+        check_choice("curvature", self.curvature, get_args(Matrix))
+        check_products(self.products)
+        check_share("tolerance", self.tolerance)
+        check_whole("max_products", self.max_products, 1)
+        if self.max_seconds is not None:
+            check_positive("max_seconds", self.max_seconds)
+        check_seed(self.seed)
+        if not isinstance(self.prefix, str) or not re.fullmatch(r"[-\w.]+(/[-\w.]+)*", self.prefix):
+            raise ValueError(
+                "prefix must be made of letters, digits, '_', '-' and '.', with single '/' between, got "
+                f"{shown(self.prefix)}. Write 'curvature', for example."
+            )
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The time left, in products; the same on all processes.
+
+    Attributes:
+        began: When the measuring began, by `time.perf_counter`.
+        limit: Seconds it may take; None: no limit.
+        product: Seconds that one product takes.
+        device: Device on which processes exchange what they have left.
+    """
+
+    began: float
+    limit: float | None
+    product: float
+    device: torch.device
+
+    def affordable(self, most: int) -> int:
+        """Return how many products there is time for, `most` at most."""
+        if self.limit is None:
+            return most
+        left = torch.tensor(
+            (self.limit - (time.perf_counter() - self.began)) / self.product, dtype=torch.float64, device=self.device
+        )
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(left, dist.ReduceOp.MIN)
+        return max(0, min(most, int(left)))
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The point at which measurements are taken, and what is known there.
+
+    Attributes:
+        closure: The user's closure.
+        objective: The closure as a function of the parameters, for losses and gradients nearby.
+        loss: Loss at the point.
+        gradient: Gradient there `(n,)`.
+        quotient: Rayleigh quotient g'Ag / g'g of the gradient g, hence a lower bound on the largest eigenvalue; None
+            where the gradient is zero, or where neither a measurement nor a time limit asked for its product.
+        params: The parameters that are trained.
+        named: Pairs of the parameters' names and them; empty where the names are not known.
+        optimizers: The optimizers given.
+        plan: All settings, with the measurements.
+        clock: The time left.
+        last: Results of the last measuring of this run; None: the first, or one that starts at random.
+        weight: Weight of this process in the mean over several, as for `evaluate`.
+        form: How further products are formed.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt.curvature import Measurement, Tag, measure
+        >>> class Norm(Measurement[float]):
+        ...     tags = (Tag("gradient_norm", "L / θ", "the norm of the gradient"),)
+        ...     uses_matrix = False
+        ...     def measure(self, view):
+        ...         return float(view.gradient.norm())
+        ...     def values(self, result):
+        ...         return {"gradient_norm": result}
+        >>> w = torch.tensor([3.0, 4.0], requires_grad=True)
+        >>> found = measure(lambda: 0.5 * w.square().sum(), [w], measurements=[Norm()])
+        >>> found["curvature/gradient_norm"]
+        5.0
+    """
+
+    closure: Callable[[], Any]
+    objective: Objective
+    loss: float
+    gradient: Tensor
+    quotient: float | None
+    params: Sequence[Tensor]
+    named: Sequence[tuple[str, Tensor]]
+    optimizers: Sequence[Optimizer]
+    plan: Plan
+    clock: Clock
+    last: Measured | None
+    weight: float | None
+    form: Products
+    _matrix: LinearOperator | None
+    _results: dict[type, Any] = field(default_factory=dict)
+    _reasons: dict[type, str] = field(default_factory=dict)
+
+    @property
+    def matrix(self) -> LinearOperator:
+        """The curvature matrix at the point, for a measurement that says `uses_matrix`.
+
+        Raises:
+            RuntimeError: The graph behind the matrix has been freed.
+        """
+        if self._matrix is None:
+            raise RuntimeError("the matrix has been freed: set uses_matrix = True in the class of the measurement.")
+        return self._matrix
+
+    @property
+    def training(self) -> list[Optimizer]:
+        """The optimizers that train at least one of the parameters."""
+        return training(self.optimizers, self.params)
+
+    def asks_for(self, kind: type[Measurement[Any]]) -> bool:
+        """Return whether a measurement of that class is among those asked for."""
+        return any(isinstance(measurement, kind) for measurement in self.plan.measurements)
+
+    def of(self, kind: type[Measurement[Result]]) -> Result | None:
+        """Return the result of another measurement, which is taken now if it has not been taken yet.
+
+        Args:
+            kind: Class of the measurement.
+
+        Returns:
+            Its result; None where it was not asked for, or has none.
+
+        Raises:
+            RuntimeError: That measurement asks for the result of the one that asks.
+        """
+        for measurement in self.plan.measurements:
+            if isinstance(measurement, kind):
+                found: Result | None = self.take(measurement)
+                return found
+        return None
+
+    def before(self, kind: type[Measurement[Result]]) -> Result | None:
+        """Return the result that a measurement of that class had the last time; None where there is none."""
+        return None if self.last is None else self.last.of(kind)
+
+    def take(self, measurement: Measurement[Result]) -> Result | None:
+        """Return the result of a measurement, which is computed once."""
+        kind = type(measurement)
+        if kind not in self._results:
+            self._results[kind] = _PENDING
+            try:
+                self._results[kind] = measurement.measure(self)
+            except UnmeasurableError as error:
+                self._results[kind], self._reasons[kind] = None, str(error)
+        if self._results[kind] is _PENDING:
+            raise RuntimeError(f"measurements wait for one another in a circle, and {kind.__name__} is part of it.")
+        result: Result | None = self._results[kind]
+        return result
+
+    def affordable(self, most: int) -> int:
+        """Return how many products (or gradients or losses) there is time for, `most` at most."""
+        return self.clock.affordable(most)
+
+    def affordable_for_whole_spectrum(self) -> int:
+        """Return how many products a measurement of all eigenvalues may take: 100, `max_products` where that is more,
+        and none where there is time for fewer than ten.
+        """
+        budget = self.affordable(max(_WHOLE_PRODUCTS, self.plan.max_products))
+        return budget if budget >= _LEAST_PRODUCTS else 0
+
+    def results(self) -> tuple[Mapping[type, Any], Mapping[type, str]]:
+        """Return the results so far by class, and why there is none where there is nothing to measure."""
+        return dict(self._results), dict(self._reasons)
+
+
+_PENDING = object()
+
+# What a list of measurements logs beside their own values.
+COST_TAGS = (
+    Tag(
+        "converged",
+        "",
+        "1: the intervals of all eigenvalues looked for, of parts and preconditioned too, are as narrow as `tolerance` "
+        "says; 0: the budget ended first, or following was content with a tenth",
+    ),
+    Tag(
+        "products",
+        "",
+        "curvature products, and what [checking them](setups.md#how-products-are-checked) took; without those of the "
+        "sharpness",
+    ),
+    Tag("seconds", "s", "how long measuring took"),
+)
+COST_CHART = Chart("Products", ("products",), more=True)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Measured(Mapping[str, float]):
+    """Values by tag, such as `{"curvature/lambda_max": 12.4, ...}`, and the results they come from.
+
+    Attributes:
+        plan: What was asked for.
+        numbers: The values by tag.
+        form: How products should be formed the next time: by differences where that was found to be necessary.
+        verdicts: Verdicts of the checks of products, for the measuring that follows.
+        doubt: Why the products cannot be vouched for; empty where they can.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt.curvature import ExtremeEigenvalues, measure
+        >>> w = torch.tensor([1.0, 1.0], requires_grad=True)
+        >>> found = measure(lambda: w[0] ** 2 + 3 * w[1] ** 2, [w])
+        >>> round(found["curvature/lambda_max"], 3) == round(found.read("lambda_max"), 3) == 6.0
+        True
+        >>> [round(entry.value, 3) for entry in found.of(ExtremeEigenvalues).top]
+        [6.0, 2.0]
+    """
+
+    plan: Plan
+    numbers: Mapping[str, float]
+    form: Products
+    verdicts: Mapping[Checked, Verdict]
+    doubt: str
+    _results: Mapping[type, Any]
+    _reasons: Mapping[type, str]
+
+    def __getitem__(self, tag: str) -> float:
+        return self.numbers[tag]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __repr__(self) -> str:
+        return f"Measured({dict(self)})"
+
+    def read(self, name: str) -> float | None:
+        """Return the value of a tag without its prefix; None if it was not measured."""
+        return self.get(f"{self.plan.prefix}/{name}")
+
+    def names(self) -> list[str]:
+        """Return the names of all values, without the prefix."""
+        return [tag.removeprefix(f"{self.plan.prefix}/") for tag in self]
+
+    def of(self, kind: type[Measurement[Result]]) -> Result | None:
+        """Return the result of the measurement of that class; None where it was not asked for, or has none."""
+        return next((result for measurement, result in self.results() if isinstance(measurement, kind)), None)
+
+    def results(self) -> Iterator[tuple[Measurement[Any], Any]]:
+        """Yield each measurement that has a result, and the result."""
+        for measurement in self.plan.measurements:
+            result = self._results.get(type(measurement))
+            if result is not None:
+                yield measurement, result
+
+    def charts(self) -> list[Chart]:
+        """Return the charts of all measurements."""
+        return [*(chart for measurement in self.plan.measurements for chart in measurement.charts), COST_CHART]
+
+    def unmeasurable(self) -> dict[str, str]:
+        """Return by the name of its class why a measurement had nothing to measure."""
+        return {kind.__name__: reason for kind, reason in self._reasons.items()}
+
+    def in_words(self) -> str:
+        """Return what the values mean, one sentence a line."""
+        lines = [f"Nothing is certified: {self.doubt}"] if self.doubt else []
+        for measurement, result in self.results():
+            lines += measurement.sentences(result, self)
+        lines += [f"{name} is not measured: {reason}" for name, reason in self.unmeasurable().items()]
+        products, seconds = self.read("products"), self.read("seconds")
+        if products is not None and seconds is not None:
+            lines.append(f"Measured with {products:.0f} products in {seconds:.2g} s.")
+        return "\n".join(lines)
+
+
+def take(
+    closure: Callable[[], Any],
+    params: Iterable[Tensor],
+    optimizers: Sequence[Optimizer],
+    plan: Plan,
+    weight: float | None = None,
+    named: Sequence[tuple[str, Tensor]] = (),
+    last: Measured | None = None,
+) -> Measured:
+    """Take the measurements of a plan, whose settings have been checked, at the parameters.
+
+    Args:
+        closure: Computes the loss, as for `evaluate`.
+        params: The parameters.
+        optimizers: Optimizers that train some of them.
+        plan: What to measure.
+        weight: Weight of this process in the mean over several, as for `evaluate`.
+        named: Pairs of the parameters' names and them; empty if the names are not known.
+        last: The results to follow; None: start at random.
+
+    Returns:
+        Their results.
+
+    Raises:
+        ValueError: A value has a name that is none of its measurement's tags.
+        FloatingPointError: The loss, the gradient or a product is not finite.
+    """
+    params = trained_parameters(params)
+    began = time.perf_counter()
+    known = None if last is None else Known(last.verdicts)
+    objective = Objective(closure, params, products=plan.products, weight=weight, known=known)
+    evaluation = objective.evaluate()
+    if last is None:
+        objective.check_replay(evaluation)
+    A = hessian(evaluation) if plan.curvature == "hessian" else gauss_newton(evaluation)
+    if not math.isfinite(float(evaluation.gradient.abs().max())):
+        raise FloatingPointError(
+            "The gradient is not finite at the parameters, so there is no curvature: look for a norm, a root or a "
+            "logarithm at zero."
+        )
+    quotient, seconds = None, 0.0
+    if plan.max_seconds is not None or any(measurement.uses_quotient for measurement in plan.measurements):
+        quotient, seconds = _timed_quotient(A, evaluation.gradient)
+    view = View(
+        closure,
+        objective,
+        float(evaluation.loss),
+        evaluation.gradient,
+        quotient,
+        params,
+        named,
+        optimizers,
+        plan,
+        Clock(began, plan.max_seconds, seconds, params[0].device),
+        last,
+        weight,
+        plan.products,
+        A,
+    )
+    # First what needs products, so that their graph can be freed before the loss is computed elsewhere.
+    for measurement in plan.measurements:
+        if measurement.uses_matrix:
+            view.take(measurement)
+    products, doubt, verdicts = A.products + evaluation.checks, A.trust.doubt, evaluation.verdicts
+    # A closure that has no second derivative now has none the next time.
+    form: Products = "finite_difference" if evaluation.form == "finite_difference" else plan.products
+    del A
+    view = replace(view, _matrix=None, form=form)
+    evaluation.free()
+    for measurement in plan.measurements:
+        view.take(measurement)
+    objective.settle()
+    objective.check_restored()
+    results, reasons = view.results()
+    numbers = _numbers(plan, results)
+    numbers["products"], numbers["seconds"] = float(products), time.perf_counter() - began
+    numbers = {f"{plan.prefix}/{name}": value for name, value in numbers.items()}
+    return Measured(plan, numbers, form, verdicts, doubt, results, reasons)
+
+
+def _timed_quotient(A: LinearOperator, gradient: Tensor) -> tuple[float | None, float]:
+    """Return g'Ag / g'g, None where g is zero, and the seconds that its product took."""
+    began = time.perf_counter()
+    # Powers of two taken out of g and A, so that no square underflows.
+    matrix, direction = InRange(A), times_power(gradient, -scale_of(gradient))
+    along, square = dot(direction, matrix @ direction), dot(direction, direction)
+    seconds = time.perf_counter() - began
+    return (matrix.back(along / square) if square > 0.0 else None), seconds
+
+
+def _numbers(plan: Plan, results: Mapping[type, Any]) -> dict[str, float]:
+    """Return the finite values of all results by name: a chart cannot show others."""
+    numbers: dict[str, float] = {}
+    spectra: list[Spectrum] = []
+    for measurement in plan.measurements:
+        result = results[type(measurement)]
+        if result is None:
+            continue
+        for name, value in measurement.values(result).items():
+            if not any(tag.fits(name) for tag in measurement.tags):
+                names = ", ".join(tag.name for tag in measurement.tags)
+                raise ValueError(f"values of {type(measurement).__name__} must be among {names}, got {name!r}.")
+            if math.isfinite(value):
+                numbers[name] = float(value)
+        spectra += measurement.spectra(result)
+    if spectra:
+        numbers["converged"] = float(all(spectrum.converged for spectrum in spectra))
+    return numbers
+
+
+def training(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> list[Optimizer]:
+    """Return the optimizers that train at least one of the parameters."""
+    own = {id(p) for p in params}
+    return [o for o in optimizers if any(id(p) in own for group in o.param_groups for p in group["params"])]

@@ -1,0 +1,74 @@
+"""The largest eigenvalue of the matrix as an adaptive optimizer sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from newtonopt.curvature.eigenvalues.extreme import Spectrum
+from newtonopt.curvature.measurements.eigenvalues import in_words, spectrum, with_interval
+from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, UnmeasurableError, View
+from newtonopt.curvature.stability import preconditioned, stability_threshold
+
+
+@dataclass(frozen=True)
+class Preconditioned(Measurement[Spectrum]):
+    """The largest eigenvalue of the `preconditioned` matrix, which is what the stability threshold of Adam and its kin
+    is for, from the optimizer's first step on.
+
+    One optimizer must train all parameters under view.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt.curvature import Preconditioned, measure
+        >>> w = torch.tensor([1.0, 1.0], dtype=torch.float64, requires_grad=True)
+        >>> def closure():
+        ...     return w[0] ** 2 + 8 * w[1] ** 2
+        >>> adam = torch.optim.Adam([w], lr=0.01)
+        >>> closure().backward()
+        >>> adam.step()
+        >>> found = measure(closure, [w], adam, measurements=[Preconditioned()])
+        >>> round(found["curvature/preconditioned_lambda_max"], 3), round(found["curvature/stability_threshold"])
+        (10.0, 3800)
+    """
+
+    tags: ClassVar[tuple[Tag, ...]] = (
+        Tag(
+            "preconditioned_lambda_max", "that of 1 / learning rate", "the largest eigenvalue as the optimizer sees it"
+        ),
+        Tag("preconditioned_lambda_max_lower", "that of 1 / learning rate", "the lower end of its interval"),
+        Tag("preconditioned_lambda_max_upper", "that of 1 / learning rate", "the upper end"),
+    )
+    charts: ClassVar[tuple[Chart, ...]] = (
+        Chart(
+            "Largest preconditioned eigenvalue and its interval",
+            ("preconditioned_lambda_max", "preconditioned_lambda_max_lower", "preconditioned_lambda_max_upper"),
+            True,
+        ),
+    )
+
+    def measure(self, view: View) -> Spectrum | None:
+        """Return the largest eigenvalue, followed from the last one."""
+        if not view.optimizers:
+            raise ValueError("optimizer must be given to measure Preconditioned, got None. Give the one that trains.")
+        try:
+            if not view.training:
+                raise ValueError("optimizer must train some of these parameters, got none that does.")
+            for optimizer in view.training:
+                stability_threshold(optimizer)
+            matrix = preconditioned(view.matrix, view.training[0], view.params)
+        except (TypeError, ValueError) as error:  # no threshold is known, or never stable, or no step so far
+            raise UnmeasurableError(str(error)) from error
+        return spectrum(view, matrix, 1, 0, view.before(Preconditioned))
+
+    def values(self, result: Spectrum) -> dict[str, float]:
+        """Return the eigenvalue with its interval."""
+        return with_interval("preconditioned_lambda_max", result.top[0])
+
+    def sentences(self, result: Spectrum, measured: Measured) -> list[str]:
+        """Return the eigenvalue in words."""
+        return [f"The largest eigenvalue of the preconditioned matrix is {in_words(result, result.top[0])}."]
+
+    def spectra(self, result: Spectrum) -> tuple[Spectrum, ...]:
+        """Return the eigenvalue."""
+        return (result,)

@@ -1,0 +1,113 @@
+"""The largest eigenvalue against the optimizer's stability threshold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from newtonopt.curvature.measurements.eigenvalues import ExtremeEigenvalues
+from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, View
+from newtonopt.curvature.measurements.preconditioned import Preconditioned
+from newtonopt.curvature.stability import stability_threshold
+
+# Between these ratios of the largest eigenvalue to the threshold training is called at the edge: full-batch gradient
+# descent and Adam hover within 6 % of it (Cohen et al. 2021, 2022).
+_BELOW, _BEYOND = 0.9, 1.1
+
+
+@dataclass(frozen=True)
+class StabilityRatio:
+    """An eigenvalue against a threshold.
+
+    Attributes:
+        threshold: Largest eigenvalue at which steps do not grow.
+        ratio: Largest eigenvalue over it.
+        preconditioned: Whether the eigenvalue is that of the preconditioned matrix.
+    """
+
+    threshold: float
+    ratio: float
+    preconditioned: bool
+
+
+@dataclass(frozen=True)
+class Stability(Measurement[StabilityRatio]):
+    """The optimizer's stability threshold, and the largest eigenvalue over it: of the matrix itself for SGD, of the
+    preconditioned matrix where `Preconditioned` is measured too.
+
+    `CurvatureMonitor` and `measure` take it always, for no product. There is no result where no threshold is known, and
+    where the optimizers train only a part of the parameters.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt.curvature import measure
+        >>> w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        >>> found = measure(lambda: w[0] ** 2 + 4 * w[1] ** 2, [w], torch.optim.SGD([w], lr=0.2))
+        >>> found["curvature/stability_threshold"], round(found["curvature/stability_ratio"], 6)
+        (10.0, 0.8)
+    """
+
+    tags: ClassVar[tuple[Tag, ...]] = (
+        Tag(
+            "stability_threshold",
+            "that of 1 / learning rate",
+            "the largest eigenvalue at which steps do not grow: of the matrix for SGD, of the preconditioned one for "
+            "others",
+        ),
+        Tag(
+            "stability_ratio",
+            "1",
+            "that eigenvalue over its threshold; above 1 steps grow. Neither is written where the optimizers train "
+            "only a part of the parameters looked at",
+        ),
+    )
+    charts: ClassVar[tuple[Chart, ...]] = (
+        *(
+            Chart("Largest eigenvalue against the stability threshold", (name, "stability_threshold"))
+            for name in ("preconditioned_lambda_max", "lambda_max")
+        ),
+        Chart("Stability ratio: above 1 steps overshoot", ("stability_ratio",), more=True),
+    )
+
+    def measure(self, view: View) -> StabilityRatio | None:
+        """Return threshold and ratio, if they are of all parameters."""
+        adapts, optimizers = view.asks_for(Preconditioned), view.training
+        if not optimizers or not (adapts or all(isinstance(optimizer, SGD) for optimizer in optimizers)):
+            return None
+        spectrum = view.of(Preconditioned) if adapts else view.of(ExtremeEigenvalues)
+        try:
+            threshold = min(map(stability_threshold, optimizers))
+        except (TypeError, ValueError):  # no threshold is known, or never stable
+            return None
+        # A learning rate of zero, as in a warm-up, has no finite threshold; and optimizers that train a part of the
+        # parameters have the threshold of that part.
+        if spectrum is None or not math.isfinite(threshold) or not _train_all(optimizers, view.params):
+            return None
+        return StabilityRatio(threshold, spectrum.top[0].value / threshold, adapts)
+
+    def values(self, result: StabilityRatio) -> dict[str, float]:
+        """Return threshold and ratio."""
+        return {"stability_threshold": result.threshold, "stability_ratio": result.ratio}
+
+    def sentences(self, result: StabilityRatio, measured: Measured) -> list[str]:
+        """Return whether steps are stable."""
+        which = "of the preconditioned matrix " if result.preconditioned else ""
+        meaning = (
+            "steps are stable."
+            if result.ratio < _BELOW
+            else "training is at the edge of stability."
+            if result.ratio <= _BEYOND
+            else "steps along it overshoot and grow, until the curvature falls."
+        )
+        at = f"is at {result.ratio:.3g} of the stability threshold {result.threshold:.4g}"
+        return [f"The largest eigenvalue {which}{at}: {meaning}"]
+
+
+def _train_all(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> bool:
+    trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return all(id(p) in trained for p in params)

@@ -1,0 +1,160 @@
+"""`measure`: the measurements that `CurvatureMonitor` takes, for any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from newtonopt.checks import check_choice, check_closure, check_flag, check_instance, check_weight, listed, shown
+from newtonopt.closure.evaluation import Products
+from newtonopt.curvature.ascent import Kind
+from newtonopt.curvature.diagonal_blocks import is_named
+from newtonopt.curvature.measurements.eigenvalues import ExtremeEigenvalues
+from newtonopt.curvature.measurements.gradient import AlongGradient
+from newtonopt.curvature.measurements.measurement import Matrix, Measured, Measurement, Plan, take, training
+from newtonopt.curvature.measurements.sharpness import Sharpness
+from newtonopt.curvature.measurements.stability import Stability
+
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+
+
+@torch.inference_mode(False)
+def measure(
+    closure: Callable[[], Any],
+    params: Params,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    *,
+    top: int = 3,
+    bottom: int = 1,
+    sharpness: Kind | Sharpness | None = "ball",
+    measurements: Sequence[Measurement[Any]] = (),
+    gradient: bool = True,
+    curvature: Matrix = "hessian",
+    products: Products = "auto",
+    tolerance: float = 1e-2,
+    max_products: int = 100,
+    max_seconds: float | None = None,
+    seed: int = 0,
+    weight: float | None = None,
+    prefix: str = "curvature",
+    last: Measured | None = None,
+) -> Measured:
+    """Measure the curvature of a loss: the values that `CurvatureMonitor` logs, for any training loop.
+
+        for tag, value in measure(closure, model.parameters(), optimizer).items():
+            writer.add_scalar(tag, value, step)
+
+    Parameters, `.grad`, buffers, random state and logs are as before afterwards.
+
+    Args:
+        closure: Computes the loss, as for `evaluate`.
+        params: The parameters, or pairs of their names and them; those without `requires_grad` are left alone.
+        optimizer: The optimizer that trains them, or several, for `stability_threshold`; None (default): no threshold.
+        top: How many of the largest eigenvalues, one or more. Default 3.
+        bottom: How many of the smallest eigenvalues, zero or more. Default 1.
+        sharpness: "ball" (default), "adaptive_ball" or "average", at a radius of 0.05; for another radius a
+            `Sharpness`; None: not measured.
+        measurements: Further measurements: `Layers`, `Preconditioned`, `Trace`, `Density`, `LossSlice`, or one of your
+            own. Default: none.
+        gradient: Whether to measure the curvature along the gradient, for one product. Default True.
+        curvature: The matrix that is measured: "hessian" (default) or "gauss_newton".
+        products: How curvature products are formed, "auto" (default) or as for `evaluate`.
+        tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
+            no more.
+        max_products: Bound on the eigenvalues' products, one or more. Default 100. The extreme eigenvalues' intervals
+            are as wide as they are then, and `curvature/converged` is 0; a further eigenvalue, shown without one, is
+            left out unless it is known to a tenth.
+        max_seconds: How long measuring may take, roughly: the time of the first product tells how many more there may
+            be. Measurements that do not fit are left out. None (default): no bound.
+        seed: Seed of the random start vectors. Default 0.
+        weight: Weight of this process in the mean over several, as for `evaluate`; None (default): found from the
+            losses.
+        prefix: Prefix of the tags. Default "curvature".
+        last: The return value of the last call in this run, whose eigenvectors to follow, until the largest eigenvalue
+            is known to `tolerance` and the others to a tenth. Eigenvalues that these vectors know nothing of may be
+            missed: `curvature/certified` is 0 then, and `_upper` and `_lower` enclose some eigenvalue, perhaps not the
+            extreme one. It is certified again only where following is seen to fail: leave `last` out now and then. None
+            (default): from random starts, with bounds that hold for the extreme ones.
+
+    Returns:
+        The values by tag: `curvature/lambda_max` and so on.
+
+    Raises:
+        TypeError: `closure`, `params`, `optimizer`, `measurements` or `last` is of another kind.
+        ValueError: A setting is out of its range, an optimizer trains none of `params`, or a measurement lacks the
+            optimizer or the parameters' names.
+        RuntimeError: As `evaluate`, or the closure has changed something that cannot be put back, such as an iterator.
+        FloatingPointError: The loss or a product is not finite.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt.curvature import measure
+        >>> w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        >>> found = measure(lambda: w[0] ** 2 - 3 * w[1] ** 2, [w], sharpness=None)
+        >>> round(found["curvature/lambda_max"], 6), round(found["curvature/lambda_min"], 6)
+        (2.0, -6.0)
+        >>> print(found.in_words().splitlines()[1][-24:])
+        says this is no minimum.
+    """
+    listing = list_of(top, bottom, sharpness, gradient, measurements)
+    plan = Plan(listing, curvature, products, tolerance, max_products, max_seconds, seed, prefix)
+    check_closure(closure)
+    check_weight(weight)
+    if last is not None:
+        check_instance("last", last, Measured, "a Measured, or None", "Give the return value of the last call.")
+    given = listed("params", params, "tensors", "model.parameters()")
+    named = [pair for pair in given if is_named(pair)]
+    tensors = [pair[1] if is_named(pair) else pair for pair in given]
+    optimizers = _optimizers(optimizer)
+    if optimizers and not training(optimizers, tensors):
+        raise ValueError("optimizer must train some of params, got one that trains none. Give another, or None.")
+    return take(closure, tensors, optimizers, plan, weight, named if len(named) == len(given) else (), last)
+
+
+def list_of(
+    top: int, bottom: int, sharpness: Kind | Sharpness | None, gradient: bool, measurements: Sequence[Measurement[Any]]
+) -> tuple[Measurement[Any], ...]:
+    """Return the list of measurements that arguments ask for: the usual ones, then the further ones.
+
+    Raises:
+        TypeError: `measurements` is no list of measurements.
+        ValueError: An argument is out of its range, or there are two measurements of one class.
+    """
+    usual: list[Measurement[Any]] = [ExtremeEigenvalues(top, bottom)]
+    check_flag("gradient", gradient)
+    usual += [AlongGradient()] if gradient else []
+    usual += [Stability()]
+    if isinstance(sharpness, Sharpness):
+        usual.append(sharpness)
+    else:
+        check_choice("sharpness", sharpness, (*get_args(Kind), None))
+        usual += [] if sharpness is None else [Sharpness(sharpness)]
+    if not isinstance(measurements, (list, tuple)):
+        raise TypeError(f"measurements must be a list, got {shown(measurements)}. Write [Trace()], for example.")
+    for measurement in measurements:
+        if not isinstance(measurement, Measurement):
+            raise TypeError(
+                f"measurements must hold measurements only, got {shown(measurement)} in it. Write [Trace()], for "
+                "example."
+            )
+    listing = (*usual, *measurements)
+    kinds = [type(measurement) for measurement in listing]
+    for measurement in measurements:
+        if kinds.count(type(measurement)) > 1:
+            raise ValueError(
+                f"measurements must hold one {type(measurement).__name__} at most beside those of the other arguments, "
+                f"got {shown(measurement)} as a second one."
+            )
+    return listing
+
+
+def _optimizers(given: Any) -> list[Optimizer]:
+    several = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    for one in several:
+        what = "an optimizer of torch's kind, a list of them, or None"
+        check_instance("optimizer", one, Optimizer, what, "Write torch.optim.SGD(params, lr=0.1), for example.")
+    return list(several)

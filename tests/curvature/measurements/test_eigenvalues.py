@@ -1,0 +1,71 @@
+"""What the extreme eigenvalues mean, in words."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from newtonopt.curvature import Eigenvalue, ExtremeEigenvalues, Measured, Spectrum
+from newtonopt.curvature.measurements.measurement import Plan
+
+
+def entry(value: float, lower: float, upper: float) -> Eigenvalue:
+    return Eigenvalue(value, lower, upper, 0.1, 1, torch.ones(1))
+
+
+def said(spectrum: Spectrum, curvature: Any = "hessian") -> str:
+    measurement = ExtremeEigenvalues()
+    plan = Plan((measurement,), curvature)
+    return Measured(plan, {}, "auto", {}, "", {ExtremeEigenvalues: spectrum}, {}).in_words()
+
+
+def top(certified: bool = True, asymmetry: float = 0.0) -> Spectrum:
+    return Spectrum((entry(12.4, 12.35, 12.5),), (), 5, True, 0.99, certified, asymmetry)
+
+
+def bottom(value: float, lower: float, upper: float, certified: bool = True) -> Spectrum:
+    return Spectrum((), (entry(value, lower, upper),), 5, True, 0.99, certified)
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "words"),
+    [
+        (top(), "The largest eigenvalue is 12.4 within 0.1."),
+        (top(False), "12.4 (not certified: some eigenvalue lies within 0.1 of it, a larger one may be missed)."),
+        (top(False, 0.02), "12.4 (not certified: products fail to be symmetric by 0.02 of the norm)."),
+        (bottom(-0.3, -0.4, -0.29), "The smallest, -0.3 within 0.1, says this is no minimum."),
+        (
+            bottom(-0.3, -0.4, -0.29, False),
+            "The smallest, -0.3 (not certified: some eigenvalue lies within 0.1 of it, a smaller one may be missed), "
+            "says this is no minimum.",
+        ),
+        (bottom(0.3, 0.2, 0.31), "0.3 within 0.1, says the loss is convex here."),
+        (bottom(0.3, 0.2, 0.31, False), "a smaller one may be missed), may have either sign."),
+        (bottom(0.0, -0.1, 0.1), "0 within 0.1, may have either sign."),
+    ],
+)
+def test_words_say_what_the_eigenvalues_mean(spectrum: Spectrum, words: str) -> None:
+    assert words in said(spectrum)
+
+
+def test_words_draw_no_conclusion_from_the_smallest_eigenvalue_of_a_gauss_newton_matrix() -> None:
+    assert "convex" in said(bottom(0.3, 0.2, 0.31))
+    assert said(bottom(0.3, 0.2, 0.31), "gauss_newton") == ""
+
+
+def test_without_a_bound_the_interval_is_that_of_some_eigenvalue() -> None:
+    followed = Spectrum((entry(2.0, 1.9, math.inf),), (), 5, True, 0.99, False)
+    values = ExtremeEigenvalues().values(followed)
+    assert values == {"certified": 0.0, "lambda_max": 2.0, "lambda_max_lower": 1.9, "lambda_max_upper": 2.1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"top": 0}, "top must be a whole number and at least 1"), ({"bottom": -1}, "bottom must be")],
+)
+def test_counts_out_of_range_are_refused(settings: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ExtremeEigenvalues(**settings)

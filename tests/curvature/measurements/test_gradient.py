@@ -1,0 +1,32 @@
+"""What the curvature along the gradient means, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from newtonopt.curvature import AlongGradient, Measured
+from newtonopt.curvature.measurements.gradient import GradientShare
+from newtonopt.curvature.measurements.measurement import Plan
+
+
+def words(measurement: Any, result: Any) -> str:
+    return "\n".join(measurement.sentences(result, Measured(Plan((measurement,)), {}, "auto", {}, "", {}, {})))
+
+
+@pytest.mark.parametrize(
+    ("curvature", "meaning"),
+    [
+        (4.0, "the loss falls most at a learning rate of 0.25."),
+        (-4.0, "the loss falls faster than the gradient says."),
+        (0.0, "there is no curvature: the loss falls as the gradient says."),
+    ],
+)
+def test_words_say_how_the_loss_falls(curvature: float, meaning: str) -> None:
+    assert meaning in words(AlongGradient(), GradientShare(curvature, None))
+
+
+def test_without_eigenvectors_there_is_no_share() -> None:
+    assert AlongGradient().values(GradientShare(2.0, None)) == {"gradient_curvature": 2.0}
+    assert AlongGradient().values(GradientShare(2.0, 0.5))["gradient_alignment"] == 0.5
