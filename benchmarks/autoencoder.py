@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from training import Problem
 
 WIDTHS = (64, 256, 128, 64, 16, 64, 128, 256, 64)
-CODE = 16  # the width whose units are linear, as the output's are: they are logits
+CODE = 16  # width of the code; its units are linear, like the outputs, which are logits
 
 
 def digits_autoencoder(seed: int) -> Problem:
     """All 1797 digits in float32; the loss is the cross-entropy of an image: 64 times the mean over its pixels.
 
     Args:
-        seed: Of the weights.
+        seed: Seed of the weights.
     """
     torch.manual_seed(seed)
     images = torch.tensor(load_digits().data / 16, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What runs side by side amount to: tables, raw figures and a picture."""
+"""Sum up runs made side by side: tables, raw figures and a picture."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -30,12 +30,12 @@ def write(
     """Print the tables; write `name`.json, with every run, and `name`.png into `folder`.
 
     Args:
-        name: The problem's, and the files'.
-        runs: In any order; methods keep the order of their first run.
+        name: Name of the problem and of the files.
+        runs: The runs, in any order; methods keep the order of their first run.
         left_out: Methods that were not run, with the reason.
-        error_name: What `Run.error` is.
-        settings: What the runs were made with, kept beside the figures.
-        folder: Made when it is missing.
+        error_name: Title of `Run.error`.
+        settings: Settings of the runs, kept beside the figures.
+        folder: Folder of the files, made if it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept = [asdict(run) for run in runs]
@@ -53,7 +53,7 @@ def write(
 
 
 def _best_of_each_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """For each method the runs of its best contender, by the last loss, median over the seeds."""
+    """Return for each method the runs of its best contender: lowest last loss, median over the seeds."""
     methods: dict[str, dict[str, list[Run]]] = {}
     for run in sorted(runs, key=lambda run: run.seed):
         methods.setdefault(run.method, {}).setdefault(run.contender, []).append(run)
@@ -81,7 +81,7 @@ def _error(run: Run) -> list[float]:
 def _table(
     title: str, groups: Mapping[str, list[Run]], left_out: Mapping[str, str], values: Callable[[Run], list[float]]
 ) -> Table:
-    """Medians over the seeds at a few times, every seed's last value, and the last median by HessianFree's."""
+    """Tabulate medians over the seeds at a few times, each seed's last value, and the ratio to HessianFree's median."""
     some = next(iter(groups.values()))
     stride = (len(some[0].seconds) - 1) // COLUMNS
     table = Table(title=f"{title}, median of {len(some)} seed(s)")
@@ -120,7 +120,7 @@ def _draw(groups: Mapping[str, list[Run]], error_name: str, path: Path) -> None:
 
 
 def _draw_curves(axis: Axes, groups: Mapping[str, list[Run]], values: Callable[[Run], list[float]], label: str) -> None:
-    """A bold line for the median over the seeds and a thin one for every seed."""
+    """Draw a bold line for the median over the seeds and a thin line for every seed."""
     for index, (name, group) in enumerate(groups.items()):
         for run in group:
             axis.plot(run.seconds, values(run), color=f"C{index}", linewidth=0.7, alpha=0.5)

@@ -1,10 +1,11 @@
-"""Newton's methods on functions with known minima: ours beside SciPy's and L-BFGS, from the standard starting points.
+"""Our Newton methods beside SciPy's and L-BFGS on functions with known minima, from the standard starting points.
 
     OMP_NUM_THREADS=1 python benchmarks/convergence.py [--functions NAME ...] [--methods NAME ...] [--jobs 2]
 
 Each run ends at a gradient norm of 1e-8, or after 2000 gradients or evaluations. It counts evaluations of the function,
 gradients, products of the Hessian with a vector (a dense Hessian counts n) and the time they took together. It succeeds
-if its gradient got there at a listed minimum; "elsewhere" is another stationary point, or where the slope is as small.
+if its gradient is that small at a listed minimum; "elsewhere" is another stationary point, or another point with so
+small a slope.
 """
 
 import argparse
@@ -35,9 +36,9 @@ TOLERANCE, LIMIT = 1e-8, 2000
 STALLED = 100  # steps in a row that did not move
 Runs = dict[str, dict[str, "Run"]]  # by function and method
 
-# Options under which only the gradient ends a run; Newton-CG knows no other tolerance than that of the step.
+# With these options only the gradient ends a run; Newton-CG has only a tolerance for the step.
 SCIPY = {"Newton-CG": {"xtol": 0.0}} | {f"trust-{name}": {"gtol": TOLERANCE} for name in ("ncg", "krylov", "exact")}
-# Our optimizers with the SciPy method that each is closest to; those that this version lacks are left out.
+# Each of our optimizers with the closest method of SciPy; a method that this version of SciPy lacks is left out.
 TWINS = {"DampedNewton": "trust-exact", "HessianFree": "Newton-CG", "NewtonCG": "Newton-CG"}
 TWINS |= {"TrustRegionNewton": "trust-ncg", "CubicNewton": "trust-krylov"}
 OURS = [name for name in TWINS if hasattr(newtonopt, name)]
@@ -46,7 +47,7 @@ METHODS = [*SCIPY, "L-BFGS", *OURS]
 
 @dataclass
 class Run:
-    """What one method spent on one function, and where it got."""
+    """The cost of one method on one function, and its end point."""
 
     function: str
     method: str
@@ -68,7 +69,7 @@ class Run:
 
     @property
     def cost(self) -> float:
-        """Gradients and products, infinite if the run did not succeed."""
+        """Return gradients plus products; infinity if the run did not succeed."""
         return self.gradients + self.products if self.outcome == "minimum" else inf
 
 
@@ -77,7 +78,7 @@ class _Ended(Exception):
 
 
 class _Oracle:
-    """The function for others to call, counted; products reuse the graph of the gradient at the same point."""
+    """The function as other libraries call it, with counters; products reuse the gradient's graph at the same point."""
 
     def __init__(self, function: Function, run: Run, seconds: float) -> None:
         self.function, self.run, self.end = function, run, perf_counter() + seconds
@@ -159,7 +160,7 @@ def _run_lbfgs(function: Function, run: Run, seconds: float) -> None:
 
 
 def _run_ours(function: Function, run: Run, seconds: float) -> None:
-    """Each step costs one gradient; that of the end point, which shows that it is one, is the last."""
+    """Run one of our optimizers. Each step costs one gradient; the last one shows that the end point is stationary."""
     x = torch.tensor(function.start, dtype=torch.float64, requires_grad=True)
     options = {"curvature": "hessian"} if run.method == "HessianFree" else {}
     optimizer = getattr(newtonopt, run.method)([x], **options)
@@ -203,7 +204,7 @@ def main() -> None:
 
 def _measure_all(name: str, methods: list[str], seconds: float) -> list[Run]:
     torch.set_num_threads(1)
-    measure(FUNCTIONS["rosenbrock"], "L-BFGS", 1.0)  # first use of torch is slow
+    measure(FUNCTIONS["rosenbrock"], "L-BFGS", 1.0)  # the first use of torch is slow
     return [measure(FUNCTIONS[name], method, seconds) for method in methods]
 
 
@@ -231,7 +232,7 @@ def _costs(runs: Runs, methods: list[str]) -> Table:
 
 def _summary(runs: Runs, methods: list[str]) -> Iterator[str]:
     solved = {m: sum(group[m].cost < inf for group in runs.values()) for m in methods}
-    yield f"Of {len(runs)} functions solved: " + ", ".join(f"{m} {count}" for m, count in solved.items())
+    yield f"Solved of {len(runs)} functions: " + ", ".join(f"{m} {count}" for m, count in solved.items())
     ours, scipy = ([m for m in methods if m in family] for family in (OURS, SCIPY))
     best = {n: [min((g[m].cost for m in family), default=inf) for family in (ours, scipy)] for n, g in runs.items()}
     wins = [name for name, (a, b) in best.items() if a <= b and a < inf]

@@ -1,10 +1,11 @@
-"""What the three largest eigenvalues and the smallest cost to 1e-3: `python benchmarks/eigenvalues.py`.
+"""Cost of the three largest eigenvalues and the smallest to 1e-3: `python benchmarks/eigenvalues.py`.
 
-Of the Hessian of each network as it was initialised: newtonopt on cached products, SciPy's `eigsh` on the same products
-(once for each end), and `eigsh` on those of curvlinops where it is installed (`pip install curvlinops-for-pytorch`,
-which brings torchvision). `eigsh` stops at residuals of 1e-3 times the eigenvalue and bounds nothing; newtonopt stops
-where the intervals are as narrow as that, with copies of equal eigenvalues looked for. What is compared with is its
-answer in float64 to 1e-6. Seconds are all that a user waits for, the evaluation included.
+The matrix is the Hessian of each network at initialisation. Three methods: newtonopt on cached products, SciPy's
+`eigsh` on the same products (once for each end), and `eigsh` on the products of curvlinops where that is installed
+(`pip install curvlinops-for-pytorch`, which brings torchvision). `eigsh` stops at residuals of 1e-3 times the
+eigenvalue and bounds nothing. newtonopt stops where the intervals are that narrow, and also looks for copies of equal
+eigenvalues. The truth is newtonopt's answer in float64 to 1e-6. Seconds count the user's whole wait, the evaluation
+included.
 
 An error is relative to the eigenvalue, or to 1e-3 of the largest one where the eigenvalue is smaller than that.
 """
@@ -40,15 +41,15 @@ except ImportError:
 
 NETWORKS = dict(zip(("small", "perceptron", "conv", "gpt"), small_setups(), strict=True))
 TOLERANCE = 1e-3
-# How many of the largest and of the smallest.
+# Numbers of largest and of smallest eigenvalues.
 Ends = tuple[int, int]
-# Products of eigsh, at each end: where an end has not converged by then it is given up.
+# Limit on the products of eigsh at each end; an end that has not converged by then is given up.
 MOST = 500
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Eigenvalues, the largest first; fewer where the method gave up. Bounds only where the method has them."""
+    """Eigenvalues, the largest first; fewer where the method gave up. Bounds are None where the method has none."""
 
     values: list[float]
     products: int
@@ -79,12 +80,12 @@ def curvlinops(setup: Setup, wanted: Ends, seed: int) -> Answer:
     data = [(setup.inputs, setup.targets.flatten())]
     model = nn.Sequential(setup.model, nn.Flatten(0, -2)) if setup.targets.dim() > 1 else setup.model
     A = HessianLinearOperator(model, nn.CrossEntropyLoss(), setup.parameters, data, check_deterministic=False)
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
         return ends(lambda v: (A @ torch.from_numpy(v)).numpy(), setup.count, wanted, seed)
 
 
 def ends(product: Callable[[Any], Any], size: int, wanted: Ends, seed: int) -> Answer:
-    """By `eigsh`, the top first."""
+    """Compute both ends by `eigsh`, the top first."""
     count = 0
 
     def counted(v: Any) -> Any:
@@ -96,7 +97,7 @@ def ends(product: Callable[[Any], Any], size: int, wanted: Ends, seed: int) -> A
     start = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
     values: list[float] = []
     for which, many in zip(("LA", "SA"), wanted, strict=True):
-        # With the default basis of 20 vectors a restart takes so many products.
+        # Products per restart with the default basis of 20 vectors.
         settings = {"which": which, "v0": start, "tol": TOLERANCE, "maxiter": MOST // (20 - many)}
         with contextlib.suppress(ArpackNoConvergence):
             found = [] if many == 0 else eigsh(operator, k=many, return_eigenvectors=False, **settings)
@@ -105,7 +106,7 @@ def ends(product: Callable[[Any], Any], size: int, wanted: Ends, seed: int) -> A
 
 
 def truth_of(setup: Setup, wanted: Ends) -> list[float]:
-    """In float64, where intervals of 1e-6 are far wider than rounding."""
+    """Compute the truth in float64, where intervals of 1e-6 are far wider than rounding."""
     inputs = setup.inputs.double() if setup.inputs.is_floating_point() else setup.inputs
     found = spectrum_of(replace(setup, model=copy.deepcopy(setup.model).double(), inputs=inputs), wanted, 1e-6, seed=1)
     if not found.converged:
@@ -121,7 +122,7 @@ def largest_error(answer: Answer, truth: list[float]) -> float:
 
 
 def held(answer: Answer, truth: list[float]) -> str:
-    """How many intervals hold the truth, up to the rounding of float32 that they allow for."""
+    """Count the intervals that hold the truth, up to the rounding of float32 that they allow for."""
     if answer.bounds is None:
         return "none given"
     doubt = 64 * torch.finfo(torch.float32).eps * abs(truth[0])
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=list(NETWORKS), metavar="NETWORK", help=f"{names} (all)")
     parser.add_argument("--top", type=int, default=3, help="default: 3")
     parser.add_argument("--bottom", type=int, default=1, help="default: 1")
-    parser.add_argument("--rounds", type=int, default=3, help="each from another start; default: 3")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, each from another start; default: 3")
     parser.add_argument("--clock", choices=["wall", "processor"], default="wall", help="default: wall")
     args = parser.parse_args()
     torch.set_num_threads(1)

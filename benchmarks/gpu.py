@@ -1,16 +1,16 @@
 """The library on a CUDA device, in at most six minutes: `make gpu`, or `python benchmarks/gpu.py`.
 
     tests             the tests that are marked `gpu`
-    products          the time of curvature products by that of a gradient, and their memory, for four models
+    products          time of curvature products relative to a gradient, and their memory, for four models
     hessian_free      loss and error against time of HessianFree on a physics-informed network and an autoencoder
     lightning         bf16-mixed runs of Adam and of HessianFree, with and without the monitors
-    synchronisations  how often the host waits for the device in an iteration of conjugate gradients, in a step of
-                      HessianFree and in a measurement, and where
+    synchronisations  how often, and where, the host waits for the device in an iteration of conjugate gradients, in a
+                      step of HessianFree and in a measurement
 
-Each part runs in a process of its own with a time limit: one that fails or hangs is recorded, with its traceback, and
-the others still run. What is found is written as it comes, to one JSON file named after the card. It needs a Python
-with a CUDA build of torch, with Lightning, TensorBoard and pytest; the library itself is taken from this source tree,
-installed or not. `--device cpu --small` tries the whole of it without a card.
+Each part runs in a process of its own with a time limit: a part that fails or hangs is recorded, with its traceback,
+and the others still run. Figures are written as they come, to one JSON file named after the card. The script needs a
+Python with a CUDA build of torch, with Lightning, TensorBoard and pytest; the library itself is taken from this
+source tree, installed or not. `--device cpu --small` tries the whole script without a card.
 """
 
 import argparse
@@ -42,13 +42,13 @@ from gpu_parts import ROOT, Note, Where, hessian_free, lightning, products, sync
 RESULTS = ROOT / "benchmarks" / "results"
 # Seconds that a part gets to write its traceback when its time is up.
 GRACE = 5.0
-# Characters of what a part printed that are kept.
+# Characters that are kept of a part's printed text.
 KEPT = 8000
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something to run, and for how many seconds at most."""
+    """A part of the script, and its time limit in seconds."""
 
     run: Callable[[Where, Note], None]
     limit: float
@@ -65,7 +65,7 @@ PARTS = {
 
 
 class Callbacks:
-    """Finds the folder callbacks/ under the name that it has when it is installed."""
+    """Finder that imports the folder callbacks/ under the name that it installs as."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
@@ -76,13 +76,13 @@ class Callbacks:
 
 
 def use_the_source_tree() -> None:
-    """Import the library from here, whether or not it is installed, and whichever is."""
+    """Import the library from this source tree, whether or not one is installed."""
     sys.path.insert(0, str(ROOT))
     sys.meta_path.insert(0, Callbacks)
 
 
 def work(name: str, where: Where, limit: float, found: Path) -> None:
-    """Run one part in this process and keep what it notes in a file."""
+    """Run one part in this process and write its figures to a file."""
     faulthandler.enable()
     faulthandler.dump_traceback_later(limit, exit=True)
     use_the_source_tree()
@@ -104,7 +104,7 @@ def write(path: Path, content: Any) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended ("passed", "failed", "timed out"), after how many seconds, and the end of what it printed."""
+    """The end of a process: "passed", "failed" or "timed out", the seconds it took, and the end of its printed text."""
 
     status: str
     seconds: float
@@ -112,13 +112,13 @@ class Outcome:
 
 
 def run_apart(command: Sequence[str], limit: float, grace: float, each_second: Callable[[], None]) -> Outcome:
-    """Run a command in a process of its own, and end it with all that it started when its time is up.
+    """Run a command in a process of its own, and end it and its children when its time is up.
 
     Args:
         command: The command line.
-        limit: Seconds after which it is expected to end itself, with a traceback.
-        grace: Seconds after that when it is ended.
-        each_second: Called while it runs.
+        limit: Seconds after which the process is expected to end itself, with a traceback.
+        grace: Further seconds after which it is ended.
+        each_second: Called every second while it runs.
     """
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+", errors="replace") as printed:
@@ -131,7 +131,7 @@ def run_apart(command: Sequence[str], limit: float, grace: float, each_second: C
                 except subprocess.TimeoutExpired:
                     each_second()
         finally:
-            # What it started may be running still, even if it has ended.
+            # Its children may still be running.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -143,7 +143,7 @@ def run_apart(command: Sequence[str], limit: float, grace: float, each_second: C
 
 
 def machine(device: str) -> dict[str, str]:
-    """Return the machine and the versions with which the figures were measured."""
+    """Return the machine and the versions of the software."""
     if device == "cuda":
         card = torch.cuda.get_device_name()
         driver = said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -163,7 +163,7 @@ def machine(device: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """NEWTONOPT_COMMIT, for copies without their history; else that of the source tree, marked if it was changed."""
+    """Return NEWTONOPT_COMMIT, for copies without history, or the tree's commit, marked if files were changed."""
     if os.environ.get("NEWTONOPT_COMMIT"):
         return os.environ["NEWTONOPT_COMMIT"]
     git = partial(said_by, "git", "-C", str(ROOT))
@@ -190,7 +190,7 @@ def version_of(package: str) -> str:
 
 
 def summary(name: str, found: dict[str, Any]) -> list[str]:
-    """A part's figures in a few lines."""
+    """Return a part's figures in a few lines."""
     if name == "tests":
         counts = ", ".join(f"{count} {outcome}" for outcome, count in found.get("counts", {}).items())
         return [counts, *(f"failed: {test}" for test in found.get("failures", {}))]
@@ -260,7 +260,7 @@ def main() -> None:
 
 
 def run_part(name: str, where: Where, record: dict[str, Any], path: Path) -> Outcome:
-    """Run a part in a process of its own; the record is written to `path` again whenever something is found."""
+    """Run a part in a process of its own; write the record to `path` again whenever the part notes a figure."""
     limit = PARTS[name].limit
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"

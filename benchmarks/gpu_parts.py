@@ -1,7 +1,7 @@
 """The parts that `gpu.py` runs, each in a process of its own.
 
-A part gets what it runs on, and a function to note what it finds under a name, which writes it down at once. It imports
-what it needs itself, so that a package that is missing stops that part alone.
+A part receives the device and a function that notes a figure under a name and writes it down at once. Each part has its
+own imports, so that a missing package stops that part alone.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-# Characters of a failed test's report that are kept.
+# Characters that are kept of a failed test's report.
 KEPT = 2000
 
 Note = Callable[[str, Any], None]
@@ -35,7 +35,7 @@ class Where:
 
 
 def tests(where: Where, note: Note) -> None:
-    """The `gpu` tests; on a CPU, to try this script, the same tests of one file there."""
+    """Run the `gpu` tests; on a CPU, to try this script, the same tests of one file."""
     import pytest
 
     counts: Counter[str] = Counter()
@@ -66,7 +66,7 @@ def tests(where: Where, note: Note) -> None:
 
 
 def products(where: Where, note: Note) -> None:
-    """Medians over repetitions of a gradient as a training step takes it, and of products on one evaluation."""
+    """Take median times of a training step's gradient, and of products on one evaluation."""
     import torch.nn.functional as F
     from memory_setups import Setup, small_setups
 
@@ -106,7 +106,7 @@ def products(where: Where, note: Note) -> None:
 
 
 def hessian_free(where: Where, note: Note) -> None:
-    """Loss and error on a grid of times, on the wall clock."""
+    """Record loss and error on a grid of times, on the wall clock."""
     from pinn import convection
     from training import Contender, Message, Problem, train
 
@@ -137,7 +137,7 @@ def hessian_free(where: Where, note: Note) -> None:
 
 
 def lightning(where: Where, note: Note) -> None:
-    """Each optimizer twice without monitors, the first time to warm up, and once with them, from the same weights."""
+    """Run each optimizer twice without monitors, first to warm up, and once with them, from the same weights."""
     import lightning as L
     from lightning.pytorch.loggers import TensorBoardLogger
     from memory_setups import convolutional, perceptron
@@ -202,7 +202,7 @@ def lightning(where: Where, note: Note) -> None:
 
 
 def synchronisations(where: Where, note: Note) -> None:
-    """The difference between 8 and 3 iterations gives those of one."""
+    """Count waits; the difference between 8 and 3 iterations gives the waits of one iteration."""
     sys.path.insert(0, str(ROOT / "tests"))
     import torch.nn.functional as F
     from devices import waits
@@ -255,12 +255,12 @@ def synchronisations(where: Where, note: Note) -> None:
 
 
 def moved(setup: Any, device: str) -> Any:
-    """A setup with its model and data on the device."""
+    """Return the setup with its model and data on the device."""
     return type(setup)(setup.name, setup.model.to(device), setup.inputs.to(device), setup.targets.to(device))
 
 
 def now(device: str) -> float:
-    """The time, in seconds, when the device has done all that it was given."""
+    """Wait until the device has finished its work, and return the time in seconds."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -268,7 +268,7 @@ def now(device: str) -> float:
 
 @contextlib.contextmanager
 def peak_memory(device: str) -> Any:
-    """Yield a dictionary that gets, at the end, the peak of the device's memory above that at the start, if known."""
+    """Yield a dictionary that receives, at the end, the peak of the device's memory above the start, if known."""
     found: dict[str, float] = {}
     if device == "cuda":
         torch.cuda.synchronize()
@@ -280,7 +280,7 @@ def peak_memory(device: str) -> Any:
 
 
 def importable(package: str, note: Note) -> bool:
-    """Whether a package is there; a note if it is not."""
+    """Return whether a package is installed; note it if not."""
     there = importlib.util.find_spec(package) is not None
     if not there:
         note(f"without {package}", f"what needs {package} was left out")

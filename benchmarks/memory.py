@@ -1,11 +1,11 @@
-"""What newtonopt takes of memory: the peak of a step and of a measurement, beside that of a plain step of SGD.
+"""Memory: the peak of a step and of a measurement beside a plain step of SGD.
 
-`python benchmarks/memory.py` prints a table for each of four small models: the peak of one action above what was alive
-before it (the data and the parameters), plus the parameters. It is the exact peak of what PyTorch's allocator hands
-out; what a kernel allocates by itself, such as oneDNN's scratch, is not in it.
+`python benchmarks/memory.py` prints a table for each of four small models: the peak of one action above the memory in
+use before it (the data and the parameters), plus the parameters. The figure is the exact peak of PyTorch's allocator;
+memory that a kernel allocates by itself, such as oneDNN's scratch, is not counted.
 
-`python benchmarks/memory.py --large` takes a GPT of 100 million parameters: each action in a process of its own, with
-the peak of its resident memory. A process that would take more than `--limit` ends with an error instead.
+`python benchmarks/memory.py --large` takes a GPT of 100 million parameters: each action runs in a process of its own
+and reports the peak of its resident memory. A process that would take more than `--limit` ends with an error instead.
 
 Each takes some minutes.
 """
@@ -34,15 +34,15 @@ from newtonopt import HessianFree, evaluate, gauss_newton, hessian
 from newtonopt.curvature import extreme_eigenvalues
 
 PARTS = 8  # micro-batches
-ITERATIONS = 6  # of conjugate gradients in a step
-PRODUCTS = 8  # of a measurement
+ITERATIONS = 6  # iterations of conjugate gradients in a step
+PRODUCTS = 8  # iterations in a measurement
 FORMS = ("cached", "streamed", "finite_difference")
 MB = 1e6
 GB = 1e9
-# Vectors (n,) that a step works with: the point, its gradient, the last step's direction, and of conjugate gradients
+# Vectors (n,) of a step: the point, its gradient, the last step's direction, and from conjugate gradients
 # iterate, residual, direction and product. The path of iterates comes on top.
 STEP_VECTORS = 7
-# Point, gradient, and of Lanczos the last vector, the next and the product; twice the Ritz vectors. The basis on top.
+# Point, gradient, and from Lanczos the last vector, the next and the product; twice the Ritz vectors. Plus the basis.
 MEASUREMENT_VECTORS = 7
 LARGE_TARGET = 24.0  # GB
 TARGETS = {("step", "cached"): 3.5, ("step", "streamed"): 1.5, ("product", "streamed"): 1.3}
@@ -50,7 +50,7 @@ TARGETS = {("step", "cached"): 3.5, ("step", "streamed"): 1.5, ("product", "stre
 
 @dataclass(frozen=True)
 class Row:
-    """One action's peak, with how many vectors `(n,)` its method states to hold."""
+    """One action's peak, and the number of vectors `(n,)` that the method is documented to hold."""
 
     action: str
     form: str
@@ -67,7 +67,7 @@ def plain_step(setup: Setup, parts: int) -> int:
 
 
 def newton_step(setup: Setup, parts: int, form: Any, steps: int = 2, preconditioner: Any = None) -> int:
-    """Two steps: the second one starts from the first one's direction. Returns how many vectors a step holds."""
+    """Take two steps; the second starts from the first one's direction. Return the number of vectors a step holds."""
     optimizer = HessianFree(setup.parameters, products=form, preconditioner=preconditioner, max_iterations=ITERATIONS)
     closure = setup.closure(optimizer, parts)
     for _ in range(steps):
@@ -78,7 +78,7 @@ def newton_step(setup: Setup, parts: int, form: Any, steps: int = 2, preconditio
 
 
 def path_length(iterations: int) -> int:
-    """How many iterates are kept to go back to, the last one aside: at indices that grow by 1.3, and the first."""
+    """Return the number of kept iterates without the last: the first, and indices that grow by 1.3."""
     kept, mark = 1, 1.0
     for iteration in range(1, iterations):
         if iteration >= mark:
@@ -87,7 +87,7 @@ def path_length(iterations: int) -> int:
 
 
 def measurement(setup: Setup, parts: int, form: Any) -> int:
-    """The largest eigenvalue of the Hessian. Returns how many vectors it holds."""
+    """Compute the largest eigenvalue of the Hessian. Return the number of vectors held."""
     optimizer = SGD(setup.parameters, lr=0.0)
     evaluation = evaluate(setup.closure(optimizer, parts), setup.parameters, products=form)
     return (
@@ -96,7 +96,7 @@ def measurement(setup: Setup, parts: int, form: Any) -> int:
 
 
 def peak(action: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Bytes at the highest above those allocated before, and the action's result."""
+    """Return the peak in bytes above the bytes allocated before, and the action's result."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -119,7 +119,7 @@ def peak(action: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 @contextmanager
 def silent_errors() -> Iterator[None]:
-    """The profiler's native code writes lines to the standard error when it starts and stops."""
+    """Hide the lines that the profiler's native code writes to the standard error."""
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     try:
@@ -131,7 +131,7 @@ def silent_errors() -> Iterator[None]:
 
 
 def check_meter(device: str) -> None:
-    """See that a known pattern of allocations is measured to the byte."""
+    """Check that a known pattern of allocations is measured to the byte."""
 
     def pattern() -> None:
         held = [torch.empty(256 * size, device=device) for size in (1, 2)]
@@ -145,7 +145,7 @@ def check_meter(device: str) -> None:
 
 
 def measure(make: Callable[[], Setup], device: str) -> tuple[Setup, list[Row]]:
-    """All actions, each on a model and data made anew, so that none finds what another left."""
+    """Measure all actions, each on a new model and new data, so that none finds another's leftovers."""
 
     def fresh() -> Setup:
         setup = make()
@@ -160,7 +160,7 @@ def measure(make: Callable[[], Setup], device: str) -> tuple[Setup, list[Row]]:
     def ready(action: Callable[..., int], *args: Any) -> Callable[[Setup], Callable[[], int]]:
         return lambda setup: lambda: action(setup, *args)
 
-    newton_step(fresh(), 1, "cached", steps=1)  # what libraries allocate for good is no action's
+    newton_step(fresh(), 1, "cached", steps=1)  # libraries allocate some memory for good, which no action should count
     rows = []
     for parts in (1, PARTS):
         rows.append(row("SGD step", "plain", "", parts, ready(plain_step, parts)))
@@ -174,7 +174,7 @@ def measure(make: Callable[[], Setup], device: str) -> tuple[Setup, list[Row]]:
 
 
 def prepared_product(matrix: Any, form: Any, parts: int) -> Callable[[Setup], Callable[[], int]]:
-    """One product; the evaluation and the vector are there already. The result is to it what `.grad` is to SGD."""
+    """Prepare an evaluation and a vector, and return one product; its result counts like `.grad` for SGD."""
 
     def prepare(setup: Setup) -> Callable[[], int]:
         optimizer = SGD(setup.parameters, lr=0.0)
@@ -225,14 +225,14 @@ def _verdict(value: float, target: float) -> str:
 
 SMALL_CAPTION = f"""\
 HessianFree: Gauss-Newton, no preconditioner, at most {ITERATIONS} iterations; the second step starts from the first's \
-direction. Eigenvalue: the largest of the Hessian, {PRODUCTS} products at most. A product: the evaluation was there. \
-"own SGD" is one step of SGD with the same closure. "vectors" are those that the method needs by its description, with \
-the path of iterates or the Lanczos basis, 4 bytes an entry; "without": the peak less these. Targets: cached, on \
-the peak; streamed, on the peak without the vectors; a streamed product, on the peak."""
+direction. Eigenvalue: the largest of the Hessian, {PRODUCTS} products at most. A product: its evaluation exists \
+beforehand. "own SGD" is one step of SGD with the same closure. "vectors" are those that the method is documented to \
+need, with the path of iterates or the Lanczos basis, 4 bytes an entry; "without" is the peak less the vectors. \
+Targets: cached, on the peak; streamed, on the peak without the vectors; a streamed product, on the peak."""
 
 
 def run_large(action: str, form: str, limit: float) -> tuple[str, ...]:
-    """A row of the table, made in a process of its own, whose addresses end `limit` bytes above where it starts."""
+    """Return a row of the table, from a process whose addresses end `limit` bytes above its start."""
     start = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (int(start + limit), int(start + limit)))
     torch.set_num_threads(1)
@@ -269,8 +269,8 @@ def large_table(limit: float) -> Table:
 
 LARGE_CAPTION = f"""\
 HessianFree: Gauss-Newton, at most {ITERATIONS} iterations, preconditioner="empirical_fisher", two vectors: the \
-default sketch of rank 50 takes 20 GB to keep, and more to make. Eigenvalue: of the Hessian, {PRODUCTS} products at \
-most. One thread. The resident memory holds Python and PyTorch too, some 0.3 GB. HessianFree: two steps."""
+default sketch of rank 50 takes 20 GB to keep, and more to make. Eigenvalue: the largest of the Hessian, {PRODUCTS} \
+products at most. One thread. The resident memory holds Python and PyTorch too, about 0.3 GB. HessianFree: two steps."""
 
 
 def main() -> None:
@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, help="GB that a process may take (default: 0.85 of what is free)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="for the small models (default: cpu)")
     args = parser.parse_args()
-    console = Console(width=150)  # fixed, so that a table written to a file is not folded
+    console = Console(width=150)  # a fixed width, so that a table written to a file is not folded
     if args.large:
         limit = args.limit * GB if args.limit else 0.85 * psutil.virtual_memory().available
         console.print(large_table(limit), LARGE_CAPTION, sep="\n")

@@ -1,4 +1,4 @@
-"""The models of `memory.py`, with random data of their own."""
+"""The models of `memory.py`, each with random data."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ class Setup:
 
     @property
     def count(self) -> int:
-        """How many numbers the parameters hold."""
+        """Return the number of parameters."""
         return sum(p.numel() for p in self.parameters)
 
     def closure(self, optimizer: Optimizer, parts: int) -> Callable[[], Tensor]:
-        """What a user would write: the mean over the batch, from so many micro-batches of one size."""
+        """Return a user's closure: the mean over the batch, from `parts` micro-batches of one size."""
 
         def closure() -> Tensor:
             optimizer.zero_grad(set_to_none=True)
@@ -78,7 +78,7 @@ class GPT(nn.Module):
 
 
 def perceptron(widths: Sequence[int], batch: int) -> Setup:
-    """Tanh units, the last width that of the classes."""
+    """Tanh units; the last width is the number of classes."""
     torch.manual_seed(0)
     layers = [layer for inputs, outputs in pairwise(widths) for layer in (nn.Linear(inputs, outputs), nn.Tanh())]
     data = torch.randn(batch, widths[0]), torch.randint(widths[-1], (batch,))
@@ -86,7 +86,7 @@ def perceptron(widths: Sequence[int], batch: int) -> Setup:
 
 
 def convolutional(batch: int = 128) -> Setup:
-    """Four convolutions of 3 x 32 x 32 images into 10 classes."""
+    """Four convolutions that classify 3 x 32 x 32 images into 10 classes."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise((3, 32, 64, 64, 64)):
@@ -98,7 +98,7 @@ def convolutional(batch: int = 128) -> Setup:
 
 
 def gpt(layers: int, width: int, heads: int, vocabulary: int, batch: int, length: int) -> Setup:
-    """Each token's target is the next one."""
+    """A GPT on random tokens; each token's target is the next token."""
     torch.manual_seed(0)
     tokens = torch.randint(vocabulary, (batch, length + 1))
     model = GPT(layers, width, heads, vocabulary, length)
@@ -115,5 +115,5 @@ def small_setups() -> list[Callable[[], Setup]]:
 
 
 def large_setup() -> Setup:
-    """100 million parameters on two short sequences, so that the graph is small beside them."""
+    """A GPT of 100 million parameters on two short sequences, so that the graph is small beside the parameters."""
     return gpt(12, 768, 12, 20_000, batch=2, length=32)

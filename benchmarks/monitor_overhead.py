@@ -1,10 +1,10 @@
-"""What CurvatureMonitor adds to the time of training: `python benchmarks/monitor_overhead.py`.
+"""Time that CurvatureMonitor adds to training: `python benchmarks/monitor_overhead.py`.
 
-Each network trains under Lightning with Adam, from the same weights with one monitor after the other, in one process. A
-training step and a measurement are timed apart in the same run, and their medians over all rounds compared. A monitor
-measures every 100 steps: nine measurements follow the last one, the tenth starts at random. A round takes 300 steps,
-with one certified measurement and two that follow it, which are added up as they would come:
-(9 followed + 1 certified) / 1000 steps.
+Each network trains under Lightning with Adam, from the same weights with one monitor after the other, in one process.
+The same run times training steps and measurements apart, and the table compares their medians over all rounds. A
+monitor measures every 100 steps: nine measurements follow the last one, the tenth starts at random. A round takes 300
+steps, with one certified measurement and two that follow it. The overhead weighs them as they occur in training: (9
+followed + 1 certified) / 1000 steps.
 """
 
 import argparse
@@ -37,7 +37,7 @@ MONITORS: dict[str, dict[str, Any]] = {
 
 
 class Classifier(L.LightningModule):
-    """A setup as a user would train it, on one batch of its data again and again with fresh noise."""
+    """A setup that trains on one batch of its data again and again, with fresh noise."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Classifier(L.LightningModule):
 
 @dataclass
 class Times:
-    """Of one monitor over the rounds: seconds by kind of measurement, and products."""
+    """Times of one monitor over the rounds: seconds by kind of measurement, and products."""
 
     followed: list[float] = field(default_factory=list)
     certified: list[float] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Times:
 
 
 class Stopwatch(L.Callback):
-    """The time of each step, without the callbacks' own."""
+    """Measures the time of each step, without the callbacks."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock, self.began = clock, 0.0
@@ -74,7 +74,7 @@ class Stopwatch(L.Callback):
 
 
 class Timed(CurvatureMonitor):
-    """A monitor that tells how long its hook took where it measured."""
+    """A monitor that records the seconds of its hook when it measures."""
 
     def __init__(self, times: Times, clock: Callable[[], float], **settings: Any) -> None:
         super().__init__(**settings)
@@ -91,7 +91,7 @@ class Timed(CurvatureMonitor):
 
 
 def train(setup: Setup, steps: int, callbacks: list[L.Callback]) -> None:
-    """Batches of the setup's size, each with its own inputs."""
+    """Train on batches of the setup's size, each with its own inputs."""
     torch.manual_seed(1)
     batches = [_batch(setup, seed) for seed in range(8)]
     loader = DataLoader([batches[i % len(batches)] for i in range(steps)], batch_size=None)
@@ -108,14 +108,14 @@ def train(setup: Setup, steps: int, callbacks: list[L.Callback]) -> None:
 
 
 def _batch(setup: Setup, seed: int) -> tuple[Tensor, Tensor]:
-    """A part of each seen before, so that there is something to learn."""
+    """Return a batch of which a part was seen before, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(setup.inputs), generator=generator)
     return setup.inputs[order], setup.targets[order]
 
 
 def measure(name: str, rounds: int, every: int, clock: Callable[[], float]) -> tuple[float, dict[str, Times]]:
-    """The median time of a step, and those of each monitor's measurements."""
+    """Return the median time of a step, and the median times of each monitor's measurements."""
     steps: list[float] = []
     times = {monitor: Times() for monitor in MONITORS}
     for _ in range(rounds):

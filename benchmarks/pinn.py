@@ -22,7 +22,7 @@ def convection(seed: int, beta: float) -> Problem:
     """The problem in float64: 1000 residual points at random, 128 initial points, 64 boundary times.
 
     Args:
-        seed: Of the weights and the residual points.
+        seed: Seed of the weights and the residual points.
         beta: Speed of the convection; the larger, the harder.
     """
     torch.manual_seed(seed)
@@ -47,7 +47,7 @@ def wave(seed: int, beta: float) -> Problem:
     """The problem in float64, points as for `convection`: second derivatives in space and time.
 
     Args:
-        seed: Of the weights and the residual points.
+        seed: Seed of the weights and the residual points.
         beta: Frequency of the second part of the solution; the larger, the harder.
     """
     torch.manual_seed(seed)
@@ -91,7 +91,7 @@ def tanh_network() -> nn.Sequential:
 
 
 def _random_points(count: int, length: float) -> tuple[Tensor, Tensor]:
-    """`x` and `t`, a column each, uniform in `[0, length] x [0, 1]`, to differentiate by."""
+    """Return `x` and `t`, a column each, uniform in `[0, length] x [0, 1]`, that require gradients."""
     inside = torch.rand(count, 2, dtype=torch.float64) * torch.tensor([length, 1.0], dtype=torch.float64)
     x, t = inside.chunk(2, dim=1)
     return x.requires_grad_(), t.requires_grad_()
@@ -108,7 +108,7 @@ def _linspace(end: float, count: int) -> Tensor:
 
 
 def _error(model: nn.Module, length: float, exact: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], float]:
-    """The relative L2 error on a grid of 128 places and 64 times."""
+    """Return the relative L2 error on a grid of 128 places and 64 times."""
     grid = torch.cartesian_prod(_linspace(length, 128), _linspace(1.0, 64))
     solution = exact(grid[:, :1], grid[:, 1:])
 

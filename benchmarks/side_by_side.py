@@ -20,25 +20,32 @@ from training import GRID, Contender, Message, Problem, Run, train
 
 from newtonopt import CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton
 
-_SPAWN = multiprocessing.get_context("spawn")  # a fresh interpreter each, with no threads or state of the parent's
+_SPAWN = multiprocessing.get_context(
+    "spawn"
+)  # a fresh interpreter for each run, without the parent's threads and state
 
 _MEMBERS = {member.__name__: member for member in (HessianFree, NewtonCG, TrustRegionNewton, CubicNewton, DampedNewton)}
-# Twenty iterations a call keep the clock's grain fine; without tolerances it uses all the time it is given.
+# Twenty iterations a call, so that the clock is read often; without tolerances L-BFGS uses all its time.
 _lbfgs = partial(
     LBFGS, history_size=100, max_iter=20, line_search_fn="strong_wolfe", tolerance_grad=0.0, tolerance_change=0.0
 )
 METHODS = (*_MEMBERS, "Adam", "L-BFGS", "Adam+L-BFGS")
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # Adam's grid; the best by its last loss, median over the seeds, is reported
-DENSE = 1000  # parameters; DampedNewton is for "some hundreds" by its own documentation
+RATES = (
+    3e-4,
+    1e-3,
+    3e-3,
+    1e-2,
+)  # Adam's grid; the table reports the rate with the lowest last loss, median over the seeds
+DENSE = 1000  # parameters; DampedNewton is meant for a few hundred
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """The command line that all side-by-side benchmarks share."""
+    """Parse the command line that all side-by-side benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=150.0, help="training time of a run (default: 150)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument(
-        "--clock", choices=["wall", "processor"], default="wall", help="what seconds are (default: wall)"
+        "--clock", choices=["wall", "processor"], default="wall", help="clock that counts the seconds (default: wall)"
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all", metavar="NAME")
     parser.add_argument(
@@ -71,7 +78,7 @@ def main(name: str, problem: Callable[[int], Problem], error_name: str, args: ar
 
 
 def _contenders(methods: Sequence[str], options: dict[str, Any], rates: Sequence[float]) -> list[Contender]:
-    """Ours with default settings, but for HessianFree's `options`, and the peers."""
+    """Return our optimizers with default settings, except HessianFree's `options`, and the peers."""
     chosen = []
     for method in methods:
         if method in _MEMBERS:
@@ -90,7 +97,7 @@ def _option(text: str) -> tuple[str, Any]:
     key, _, value = text.partition("=")
     try:
         return key, ast.literal_eval(value)
-    except (SyntaxError, ValueError):  # a bare word is a string
+    except (SyntaxError, ValueError):  # a bare word means a string
         return key, value
 
 
@@ -120,7 +127,7 @@ def _run_all(
 
 
 def _in_a_process(messages: "SimpleQueue[Message]", run: Callable[[Callable[[Message], None]], Run]) -> Run:
-    # A pool for each run: one that is killed takes no other run with it.
+    # One pool for each run, so that a killed run takes no other with it.
     with ProcessPoolExecutor(1, _SPAWN, _start_worker, (messages,)) as pool:
         return pool.submit(_run_in_worker, run).result()
 

@@ -1,6 +1,6 @@
-"""One training run on a clock that counts the optimizer's time alone.
+"""One training run, on a clock that counts the optimizer's time alone.
 
-A value reported at time t belongs to the parameters held at t: those before the step that was under way then.
+A value at time t belongs to the parameters at t, which are the parameters before the step under way.
 """
 
 import time
@@ -20,7 +20,7 @@ Message = tuple[str, int, int, float, float]
 
 @dataclass(frozen=True)
 class Problem:
-    """A model with the loss that trains it and the error that its user cares about."""
+    """A model, the loss that trains it, and the error that its user cares about."""
 
     model: nn.Module
     loss: Callable[[], Tensor]
@@ -29,7 +29,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer, or several in turn: each phase lasts until that fraction of the time has passed.
+    """One or several optimizers in turn; each phase lasts until its fraction of the time has passed.
 
     Contenders of one method differ in a setting; the best of them stands for the method.
     """
@@ -41,13 +41,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class Run:
-    """What one contender reached from one seed, at the times of the grid."""
+    """Loss and error of one contender from one seed, at the times of the grid."""
 
     contender: str
     method: str
     seed: int
     steps: int
-    processor_share: float  # processor time by wall time: well below 1, the run had to share its core
+    processor_share: float  # processor time over wall time; well below 1 the run had to share its core
     seconds: list[float]
     loss: list[float]
     error: list[float]
@@ -65,11 +65,11 @@ def train(
 
     Args:
         problem: Builds the problem from a seed.
-        contender: What trains it.
+        contender: The optimizers that train it.
         seed: Seeds model, data and torch's random state.
         seconds: Length of the run.
-        clock: Real time, or the processor's: on an idle machine they agree, and the latter is the steadier on a
-            shared one.
+        clock: Wall time or processor time. They agree on an idle machine; processor time is steadier on a shared
+            one.
         report: Called with a message at every measurement.
     """
     task = problem(seed)
@@ -112,7 +112,7 @@ def _measure(task: Problem) -> tuple[float, float]:
 
 
 def _measure_at(task: Problem, params: list[nn.Parameter], values: list[Tensor]) -> tuple[float, float]:
-    """Measure with the parameters set to `values`, then put theirs back bit for bit."""
+    """Measure with the parameters set to `values`, then restore the parameters bit for bit."""
     current = [param.detach().clone() for param in params]
     _assign(params, values)
     result = _measure(task)

@@ -1,7 +1,7 @@
 """Draw the pictures of docs/optimizers: `python docs/draw_optimizers.py [NAME ...]`, about a minute of processor time.
 
-On the left paths on a function of two variables, on the right a small model in training, beside peers. The cost is the
-number of gradients and curvature products; forward passes at trial points are not counted.
+The left panel shows paths on a function of two variables, the right one a small model in training, beside peers. The
+cost is the number of gradients and curvature products; forward passes at trial points are not counted.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from newtonopt import (
 )
 
 BLUE, CYAN, ORANGE, GREEN, GREY, RED = "#1446a0", "#25a5c4", "#e8720c", "#3a9a4a", "#777777", "#c22f3d"
-TOLERANCE = 1e-10  # of the gradient's norm
-PATIENCE = 10  # a run is over when so many points in a row are within the tolerance, or the same
+TOLERANCE = 1e-10  # tolerance for the gradient's norm
+PATIENCE = 10  # a run ends when this many points in a row are within the tolerance, or equal
 
 Loss = Callable[[], Tensor]
 Make = Callable[[Iterable[Tensor]], Optimizer]
@@ -48,7 +48,7 @@ Make = Callable[[Iterable[Tensor]], Optimizer]
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer, and how a picture shows it."""
+    """An optimizer, and its style in a picture."""
 
     name: str
     make: Make
@@ -57,7 +57,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Paths:
-    """A function of two variables, where to start, what to show of it, and who walks there."""
+    """A function of two variables, its start, the visible range, and the optimizers."""
 
     title: str
     function: Callable[[Tensor], Tensor]
@@ -68,7 +68,7 @@ class Paths:
 
 @dataclass(frozen=True)
 class Training:
-    """A model and its loss, the cost up to which it is trained, and by whom; shown are "losses" or "norms"."""
+    """A model and its loss, the largest cost, and the optimizers; the picture shows "losses" or "norms"."""
 
     title: str
     build: Callable[[], tuple[nn.Module, Loss]]
@@ -79,7 +79,7 @@ class Training:
 
 @dataclass
 class Trace:
-    """What a run was like at the start of each step: where, what it had cost so far, the loss, the gradient's norm."""
+    """A run at the start of each step: the point, the cost so far, the loss and the gradient's norm."""
 
     points: list[Tensor] = field(default_factory=list)
     costs: list[int] = field(default_factory=list)
@@ -89,7 +89,7 @@ class Trace:
 
     @property
     def steps(self) -> int:
-        """How many were needed to come within the tolerance and stay."""
+        """Return the number of steps after which the run stays within the tolerance."""
         return max((i + 1 for i, norm in enumerate(self.norms[:-1]) if norm > TOLERANCE), default=0)
 
 
@@ -102,7 +102,7 @@ def minimise(params: list[Tensor], loss: Loss, make: Make, limit: int) -> Trace:
         optimizer.zero_grad()
         value = loss()
         value.backward()
-        if calls == 0:  # every optimizer begins at its present point
+        if calls == 0:  # every optimizer starts at the present point
             trace.points.append(torch.cat([p.detach().flatten() for p in params]))
             trace.costs.append(cost)
             trace.losses.append(value.item())
@@ -116,7 +116,7 @@ def minimise(params: list[Tensor], loss: Loss, make: Make, limit: int) -> Trace:
         report: StepReport | None = getattr(optimizer, "last_step", None)
         trace.radii.append(report.radius if report else None)
         if isinstance(optimizer, LBFGS):
-            cost += calls - 1  # it begins each step with the gradient at which it ended the last
+            cost += calls - 1  # L-BFGS starts each step with the last gradient of the step before
         else:
             cost += 1 + (report.products if report else getattr(optimizer, "products", 0))
     return trace
@@ -131,7 +131,7 @@ def _is_over(trace: Trace) -> bool:
 class PlainNewton(Optimizer):
     """Newton's method without any safeguard, for one parameter of two entries."""
 
-    products = 2  # in a step
+    products = 2  # iterations in a step
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         super().__init__(params, {})
@@ -155,7 +155,7 @@ def beale(p: Tensor) -> Tensor:
 
 
 def double_well(p: Tensor) -> Tensor:
-    """Two minima, and a saddle between them at the origin."""
+    """Two minima with a saddle between them at the origin."""
     x, y = p
     return x**4 / 4 - x**2 / 2 + x * y / 4 + y**2 / 2
 
@@ -173,7 +173,7 @@ def rosenbrock(p: Tensor) -> Tensor:
 
 
 def pass_between(p: Tensor) -> Tensor:
-    """Minima at (-1, 1) and (1, 1), and between them at the origin a saddle, to which the line x = 0 leads."""
+    """Minima at (-1, 1) and (1, 1), and a saddle between them at the origin, to which the line x = 0 leads."""
     x, y = p
     return (x**2 - 1) ** 2 / 4 + (y - x**2) ** 2 / 2
 
@@ -182,7 +182,7 @@ def pass_between(p: Tensor) -> Tensor:
 
 
 def convection(beta: float = 10.0) -> tuple[nn.Module, Loss]:
-    """A physics-informed network for u_t + beta u_x = 0, periodic in x, that begins as sin x."""
+    """A physics-informed network for u_t + beta u_x = 0, periodic in x, with sin x at the start."""
     model, period = _network(2, 20, 20, 1), 2 * math.pi
     inside = torch.rand(200, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([period, 1.0])
     s = torch.linspace(0, 1, 50)[:, None]
@@ -201,14 +201,14 @@ def convection(beta: float = 10.0) -> tuple[nn.Module, Loss]:
 
 
 def regression() -> tuple[nn.Module, Loss]:
-    """A wave packet, by a network of two hidden layers."""
+    """A network with two hidden layers that learns a wave packet."""
     model, x = _network(1, 12, 12, 1), torch.linspace(-3, 3, 100)[:, None]
     y = torch.sin(3 * x) * torch.exp(-(x**2) / 8)
     return model, lambda: F.mse_loss(model(x), y)
 
 
 def logistic_regression() -> tuple[nn.Module, Loss]:
-    """Is a tumour malignant? Features of very different curvature, with a weak penalty."""
+    """Logistic regression on tumours, malignant or not: features of very different curvature, a weak penalty."""
     data, model = load_breast_cancer(), _network(30, 1)
     x, y = torch.tensor(data.data), torch.tensor(data.target, dtype=torch.float64)[:, None]
     x = (x - x.mean(0)) / x.std(0)
@@ -216,7 +216,7 @@ def logistic_regression() -> tuple[nn.Module, Loss]:
 
 
 def softmax_regression() -> tuple[nn.Module, Loss]:
-    """Three hundred handwritten digits, with a penalty."""
+    """Softmax regression on three hundred handwritten digits, with a penalty."""
     data, model = load_digits(), _network(64, 10)
     x, y = torch.tensor(data.data[:300] / 16), torch.tensor(data.target[:300])
     return model, lambda: F.cross_entropy(model(x), y) + _penalty(model, 1e-3)
@@ -236,7 +236,7 @@ def _descent(lr: float) -> Method:
     return Method(f"gradient descent, lr {lr:g}", partial(SGD, lr=lr), GREY)
 
 
-# One iteration a step, so that each can be seen.
+# One iteration a step, so that each is visible.
 _one_iteration = {"max_iter": 1, "max_eval": 25, "tolerance_grad": 0.0, "tolerance_change": 0.0}
 L_BFGS = Method("L-BFGS", partial(LBFGS, history_size=30, line_search_fn="strong_wolfe", **_one_iteration), ORANGE)
 ADAM = Method("Adam, lr 0.03", partial(Adam, lr=0.03), GREEN)
@@ -295,7 +295,7 @@ def draw(paths: Paths, training: Training, file: Path) -> None:
         )
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
-    # A palette makes the file a third as large.
+    # A palette reduces the file to a third.
     Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
@@ -338,7 +338,7 @@ if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description="Draw the pictures of the optimizers' pages.")
-    parser.add_argument("pages", nargs="*", metavar="page", help=f"which: {', '.join(PAGES)} (default: all)")
+    parser.add_argument("pages", nargs="*", metavar="page", help=f"pages: {', '.join(PAGES)} (default: all)")
     for name in parser.parse_args().pages or PAGES:
         if name not in PAGES:
             parser.error(f"there is no page {name!r}: give some of {', '.join(PAGES)}")

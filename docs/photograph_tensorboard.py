@@ -1,8 +1,9 @@
 """Take the pictures of TensorBoard: `python docs/photograph_tensorboard.py LOGDIR [NAME ...]`.
 
-NAMEs are those of the pictures: "tensorboard" (default), README's, of what `make demo` logs; and the monitor page's, of
-`configs/everything_measured.yaml`: "tensorboard_custom_scalars", "tensorboard_images", "tensorboard_histograms" and
-"tensorboard_text". Needs chromium, its chromedriver and `pip install selenium`.
+NAME is a picture. "tensorboard" (default) is the README's and needs the logs of `make demo`.
+"tensorboard_custom_scalars", "tensorboard_images", "tensorboard_histograms" and "tensorboard_text" are the monitor
+page's and need the logs of `configs/everything_measured.yaml`. The program needs chromium, its chromedriver and `pip
+install selenium`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from tensorboard import program
 
-# The page of each picture, and how tall it is.
+# The page of each picture, and its height.
 PAGES = {
     "tensorboard": ("custom_scalars", 1290),
     "tensorboard_custom_scalars": ("custom_scalars", 1600),
@@ -40,7 +41,7 @@ _FLAGS = (
 
 
 def board(logdir: str) -> str:
-    """Start TensorBoard on loopback; its address. It ends with this process."""
+    """Start TensorBoard on loopback and return its address. It ends with this process."""
     server = program.TensorBoard()
     server.configure(argv=[None, "--logdir", logdir, "--host", "127.0.0.1", "--port", "0"])
     return server.launch()
@@ -63,13 +64,13 @@ def browser(width: int = 1500, height: int = 1290) -> Iterator[webdriver.Chrome]
 def open_page(driver: webdriver.Chrome, address: str, page: str, seconds: float = 10.0) -> None:
     """Load one of TensorBoard's pages unsmoothed, and expand every category: only the first is open at the start."""
     driver.get(f"{address}#{page}&_smoothingWeight=0")
-    time.sleep(seconds)  # the page loads its data after itself
+    time.sleep(seconds)  # the page loads its data after it has loaded itself
     driver.execute_script(_OPEN_ALL)
     time.sleep(0.6 * seconds)
 
 
 def main(logdir: str, names: list[str]) -> None:
-    """Save what the pages show."""
+    """Save a picture of each page."""
     address = board(logdir)
     for name in names:
         page, height = PAGES[name]
@@ -78,7 +79,7 @@ def main(logdir: str, names: list[str]) -> None:
             driver.save_screenshot(str(Path(__file__).parent / "pictures" / f"{name}.png"))
 
 
-# The page is built of nested shadow roots. Points that chart scaling leaves out as outliers are shown too.
+# The page consists of nested shadow roots. Chart scaling leaves out outliers; show them too.
 _OPEN_ALL = """
 const visit = (root, name, found) => {
   for (const element of root.querySelectorAll('*')) {

@@ -54,11 +54,11 @@ class DigitsClassifier(L.LightningModule):
         self.loss = _half_squared_distance if loss == "mse" else F.cross_entropy
 
     def forward(self, images: Tensor) -> Tensor:
-        """The scores, shape (batch, 10), of images of shape (batch, 64)."""
+        """Return scores, shape (batch, 10), of images of shape (batch, 64)."""
         return self.network(images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss of one batch; logs it and the share of images classified correctly."""
+        """Return the loss of one batch; log it with the share of images classified correctly."""
         return self._evaluate(batch, "train")
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
@@ -66,7 +66,7 @@ class DigitsClassifier(L.LightningModule):
         self._evaluate(batch, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        """The same, under the name of a test."""
+        """Log loss and accuracy on the held-out images as a test."""
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
@@ -76,7 +76,7 @@ class DigitsClassifier(L.LightningModule):
         return loss
 
     def score(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss and accuracy over the given images."""
+        """Return mean loss and accuracy over the given images."""
         outputs = self(images)
         return self.loss(outputs, labels), (outputs.argmax(1) == labels).float().mean()
 
@@ -88,7 +88,7 @@ def _mlp(widths: tuple[int, ...], nonlinearity: type[nn.Module]) -> nn.Sequentia
 
 def _conv(channels: tuple[int, ...], nonlinearity: type[nn.Module]) -> nn.Sequential:
     if not 1 <= len(channels) <= 3:
-        raise ValueError(f"hidden must be one to three channels, for 8 x 8 images are halved for each, got {channels}.")
+        raise ValueError(f"hidden must be one to three channels, since each halves the 8 x 8 images, got {channels}.")
     blocks = [
         layer
         for pair in itertools.pairwise((1, *channels))
@@ -110,7 +110,7 @@ class DigitsData(L.LightningDataModule):
         batch_size: images in a training batch; 0 takes all of them in every step.
         test_fraction: share of the 1797 images held out for validation and test, in [0, 1); 0 trains on all of them.
         standardize: scale each pixel to mean 0 and deviation 1 over the training images, instead of to [0, 1].
-        seed: seed of the split, which does not depend on the seed of the training.
+        seed: seed of the split, independent of the training seed.
     """
 
     def __init__(self, batch_size: int = 0, test_fraction: float = 0.2, standardize: bool = False, seed: int = 0):
@@ -131,19 +131,19 @@ class DigitsData(L.LightningDataModule):
         self.batch_size = batch_size
 
     def train_dataloader(self) -> DataLoader:
-        """The training images, in a new order in each epoch unless every batch holds them all."""
+        """Return the training images, in a new order in each epoch unless every batch holds all of them."""
         shuffle = 0 < self.batch_size < len(self.train)
         return DataLoader(self.train, self.batch_size or len(self.train), shuffle=shuffle, collate_fn=tuple)
 
     def val_dataloader(self) -> list[DataLoader]:
-        """The held-out images as one batch; an empty list when all images are trained on."""
+        """Return the held-out images as one batch; an empty list when all images are for training."""
         return [DataLoader(self.held_out, len(self.held_out), collate_fn=tuple)] if len(self.held_out) else []
 
     test_dataloader = val_dataloader
 
 
 class _Batches(TensorDataset):
-    """Cut a whole batch out of the tensors at once: stacking 1797 single images costs more than a training step."""
+    """Tensors that give a whole batch at once: stacking 1797 single images costs more than a training step."""
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
         return self[torch.tensor(indices)]
@@ -157,7 +157,7 @@ def _split(labels: Tensor, test_fraction: float, seed: int) -> tuple[Tensor, Ten
 
 
 class DigitsCLI(LightningCLI):
-    """LightningCLI, plus a table of what came out of `fit`."""
+    """LightningCLI, plus a table of results after `fit`."""
 
     def after_fit(self) -> None:
         """Print accuracy, loss, curvature where a monitor measured it, and where to look further."""
@@ -172,21 +172,19 @@ class DigitsCLI(LightningCLI):
 
 
 def table_of(rows: Iterable[tuple[str, ...]], metrics: Mapping[str, Tensor]) -> Table:
-    """The rows as a table, with what the last measurement's intervals hold: bounds only if it was certified."""
+    """Return the rows as a table. Intervals are called bounds only if the last measurement was certified."""
     followed = float(metrics.get("curvature/certified", 1.0)) == 0.0
     table = Table("", "value", "interval" if followed else "bounds", title="At the end of training")
     if followed:
-        table.caption = (
-            "The last measurement followed the one before: its intervals hold some eigenvalue each, perhaps "
-        )
-        table.caption += "not the extreme one."
+        table.caption = "The last measurement followed the one before: each interval holds an eigenvalue, "
+        table.caption += "perhaps not the extreme one."
     for row in rows:
         table.add_row(*row)
     return table
 
 
 def tensorboard_command(folder: str) -> str:
-    """A command that works outside the virtual environment as well, where there is no program `tensorboard`."""
+    """Return a command that also works outside the virtual environment, where no program `tensorboard` is found."""
     return shlex.join([sys.executable, "-m", "tensorboard.main", "--logdir", folder])
 
 

@@ -1,4 +1,4 @@
-"""The edge of stability, on real digits: where the sharpness of a network settles is set by the optimizer's step.
+"""The edge of stability on real digits: the optimizer's step sets the level at which the sharpness settles.
 
     python examples/edge_of_stability.py --steps 1500
 
@@ -7,9 +7,9 @@ Full-batch training of one tanh network, measured every few steps (Cohen et al. 
 under heavy ball it stays at (2 + 2 b) / lr; under Adam, for the preconditioned Hessian, at 38 / lr. Two controls: with
 the cross-entropy loss it falls again, and sharpness-aware steps (Foret et al. 2021) keep it lower.
 
-Prints a table: the first and the last largest eigenvalue, its mean ratio to the threshold over the second half of the
-run, and that of the Hessian's mean over these steps, which is what a direction sees that does not turn. Draws the ratio
-against the steps.
+The program prints a table and draws the ratio of eigenvalue to threshold against the steps. The table has the first and
+the last largest eigenvalue, its mean ratio over the second half of the run, and the ratio of the largest eigenvalue of
+the Hessian's mean over these steps, which is the curvature along directions that do not turn.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass
 class Run:
-    """How one network is trained, and what was measured on the way: the steps, eigenvalues and thresholds there."""
+    """The training of one network, and its measurements: steps, eigenvalues and thresholds."""
 
     name: str
     optimizer: Make
@@ -48,26 +48,26 @@ class Run:
     steps: list[int] = field(default_factory=list)
     eigenvalues: list[float] = field(default_factory=list)
     thresholds: list[float] = field(default_factory=list)
-    mean_hessian: float = float("nan")  # its largest eigenvalue over the threshold, of the second half of the run
+    mean_hessian: float = float("nan")  # largest eigenvalue of the second half's mean Hessian over the threshold
 
     @property
     def ratios(self) -> Tensor:
-        """Eigenvalue over threshold at each measurement."""
+        """Return eigenvalue over threshold at each measurement."""
         return torch.tensor(self.eigenvalues) / torch.tensor(self.thresholds)
 
     @property
     def settled(self) -> float:
-        """The mean ratio over the second half of the run."""
+        """Return the mean ratio over the second half of the run."""
         return float(self.ratios[len(self.ratios) // 2 :].mean())
 
 
 def half_squared_distance(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Half the mean squared distance to one-hot targets."""
+    """Return half the mean squared distance to one-hot targets."""
     return F.mse_loss(outputs, F.one_hot(labels, 10).to(outputs), reduction="sum") / (2 * len(outputs))
 
 
 def gradient_descent(lr: float, momentum: float = 0.0) -> Make:
-    """Gradient descent, or heavy ball."""
+    """Return a maker of gradient descent, or of heavy ball with a momentum."""
     return lambda params: torch.optim.SGD(params, lr=lr, momentum=momentum)
 
 
@@ -84,9 +84,9 @@ RUNS: dict[str, Callable[[], Run]] = {
 
 
 def train(run: Run, steps: int, every: int, seed: int = 0) -> Run:
-    """Train a network of 17,610 parameters on all digits at once, and measure it every so many steps.
+    """Train a network of 17,610 parameters on all digits at once, and measure it every `every` steps.
 
-    Gradient descent at its threshold oscillates with period two: an odd number sees both phases.
+    Gradient descent at its threshold oscillates with period two: an odd `every` sees both phases.
     """
     torch.manual_seed(seed)
     digits = load_digits()
@@ -119,7 +119,7 @@ def train(run: Run, steps: int, every: int, seed: int = 0) -> Run:
 
 
 def climb(params: list[nn.Parameter], radius: float, closure: Callable[[], Tensor]) -> None:
-    """Leave in `.grad` the gradient a distance up the slope."""
+    """Leave in `.grad` the gradient at a distance of `radius` up the slope."""
     kept = [p.detach().clone() for p in params]
     norm = torch.cat([p.grad.flatten() for p in params if p.grad is not None]).norm()
     with torch.no_grad():
@@ -134,29 +134,29 @@ def climb(params: list[nn.Parameter], radius: float, closure: Callable[[], Tenso
 def curvature(
     model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[Tensor], Tensor], inputs: Tensor
 ) -> LinearOperator:
-    """The Hessian, preconditioned under Adam."""
+    """Return the Hessian, preconditioned if the optimizer is Adam."""
     H = hessian(evaluate(lambda: loss(model(inputs)), model.parameters()))
     return preconditioned(H, optimizer, model.parameters()) if isinstance(optimizer, torch.optim.Adam) else H
 
 
 def mean(operators: list[LinearOperator]) -> LinearOperator:
-    """Of matrices of one size."""
+    """Return the mean of matrices of one size."""
     one = operators[0]
     return LinearOperator(lambda v: sum(H @ v for H in operators) / len(operators), one.shape, one.like)
 
 
 def largest(H: LinearOperator) -> float:
-    """Its largest eigenvalue."""
+    """Return the largest eigenvalue."""
     return extreme_eigenvalues(H, top=1, bottom=0, tolerance=1e-2).top[0].value
 
 
-# Gradient descent the darker the larger its steps; the rest apart in kind of line too.
+# Larger steps of gradient descent are darker; the other runs also differ in line style.
 COLOURS = ("#9ecae1", "#5ba3d0", "#2171b5", "#08306b", "#d95f02", "#e6ab02", "#7a0177", "#555555")
 LINES = (*["-"] * 5, "-.", ":", "--")
 
 
 def draw(runs: list[Run], path: Path) -> None:
-    """Eigenvalue over threshold against the steps."""
+    """Draw eigenvalue over threshold against the steps."""
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     axes.set_prop_cycle(color=COLOURS, linestyle=LINES)
     axes.axhline(1.0, color="black", linewidth=0.8, label="the edge of stability")

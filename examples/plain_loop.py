@@ -1,7 +1,7 @@
 """Curvature in TensorBoard from a plain training loop, without Lightning: `python examples/plain_loop.py`.
 
-Gradient descent on handwritten digits. `measure` gives the values that `CurvatureMonitor` logs; after the first time it
-follows the last measurement, and every tenth one starts afresh.
+Gradient descent on handwritten digits. `measure` gives the values that `CurvatureMonitor` logs. Each measurement
+follows the one before, except the first and every tenth after it, which start at random.
 """
 
 from __future__ import annotations

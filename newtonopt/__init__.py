@@ -2,7 +2,7 @@
 
 From the ground up, each package built on those before it:
 
-- `checks` and `progress`: argument checks; progress bars.
+- `checks`, `progress` and `lightning`: argument checks; progress bars; special cases for Lightning.
 - `vectors`: flat vectors, whole or sharded, over one or several processes.
 - `autodiff`: derivatives, graphs, and kernels that can be differentiated twice.
 - `closure`: the user's closure as an `Objective`, and what is known of it at a point, an `Evaluation`.
@@ -17,7 +17,8 @@ from types import ModuleType
 
 from newtonopt import curvature as curvature
 from newtonopt.closure.evaluation import Evaluation
-from newtonopt.closure.objective import Objective, evaluate, mark_outputs
+from newtonopt.closure.objective import Objective, evaluate
+from newtonopt.closure.tap import mark_outputs
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.operators.matrices import gauss_newton, hessian, jacobian
 from newtonopt.optimizers import CubicNewton, DampedNewton, HessianFree, NewtonCG, StepReport, TrustRegionNewton

@@ -1,4 +1,7 @@
-"""Checks of arguments that users give, and warnings that name the user's line."""
+"""Checks of arguments that users give, and warnings that name the user's line.
+
+Errors have one form: `{name} must be {range}, got {value}.`, then a sentence that says what to write, if there is one.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ParamSpec, TypeGuard
+from typing import Any, ParamSpec, TypeGuard
 
 import numpy as np
 import torch
@@ -19,9 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 P = ParamSpec("P")
 
-# How many seeds a generator of torch's tells apart: the whole numbers below.
+# Seeds of torch's generators are the whole numbers below this one.
 SEEDS = 2**64
-# Files in which a warning's cause is not the user's: this package, and torch, which wraps the step.
+# Files of this package, and of torch, which wraps the step: a warning names the first line outside of them.
 _NOT_THE_USERS = tuple(str(Path(module).parent) for module in (__file__, torch.__file__))
 
 
@@ -34,21 +37,24 @@ def warn(message: str) -> None:
 
 
 def shown(value: object) -> str:
-    """Return what an error message shows of a value: itself if that is short, else its kind."""
+    """Return how an error message shows a value: its repr if that is short, else its kind."""
     text = repr(value)
-    if len(text) <= 60 and "\n" not in text:
-        return text
+    return text if len(text) <= 60 and "\n" not in text else kind_of(value)
+
+
+def kind_of(value: object) -> str:
+    """Return the class of a value with its article, "a Tensor"; "None" for None."""
     name = type(value).__name__
-    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+    return "None" if value is None else f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 _CLOSURE = "a function of no argument that computes the loss, calls backward and returns the loss"
-# A module that was given no forward pass of its own has one of these, which only raises.
+# A module without a forward pass of its own has one of these, which only raise an error.
 _NO_FORWARD = ("_forward_unimplemented", "LightningModule.forward")
 
 
 def check_closure(closure: object, name: str = "closure") -> None:
-    """Refuse what cannot be called without arguments with a TypeError: a module and a loss function take some."""
+    """Raise a TypeError if a closure cannot be called without arguments, as modules and loss functions cannot."""
     if not callable(closure) or isinstance(closure, type):
         remedy = " Give the function itself, not the loss that it returns." if isinstance(closure, Tensor) else ""
         raise TypeError(f"{name} must be {_CLOSURE}, got {shown(closure)}.{remedy}")
@@ -66,9 +72,9 @@ def check_closure(closure: object, name: str = "closure") -> None:
 
 
 def _needed(closure: Callable[..., object]) -> list[str]:
-    """Return the names of the arguments that a call must give."""
+    """Return the names of the arguments without a default."""
     if isinstance(closure, nn.Module):
-        # Wrappers take any arguments and pass them on: of several processes or devices, and of torch.compile.
+        # Wrappers (DDP, DataParallel, torch.compile) take any arguments and pass them on.
         wraps = isinstance(closure, (DistributedDataParallel, nn.DataParallel))
         inner = dict(closure.named_children()).get("module" if wraps else "_orig_mod")
         if inner is not None:
@@ -78,18 +84,17 @@ def _needed(closure: Callable[..., object]) -> list[str]:
         return ["input"]
     try:
         parameters = inspect.signature(called).parameters.values()
-    except (TypeError, ValueError):  # builtin functions have none
+    except (TypeError, ValueError):  # builtin functions have no signature
         return []
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p.name for p in parameters if p.default is p.empty and p.kind not in optional]
 
 
 def explains_arguments(elsewhere: Mapping[str, str]) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Decorate an `__init__` so that the error for an argument it does not have says which one is meant.
+    """Decorate an `__init__` so that the error for an unknown argument says what to write instead.
 
     Args:
-        elsewhere: The replacement for each argument that other libraries have: the name of an argument here, or a
-            sentence.
+        elsewhere: For names that other libraries use, the replacement: the name of an argument here, or a sentence.
     """
 
     def decorate(init: Callable[P, None]) -> Callable[P, None]:
@@ -110,7 +115,13 @@ def explains_arguments(elsewhere: Mapping[str, str]) -> Callable[[Callable[P, No
 
 
 def instead(name: str, names: Sequence[str], elsewhere: Mapping[str, str]) -> str:
-    """Return what to write instead of a name that is none of these; their list where nothing is like it."""
+    """Return a sentence that says what to write instead of an unknown name.
+
+    Args:
+        name: Unknown name.
+        names: Known names. The sentence lists them if none is like the unknown one.
+        elsewhere: Replacements, as for `explains_arguments`.
+    """
     meant = elsewhere.get(name, "")
     if " " in meant:
         return meant
@@ -118,12 +129,12 @@ def instead(name: str, names: Sequence[str], elsewhere: Mapping[str, str]) -> st
     return f"Write {close[0]}=..." if close else f"Its arguments are {', '.join(names)}."
 
 
-# How alike names must be for one to be meant: weigth_decay and weight_decay, not max_radius and max_trials.
+# How alike two names must be (difflib's ratio): weigth_decay and weight_decay are, max_radius and max_trials are not.
 _ALIKE = 0.75
 
 
 def check_weight(weight: object) -> None:
-    """Refuse a weight that is not positive with a ValueError; True is no number."""
+    """Raise a ValueError if a weight is neither None nor positive and finite; True is no number."""
     if weight is None:
         return
     if not _is_number(weight) or not 0.0 < weight < math.inf:
@@ -131,91 +142,152 @@ def check_weight(weight: object) -> None:
 
 
 def check_whole(name: str, value: object, least: int) -> None:
-    """Refuse what is no whole number, or a smaller one, with a ValueError; True and False are none."""
+    """Raise a ValueError if a value is no int or below `least`; True and False are no numbers."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number and at least {least}, got {shown(value)}.{_plain(value)}")
 
 
 def check_seed(seed: object) -> None:
-    """Refuse what no generator of torch's takes as a seed, and negative numbers, with a ValueError."""
+    """Raise a ValueError if a value is no seed of torch's generators, or negative."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < SEEDS:
         raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {shown(seed)}.{_plain(seed)}")
 
 
 def check_share(name: str, value: object) -> None:
-    """Refuse what is not strictly between zero and one with a ValueError."""
+    """Raise a ValueError if a value is not strictly between 0 and 1."""
     if not _is_number(value) or not 0.0 < value < 1.0:
         raise ValueError(f"{name} must be in (0, 1), got {shown(value)}.{_as_share(value)}{_plain(value)}")
 
 
 def check_positive_share(name: str, value: object) -> None:
-    """Refuse what is not above zero and at most one with a ValueError."""
+    """Raise a ValueError if a value is not above 0 and at most 1."""
     if not _is_number(value) or not 0.0 < value <= 1.0:
         raise ValueError(f"{name} must be above 0 and at most 1, got {shown(value)}.{_as_share(value)}{_plain(value)}")
 
 
 def check_positive(name: str, value: object) -> None:
-    """Refuse what is not positive and finite with a ValueError; True is no number."""
+    """Raise a ValueError if a value is not positive and finite; True is no number."""
     if not _is_number(value) or not 0.0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {shown(value)}.{_plain(value)}")
 
 
 def check_not_negative(name: str, value: object) -> None:
-    """Refuse what is negative or not finite with a ValueError; True is no number."""
+    """Raise a ValueError if a value is negative or not finite; True is no number."""
     if not _is_number(value) or not 0.0 <= value < math.inf:
         raise ValueError(f"{name} must be zero or positive, and finite, got {shown(value)}.{_plain(value)}")
 
 
 def check_above_one(name: str, value: object) -> None:
-    """Refuse what is not above one and finite with a ValueError."""
+    """Raise a ValueError if a value is not above 1 and finite."""
     if not _is_number(value) or not 1.0 < value < math.inf:
         raise ValueError(f"{name} must be above 1 and finite, got {shown(value)}.{_plain(value)}")
 
 
 def check_below_one(name: str, value: object) -> None:
-    """Refuse what is negative, or one and above, with a ValueError."""
+    """Raise a ValueError if a value is negative, or 1 or more."""
     if not _is_number(value) or not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {shown(value)}.{_as_share(value)}{_plain(value)}")
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    """Return whether it is a number of Python's; True and False are none, nor is np.float32, which would round."""
+    """Return whether a value is an int or a float; True, False and np.float32, which would round, are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _as_share(value: object) -> str:
-    """Say how a percentage is written as a share."""
+    """Return a sentence that writes a percentage as a share."""
     return f" Write {value / 100:g} for {value:g} %." if _is_number(value) and 1.0 < value <= 100.0 else ""
 
 
 def _plain(value: object) -> str:
-    """Say how a scalar of NumPy's or a tensor of one entry is made a number of Python's."""
+    """Return a sentence that makes a Python number of a NumPy scalar or a tensor with one entry."""
     is_scalar = isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1)
     return " Write a Python number: .item() gives it." if is_scalar else ""
 
 
 def check_flag(name: str, value: object) -> None:
-    """Refuse what is neither True nor False with a ValueError."""
+    """Raise a ValueError if a value is neither True nor False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {shown(value)}.{_plain(value)}")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
-    """Refuse what is none of the values allowed with a ValueError."""
-    # Compared with values of its own type only, for an array compares entry by entry.
+    """Raise a ValueError if a value is none of those allowed."""
+    # Compare with values of the same type only: arrays compare entry by entry.
     if not any(isinstance(value, type(one)) and value == one for one in allowed):
         raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {shown(value)}.")
 
 
 def check_instance(name: str, value: object, kind: type, what: str, remedy: str) -> None:
-    """Refuse what is no instance of a class with a TypeError.
+    """Raise a TypeError if a value is no instance of a class.
 
     Args:
         name: Name of the argument.
         value: Value given for it.
-        kind: Class that it must be an instance of.
-        what: Description of the class, with its article.
+        kind: Class.
+        what: Description of the class with its article, for the message.
         remedy: Sentence that says what to write.
     """
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}, got {shown(value)}. {remedy}")
+
+
+def listed(name: str, items: Any, holds: str, such_as: str) -> list[Any]:
+    """Return the entries of an iterable as a list.
+
+    Args:
+        name: Name of the argument.
+        items: Value given for it.
+        holds: Description of its entries, for the message.
+        such_as: Expression that a user would write for it.
+
+    Raises:
+        TypeError: `items` is no iterable, or a tensor, module, mapping, string or set.
+        ValueError: `items` is an iterator that gave nothing.
+    """
+    if not isinstance(items, Iterable) or isinstance(items, (Tensor, nn.Module, Mapping, str, set, frozenset)):
+        remedies = {Tensor: "a list for a single one", Mapping: f"{such_as}, or a list of what the mapping holds"}
+        remedies[set] = "a list, which has an order"
+        remedy = next((words for kind, words in remedies.items() if isinstance(items, kind)), such_as)
+        raise TypeError(f"{name} must be an iterable of {holds}, got {kind_of(items)}. Write {remedy}.")
+    given = list(items)
+    if not given and isinstance(items, Iterator):
+        raise ValueError(
+            f"{name} must hold one entry at least, got {kind_of(items)} that gave none: it ends after one pass and was "
+            f"used before, or was empty. Write {such_as} anew, or keep a list of it."
+        )
+    return given
+
+
+def listed_groups(params: Any) -> list[Any]:
+    """Return the argument `params` of an optimizer as a list of parameter groups.
+
+    Raises:
+        TypeError: `params` is no iterable of tensors, of pairs of a name and a tensor, or of groups.
+        ValueError: `params` is empty.
+    """
+    given = listed("params", params, "tensors or of parameter groups", "model.parameters()")
+    if not given:
+        raise ValueError(f"params must hold one tensor at least, got {params!r}. Write model.parameters().")
+    return given if isinstance(given[0], dict) else [{"params": given}]
+
+
+def listed_group(group: Any) -> dict[str, Any]:
+    """Return a copy of a parameter group with its parameters as a list.
+
+    Raises:
+        TypeError: `group` is no parameter group, or its parameters are no tensors.
+    """
+    if not isinstance(group, dict) or "params" not in group:
+        what = f"one with {', '.join(map(str, group)) or 'nothing'}" if isinstance(group, dict) else kind_of(group)
+        raise TypeError(
+            f"A parameter group must be a dict with an entry 'params', got {what}. Write "
+            "{'params': model.parameters(), 'lr': 0.5}."
+        )
+    one = isinstance(group["params"], Tensor)
+    given = [group["params"]] if one else listed("params", group["params"], "tensors", "model.parameters()")
+    for entry in given:
+        p = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry  # a name and a tensor
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params must hold tensors only, got {kind_of(p)} in it. Write model.parameters().")
+    return {**group, "params": given}

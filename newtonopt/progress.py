@@ -13,10 +13,16 @@ _DELAY = 3.0
 
 @contextmanager
 def progress(total: int | None, what: str = "pass over the data") -> Iterator[Callable[..., Any]]:
-    """A function to call after each of `total` parts, or with the number of those done: a bar by tqdm, which Lightning
-    brings, if it is installed.
+    """Show a progress bar in a `with` block, by tqdm (which Lightning requires) if it is installed.
 
-    None is drawn for a single part, nor where the output is no terminal.
+    No bar appears for a single part, during the first seconds, or if the output is no terminal.
+
+    Args:
+        total: Number of parts; None if it is unknown.
+        what: Label of the bar.
+
+    Yields:
+        A function to call after each part, or with the number of parts done since the last call.
     """
     bars = _tqdm() if total != 1 else None
     if bars is None:

@@ -1,4 +1,4 @@
-"""One thread, so that tests run side by side, and the shared cases importable."""
+"""One thread for torch, so that tests can run side by side; the further optimizer configurations are slow tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The further configurations of optimizers pass the same tests, among the slow ones."""
+    """Mark the tests of the further optimizer configurations as slow."""
     from optimizer_db import FURTHER
 
     for item in items:

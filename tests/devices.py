@@ -1,4 +1,4 @@
-"""The devices that tests run on, and how often the host waits for one."""
+"""The devices that tests run on, and counters of the places where the host waits for a device."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-# For tests that other ones cover on the CPU, where these only show that they work.
+# For tests whose subject other tests cover on the CPU; there these only show that they work.
 SLOW_ON_CPU = [pytest.param("cpu", marks=pytest.mark.slow), DEVICES[1]]
 
-# Functions that read a tensor's values, for which the host waits for a device.
+# Functions that read a tensor's values, so that the host waits for the device.
 _READS = {
     Tensor.item,
     Tensor.tolist,
@@ -37,7 +37,7 @@ _READS = {
 def waits(device: str) -> Iterator[Counter[str]]:
     """Count the places, as file:line, where the host waits for the device; complete when the block ends.
 
-    On CUDA these are the warnings that torch gives of synchronising calls; elsewhere the calls that read a tensor.
+    On CUDA torch warns at synchronising calls; elsewhere the calls that read a tensor count.
     """
     found: Counter[str] = Counter()
     if device != "cuda":
@@ -60,7 +60,7 @@ def waits(device: str) -> Iterator[Counter[str]]:
 
 @contextmanager
 def read_sizes(device: str) -> Iterator[list[int]]:
-    """List how many entries each tensor has whose values come to the host."""
+    """List the number of entries of each tensor that the host reads."""
     with _Copies() if device == "cuda" else _Reads() as mode:
         yield mode.sizes
 

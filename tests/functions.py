@@ -14,10 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Function:
-    """A sum of squares, where the collection starts it, and the values of its known minima.
+    """A sum of squares, the collection's starting point, and the values of the known minima.
 
     Args:
-        name: Of the function, and of its number of variables where that varies.
+        name: Name of the function, with its number of variables where that varies.
         start: The standard starting point.
         value: The sum of squares at a vector, differentiable twice.
         minima: Values of the known local minima and, where the function falls towards one, of its limits at infinity.
@@ -35,7 +35,7 @@ Residuals = Callable[[Tensor], Tensor]
 
 
 def _add(name: str, start: Iterable[float], *minima: float) -> Callable[[Residuals], Residuals]:
-    """Enter the sum of the squares of the decorated residuals in FUNCTIONS."""
+    """Add the sum of squares of the decorated residuals to FUNCTIONS."""
 
     def add(residuals: Residuals) -> Residuals:
         FUNCTIONS[name] = Function(name, tuple(start), lambda x: residuals(x).square().sum(), minima)
@@ -49,12 +49,12 @@ def _numbers(text: str) -> Tensor:
 
 
 def _range(end: int, start: int = 1) -> Tensor:
-    """The integers from `start` to `end`, both among them."""
+    """Return the integers from `start` to `end`, both included."""
     return torch.arange(start, end + 1, dtype=torch.float64)
 
 
 def _neighbours(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The variable before each one and the one after it; zero beyond the ends."""
+    """Return the variable before each one and the variable after it; zero beyond the ends."""
     zero = x.new_zeros(1)
     return torch.cat([zero, x[:-1]]), torch.cat([x[1:], zero])
 

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from problems import unseen
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
@@ -35,7 +37,7 @@ def keeper(kind: type) -> type:
 
 
 def content(value: Any) -> Any:
-    """Return what two equal states have equal."""
+    """Return a value that is equal for equal states."""
     if isinstance(value, Tensor):
         return ("tensor", value.detach().tolist())
     if isinstance(value, np.ndarray):
@@ -224,7 +226,7 @@ class UserDict:
 
 
 class Attributes(dict):
-    """A dictionary whose entries are attributes, as many libraries have it."""
+    """A dictionary whose entries are attributes, as in many libraries."""
 
     __getattr__ = dict.__getitem__
     __setattr__ = dict.__setitem__  # type: ignore[assignment]
@@ -717,7 +719,7 @@ class DataReplaced:
 
 @keeper
 class Teacher:
-    """An average of a network's weights, which are not among the parameters."""
+    """An average of a network's weights that are not among the parameters."""
 
     def __init__(self) -> None:
         torch.manual_seed(7)
@@ -1050,3 +1052,22 @@ def make(name: str) -> Any:
         kind.reset()
     torch.manual_seed(7)
     return kind()
+
+
+class Training:
+    """A network, a keeper, and a closure whose loss depends on what the keeper draws."""
+
+    def __init__(self, name: str) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Tanh(), nn.Linear(2, 2)).double()
+        self.x, self.y = torch.randn(8, 3).double(), torch.randn(8, 2).double()
+        self.keeper = make(name)
+        self.drawn: Callable[[], list[float]] = unseen([])
+
+    def closure(self) -> Tensor:
+        self.model.zero_grad()
+        number = self.keeper.draw()
+        self.drawn().append(number)
+        loss = F.mse_loss((1 + 0.1 * number) * self.model(self.x), self.y)
+        loss.backward()
+        return loss

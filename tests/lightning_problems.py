@@ -54,7 +54,7 @@ def loader(batch_size: int = 8, *, shuffle: bool = False, dtype: torch.dtype = t
 
 @dataclass
 class Calls:
-    """What each call of `training_step` saw; kept where no isolation finds it."""
+    """A record of each call of `training_step`, kept where isolation does not find it."""
 
     batches: list[tuple[int, int]] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Calls:
     gradients: list[list[Tensor]] = field(default_factory=list)
 
     def recorded(self) -> list[int]:
-        """The indices of the first call on each batch: a Newton step records first and tries afterwards."""
+        """Return the indices of the first call on each batch: a Newton step records first and tries afterwards."""
         return [i for i, batch in enumerate(self.batches) if batch not in self.batches[:i]]
 
 
@@ -144,14 +144,14 @@ def both_loggers(folder: Path) -> list[Any]:
 
 
 def from_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Each tag's steps and values, read back from TensorBoard's event files."""
+    """Return each tag's steps and values, read back from TensorBoard's event files."""
     events = EventAccumulator(str(folder / "tb"), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def all_tags(folder: Path) -> list[str]:
-    """Of scalars, texts, figures and histograms in TensorBoard's event files."""
+    """Return the tags of scalars, texts, figures and histograms in TensorBoard's event files."""
     events = EventAccumulator(str(folder / "tb"))
     events.Reload()
     kinds = events.Tags()
@@ -169,7 +169,7 @@ def from_csv(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def layout(folder: Path) -> dict[str, dict[str, Chart]]:
-    """The charts of each category of TensorBoard's custom-scalars page: the last layout written is the one it shows."""
+    """Return the charts of each category on TensorBoard's custom-scalars page, from the last layout written."""
     written = [
         Layout.FromString(value.tensor.string_val[0])
         for path in sorted((folder / "tb").glob("*tfevents*"))
@@ -181,7 +181,7 @@ def layout(folder: Path) -> dict[str, dict[str, Chart]]:
 
 
 def chart_tags(chart: Chart) -> list[str]:
-    """The tags of a margin chart (value, lower, upper), or those that a multi-line chart's expressions end."""
+    """Return the tags of a margin chart (value, lower, upper), or the tags that end a multi-line chart's patterns."""
     if chart.HasField("margin"):
         [series] = chart.margin.series
         return [series.value, series.lower, series.upper]

@@ -1,4 +1,4 @@
-"""Every optimizer with the configurations that all of them must pass the same tests in."""
+"""Every optimizer, in the configurations that must all pass the same tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _with(kind: type[NewtonOptimizer], **settings: Any) -> Build:
 
 OPTIMIZERS: dict[str, Build] = {
     "hessian_free": _with(HessianFree, refresh_every=30),
-    # A first damping that the battery's first steps confirm.
+    # With this first damping the battery's first steps are not rejected.
     "hessian_free_hessian": _with(HessianFree, curvature="hessian", damping=10.0, rank=5, refresh_every=20),
     "hessian_free_empirical_fisher": _with(HessianFree, preconditioner="empirical_fisher"),
     "hessian_free_plain": _with(HessianFree, preconditioner=None, warm_start=0.0),
@@ -44,14 +44,14 @@ OPTIMIZERS: dict[str, Build] = {
     "trust_region_lanczos": _with(TrustRegionNewton, subproblem="lanczos", max_trials=4),
     "trust_region_exact": _with(TrustRegionNewton, subproblem="exact", max_trials=4),
     "trust_region_gauss_newton": _with(TrustRegionNewton, curvature="gauss_newton"),
-    # A first weight at which the battery's first steps are not rejected.
+    # With this first weight the battery's first steps are not rejected.
     "cubic_newton": _with(CubicNewton, sigma=30.0),
     "cubic_newton_retrying": _with(CubicNewton, sigma=30.0, max_trials=4),
     "cubic_newton_exact": _with(CubicNewton, sigma=30.0, subproblem="exact", max_trials=4),
     "cubic_newton_gauss_newton": _with(CubicNewton, sigma=30.0, curvature="gauss_newton"),
 }
 
-# Close to another one of these: tested where time allows.
+# Close to another configuration: among the slow tests.
 FURTHER = {
     "hessian_free_hutchinson",
     "hessian_free_plain",

@@ -33,7 +33,7 @@ def unseen(value: T) -> Callable[[], T]:
 
 
 class Unseen(Generic[T]):
-    """An attribute that newtonopt does not find, made by `make` for each instance."""
+    """An attribute that newtonopt does not find; `make` makes it for each instance."""
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
@@ -48,7 +48,7 @@ class Unseen(Generic[T]):
 
 @dataclass
 class Case:
-    """A model, its data, and a loss of its output."""
+    """A model, its data, and a loss on its output."""
 
     model: nn.Module
     inputs: Tensor
@@ -60,20 +60,20 @@ class Case:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def closure(self) -> Tensor:
-        """The plain closure for `torch.optim.LBFGS`."""
+        """Return the plain closure for `torch.optim.LBFGS`."""
         self.model.zero_grad()
         loss = (self.tapped_loss or self.loss)(self.model(self.inputs))
         loss.backward()
         return loss
 
     def outputs_at(self, flat: Tensor) -> Tensor:
-        """The model's output as a function of the flat parameters, with fixed random numbers."""
+        """Return the model's output as a function of the flat parameters, with fixed random numbers."""
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         pieces = flat.split([p.numel() for p in named.values()])
         values = {name: piece.view(p.shape) for (name, p), piece in zip(named.items(), pieces, strict=True)}
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
         torch.manual_seed(0)
-        with torch.backends.cudnn.flags(enabled=False):  # its recurrent networks have no double backward
+        with torch.backends.cudnn.flags(enabled=False):  # cuDNN's recurrent networks have no double backward
             return functional_call(self.model, {**values, **buffers}, (self.inputs,))
 
     def loss_at(self, flat: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Case:
 
 
 class Sequence(nn.Module):
-    """An LSTM that answers with a linear readout of its last state."""
+    """An LSTM with a linear readout of its last state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Sequence(nn.Module):
 
 
 class Words(nn.Module):
-    """An embedding, averaged, whose transpose is the readout: tied weights."""
+    """An averaged embedding whose transpose is the readout: tied weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Words(nn.Module):
 
 
 class Odd(nn.Module):
-    """A scalar, a non-contiguous, an unused and a frozen parameter."""
+    """A model with a scalar, a non-contiguous, an unused and a frozen parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Odd(nn.Module):
 
 
 def models() -> dict[str, Callable[[], tuple[nn.Module, Tensor]]]:
-    """Builders of a model with three (or five) outputs and its inputs."""
+    """Return builders of a model with three (or five) outputs and its inputs."""
 
     def of(model: nn.Module, *shape: int) -> tuple[nn.Module, Tensor]:
         return model, torch.randn(*shape)
@@ -167,7 +167,7 @@ def models() -> dict[str, Callable[[], tuple[nn.Module, Tensor]]]:
 
 
 def losses(classes: int, rows: int) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]]:
-    """Losses of `(rows, classes)` outputs: as a function, and as written in the closure where that differs."""
+    """Return losses of `(rows, classes)` outputs: as a function, and as the closure writes it where that differs."""
     labels = torch.arange(rows) % classes
     ignored = torch.where(torch.arange(rows) == 1, -100, labels)
     soft = torch.softmax(torch.randn(rows, classes), 1)
@@ -196,7 +196,7 @@ def losses(classes: int, rows: int) -> dict[str, tuple[Callable[[Tensor], Tensor
 
 
 def build(model: str, loss: str, seed: int = 0, device: str = "cpu") -> Case:
-    """A case in float64."""
+    """Build a case in float64."""
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -212,7 +212,7 @@ def build(model: str, loss: str, seed: int = 0, device: str = "cpu") -> Case:
 def logistic_gradient_norms(
     kind: Callable[..., Optimizer], steps: int, *, rows: int = 40, columns: int = 4, **settings: Any
 ) -> list[float]:
-    """The gradient's norm before each step on a small logistic regression: smooth and, with decay, strongly convex."""
+    """Return the gradient's norm before each step on a logistic regression: smooth and, with decay, strongly convex."""
     torch.manual_seed(0)
     X, y = torch.randn(rows, columns).double(), (torch.rand(rows) > 0.5).double()
     theta = torch.zeros(columns, dtype=torch.float64, requires_grad=True)
@@ -279,11 +279,11 @@ class Held(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, t: Tensor) -> Tensor:
-        return t  # wrong on purpose where it is used: nothing here looks at values
+        return t  # wrong on purpose in its uses: no test looks at values
 
 
 class Doubled(torch.autograd.Function):
-    """Has no second derivative, and says so."""
+    """A function without a second derivative, which raises an error."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -296,5 +296,5 @@ class Doubled(torch.autograd.Function):
 
 
 def distances(x: Tensor) -> Tensor:
-    """Whose double backward only says when it runs that there is none."""
+    """Return distances whose missing double backward raises only when it runs."""
     return torch.cdist(x, torch.ones_like(x) * 0.5)

@@ -1,4 +1,4 @@
-"""Functions run by several processes of one gloo group, which stay for the next test."""
+"""Run functions in several processes of one gloo group, which stay alive for the next test."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _teams: dict[int, _Team] = {}
 
 
 def run(function: Callable[..., Any], *args: Any, count: int = 2) -> list[Any]:
-    """What `function(rank, *args)` returns in each of `count` processes, by rank.
+    """Return the results of `function(rank, *args)` in `count` processes, by rank.
 
-    The function stands at the top level of its file; arguments and results are pickled. An exception in one of them
+    The function stands at the top level of its file; arguments and results are pickled. An exception in a process
     fails the test with its traceback, and so does a process that waits for the others in vain.
     """
     if count not in _teams:
@@ -36,7 +36,7 @@ def run(function: Callable[..., Any], *args: Any, count: int = 2) -> list[Any]:
     try:
         return _teams[count].run(function, args)
     except BaseException:
-        # Whoever still waits in a collective call would meet the next test's.
+        # A process that still waits in a collective call would join the next test's call.
         _teams.pop(count).stop()
         raise
 
@@ -74,7 +74,7 @@ class _Team:
                     answered, failure = True, "ended without an answer"
                 if failure:
                     failures[rank] = failure
-                    # Time for the others to say what they met; they may also wait for ever.
+                    # Time for the others to report their errors; they may also wait for ever.
                     deadline = min(deadline, time.monotonic() + 3)
                 if answered:
                     waiting.discard(rank)
@@ -115,7 +115,7 @@ def _serve(rank: int, count: int, meeting: str, end: Connection) -> None:
 
 
 def _imported(name: str, file: str) -> Any:
-    # Under the name that pytest gave it, so that what it defines can be unpickled.
+    # Import the file under the name that pytest gave it, so that its functions can be unpickled.
     if name not in sys.modules:
         sys.path.insert(0, str(Path(__file__).parent))
         spec = importlib.util.spec_from_file_location(name, file)

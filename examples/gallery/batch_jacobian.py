@@ -17,12 +17,12 @@ from newtonopt import evaluate, jacobian, mark_outputs
 
 
 def by_newtonopt(layer: nn.Module, inputs: Tensor, variables: list[Tensor]) -> Tensor:
-    """d outputs / d variables, all outputs and all variables at once."""
+    """Return d outputs / d variables for all outputs and all variables at once."""
     return jacobian(evaluate(lambda: mark_outputs(layer(inputs)).sum(), variables)).dense()
 
 
 def layer_jacobians() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of tanh(W x + b) with 2 outputs at 4 inputs: by the inputs `(8, 8)`, and by W `(8, 4)`."""
+    """Return the Jacobians of tanh(W x + b), 2 outputs at 4 inputs: by the inputs `(8, 8)`, and by W `(8, 4)`."""
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(2, 2), nn.Tanh()).double()
     inputs = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
@@ -43,7 +43,7 @@ def layer_jacobians() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def chain_rule(steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dh/dx, dh/dy of h(x, y) = tanh(a x + b y): the chain rule's, autograd's, central differences `(steps, 2)`."""
+    """Return dh/dx, dh/dy of h = tanh(a x + b y): chain rule, autograd, central differences `(steps, 2)`."""
     a_b, x_y = torch.tensor([[1.5, -0.7], [0.4, 0.2]], dtype=torch.float64)
     h, shifts = lambda x_y: torch.tanh(x_y @ a_b), steps[:, None, None] * torch.eye(2).double()
     numeric = (h(x_y + shifts) - h(x_y - shifts)) / (2 * steps[:, None])

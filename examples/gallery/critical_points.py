@@ -1,4 +1,4 @@
-"""Critical points told apart: minima, maxima, saddles, and what eigenvalues cannot decide.
+"""Critical points told apart: minima, maxima, saddles, and points where eigenvalues cannot decide.
 
 python examples/gallery/critical_points.py
 """
@@ -30,13 +30,13 @@ PLACES = [(1.2, 3.4), (-1.0, 1.0), (0.0, 0.0)]
 
 
 def evaluation_at(function: Function, place: tuple[float, float]) -> Evaluation:
-    """Loss and derivatives of a function of two numbers."""
+    """Evaluate a function of two numbers at a place."""
     point = torch.tensor(place, dtype=torch.float64, requires_grad=True)
     return evaluate(lambda: function(point[0], point[1]), [point])
 
 
 def shortcut(evaluation: Evaluation) -> str:
-    """What textbooks' shortcut makes of the signs: it takes "not negative" for "positive"."""
+    """Return the verdict of the textbook shortcut, which takes "not negative" for "positive"."""
     values = torch.linalg.eigvalsh(hessian(evaluation).dense())
     if bool((values >= 0).all()):
         return "minimum"

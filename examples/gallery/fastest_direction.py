@@ -17,7 +17,7 @@ from newtonopt.curvature import extreme_eigenvalues, loss_slice
 
 
 def main(folder: Path) -> dict[str, float]:
-    """Write the picture and return both curvatures, and how far the model is off at the ends."""
+    """Write the picture and return both curvatures, and the largest error of the model along each."""
     torch.manual_seed(0)
     x = torch.linspace(-3, 3, 100, dtype=torch.float64)[:, None]
     y = torch.sin(2 * x)

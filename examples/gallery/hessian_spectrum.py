@@ -19,7 +19,7 @@ from newtonopt.curvature import Spectrum, extreme_eigenvalues
 
 
 def reading(values: Tensor) -> str:
-    """What the eigenvalues say of the loss near the point."""
+    """Describe the loss near the point from the eigenvalues."""
     sizes = values.abs()
     zeros = sizes <= 1e-10 * sizes.max()
     spread = float(sizes.max() / sizes[~zeros].min())
@@ -34,7 +34,7 @@ def reading(values: Tensor) -> str:
 
 
 def spectra(network: nn.Module, x: Tensor, with_input: bool) -> tuple[Tensor, Spectrum]:
-    """All eigenvalues, from a dense Hessian by torch.func; and three at each end with bounds, from products."""
+    """Return all eigenvalues from torch.func's dense Hessian, and three at each end with bounds from products."""
     named = dict(network.named_parameters()) | ({"x": x} if with_input else {})
     sizes = [p.numel() for p in named.values()]
 
@@ -48,7 +48,7 @@ def spectra(network: nn.Module, x: Tensor, with_input: bool) -> tuple[Tensor, Sp
 
 
 def main(folder: Path) -> dict[str, float]:
-    """Write the picture and return how far products are from the dense truth."""
+    """Write the picture and return the errors of products against the dense truth."""
     torch.manual_seed(1)
     network = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1)).double()
     x = torch.tensor([0.5, -1.0], dtype=torch.float64, requires_grad=True)

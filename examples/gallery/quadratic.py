@@ -1,4 +1,4 @@
-"""The Hessian of f(x) = x'Ax with a random A is A + A', whatever A: second derivatives are symmetric.
+"""The Hessian of f(x) = x'Ax is A + A' for any A: second derivatives are symmetric.
 
 python examples/gallery/quadratic.py
 """

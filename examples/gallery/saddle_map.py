@@ -26,7 +26,7 @@ KINDS = {"saddle": "#e6b84c", "convex": "#4c8fc7", "concave": "#b8567c", "degene
 
 
 def kinds(eigenvalues: Tensor) -> Tensor:
-    """Index into KINDS for each row of ascending eigenvalues."""
+    """Return the index into KINDS for each row of ascending eigenvalues."""
     low, high = eigenvalues.unbind(-1)
     zero = 1e-9
     found = torch.full(low.shape, 3)

@@ -1,4 +1,4 @@
-"""The decrease that the gradient promises against the one that happens, for negative, zero and positive curvature.
+"""The decrease that the gradient promises and the actual decrease, for negative, zero and positive curvature.
 
 python examples/gallery/taylor.py
 """

@@ -1,4 +1,4 @@
-"""Differentiation, once and twice, with errors that say what to do."""
+"""Derivatives by autograd, once and twice: with kernels that allow it, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 
 from newtonopt.autodiff.graph import reaches
-from newtonopt.autodiff.kernels import differentiable_kernels
+from newtonopt.lightning import fabric_backward
 from newtonopt.vectors.flat import unflatten
 from newtonopt.vectors.sharded import is_sharded, pulled
 from newtonopt.vectors.subclasses import plain
@@ -35,9 +35,15 @@ def grad(
     keep: bool,
     batched: bool = False,
 ) -> Gradients:
-    """`along' d of / d by`, for sharded parameters its mean over the processes; without `keep` it empties the graph.
+    """Return `along' d of / d by`, for sharded parameters its mean over the processes.
 
-    With `batched` each of `along` holds several tensors, stacked in a dimension before its own, and so do the results.
+    Args:
+        of: Differentiated tensors.
+        by: Tensors by which they are differentiated.
+        along: Vector for each of `of`; None (default): ones, for scalars.
+        keep: Whether the graph stays; without it the graph is emptied.
+        batched: Whether each of `along` holds several vectors, stacked in a first dimension, as the results then do.
+            Default False.
 
     Raises:
         NoSecondDerivativeError: The graph of a first derivative ends in an operation without a second one.
@@ -51,10 +57,10 @@ def grad(
 
 
 def gradient_of(loss: Tensor, params: Sequence[Tensor], *, keep: bool) -> Gradients:
-    """The gradient of a loss, which training needs too.
+    """Return the gradient of a loss, which training needs too.
 
     Raises:
-        RuntimeError: As `grad`, or an operation has no derivative at all.
+        RuntimeError: The graph is gone or was changed in place, or an operation has no derivative at all.
     """
     try:
         return grad(loss, params, keep=keep)
@@ -65,11 +71,11 @@ def gradient_of(loss: Tensor, params: Sequence[Tensor], *, keep: bool) -> Gradie
 def grad_with_graph(
     of: Tensor | Sequence[Tensor], by: Sequence[Tensor], along: Sequence[Tensor] | None = None
 ) -> Gradients:
-    """The same with a graph of its own, to be differentiated again.
+    """Return `along' d of / d by` with a graph of its own, to be differentiated again.
 
     Raises:
         NoSecondDerivativeError: The result depends on `by` through an operation without a second derivative, which
-            autograd would leave out of the next differentiation without a word.
+            autograd would silently leave out of the next differentiation.
     """
     with _differentiating(of):
         found = torch.autograd.grad(of, by, along, create_graph=True, allow_unused=True)
@@ -92,14 +98,12 @@ def _takes_nested(node: Node) -> bool:
 
 @contextmanager
 def _differentiating(of: Tensor | Sequence[Tensor]) -> Iterator[None]:
-    # A checkpoint computes its part of the forward pass again, and must meet the kernels that it met the first time.
-    # Fabric, under some precisions, hooks the model's outputs and refuses any other derivative than fabric.backward's.
-    wrappers = [sys.modules[name] for name in _FABRIC if name in sys.modules]
-    flags = [getattr(module, "_in_fabric_backward", False) for module in wrappers]
+    """Differentiate what follows under `differentiable_kernels`, and translate errors.
+
+    A checkpoint computes its part of the forward pass again, and must meet the kernels that it met the first time.
+    """
     try:
-        for module in wrappers:
-            vars(module)["_in_fabric_backward"] = True
-        with differentiable_kernels(), torch.enable_grad():
+        with fabric_backward(), differentiable_kernels(), torch.enable_grad():
             yield
     except RuntimeError as error:  # NotImplementedError is one
         text = str(error)
@@ -121,18 +125,14 @@ def _differentiating(of: Tensor | Sequence[Tensor]) -> Iterator[None]:
                 "function and loss.backward() inside the closure."
             ) from error
         raise
-    finally:
-        for module, flag in zip(wrappers, flags, strict=True):
-            vars(module)["_in_fabric_backward"] = flag
 
 
-# In the words of torch and of its extensions.
+# Words in which torch and its extensions say that there is no derivative.
 _WITHOUT = re.compile(
     r"derivative for .* not implemented|differentiate twice|once_differentiable|double.?backward|"
     r"not (twice differentiable|differentiable twice)|no autograd formula was registered",
     re.IGNORECASE | re.DOTALL,
 )
-_FABRIC = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
 CHANGED = (
     "The parameters, or something else that the loss was computed from, changed after this evaluation was made, as an "
     "optimizer's step or a closure that clamps weights changes them: its products are no longer defined. Call "
@@ -142,12 +142,12 @@ CHANGED = (
 
 @contextmanager
 def forward_mode(params: Sequence[Tensor], v: Tensor) -> Iterator[None]:
-    """Run what follows in forward mode, the parameters with the pieces of `v` as tangents."""
+    """Run what follows in forward mode, with the pieces of `v` as the parameters' tangents."""
     _load_forward_mode()
     with forward_ad.dual_level():
         with torch.no_grad():
             for p, piece in zip(params, unflatten(v, params), strict=True):
-                # An operation in place gives the parameter itself a tangent, which goes with the level; its value and
+                # An operation in place gives the parameter itself a tangent, which ends with the level; its value and
                 # its version stay.
                 with torch.autograd._unsafe_preserve_version_counter(p):  # type: ignore[attr-defined]
                     p.copy_(forward_ad.make_dual(p.detach().clone(), piece))
@@ -156,8 +156,58 @@ def forward_mode(params: Sequence[Tensor], v: Tensor) -> Iterator[None]:
 
 @functools.cache
 def _load_forward_mode() -> None:
-    """Torch compiles some of its rules at the first use, which it has deprecated itself."""
+    """Use forward mode once: torch compiles some of its rules then, which raises a DeprecationWarning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         with forward_ad.dual_level():
             forward_ad.make_dual(torch.zeros((), device="cpu"), torch.zeros((), device="cpu"))
+
+
+# Kernels that can be differentiated twice.
+
+
+@contextmanager
+def differentiable_kernels() -> Iterator[None]:
+    """Run what follows with the kernels that can be differentiated twice.
+
+    The fused attention kernels and graphs compiled by an ahead-of-time backend have no double backward, and the double
+    backward of `torch._weight_norm` is wrong. A function mode cannot replace them: `torch.autograd.grad` hides it from
+    a checkpoint.
+    """
+    cuda = torch.backends.cuda
+    before = cuda.math_sdp_enabled(), *(enabled() for enabled, _ in _FUSED_ATTENTION)
+    # Like `sdpa_kernel(MATH)`, which takes too long for every derivative.
+    cuda.enable_math_sdp(True)
+    for _, enable in _FUSED_ATTENTION:
+        enable(False)
+    norms = [(vars(module), vars(module)["_weight_norm"]) for module in _WITH_WEIGHT_NORM]
+    for names, _ in norms:
+        names["_weight_norm"] = _weight_norm
+    try:
+        if "torch._dynamo" in sys.modules:  # nothing can be compiled before it is imported, and importing it is slow
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        else:
+            yield
+    finally:
+        for names, original in norms:
+            names["_weight_norm"] = original
+        cuda.enable_math_sdp(before[0])
+        for (_, enable), enabled in zip(_FUSED_ATTENTION, before[1:], strict=True):
+            enable(enabled)
+
+
+_FUSED_ATTENTION = (
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+)
+
+
+# The function of this name hides the module.
+_WITH_WEIGHT_NORM = (torch, sys.modules["torch.nn.utils.weight_norm"])
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Replace `torch._weight_norm`, whose own double backward takes the norms as constants."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))

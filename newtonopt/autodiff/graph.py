@@ -1,10 +1,10 @@
-"""Walks through autograd graphs, and letting go of what they hold."""
+"""Walks through autograd graphs, and letting go of the tensors that they hold."""
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,117 +13,91 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 
-def reaches(
-    start: Node | Iterable[Node | None] | None,
-    goal: Callable[[Node], bool],
-    barrier: frozenset[Node] | set[Node] = frozenset(),
-) -> bool:
-    """Whether a node that is a `goal` is met going back from `start` (one or several) without passing `barrier`."""
-    seen: set[Node] = set()
+def behind(start: Node | Iterable[Node | None] | None, barrier: Collection[Node] = frozenset()) -> Iterator[Node]:
+    """Go back from `start` (one node or several), and give each node once.
+
+    Args:
+        start: First nodes; None, the graph of a constant, leads nowhere.
+        barrier: Nodes that are neither given nor passed.
+    """
+    seen: set[Node] = set(barrier)
     waiting = list(start) if isinstance(start, Iterable) else [start]
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen or node in barrier:
+        if node is None or node in seen:
             continue
-        if goal(node):
-            return True
         seen.add(node)
+        yield node
         waiting.extend(following for following, _ in node.next_functions)
-    return False
+
+
+def reaches(
+    start: Node | Iterable[Node | None] | None, goal: Callable[[Node], bool], barrier: Collection[Node] = frozenset()
+) -> bool:
+    """Whether a node that is a `goal` is met going back from `start` without passing `barrier`."""
+    return any(goal(node) for node in behind(start, barrier))
 
 
 def bytes_handed_on(start: Iterable[Node | None]) -> int:
-    """Total bytes of the gradients passed to the nodes reachable from `start`; nested tensors, whose shapes are no
-    numbers, are left out.
+    """Return the total bytes of the gradients passed to the nodes reachable from `start`.
+
+    Nested tensors, whose shapes are no numbers, are left out.
     """
-    total = 0
-
-    def add(node: Node) -> bool:
-        nonlocal total
-        dense = [of for of in node._input_metadata if not of.is_nested_tensor]
-        shapes = [(of.shape, of.dtype.itemsize) for of in dense if all(isinstance(size, int) for size in of.shape)]
-        total += sum(math.prod(shape) * size for shape, size in shapes)
-        return False
-
-    reaches(start, add)
-    return total
+    dense = [of for node in behind(start) for of in node._input_metadata if not of.is_nested_tensor]
+    shapes = [(of.shape, of.dtype.itemsize) for of in dense if all(isinstance(size, int) for size in of.shape)]
+    return sum(math.prod(shape) * size for shape, size in shapes)
 
 
 def coarsest(start: Iterable[Node | None], eps: float) -> float:
-    """Return the eps of the coarsest floating dtype of the gradients passed to the nodes reachable from `start`, or
-    `eps` if that is more.
+    """Return the rounding unit of the coarsest dtype of the gradients passed to the nodes reachable from `start`.
+
+    Args:
+        start: First nodes.
+        eps: The least rounding unit to return.
     """
+    return max([eps, *(unit for node in behind(start) for unit in _units(node))])
 
-    def look(node: Node) -> bool:
-        nonlocal eps
-        eps = max([eps, *(torch.finfo(of.dtype).eps for of in node._input_metadata if of.dtype.is_floating_point)])
-        return False
 
-    reaches(start, look)
-    return eps
+def _units(node: Node) -> list[float]:
+    """Return the rounding units of the gradients passed to a node."""
+    return [torch.finfo(of.dtype).eps for of in node._input_metadata if of.dtype.is_floating_point]
 
 
 def reached(start: Node | Iterable[Node | None] | None, nodes: set[Node | None] | set[Node]) -> set[Node]:
-    """Those of `nodes` that are met going back from `start`."""
-    met: set[Node] = set()
-
-    def note(node: Node) -> bool:
-        if node in nodes:
-            met.add(node)
-        return False
-
-    if nodes:
-        reaches(start, note)
-    return met
+    """Return the members of `nodes` that are met going back from `start`."""
+    return {node for node in behind(start) if node in nodes} if nodes else set()
 
 
 def first_met(start: Node | None, nodes: set[Node]) -> set[Node]:
-    """Return those of `nodes` that are met going back from `start` on a path that passes none of the others."""
-    met: set[Node] = set()
-
-    def note(node: Node) -> bool:
-        met.update(following for following, _ in node.next_functions if following in nodes)
-        return False
-
-    if start is not None and nodes:
-        if start in nodes:
-            return {start}
-        reaches(start, note, nodes)
-    return met
+    """Return the members of `nodes` that are met going back from `start` on a path that passes none of the others."""
+    if start is None or not nodes:
+        return set()
+    if start in nodes:
+        return {start}
+    return {following for node in behind(start, nodes) for following, _ in node.next_functions if following in nodes}
 
 
 def all_behind(start: Iterable[Node | None]) -> set[Node]:
     """Return every node met going back from `start`, itself included."""
-    met: set[Node] = set()
-
-    def add(node: Node) -> bool:
-        met.add(node)
-        return False
-
-    reaches(start, add)
-    return met
+    return set(behind(start))
 
 
 def chained(starts: Iterable[Node | None]) -> tuple[set[Node], set[Node]]:
-    """Return those of `starts` that are met going back from another one, and those from which another one is met."""
+    """Return the members of `starts` that are met going back from another one, and those from which one is met."""
     given = {node for node in starts if node is not None}
     consumers: dict[Node, list[Node]] = {}
-
-    def note(node: Node) -> bool:
+    for node in behind(given):
         for following, _ in node.next_functions:
             if following is not None:
                 consumers.setdefault(following, []).append(node)
-        return False
-
-    reaches(given, note)
-    behind = {node for node in given if node in consumers}
-    waiting, before = list(behind), set()
+    met = {node for node in given if node in consumers}
+    waiting, before = list(met), set()
     while waiting:
         for consumer in consumers.get(waiting.pop(), ()):
             if consumer not in before:
                 before.add(consumer)
                 waiting.append(consumer)
-    return behind, before & given
+    return met, before & given
 
 
 @dataclass(frozen=True)
@@ -153,31 +127,26 @@ class Graph:
 
 
 def look_through(loss: Tensor, outputs: Iterable[Tensor], eps: float) -> Graph:
-    """Return what may make a derivative wrong in the graph of a loss; `eps` is the least rounding unit to report."""
-    names: dict[str, None] = {}
-    hooked = False
+    """Return the parts of a loss's graph that may make a derivative wrong.
 
-    def look(node: Any) -> bool:
-        nonlocal eps, hooked
-        name = _foreign(node)
-        if name is not None:
-            names[name] = None
-        hooked = hooked or node.name() == "BackwardHookFunctionBackward"  # of a module with full backward hooks
-        for of in node._input_metadata:
-            if of.dtype.is_floating_point:
-                eps = max(eps, torch.finfo(of.dtype).eps)
-        return False
-
-    reaches(loss.grad_fn, look)
+    Args:
+        loss: The live loss.
+        outputs: The recorded outputs that it is computed from.
+        eps: The least rounding unit to report.
+    """
+    nodes = list(behind(loss.grad_fn))
+    functions = tuple(dict.fromkeys(name for node in nodes if (name := _foreign(node)) is not None))
+    hooked = any(node.name() == "BackwardHookFunctionBackward" for node in nodes)  # a module's full backward hooks
+    eps = max([eps, *(unit for node in nodes for unit in _units(node))])
     if loss.device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         eps = max(eps, _TF32)
     barrier = {z.grad_fn for z in outputs if z.grad_fn is not None}
-    heads = bool(names) and bool(barrier) and reaches(loss.grad_fn, lambda node: _foreign(node) is not None, barrier)
-    return Graph(tuple(names), heads, hooked, eps)
+    heads = bool(functions and barrier) and reaches(loss.grad_fn, lambda node: _foreign(node) is not None, barrier)
+    return Graph(functions, heads, hooked, eps)
 
 
 def _foreign(node: Any) -> str | None:
-    """The name of an autograd Function that is not PyTorch's own; None for another node."""
+    """Return the name of an autograd Function that is not PyTorch's own; None for another node."""
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         function = type(node)._forward_cls  # type: ignore[attr-defined]
         own: str = function.__name__
@@ -197,7 +166,7 @@ def notes(node: Any) -> dict[str, Any]:
 
 
 class SavedTensors:
-    """What the graphs made since hold on to, so that it can be let go as `backward` would do, without running one."""
+    """The tensors that graphs made from now on save, so that they can be let go as `backward` does, without one."""
 
     def __init__(self) -> None:
         self._held: list[weakref.ref[Held]] = []
@@ -210,14 +179,8 @@ class SavedTensors:
         return held
 
     def release(self, term: Tensor) -> None:
-        """Let go what the graph of `term` saved."""
-        numbers: set[int] = set()
-
-        def note(node: Node) -> bool:
-            numbers.add(node._sequence_nr())
-            return False
-
-        reaches(term.grad_fn, note)
+        """Let go of the tensors that the graph of `term` saved."""
+        numbers = {node._sequence_nr() for node in behind(term.grad_fn)}
         alive = [(ref, held) for ref in self._held if (held := ref()) is not None]
         for _, held in alive:
             if held.number in numbers:
@@ -226,7 +189,12 @@ class SavedTensors:
 
 
 class Held:
-    """A tensor that a node saved, which can be taken from it."""
+    """A tensor that a node saved, which can be taken from it.
+
+    Args:
+        tensor: The tensor.
+        number: Number of the node.
+    """
 
     def __init__(self, tensor: Tensor, number: int) -> None:
         self.tensor: Tensor | None = tensor

@@ -1,8 +1,11 @@
-"""Follows `.grad` through a closure's calls of `backward`.
+"""Follows `.grad` through a closure's calls of `backward`, to find which losses count, and for which parameters.
 
 An optimizer that reads `.grad` minimises the losses whose gradients are in it when the closure ends: not those that
-`zero_grad` cleared away in between, and each by the parameters that `backward(inputs=...)` asked for. A closure that
+`zero_grad` cleared away in between, and each by the parameters that `backward(inputs=...)` names. A closure that
 computes with gradients, as one that perturbs its data by their signs does, needs them in every run.
+
+The tap tells `GradientTracker` of each call of `backward` and of each call that may touch a gradient. At the end
+`objective` asks it for the `Group`s of losses.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from newtonopt.autodiff.graph import all_behind, reaches
+from newtonopt.closure.writes import tensors_in
 from newtonopt.vectors.subclasses import is_wrapper
 
 
@@ -25,28 +29,28 @@ class Group:
     """Losses of a closure that count for the same parameters.
 
     Attributes:
-        calls: The numbers of the calls of `backward` that they were given to.
-        params: The numbers of the parameters; the others are constants in these losses. None: all of them.
+        calls: The numbers of their calls of `backward`.
+        params: The numbers of the parameters; the others are constants in these losses. None: all count.
     """
 
     calls: frozenset[int]
     params: frozenset[int] | None
 
 
-class Gradients:
+class GradientTracker:
     """Follows what one run of a closure does with `.grad`.
 
     Args:
         params: The parameters.
         backward: Whether `backward` runs.
-        fills: Whether a run without it writes the gradients that it would write.
-        follows: Whether to find out which losses count, and whether the closure computes with gradients.
+        fills: Whether a run without `backward` writes the gradients that it would write.
+        follows: Whether to find which losses count, and whether the closure computes with gradients.
 
     Attributes:
         calls: How often `backward` was called.
         had_some: Whether there were gradients at the first `backward`.
-        reads: Whether the closure computed with gradients, and called `backward` again after that.
-        was_read: Whether it computed with gradients at all.
+        was_read: Whether the closure computed with gradients.
+        reads: Whether it called `backward` again after that.
     """
 
     def __init__(self, params: Sequence[Tensor], *, backward: bool, fills: bool, follows: bool) -> None:
@@ -59,27 +63,37 @@ class Gradients:
         self.had_some = False
         self.reads = False
         self.was_read = False
+        # The numbers of the parameters that each `backward` named; None: all.
         self._inputs: list[frozenset[int] | None] = []
+        # The number of the first `backward` since each parameter's gradient was cleared.
         self._since = [0] * len(params)
+        # The name of an operation by which the closure wrote to a gradient; empty if there was none.
         self._altered = ""
-        # By where a gradient lies in memory, whose it is: those that the closure has got hold of.
-        self._handed: dict[int, Tensor] = {}
+        # The tensors whose gradients the closure has read, by the address of the gradient.
+        self._read: dict[int, Tensor] = {}
         self._retained: list[weakref.ref[Tensor]] = []
+        # Tensors that are no parameters, with their `.grad` from before the run, by identity.
         self._before: dict[int, tuple[Tensor, Tensor | None]] = {}
-        self._seen: list[tuple[int, int] | None] = []
+        # Address and version of the parameters' gradients after the last `backward`, and the numbers of the parameters
+        # whose gradients were seen to change since.
+        self._left: list[tuple[int, int] | None] = []
         self._noted: set[int] = set()
-        # Tensors without a graph: what was computed from gradients, and from parameters.
-        self._derived = _Tensors()
-        self._detached = _Tensors()
+        # Tensors without a graph that were computed from gradients, and from parameters.
+        self._derived = _WeakSet()
+        self._detached = _WeakSet()
+        # Identities of the tensors at which a loss of detached tensors alone was cut off from the parameters, and
+        # whether the closure used the gradient of one.
         self._cut: set[int] = set()
+        self._used_cut = False
         self._has_hooks = False
-        self._of_cut = False
+
+    # After the run.
 
     def groups(self) -> tuple[Group, ...] | None:
-        """Return which losses count, by the parameters that they count for; None if all do for all of them.
+        """Return the losses that count, grouped by the parameters that they count for; None if all count for all.
 
         Raises:
-            RuntimeError: None counts, or it cannot be told which do.
+            RuntimeError: No loss counts, or it cannot be told which do.
         """
         self._note_changes()
         if not any(self._since) and all(of is None for of in self._inputs):
@@ -98,8 +112,15 @@ class Gradients:
             return None
         return tuple(Group(frozenset(calls), None if of == everything else of) for of, calls in found.items())
 
+    def restore(self) -> None:
+        """Put back `.grad` of tensors that are no parameters."""
+        for x, gradient in self._before.values():
+            x.grad = gradient
+
+    # At each `backward`.
+
     def on_backward(self, loss: Tensor, gradient: Any, inputs: Sequence[Tensor] | None) -> bool:
-        """Called before each `backward`, with what it is given; returns whether the loss can count.
+        """Take note of a call of `backward` before it runs; return whether the loss can count.
 
         Raises:
             RuntimeError: The loss is differentiated in two stages.
@@ -111,31 +132,31 @@ class Gradients:
         if self.calls == 0:
             self.had_some = any(p.grad is not None for p in self._params)
         if self._follows:
-            if self._of_cut or (isinstance(gradient, Tensor) and self._is_gradient(gradient, loss)):
+            if self._used_cut or (isinstance(gradient, Tensor) and self._is_gradient(gradient, loss)):
                 raise RuntimeError(_SPLIT)
             self._note_changes()
             self.reads = self.reads or self.was_read
             self._inputs.append(of)
             if self._detached:
-                leaves = leaves_behind(loss)
+                leaves = _leaves_behind(loss)
                 if not any(id(x) in self._numbers for x in leaves):
                     self._cut.update(id(x) for x in leaves if x in self._detached)
-            # Hooks hand gradients out.
+            # A hook may read a gradient.
             self.was_read = self.was_read or self._has_hooks
         self.calls += 1
         return of is None or bool(of)
 
     def fill(self, loss: Tensor, gradient: Any, inputs: Sequence[Tensor] | None, *, create_graph: bool) -> None:
-        """Write to `.grad` what `backward` would, or, unless gradients are read, zeros for the parameters."""
+        """Write the gradients that `backward` would write; zeros for the parameters if the closure reads none."""
         if not self._fills:
             for p in self._params if inputs is None else inputs:
                 if id(p) in self._numbers and p.grad is None and p.requires_grad:
-                    # What the closure does with gradients next (clip them, print their norm) finds some.
+                    # Code that comes next, such as clipping or printing the norm, expects gradients.
                     p.grad = torch.zeros_like(p)
             return
         if inputs is None:
             retained = [x for ref in self._retained if (x := ref()) is not None]
-            inputs = [*leaves_behind(loss), *retained]
+            inputs = [*_leaves_behind(loss), *retained]
         if not inputs:
             return
         found = torch.autograd.grad(
@@ -153,26 +174,34 @@ class Gradients:
                 with torch.no_grad():
                     x.grad += g
 
+    def cut_graphs(self) -> None:
+        """Let `backward` add to copies of the gradients that a loss was computed from, whose graph is kept."""
+        for x in self._read.values():
+            if x.grad is not None and x.grad.requires_grad:
+                x.grad = x.grad.detach().clone()
+
     def after_backward(self) -> None:
-        """Called after each `backward`, or what is done in its place: remembers how it left the gradients."""
+        """Remember how `backward`, or `fill` in its place, left the gradients."""
         if self._follows:
-            self._seen = [None if p.grad is None else (_address(p.grad), p.grad._version) for p in self._params]
+            self._left = [None if p.grad is None else (_address(p.grad), p.grad._version) for p in self._params]
             self._noted.clear()
 
     def _note_changes(self) -> None:
-        """Find what was cleared unseen since the last `backward`, through another view of the memory."""
-        for number, (p, seen) in enumerate(zip(self._params, self._seen, strict=False)):
+        """Find gradients that were cleared since the last `backward` through another view of their memory."""
+        for number, (p, seen) in enumerate(zip(self._params, self._left, strict=False)):
             if p.grad is None or seen is None or number in self._noted:
                 continue
             if seen[0] == _address(p.grad) and seen[1] != p.grad._version:
-                # Without real gradients a clipped one looks like one that was cleared.
+                # In a run without real gradients one that was clipped looks like one that was cleared.
                 self.was_read = True
                 if not bool(p.grad.any()):
                     self._since[number] = self.calls
-        # A parameter without a gradient where others were cleared: nothing of it was left to clear.
+        # A parameter without a gradient counts as cleared where others were.
         if self.calls and self.calls in self._since:
             pairs = zip(self._params, self._since, strict=True)
             self._since = [self.calls if p.grad is None else since for p, since in pairs]
+
+    # At each other call.
 
     def on_call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the result of a call that reads or writes `.grad`; NotImplemented for a call that does neither."""
@@ -183,12 +212,12 @@ class Gradients:
         if not self._follows:
             return NotImplemented
         self._has_hooks = self._has_hooks or func is Tensor.register_hook
-        if self._handed and self.calls:
+        if self._read and self.calls:
             return self._on_use(func, args, kwargs)
         return NotImplemented
 
     def on_result(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Called after each call: follows what is computed from gradients, and from parameters without a graph."""
+        """Follow results that are computed from gradients, or from parameters without a graph."""
         if not self._follows:
             return
         if func is torch.autograd.grad:
@@ -197,8 +226,8 @@ class Gradients:
             if args[0].grad_fn is not None and reaches(args[0].grad_fn, self._is_parameter):
                 self._detached.add([result])
         elif self._derived or self._detached or not torch.is_grad_enabled():
-            found = [x for x in _tensors(result) if not x.requires_grad]
-            given = list(_tensors((*args, *kwargs.values()))) if found else []
+            found = [x for x in tensors_in(result) if not x.requires_grad]
+            given = list(tensors_in((*args, *kwargs.values()))) if found else []
             if any(x in self._derived for x in given):
                 self._derived.add(found)
             if any(x in self._detached or id(x) in self._numbers for x in given) and func not in _ACCESS:
@@ -207,29 +236,18 @@ class Gradients:
     def _is_parameter(self, node: Node) -> bool:
         return id(getattr(node, "variable", None)) in self._numbers
 
-    def cut_graphs(self) -> None:
-        """Let `backward` add to copies of the gradients that a loss was computed from, whose graph is kept."""
-        for x in self._handed.values():
-            if x.grad is not None and x.grad.requires_grad:
-                x.grad = x.grad.detach().clone()
-
-    def restore(self) -> None:
-        """Put back `.grad` of tensors that are no parameters."""
-        for x, gradient in self._before.values():
-            x.grad = gradient
-
     def _on_access(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         x = args[0]
         number = self._numbers.get(id(x))
         if number is None and not self._backward and x.requires_grad and (x.is_leaf or x.retains_grad):
             self._keep(x, start=x.grad)
             if func == _GET and x.grad is None and self.calls and not self._fills:
-                # Until it is known whether the closure computes with it.
+                # Zeros do until it is known whether the closure computes with them.
                 x.grad = torch.zeros_like(x)
         if func == _GET:
             gradient = func(*args)
             if self._follows and isinstance(gradient, Tensor) and self.calls:
-                self._handed[_address(gradient)] = x
+                self._read[_address(gradient)] = x
                 if number is None:
                     self._derived.add([gradient])
             return gradient
@@ -246,7 +264,7 @@ class Gradients:
         return None
 
     def _keep(self, x: Tensor, start: Tensor | None) -> None:
-        """Remember the gradient of a tensor that is no parameter, and let the closure work on a copy of `start`."""
+        """Remember the gradient of a tensor that is no parameter, and give the closure a copy of `start`."""
         if self._backward or id(x) in self._numbers or id(x) in self._before:
             return
         self._before[id(x)] = x, x.grad
@@ -258,15 +276,15 @@ class Gradients:
             return NotImplemented
         name = getattr(func, "__name__", "")
         self._noted.update(self._numbers[id(x)] for x, _ in touched if id(x) in self._numbers)
-        if name == "__get__":  # of its shape, dtype or data
+        if name == "__get__":  # its shape, dtype or data is read
             return NotImplemented
         if func in _ZERO:
             self._clear(x for x, whole in touched if whole)
             self.was_read = self.was_read or not all(whole for _, whole in touched)
             return NotImplemented
         self.was_read = True
-        self._of_cut = self._of_cut or any(id(x) in self._cut for x, _ in touched)
-        # Setting its `data` too.
+        self._used_cut = self._used_cut or any(id(x) in self._cut for x, _ in touched)
+        # Setting the data of a gradient writes to it too.
         in_place = name in ("__setitem__", "__set__") or name.startswith("__i")
         written = list(self._touched(args[:1])) if in_place or (name.endswith("_") and name[-2:] != "__") else []
         if not written:
@@ -287,24 +305,24 @@ class Gradients:
                 self._since[number] = self.calls
 
     def _touched(self, values: Iterable[Any]) -> Iterator[tuple[Tensor, bool]]:
-        """Yield the tensors whose gradients are among the values of a call, and whether it is the whole gradient."""
+        """Yield the tensors whose gradients are among these values, each with whether that is the whole gradient."""
         for value in values:
             if isinstance(value, (list, tuple)):
                 yield from self._touched(value)
             elif isinstance(value, Tensor):
-                x = self._handed.get(_address(value))
+                x = self._read.get(_address(value))
                 if x is not None and x.grad is not None and _address(x.grad) == _address(value):
                     yield x, x.grad.shape == value.shape
 
     def _is_gradient(self, gradient: Tensor, of: Tensor) -> bool:
-        """Whether this was computed from what an earlier `backward` or `torch.autograd.grad` gave; the factor of a
-        single loss may be.
+        """Whether an argument of `backward` is a gradient, or was computed from one. The factor of a single loss may
+        be computed from gradients.
         """
         return any(True for _ in self._touched([gradient])) or (of.numel() > 1 and gradient in self._derived)
 
 
-class _Tensors:
-    """A set of tensors, which are not kept alive."""
+class _WeakSet:
+    """A set of tensors that does not keep them alive."""
 
     def __init__(self) -> None:
         self._references: dict[int, weakref.ref[Tensor]] = {}
@@ -321,16 +339,7 @@ class _Tensors:
         self._references.update({id(x): weakref.ref(x) for x in tensors if not x.requires_grad})
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Yield the tensors among values, in lists and tuples too."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            yield from _tensors(value)
-
-
-def leaves_behind(loss: Tensor) -> list[Tensor]:
+def _leaves_behind(loss: Tensor) -> list[Tensor]:
     """Return the leaves that a loss depends on."""
     found = [getattr(node, "variable", None) for node in all_behind([loss.grad_fn])]
     leaves = [x for x in found if isinstance(x, Tensor)]
@@ -345,7 +354,7 @@ def _address(t: Tensor) -> int:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether a gradient that is not zero was assigned again, as it was or in another layout or precision."""
+    """Whether a gradient was assigned again as it was, or in another layout or precision, and is not zero."""
     return a.shape == b.shape and bool((a == b.to(a.dtype)).all()) and bool(b.any())
 
 
@@ -358,7 +367,7 @@ _GET = _ATTRIBUTE.__get__
 _ACCESS = frozenset({_GET, _ATTRIBUTE.__set__, _ATTRIBUTE.__delete__})
 _DETACH = frozenset({Tensor.detach, torch.detach})
 _ZERO = frozenset({Tensor.zero_, torch.zero_, torch._foreach_zero_})
-# Calls that look at a gradient without its values.
+# Calls that do not use the values of a gradient.
 _ABOUT = frozenset(
     {
         *(Tensor.detach, Tensor.detach_, Tensor.requires_grad_, Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride),
@@ -367,16 +376,8 @@ _ABOUT = frozenset(
 )
 # Names of operations that clip or average gradients in place.
 _SHRINKING = (
-    "mul",
-    "div",
-    "clamp",
-    "clip",
-    "__imul__",
-    "__itruediv__",
-    "_foreach_mul",
-    "_foreach_div",
-    "_foreach_clamp",
-    "nan_to_num",
+    *("mul", "div", "clamp", "clip", "nan_to_num", "__imul__", "__itruediv__"),
+    *("_foreach_mul", "_foreach_div", "_foreach_clamp"),
 )
 _CLEARED = (
     "The closure clears the gradients after its last backward, so that none is left to step along: let it call "

@@ -1,11 +1,15 @@
-"""What is known of an objective at one point."""
+"""An `Evaluation`: everything known about an objective at one point.
+
+The numbers are complete when it is constructed. Two things change afterwards, each in an object of its own: the graph
+can be freed (`KeptGraph`), and forming products shows how far they can be trusted (`Standing`).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +18,7 @@ from newtonopt.autodiff.gradients import CHANGED, Gradients, gradient_of
 from newtonopt.autodiff.graph import reaches
 from newtonopt.checks import check_choice
 from newtonopt.closure.losses import Output
-from newtonopt.closure.tap import OnTerm
+from newtonopt.closure.tap import LossTerm
 from newtonopt.vectors.flat import differs, flatten
 from newtonopt.vectors.scaling import norm
 from newtonopt.vectors.sharded import Sharded, is_sharded
@@ -22,179 +26,129 @@ from newtonopt.vectors.sharded import Sharded, is_sharded
 Form = Literal["cached", "streamed", "finite_difference"]
 Matrix = Literal["hessian", "gauss_newton", "jacobian"]
 Products = Literal["auto", "cached", "streamed", "finite_difference"]
+Result = TypeVar("Result")
 
 
-def check_products(products: object) -> None:
-    """Refuse an unknown way to form products with a ValueError."""
-    check_choice("products", products, get_args(Products))
-
-
-@dataclass(frozen=True)
-class Manner:
-    """How products are formed.
-
-    Attributes:
-        form: The form.
-        length: How far from the parameters finite differences look, `h |v|`; None: as far as their size suggests.
-        forward: Whether streamed products with a Jacobian are formed in forward mode.
-        curved: Whether differenced Gauss-Newton products take the loss's second derivative by its outputs.
-    """
-
-    form: Form
-    length: float | None = None
-    forward: bool = True
-    curved: bool = True
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The verdict of the checks of a matrix's products.
-
-    Attributes:
-        manner: How the products are formed.
-        doubt: Why the products cannot be vouched for; empty if they can.
-        error: Estimated relative error of a product; zero for exact ones.
-        cost: Products and gradients that the checks took.
-    """
-
-    manner: Manner
-    doubt: str
-    error: float
-    cost: int
-
-
-class Source(Protocol):
-    """What an evaluation was made from and can be made from again: an `Objective`."""
-
-    def visit(self, on_term: OnTerm | None, step: Tensor | None = None, *, numbers: Collection[int] = ()) -> Tensor:
-        """Run the closure at the current point, or a step from it, and hand its losses over one by one, with the
-        outputs of these numbers.
-
-        Returns:
-            Their sum, on this process.
-        """
-        ...
-
-    def push(self, v: Tensor, numbers: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run the closure in forward mode: the sum of its losses, and `J v` for the outputs of these numbers."""
-        ...
-
-    def replay(self, evaluation: Evaluation) -> None:
-        """See that the closure computes the evaluation's loss and gradient when it runs again."""
-        ...
-
-    def add_gradient(self, gradient: Tensor, step: Tensor) -> Tensor:
-        """Add this process's gradient at a step from the point to `gradient` in place; returns its loss there."""
-        ...
-
-    def mean(self, compute: Callable[[], Tensor], like: Tensor | None = None) -> Tensor:
-        """The mean over the processes of what they compute, shaped as `like`, `(n,)` if None."""
-        ...
-
-
-class UnrelatedError(RuntimeError):
-    """The loss does not depend on the parameters."""
-
-
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
-    """What is known of an objective at the current parameters: loss, gradient, and how to form products.
+    """Everything known about an objective at the current parameters, and how curvature products are formed there.
 
-    With cached products it holds the live graph, which takes the memory of one forward pass, and of the double backward
-    once products are formed; `free()` releases it.
+    `evaluate(closure, params)` makes one. With cached products it holds the live graph, which takes the memory of one
+    forward pass, and of the double backward once products are formed; `free()` releases it.
 
     Args:
-        loss: The objective, a scalar with its graph; a detached one where `gradient` is given.
-        params: The parameters to differentiate by.
-        outputs: The model outputs from which the loss is computed, for Gauss-Newton products.
-        decay: Coefficients, one number or `(n,)`, of a term `sum(decay * theta^2) / 2` to add to the objective.
-        gradient: That of the loss, `(n,)`; None: to be computed from the graph.
-        source: Where the closure can be run again, for products that are streamed or by finite differences.
-        form: How products are formed: "cached", "streamed" or "finite_difference".
-        verdicts: Verdicts of earlier checks of these products, at other points of an optimizer or a monitor.
-        length: How far finite differences look, `h |v|`; None (default): what products at two lengths suggest.
-        parts: Evaluations that this one is the sum of, each with a mask `(n,)`: ones at the parameters that its losses
-            count for.
-        point: The parameters' values, `(n,)`, which nobody changes; None: to be copied.
-
-    Attributes:
-        loss: The objective's value, a detached scalar.
-        gradient: Its gradient, `(n,)`, in the order of `params`.
-        data_gradient: The gradient without the term of `decay`.
-        slope: The same, of its own losses: an optimizer gives other data's gradient to an evaluation for curvature.
-        local_gradient: This process's part of it, where the objective is a mean over several.
-        replayed: Whether the closure was seen to compute the same loss and gradient when it ran again.
+        loss: Value of the objective, a detached scalar.
+        gradient: Gradient of the objective, `(n,)`, in the order of `params`.
+        data_gradient: Gradient without the term of `decay`, `(n,)`.
         params: The parameters.
-        returned: What the closure returned, detached when it is a tensor.
-        clipped: Whether the closure shrank `.grad` after its backward.
-        convex: Whether the loss is known to be convex in the recorded outputs: a sum of recognised losses and squares,
-            with weights that are not negative. Of marked outputs nobody but the user knows that.
-        linear_marks: Whether the loss is linear in a marked output.
-        related: The numbers of the parameters that the loss is known to depend on.
-        output_sizes: How many entries the recorded outputs have, by their numbers in a run of the closure.
-        mask: Ones at the parameters that its losses count for, `(n,)`, where it is a part of another; None: all count.
-        holds_constant: Whether the closure holds parts of its loss constant, by `detach` or `no_grad`.
-        hooks_gradients: Whether it registers hooks on what it computes.
+        recording: Recording of the run of the closure, on this process.
+        local_loss: Loss of that run: this process's part of the mean, without the term of `decay`.
+        place: The parameters' values at the evaluation.
+        standing: Findings about the products, made while they are formed.
+        decay: Coefficients, one number or `(n,)`, of the term `sum(decay * theta^2) / 2`. Default 0.0.
+        source: Runs the closure again, for products that are streamed or by finite differences; None (default): there
+            is no closure.
+        may_fall_back: Whether products may turn to finite differences where cached ones fail. Default False.
+        length: Distance `h |v|` from the parameters at which finite differences are taken; None (default): to be chosen
+            by comparing two of them.
+        clipped: Whether the closure shrank `.grad` after its backward. Default False.
+        parts: Evaluations whose sum this one is, each with a mask `(n,)` that is one at the parameters for which its
+            losses count.
+        mask: For such a part its mask, `(n,)`; None (default): the losses count for all parameters.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import evaluate
+        >>> theta = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+        >>> evaluation = evaluate(lambda: (theta**3).sum(), [theta])
+        >>> evaluation
+        Evaluation(loss=9, n=2, form='cached')
+        >>> evaluation.gradient
+        tensor([ 3., 12.], dtype=torch.float64)
     """
 
-    def __init__(
-        self,
-        loss: Tensor,
-        params: Iterable[Tensor],
-        outputs: Sequence[Output] = (),
-        decay: float | Tensor = 0.0,
-        *,
-        gradient: Tensor | None = None,
-        source: Source | None = None,
-        form: Form = "cached",
-        verdicts: Mapping[Matrix, Verdict] | None = None,
-        length: float | None = None,
-        parts: Sequence[tuple[Evaluation, Tensor]] = (),
-        point: Tensor | None = None,
-    ) -> None:
-        self.params = tuple(params)
-        self.decay = decay
-        self.parts = tuple(parts)
-        self._form: Form = form
-        self.source = source
-        self.may_fall_back = False
-        self.returned: Any = None
-        self.clipped = False
-        self.convex = True
-        self.linear_marks = False
-        self.related: frozenset[int] = frozenset()
-        self.unrecognised_advice = ""
-        self.output_sizes = {z.number: z.tensor.numel() for z in outputs}
-        self.outside: bool | None = None
-        self._verdicts: Mapping[Matrix, Verdict] = {} if verdicts is None else verdicts
-        self.length = length
-        self._checks = 0
-        self.mask: Tensor | None = None
-        self.holds_constant = self.hooks_gradients = False
-        self._graph: tuple[Tensor, tuple[Output, ...]] | None = (loss, tuple(outputs))
-        self._alive = True
-        self._compared = False
-        self.replayed = False
-        self._versions = [p._version for p in self.params]
-        self._point = flatten(self.params, self.params).detach().clone() if point is None else point
-        self.data_gradient = local_gradient(loss, self.params) if gradient is None else gradient
-        self.slope = self.data_gradient
-        self.gradient, self.loss = self.data_gradient, loss.detach()
-        self.local_gradient = self.data_gradient
-        if decays(decay):
-            point = flatten(self.params, self.params).detach()
-            self.gradient = self.data_gradient + decay * point
-            self.loss = self.loss + decay_term(decay, point)
-        self.local_loss = float(loss.detach())
-        # What a loss computed in this precision can tell apart, relative to its size.
-        self.eps = torch.finfo(loss.dtype).eps
+    loss: Tensor
+    gradient: Tensor
+    data_gradient: Tensor
+    params: tuple[Tensor, ...]
+    recording: Recording
+    local_loss: float
+    place: Place
+    standing: Standing
+    decay: float | Tensor = 0.0
+    source: Source | None = None
+    may_fall_back: bool = False
+    length: float | None = None
+    clipped: bool = False
+    parts: tuple[tuple[Evaluation, Tensor], ...] = ()
+    mask: Tensor | None = None
+
+    @classmethod
+    def from_loss(cls, loss: Tensor, params: Sequence[Tensor], decay: float | Tensor = 0.0) -> Evaluation:
+        """Return the evaluation of a live loss, whose products are cached: there is no closure to run again.
+
+        Args:
+            loss: A scalar with its graph.
+            params: The parameters.
+            decay: Coefficients, one number or `(n,)`, of the term `sum(decay * theta^2) / 2`. Default 0.0.
+
+        Raises:
+            RuntimeError: A gradient is sparse, or the loss does not depend on the parameters.
+        """
+        params = tuple(params)
+        gradient = flatten(local_gradients(loss, params), params)
+        point = flatten(params, params).detach().clone()
+        recording = Recording(loss.detach(), gradient, KeptGraph(loss), advice=_BARE_LOSS)
+        value = with_decay(loss.detach(), decay, point)
+        return evaluated(recording, params, value, gradient, point, Standing("cached"), decay)
 
     def __repr__(self) -> str:
         return f"Evaluation(loss={float(self.loss):.6g}, n={self.gradient.numel()}, form={self.form!r})"
 
     @property
+    def returned(self) -> Any:
+        """Return value of the closure, detached if it is a tensor."""
+        return self.recording.returned
+
+    @property
+    def output_sizes(self) -> Mapping[int, int]:
+        """Number of entries of each recorded output, by the output's number in a run of the closure."""
+        return self.recording.output_sizes
+
+    @property
+    def eps(self) -> float:
+        """Rounding unit of the loss's dtype: losses that differ by less, relative to their size, are equal."""
+        return torch.finfo(self.recording.loss.dtype).eps
+
+    @property
+    def coarse_eps(self) -> float:
+        """Rounding unit of the loss's dtype or of the parameters', whichever is coarser."""
+        return max(self.eps, eps_of(self.params))
+
+    @property
     def form(self) -> Form:
-        """How products are formed."""
-        return self.parts[0][0].form if self.parts else self._form
+        """Form of the products."""
+        return self.parts[0][0].form if self.parts else self.standing.form
+
+    @property
+    def verdicts(self) -> Mapping[Matrix, Verdict]:
+        """Verdicts of the checks of products, by matrix; the worst one of several parts."""
+        found = dict(self.standing.verdicts)
+        for part, _ in self.parts:
+            for matrix, verdict in part.verdicts.items():
+                if matrix not in found or verdict.doubt:
+                    found[matrix] = verdict
+        return found
+
+    @property
+    def checks(self) -> int:
+        """Number of products and gradients that the checks took."""
+        return self.standing.checks + sum(part.checks for part, _ in self.parts)
+
+    def verdict(self, matrix: Matrix) -> Verdict | None:
+        """Return the verdict on a matrix's products in the present form; None if they were not checked."""
+        found = self.verdicts.get(matrix)
+        return found if found is not None and found.manner.form == self.form else None
 
     @property
     def graph(self) -> tuple[Tensor, tuple[Output, ...]]:
@@ -203,22 +157,29 @@ class Evaluation:
         Raises:
             RuntimeError: The graph was freed.
         """
-        self.check_alive()
-        if self._graph is None:
-            raise RuntimeError(_FREED)
-        return self._graph
+        return self.recording.graph.live
+
+    def free(self) -> None:
+        """Release the graph; loss and gradient stay."""
+        self.recording.graph.free()
+        for part, _ in self.parts:
+            part.free()
+
+    def turn_to(self, form: Form) -> None:
+        """Form products another way from now on, without the graph."""
+        self.recording.graph.drop(self.params)
+        self.standing.turn_to(form)
+
+    def leaves_outputs_out(self) -> bool:
+        """Whether the loss depends on the parameters other than through the outputs, as an explicit penalty does."""
+        return self.recording.graph.leaves_outputs_out(self.params)
 
     def check_alive(self) -> None:
-        """Refuse products of an evaluation that was freed."""
-        if not self._alive:
-            raise RuntimeError(_FREED)
+        """Raise a RuntimeError if the evaluation was freed."""
+        self.recording.graph.check_alive()
 
     def check_finite(self) -> None:
-        """Refuse curvature where there is no loss.
-
-        Raises:
-            FloatingPointError: The loss is not finite.
-        """
+        """Raise a FloatingPointError if the loss is not finite, so that there is no curvature."""
         if not math.isfinite(float(self.loss)):
             raise FloatingPointError(
                 f"The loss is {float(self.loss)} at the parameters, so there is no curvature: check the data and the "
@@ -226,36 +187,38 @@ class Evaluation:
             )
 
     def check_unchanged(self) -> None:
-        """Refuse products at other parameters than the evaluation's, however they came there.
-
-        Autograd does not see what is done to `p.data`, so that values are compared: not those of sharded parameters,
-        and elsewhere than on the CPU, where that waits for the device, only before the first product.
-        """
-        moved = [p._version for p in self.params] != self._versions
-        compares = not self._compared or self._point.device.type == "cpu"
-        if not moved and compares and not is_sharded(self.params):
-            self._compared = True
-            moved = differs(flatten(self.params, self.params).detach(), self._point)
-        if moved:
-            raise RuntimeError(CHANGED)
+        """Raise a RuntimeError if the parameters have changed since the evaluation."""
+        self.place.check(self.params)
 
     def check_rerun(self) -> None:
-        """Refuse products that run the closure again at other parameters, or if it computes something else by then:
-        before the first of them its loss and its gradient are compared, for one forward and one backward pass.
+        """Raise a RuntimeError if products that run the closure again would be another function's.
+
+        The parameters must be unchanged. Before the first such product, the closure's loss and gradient are computed
+        again and compared, for one forward and one backward pass.
         """
         self.check_unchanged()
-        if self.source is not None and not self.replayed:
+        if self.source is not None and not self.standing.replayed:
             self.source.replay(self)
 
-    def check_same_function(self, loss: float, tolerance: float) -> None:
-        """Refuse a closure that computed another loss at a later call.
+    def check_same(self, loss: float, gradient: Tensor, tolerance: float, eps: float) -> None:
+        """Raise a RuntimeError if a later run of the closure gave another loss or gradient; else take note of that.
 
         Args:
-            loss: Of that call, on this process.
-            tolerance: Relative.
+            loss: Loss of that run, on this process.
+            gradient: Gradient of that run, on this process, `(n,)`.
+            tolerance: Relative difference of losses that is rounding.
+            eps: Rounding unit of the coarsest dtype in the loss's graph.
+        """
+        self.check_same_loss(loss, tolerance)
+        self._check_same_gradient(gradient, eps)
+        self.standing.note_replay(eps)
 
-        Raises:
-            RuntimeError: It differs.
+    def check_same_loss(self, loss: float, tolerance: float) -> None:
+        """Raise a RuntimeError if a later run of the closure gave another loss.
+
+        Args:
+            loss: Loss of that run, on this process.
+            tolerance: Relative difference that is rounding.
         """
         expected = self.local_loss
         if abs(loss - expected) > tolerance * abs(expected):  # false where one is not finite
@@ -264,18 +227,30 @@ class Evaluation:
                 f"parameters. {SAME_FUNCTION}"
             )
 
+    def _check_same_gradient(self, gradient: Tensor, eps: float) -> None:
+        """Raise a RuntimeError if gradients differ by more than rounding: other data may have the same loss."""
+        # Each process compares its own slice of sharded vectors, so that one may raise an error alone.
+        first, second = _own(self.recording.gradient), _own(gradient)
+        size, change = norm(first), norm(second - first)
+        # Where terms cancel, as at a minimum, the gradient is rounded like the terms: about eps |loss| / |theta|.
+        reach = norm(_own(flatten(self.params, self.params).detach()))
+        rounding = 16 * eps * abs(self.local_loss) / reach if reach > 0.0 else 0.0
+        if change > min(eps ** (1 / 3), _COARSEST) * size + rounding:  # false where one is not finite
+            raise RuntimeError(
+                f"The closure computed another gradient at the same parameters, which differs from the first by "
+                f"{change / size if size else math.inf:.2g} times its norm. {SAME_FUNCTION}"
+            )
+
     def check_near(self, loss: float, tolerance: float, bend: float, slack: float) -> None:
-        """Refuse a loss close by that is not what value, slope and curvature let expect.
+        """Raise a RuntimeError if a loss close by is not the one that value, slope and curvature predict.
+
+        Either the closure computes another function by now, or this one jumps.
 
         Args:
-            loss: There, on this process.
-            tolerance: Relative.
-            bend: By how much it should differ.
-            slack: By how much more it may.
-
-        Raises:
-            RuntimeError: It differs by another amount, because the closure computes another function, or because this
-                one jumps.
+            loss: Loss close by, on this process.
+            tolerance: Relative difference that is rounding.
+            bend: Difference that the curvature predicts.
+            slack: Further difference that is allowed.
         """
         expected = self.local_loss + bend
         if abs(loss - expected) > tolerance * (abs(self.local_loss) + abs(bend)) + slack:
@@ -288,79 +263,270 @@ class Evaluation:
                 'the parameters. Use products="cached" or "streamed".'
             )
 
-    def check_same_gradient(self, gradient: Tensor, eps: float) -> None:
-        """Refuse a closure that computed another gradient at a later call: batches may differ and their losses not.
 
-        Args:
-            gradient: Gradient of that call, on this process, `(n,)`.
-            eps: Rounding unit of the coarsest dtype that it was computed in.
+def evaluated(
+    recording: Recording,
+    params: tuple[Tensor, ...],
+    loss: Tensor,
+    gradient: Tensor,
+    point: Tensor,
+    standing: Standing,
+    decay: float | Tensor = 0.0,
+    **more: Any,
+) -> Evaluation:
+    """Return the evaluation of an objective.
+
+    Args:
+        recording: Recording of the run of the closure.
+        params: The parameters.
+        loss: Value of the objective, decay included.
+        gradient: Gradient of the objective without decay, `(n,)`.
+        point: The parameters' values, `(n,)`, which nobody changes.
+        standing: Findings about the products.
+        decay: Coefficients of the decay.
+        more: Further fields of the evaluation.
+    """
+    whole = gradient + decay * point if decays(decay) else gradient
+    value, place = float(recording.loss), Place(params, point)
+    return Evaluation(loss, whole, gradient, params, recording, value, place, standing, decay, **more)
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """Recording of one run of the closure, on this process.
+
+    Attributes:
+        loss: Sum of its losses, detached.
+        gradient: Gradient of that sum, `(n,)`.
+        graph: The losses' graph, if it was kept.
+        output_sizes: Number of entries of each recorded output, by its number in a run of the closure.
+        returned: Return value of the closure, detached if it is a tensor.
+        related: Numbers of the parameters that the losses depend on.
+        convex: Whether the loss is known to be convex in the recorded outputs: a sum of recognised losses and squares
+            with weights that are not negative. For marked outputs only the user can know that.
+        linear_marks: Whether the loss is linear in a marked output.
+        holds_constant: Whether the closure holds parts of its loss constant, by `detach` or `no_grad`.
+        hooks_gradients: Whether hooks that it registers change gradients.
+        weight: Number of entries that its losses are means over; zero: not known.
+        advice: Error message for a closure without recorded outputs, which says what to write.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    graph: KeptGraph
+    output_sizes: Mapping[int, int] = field(default_factory=dict)
+    returned: Any = None
+    related: frozenset[int] = frozenset()
+    convex: bool = True
+    linear_marks: bool = False
+    holds_constant: bool = False
+    hooks_gradients: bool = False
+    weight: float = 0.0
+    advice: str = ""
+
+
+class KeptGraph:
+    """The live loss of a run, and the outputs that it is computed from.
+
+    It changes, because the graph takes the memory of a forward pass and must be let go before its evaluation is.
+
+    Args:
+        loss: The live loss; None: no graph is kept, for products are not cached.
+        outputs: The recorded outputs.
+        outside: Whether the loss depends on the parameters other than through the outputs; None: to be found out from
+            the graph if somebody asks.
+    """
+
+    def __init__(self, loss: Tensor | None = None, outputs: Sequence[Output] = (), outside: bool | None = None) -> None:
+        self._live = None if loss is None else (loss, tuple(outputs))
+        self._outside = outside
+        self._is_freed = False
+
+    @property
+    def live(self) -> tuple[Tensor, tuple[Output, ...]]:
+        """The live loss and outputs.
 
         Raises:
-            RuntimeError: It differs by more than rounding.
+            RuntimeError: They were let go.
         """
-        # Each process compares its own part of sharded vectors, so that one may raise an error alone.
-        first, second = _own(self.local_gradient), _own(gradient)
-        size, change = norm(first), norm(second - first)
-        # Where terms cancel, as at a minimum, the gradient's rounding is that of the terms.
-        reach = norm(_own(flatten(self.params, self.params).detach()))
-        rounding = 16 * eps * abs(self.local_loss) / reach if reach > 0.0 else 0.0
-        if change > min(eps ** (1 / 3), _COARSEST) * size + rounding:  # false where one is not finite
-            raise RuntimeError(
-                f"The closure computed another gradient at the same parameters, which differs from the first by "
-                f"{change / size if size else math.inf:.2g} times its norm. {SAME_FUNCTION}"
-            )
+        if self._live is None:
+            raise RuntimeError(_FREED)
+        return self._live
+
+    def leaves_outputs_out(self, params: Sequence[Tensor]) -> bool:
+        """Whether the loss depends on the parameters other than through the outputs."""
+        if self._outside is None:
+            loss, outputs = self.live
+            self._outside = leaves_outside(loss, [z.tensor for z in outputs], params)
+        return self._outside
+
+    def drop(self, params: Sequence[Tensor]) -> None:
+        """Let the graph go, after a look at whether the loss leaves outputs out."""
+        self.leaves_outputs_out(params)
+        self._live = None
 
     def free(self) -> None:
-        """Release the graph; loss and gradient stay."""
-        self._graph = None
-        self._alive = False
-        for part, _ in self.parts:
-            part.free()
+        """Let the graph go, and refuse all products."""
+        self._live = None
+        self._is_freed = True
+
+    def check_alive(self) -> None:
+        """Raise a RuntimeError after `free`."""
+        if self._is_freed:
+            raise RuntimeError(_FREED)
+
+
+@dataclass(eq=False)
+class Standing:
+    """Findings about an evaluation's products, made while they are formed.
+
+    It changes, because products are formed after the evaluation, and often never: whether an operation has a second
+    derivative, whether products pass their checks, and whether the closure computes the same when it runs again.
+
+    Attributes:
+        form: Form of the products.
+        verdicts: Verdicts of the checks of products, by matrix, earlier steps' included.
+        replayed: Whether the closure was seen to compute the same loss and gradient when it ran again.
+        checks: Number of products and gradients that the checks took at this evaluation.
+        graph_eps: Rounding unit of the coarsest dtype in the graphs that the closure builds; None: not known yet.
+    """
+
+    form: Form
+    verdicts: Mapping[Matrix, Verdict] = field(default_factory=dict)
+    replayed: bool = False
+    checks: int = 0
+    graph_eps: float | None = None
 
     def turn_to(self, form: Form) -> None:
         """Form products another way from now on."""
-        self.outside = self.part_outside_outputs()
-        self._graph = None
-        self._form = form
-
-    @property
-    def verdicts(self) -> Mapping[Matrix, Verdict]:
-        """Verdicts of the checks of products, by matrix; the worst one of several parts."""
-        found = dict(self._verdicts)
-        for part, _ in self.parts:
-            for matrix, verdict in part.verdicts.items():
-                if matrix not in found or verdict.doubt:
-                    found[matrix] = verdict
-        return found
-
-    @property
-    def checks(self) -> int:
-        """How many products and gradients these checks took."""
-        return self._checks + sum(part.checks for part, _ in self.parts)
-
-    def verdict(self, matrix: Matrix) -> Verdict | None:
-        """Return the verdict on a matrix's products in the present form; None if they were not checked."""
-        found = self.verdicts.get(matrix)
-        return found if found is not None and found.manner.form == self.form else None
+        self.form = form
 
     def judge(self, matrix: Matrix, verdict: Verdict) -> None:
         """Take note of a verdict."""
-        self._verdicts = {**self._verdicts, matrix: verdict}
-        self._checks += verdict.cost
+        self.verdicts = {**self.verdicts, matrix: verdict}
+        self.checks += verdict.cost
 
-    def part_outside_outputs(self) -> bool:
-        """Whether the loss depends on the parameters other than through the outputs, as an explicit penalty does."""
-        if self.outside is None:
-            loss, outputs = self.graph
-            self.outside = leaves_outside(loss, [z.tensor for z in outputs], self.params)
-        return self.outside
+    def note_replay(self, graph_eps: float) -> None:
+        """Take note that the closure computed the same loss and gradient again."""
+        self.replayed, self.graph_eps = True, graph_eps
+
+
+class Place:
+    """The parameters' values at an evaluation.
+
+    Args:
+        params: The parameters.
+        point: Their values, `(n,)`, which nobody changes.
+    """
+
+    def __init__(self, params: Sequence[Tensor], point: Tensor) -> None:
+        self._point = point
+        self._versions = [p._version for p in params]
+        self._compared = False
+
+    def check(self, params: Sequence[Tensor]) -> None:
+        """Raise a RuntimeError if the parameters are elsewhere by now, however they came there.
+
+        Autograd does not see what is done to `p.data`, so values are compared. Exceptions: sharded parameters are not
+        compared, and elsewhere than on the CPU, where comparing waits for the device, only once.
+        """
+        moved = [p._version for p in params] != self._versions
+        compares = not self._compared or self._point.device.type == "cpu"
+        if not moved and compares and not is_sharded(params):
+            self._compared = True
+            moved = differs(flatten(params, params).detach(), self._point)
+        if moved:
+            raise RuntimeError(CHANGED)
+
+
+@dataclass(frozen=True)
+class Manner:
+    """A manner of forming products.
+
+    Attributes:
+        form: The form.
+        length: Distance `h |v|` from the parameters at which finite differences are taken; None: the one that the
+            parameters' size suggests.
+        forward: Whether streamed products with a Jacobian are formed in forward mode.
+        curved: Whether Gauss-Newton products by differences take the loss's second derivative by its outputs.
+    """
+
+    form: Form
+    length: float | None = None
+    forward: bool = True
+    curved: bool = True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Verdict of the checks of a matrix's products.
+
+    Attributes:
+        manner: How the products are formed.
+        doubt: Why the products cannot be vouched for; empty if they can.
+        error: Estimated relative error of a product; zero for exact ones.
+        cost: Number of products and gradients that the checks took.
+    """
+
+    manner: Manner
+    doubt: str
+    error: float
+    cost: int
+
+
+@dataclass(frozen=True)
+class Known:
+    """Findings of an optimizer's or a monitor's earlier steps about a closure, which the next one need not repeat.
+
+    Attributes:
+        verdicts: Verdicts of the checks of products, by matrix.
+        length: Distance `h |v|` at which finite differences are taken; None (default): not chosen yet.
+        replayed: Whether the closure was seen to compute the same loss and gradient when it ran again.
+    """
+
+    verdicts: Mapping[Matrix, Verdict] = field(default_factory=dict)
+    length: float | None = None
+    replayed: bool = False
+
+
+class Source(Protocol):
+    """Runs the closure of an evaluation again: an `Objective`."""
+
+    def visit(
+        self, of_term: Callable[[LossTerm], Result], step: Tensor | None = None, *, numbers: Collection[int] = ()
+    ) -> tuple[Tensor, list[Result]]:
+        """Run the closure at a step from the point, and call `of_term` with each loss and its outputs of these numbers.
+
+        Returns the sum of the losses, and the results of `of_term`.
+        """
+        ...
+
+    def push(self, v: Tensor, numbers: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the closure in forward mode; return the sum of its losses, and `J v` for the outputs of these numbers."""
+        ...
+
+    def replay(self, evaluation: Evaluation) -> None:
+        """Raise a RuntimeError if the closure computes another loss or gradient when it runs again."""
+        ...
+
+    def add_gradient(self, gradient: Tensor, step: Tensor) -> Tensor:
+        """Add this process's gradient at a step from the point to `gradient` in place; return its loss there."""
+        ...
+
+    def mean(self, compute: Callable[[], Tensor], like: Tensor | None = None) -> Tensor:
+        """Return the mean over the processes of tensors shaped as `like`, by default `(n,)`."""
+        ...
+
+    def together(self, compute: Callable[[], Result]) -> Result:
+        """Return this process's result, once all processes have computed theirs without an error."""
+        ...
 
 
 def source_of(evaluation: Evaluation) -> Source:
-    """Where an evaluation's closure can be run again.
+    """Return the source that runs the evaluation's closure again.
 
     Raises:
-        RuntimeError: Nowhere.
+        RuntimeError: There is no closure.
     """
     if evaluation.source is None:
         raise RuntimeError(
@@ -370,31 +536,17 @@ def source_of(evaluation: Evaluation) -> Source:
     return evaluation.source
 
 
-def _own(vector: Tensor) -> Tensor:
-    return vector.local if isinstance(vector, Sharded) else vector
+class UnrelatedError(RuntimeError):
+    """The loss does not depend on the parameters."""
 
 
-SAME_FUNCTION = (
-    "Trials and products need the same function each time, so let it use the same data on every call: begin its loader "
-    "anew, do not call next() on an iterator from outside, and let no counter or running average that the closure "
-    "itself advances enter the loss."
-)
-# Of a gradient that was computed in part in bfloat16, by kernels that may add in any order.
-_COARSEST = 0.05
-_FREED = "This evaluation was freed and gives no more products: evaluate the closure again."
-
-
-def local_gradient(loss: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """The flat gradient of a live loss, whose graph stays.
-
-    Raises:
-        RuntimeError: A gradient is sparse, or the loss does not depend on the parameters.
-    """
-    return flatten(local_gradients(loss, params), params)
+def check_products(products: object) -> None:
+    """Raise a ValueError for an unknown way to form products."""
+    check_choice("products", products, get_args(Products))
 
 
 def local_gradients(loss: Tensor, params: Sequence[Tensor]) -> Gradients:
-    """The gradient of a live loss by each parameter, whose graph stays; None where the loss does not depend on it.
+    """Return the gradient of a live loss by each parameter, None where it does not depend on it. The graph stays.
 
     Raises:
         RuntimeError: A gradient is sparse, or the loss does not depend on the parameters.
@@ -407,32 +559,54 @@ def local_gradients(loss: Tensor, params: Sequence[Tensor]) -> Gradients:
 
 
 def refuse_sparse(gradients: Sequence[Tensor | None]) -> None:
-    """Refuse sparse gradients with a RuntimeError."""
+    """Raise a RuntimeError if a gradient is sparse."""
     if any(g is not None and g.layout != torch.strided for g in gradients):
         raise RuntimeError(
             "A gradient is sparse, and curvature products need dense ones: build the embedding with sparse=False."
         )
 
 
+def leaves_outside(loss: Tensor, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
+    """Whether a path leads from the loss to a parameter without passing an output."""
+    leaves = {id(p) for p in params}
+    barrier = {z.grad_fn for z in outputs if z.grad_fn is not None}
+    # An AccumulateGrad node, the end of a path, accumulates into its `variable`.
+    return reaches(loss.grad_fn, lambda node: id(getattr(node, "variable", None)) in leaves, barrier)
+
+
+def eps_of(params: Sequence[Tensor]) -> float:
+    """Return the rounding unit of the parameters' coarsest dtype."""
+    return max(torch.finfo(p.dtype).eps for p in params)
+
+
+def decays(decay: float | Tensor) -> bool:
+    """Whether there is a term of decay."""
+    return isinstance(decay, Tensor) or decay != 0.0
+
+
+def with_decay(loss: Tensor, decay: float | Tensor, point: Tensor) -> Tensor:
+    """Return `loss + sum(decay * theta^2) / 2`."""
+    return loss + 0.5 * (decay * point.square()).sum() if decays(decay) else loss
+
+
+def _own(vector: Tensor) -> Tensor:
+    """This process's slice of a vector."""
+    return vector.local if isinstance(vector, Sharded) else vector
+
+
+SAME_FUNCTION = (
+    "Trials and products need the same function each time, so let it use the same data on every call: begin its loader "
+    "anew, do not call next() on an iterator from outside, and let no counter or running average that the closure "
+    "itself advances enter the loss."
+)
 UNRELATED = (
     "The loss does not depend on any of the parameters given: they may be another model's, or those of a copy made "
     "after the optimizer. Give the parameters that the closure's forward pass uses."
 )
-
-
-def leaves_outside(loss: Tensor, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
-    """Whether a path leads from the loss to a parameter that passes none of the outputs."""
-    leaves = {id(p) for p in params}
-    barrier = {z.grad_fn for z in outputs if z.grad_fn is not None}
-    # `variable` is what an AccumulateGrad node, the end of a path, accumulates into.
-    return reaches(loss.grad_fn, lambda node: id(getattr(node, "variable", None)) in leaves, barrier)
-
-
-def decays(decay: float | Tensor) -> bool:
-    """Whether there is such a term."""
-    return isinstance(decay, Tensor) or decay != 0.0
-
-
-def decay_term(decay: float | Tensor, point: Tensor) -> Tensor:
-    """`sum(decay * theta^2) / 2`."""
-    return 0.5 * (decay * point.square()).sum()
+# Relative difference of two gradients computed in part in bfloat16, by kernels that may add in any order.
+_COARSEST = 0.05
+_FREED = "This evaluation was freed and gives no more products: evaluate the closure again."
+_BARE_LOSS = (
+    "This evaluation was made from a loss, and no outputs were recorded for it: make it with "
+    "newtonopt.evaluate(closure, params)."
+)

@@ -2,22 +2,26 @@
 
 A trial evaluation of the loss, and a measurement, run the user's closure again. The closure then draws random numbers,
 moves BatchNorm's running statistics, updates metrics and teacher networks, appends to lists, writes to Lightning's logs
-and clears `.grad`. `Isolation` lets it, and puts everything back. `_discovery` finds what a closure can reach, `_state`
-reads and writes it, and `_writes` keeps the values of tensors when the first write to them comes.
+and clears `.grad`. `Isolation` lets it, and puts everything back:
+
+- random numbers: `RandomState`, here;
+- Python objects: `reach` finds those that the closure can reach, and reads and writes their content;
+- tensors: `writes` keeps the values from before the first write;
+- buffers: lent as copies, here, because BatchNorm writes to them unseen and a graph may keep them;
+- Lightning's log: `lightning.silenced`.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 import random
 import re
-import sys
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,23 +31,22 @@ from torch.distributed.utils import _to_kwargs
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from newtonopt.closure.reach import Reach, bound_callables, explore, generator_state, set_generator_state
-from newtonopt.closure.tap import Memory, Writes, storage_of
+from newtonopt.closure.reach import ReachableState, generator_state, set_generator_state
+from newtonopt.closure.writes import Memory, Writes, storage_of
+from newtonopt.lightning import closure_objects, is_lightning_module, silenced
 from newtonopt.vectors.subclasses import alike, copied
 
 
 class Isolation:
     """Runs a closure so that nothing but the parameters can tell it ran.
 
-    The first run, recorded or isolated, notes the state that it starts from: random numbers, buffers, and the content
-    of all Python objects that the closure can reach. An isolated run starts from there again, so it computes the same
-    function of the parameters: the same Dropout masks, the same counter, the same teacher network. Content is written
-    in place, so objects keep their identity. Buffers alone are lent as copies, because BatchNorm writes to them unseen
-    and a graph may keep them.
+    The first run, recorded or isolated, notes the state that it starts from. An isolated run starts from there again,
+    so it computes the same function of the parameters: the same Dropout masks, the same counter, the same teacher
+    network. Content is written in place, so objects keep their identity.
 
     Args:
         closure: The user's closure.
-        params: The parameters; their `.grad` is put back after an isolated run. None of them is ever copied, wherever
+        params: The parameters; their `.grad` is put back after an isolated run. No parameter is ever copied, wherever
             it is held.
 
     Attributes:
@@ -51,45 +54,44 @@ class Isolation:
     """
 
     def __init__(self, closure: Callable[[], Any], params: Iterable[Tensor]) -> None:
+        self.unprotected: list[str] = []
         self._closure = closure
         self._params = tuple(params)
         self._devices = {p.device for p in self._params if p.device.type == "cuda"}
-        self._reach = Reach()
+        self._reach = ReachableState()
         self._memory = Memory((), self._params)
         self._writes = Writes(self._memory)
-        self._began = False
-        self._start: list[Any] = []
-        self._after: list[Any] = []
+        # Random numbers where the first run started, and where the recorded run ended.
+        self._random_start: RandomState | None = None
+        self._random_end: RandomState | None = None
+        # Contents of the holders of `_reach`, in their order: where the first run met them, and where the recorded run
+        # left them, with the numbers of the holders that this run has changed.
         self._contents: list[Any] = []
         self._settled: list[Any] = []
-        # The numbers of the holders that the recorded run has changed.
         self._moved: list[int] = []
         # By identity here and below: a torchmetrics.Metric hashes by its state, which a run changes.
         self._modules: list[nn.Module] = []
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._visiting: dict[int, tuple[Tensor, Tensor]] = {}
-        # Buffers that something else than a module holds too: they are put back in place.
+        # Buffers that not only modules hold: they are put back in place.
         self._shared: list[Tensor] = []
-        self.unprotected: list[str] = []
+        self._visits = _Visits()
 
     @contextmanager
     def recorded(self) -> Iterator[Writes]:
         """The run whose traces stay, as in any training step; they are taken back if it raises, or by `rewind`.
 
         Yields:
-            What is to be told before a tensor is written to.
+            The record to tell before a tensor is written to.
         """
         self._begin()
-        visits = _Visits(self._visiting, lend=False)
-        for module in self._modules:
-            visits.own(module)
+        self._visits.begin(self._modules, lend=False)
 
         def enter(module: nn.Module) -> None:
-            self._meet(module)
-            visits.enter(module)
+            self._add(module)
+            self._visits.enter(module)
 
         try:
-            with _around_each_module(enter, visits.leave):
+            with _around_each_module(enter, self._visits.leave):
                 yield self._writes
         except BaseException:
             self.rewind()
@@ -100,17 +102,17 @@ class Isolation:
         pairs = list(zip(self._reach.holders, self._contents, strict=True))
         self._settled = [start if holder.holds(start) else holder.read() for holder, start in pairs]
         self._moved = [i for i, (_, start) in enumerate(pairs) if self._settled[i] is not start]
-        self._after = self._random_state()
+        self._random_end = self._random_state()
 
     def rewind(self) -> None:
         """Take back what the recorded run did."""
-        if not self._began:
+        if self._random_start is None:
             return
-        self._set_random_state(self._start)
+        self._random_start.restore()
         self._writes.swap()
         self._put_back(self._contents)
         with torch.no_grad():
-            for buffer, start in (*self._visiting.values(), *self._buffers.values()):
+            for buffer, start in (*self._visits.starts.values(), *self._buffers.values()):
                 buffer.copy_(start)
 
     @contextmanager
@@ -118,12 +120,11 @@ class Isolation:
         """A run from where the first one started, after which everything is as it was before.
 
         Yields:
-            What is to be told before a tensor is written to.
+            The record to tell before a tensor is written to.
         """
-        self._begin()
-        after = self._random_state()
+        origin = self._begin()
+        now = self._random_state()
         gradients = [p.grad for p in self._params]
-        visits = _Visits(self._visiting, lend=True)
         alone = {id(module) for module in self._modules}
         holders = self._reach.holders
         contents = [
@@ -133,11 +134,11 @@ class Isolation:
         positions = [(holder, holder.read()) for holder in self._reach.watched]
 
         def enter(module: nn.Module) -> None:
-            contents.extend(self._meet(module))
+            contents.extend(self._add(module))
             if id(module) not in alone:
                 alone.add(id(module))
                 _run_alone(module)
-            visits.enter(module)
+            self._visits.enter(module)
 
         writes = self._writes.swap()
         try:
@@ -147,22 +148,22 @@ class Isolation:
                 # The closure may zero gradients in place: let it find none.
                 for p in self._params:
                     p.grad = None
-                self._set_random_state(self._start)
+                origin.restore()
                 self._lend_buffers(writes)
+                self._visits.begin(self._modules, lend=True)
                 for module in self._modules:
-                    visits.own(module)
                     _run_alone(module)
-                    if _is_lightning_module(module):
-                        stack.enter_context(_silenced(module))
-                stack.enter_context(_around_each_module(enter, visits.leave))
+                    if is_lightning_module(module):
+                        stack.enter_context(silenced(module))
+                stack.enter_context(_around_each_module(enter, self._visits.leave))
                 yield writes
         finally:
-            visits.leave_all()
+            self._visits.leave_all()
             writes.swap()
             self._put_back(contents)
             for p, gradient in zip(self._params, gradients, strict=True):
                 p.grad = gradient
-            self._set_random_state(after)
+            now.restore()
             changed = [holder.path for holder, before in positions if not holder.holds(before)]
             self.unprotected += [path for path in changed if path not in self.unprotected]
 
@@ -171,21 +172,20 @@ class Isolation:
 
         Hooks on tensors run outside of any run, when a graph that was kept is differentiated.
         """
-        if self._began:
+        if self._random_start is not None:
             self._put_back(self._settled)
-            self._set_random_state(self._after)
+            (self._random_end or self._random_start).restore()
 
-    def _begin(self) -> None:
-        """Note where the first run starts."""
-        if self._began:
-            return
-        self._extend([(self._closure, "the closure")], bound_callables(self._closure), running=False)
+    def _begin(self) -> RandomState:
+        """Note where the first run starts; return the state of its random numbers."""
+        if self._random_start is not None:
+            return self._random_start
+        self._extend([(self._closure, "the closure")], closure_objects(self._closure), running=False)
         self._modules = list(self._reach.modules)
-        self._start = self._after = self._random_state()
-        self._began = True
+        self._random_start = self._random_state()
         buffers = {id(b): b for module in self._modules for b in module._buffers.values() if b is not None}
         if not buffers:
-            return
+            return self._random_start
         alone = {key: b for key, b in buffers.items() if key not in self._reach.outside}
         others = [t for t in (*self._reach.tensors, *self._params) if id(t) not in alone]
         taken = {storage._cdata for t in others if (storage := storage_of(t)) is not None}
@@ -195,15 +195,16 @@ class Isolation:
         self._memory.leave_out(lent)
         for buffer in self._shared:
             self._writes.save(buffer)
+        return self._random_start
 
-    def _meet(self, module: nn.Module) -> list[Any]:
-        """Take in a module that was not found before a run calls it; returns the content of what has come to it."""
+    def _add(self, module: nn.Module) -> list[Any]:
+        """Add a module that was not found before a run calls it; return the content of the holders that are new."""
         return [] if id(module) in self._reach.seen else self._extend([(module, type(module).__name__)], running=True)
 
     def _extend(self, roots: Iterable[tuple[Any, str]], callables: Iterable[Any] = (), *, running: bool) -> list[Any]:
-        """Take in what can be reached from these roots; returns the content of what has come to it."""
+        """Add what can be reached from these roots; return the content of the holders that are new."""
         first, tensors = len(self._reach.holders), len(self._reach.tensors)
-        explore(roots, callables, self._reach, running=running)
+        self._reach.extend(roots, callables, running=running)
         self._memory.add(self._reach.tensors[tensors:])
         contents = [holder.read() for holder in self._reach.holders[first:]]
         self._contents.extend(contents)
@@ -226,21 +227,8 @@ class Isolation:
             if not holder.holds(content):
                 holder.write(content)
 
-    def _random_state(self) -> list[Any]:
-        on_devices = [(device, torch.cuda.get_rng_state(device)) for device in self._devices]
-        held = [generator_state(generator) for generator in self._reach.generators]
-        return [torch.get_rng_state(), random.getstate(), np.random.get_state(), on_devices, held]
-
-    def _set_random_state(self, state: list[Any]) -> None:
-        of_torch, of_python, of_numpy, on_devices, held = state
-        torch.set_rng_state(of_torch)
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
-        for device, of_device in on_devices:
-            torch.cuda.set_rng_state(of_device, device)
-        # Generators that a run has found since come last.
-        for generator, of_generator in zip(self._reach.generators, held, strict=False):
-            set_generator_state(generator, of_generator)
+    def _random_state(self) -> RandomState:
+        return RandomState.now(self._devices, self._reach.generators)
 
 
 class UnprotectedError(RuntimeError):
@@ -255,20 +243,54 @@ class UnprotectedError(RuntimeError):
 
 
 class Watch:
-    """Whatever a function can reach that could not be put back, while the function runs for real.
+    """The objects that a function can reach and that could not be put back, while the function runs for real.
 
     Args:
         function: The function.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        reach = Reach()
-        explore([(function, "the function")], (), reach, running=False)
+        reach = ReachableState()
+        reach.extend([(function, "the function")], (), running=False)
         self._positions = [(holder, holder.read()) for holder in reach.watched]
 
     def changed(self) -> list[str]:
-        """Return the names of what has changed since."""
+        """Return the names of those that have changed since."""
         return [holder.path for holder, before in self._positions if not holder.holds(before)]
+
+
+# Random numbers.
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The states of the global random generators, and of those that the closure can reach, at one moment."""
+
+    of_torch: Tensor
+    of_python: Any
+    of_numpy: Any
+    of_devices: list[tuple[torch.device, Tensor]]
+    of_generators: list[tuple[Any, Any]]
+
+    @classmethod
+    def now(cls, devices: Iterable[torch.device], generators: Iterable[Any]) -> RandomState:
+        """Read the present states."""
+        on_devices = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+        held = [(generator, generator_state(generator)) for generator in generators]
+        return cls(torch.get_rng_state(), random.getstate(), np.random.get_state(), on_devices, held)
+
+    def restore(self) -> None:
+        """Put all generators back into these states."""
+        torch.set_rng_state(self.of_torch)
+        random.setstate(self.of_python)
+        np.random.set_state(self.of_numpy)
+        for device, state in self.of_devices:
+            torch.cuda.set_rng_state(state, device)
+        for generator, state in self.of_generators:
+            set_generator_state(generator, state)
+
+
+# Buffers.
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -289,23 +311,6 @@ def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     return result
 
 
-def _run_alone(module: nn.Module) -> None:
-    """Have a module wait for no other process; the flags are for a call that has begun already."""
-    if isinstance(module, DistributedDataParallel):
-        vars(module).update(
-            require_backward_grad_sync=False,
-            require_forward_param_sync=False,
-            forward=functools.partial(_forward_of_one_process, module),
-        )
-
-
-def _forward_of_one_process(module: DistributedDataParallel, *inputs: Any, **kwargs: Any) -> Any:
-    if module.device_ids:
-        device = torch.device(module.device_type, module.device_ids[0])
-        (inputs,), (kwargs,) = _to_kwargs(inputs, kwargs, device, module.use_side_stream_for_tensor_copies)
-    return module.module(*inputs, **kwargs)
-
-
 class _Visits:
     """Looks after buffers that a module has while its forward runs and that are not known to be its own.
 
@@ -313,21 +318,27 @@ class _Visits:
     start may be called by it. An isolated run lends a copy for each one, and takes it back before `functional_call`
     does, so that neither the buffers nor who holds which can change.
 
-    Args:
-        starts: Where buffers started, by identity: themselves, and a copy of their values then. Added to.
-        lend: Whether the modules work on copies.
+    Attributes:
+        starts: Where buffers started, by identity: themselves, and a copy of their values then.
     """
 
-    def __init__(self, starts: dict[int, tuple[Tensor, Tensor]], *, lend: bool) -> None:
-        self._starts = starts
-        self._known: dict[int, Tensor | None] = {}
+    def __init__(self) -> None:
+        self.starts: dict[int, tuple[Tensor, Tensor]] = {}
+        self.begin((), lend=False)
+
+    def begin(self, modules: Iterable[nn.Module], *, lend: bool) -> None:
+        """Begin a run.
+
+        Args:
+            modules: Modules whose present buffers are their own, or copies.
+            lend: Whether modules work on copies of other buffers.
+        """
         self._lend = lend
+        self._known: dict[int, Tensor | None] = {}
         self._current: dict[int, Tensor] = {}
         self._open: list[tuple[nn.Module, dict[str, Tensor]]] = []
-
-    def own(self, module: nn.Module, but: Container[str] = ()) -> None:
-        """The buffers that the module has now are its own, or copies."""
-        self._known.update({id(b): b for name, b in module._buffers.items() if name not in but})
+        for module in modules:
+            self._own(module)
 
     def enter(self, module: nn.Module) -> None:
         """Called before the module's forward."""
@@ -335,18 +346,18 @@ class _Visits:
         self._open.append((module, met))
         for name, buffer in met.items():
             with torch.no_grad():
-                _, start = self._starts.setdefault(id(buffer), (buffer, copied(buffer)))
+                _, start = self.starts.setdefault(id(buffer), (buffer, copied(buffer)))
                 if self._lend:
                     module._buffers[name] = self._current.setdefault(id(buffer), copied(start))
         if self._lend:
-            self.own(module)
+            self._own(module)
 
     def leave(self, module: nn.Module) -> None:
         """Called after the module's forward."""
         if not self._open or self._open[-1][0] is not module:
             return  # another hook raised before the visit began
         _, met = self._open.pop()
-        self.own(module, met)
+        self._own(module, met)
         for name, buffer in met.items():
             now = module._buffers.get(name)
             if self._lend:
@@ -354,12 +365,15 @@ class _Visits:
                 module._buffers[name] = buffer
             elif now is not None and now is not buffer:
                 # Assigned anew: later runs meet this one, and start from where the other did.
-                self._starts[id(now)] = now, self._starts[id(buffer)][1]
+                self.starts[id(now)] = now, self.starts[id(buffer)][1]
 
     def leave_all(self) -> None:
         """End the visits that an exception broke off."""
         while self._open:
             self.leave(self._open[-1][0])
+
+    def _own(self, module: nn.Module, but: Container[str] = ()) -> None:
+        self._known.update({id(b): b for name, b in module._buffers.items() if name not in but})
 
 
 @contextmanager
@@ -385,63 +399,28 @@ def _around_each_module(enter: Callable[[nn.Module], None], leave: Callable[[nn.
 
 
 def _allow_global_hooks() -> None:
-    """A compiled module warns of global hooks, which see it once more than its original: ours does not mind."""
+    """Silence a compiled module's warning of global hooks, which see it and its original: ours are made for that."""
     message = r"Using `torch\.compile\(module\)` when there are global hooks"
     known = (pattern.pattern for _, pattern, *_ in warnings.filters if isinstance(pattern, re.Pattern))
     if message not in known:  # adding a filter again would make every warning that was shown once be shown again
         warnings.filterwarnings("ignore", message=message)
 
 
-@contextmanager
-def _silenced(module: nn.Module) -> Iterator[None]:
-    """Keep a LightningModule and its trainer's callbacks from logging, by `self.log`, `log_dict` or the loggers."""
-    # An attribute of the instance hides the method of the class; `log_dict` calls `log`. It goes with the run.
-    vars(module)["log"] = _Silent()
-    trainer: Any = module._trainer
-    if trainer is None:
-        yield
-        return
-    loggers = trainer.loggers
-    # Callbacks with hooks inside the closure hold the module's `log` as it was when training began.
-    logs = [(vars(callback), vars(callback)["log"]) for callback in trainer.callbacks if "log" in vars(callback)]
-    trainer.loggers = [_Silent(logger) for logger in loggers]
-    for own, _ in logs:
-        own["log"] = _Silent()
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers
-        for own, log in logs:
-            own["log"] = log
+# Several processes.
 
 
-def _is_lightning_module(module: nn.Module) -> bool:
-    # Either of Lightning's two package names, only if the user has imported it: this package must not.
-    packages = (sys.modules.get(name) for name in ("lightning.pytorch", "pytorch_lightning"))
-    return any(isinstance(module, package.LightningModule) for package in packages if package is not None)
+def _run_alone(module: nn.Module) -> None:
+    """Have a module wait for no other process; the flags are for a call that has begun already."""
+    if isinstance(module, DistributedDataParallel):
+        vars(module).update(
+            require_backward_grad_sync=False,
+            require_forward_param_sync=False,
+            forward=functools.partial(_forward_of_one_process, module),
+        )
 
 
-class _Silent:
-    """Stands in for a logger: whatever is done with it does nothing, but a name, path or number can be read."""
-
-    def __init__(self, original: object = None) -> None:
-        self._original = original
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._original, name, None)
-        return value if isinstance(value, (str, int, float, os.PathLike)) else _Silent(value)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> _Silent:
-        return self
-
-    def __getitem__(self, key: Any) -> _Silent:
-        return self
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def __enter__(self) -> _Silent:
-        return self
-
-    def __exit__(self, *args: Any) -> None:
-        pass
+def _forward_of_one_process(module: DistributedDataParallel, *inputs: Any, **kwargs: Any) -> Any:
+    if module.device_ids:
+        device = torch.device(module.device_type, module.device_ids[0])
+        (inputs,), (kwargs,) = _to_kwargs(inputs, kwargs, device, module.use_side_stream_for_tensor_copies)
+    return module.module(*inputs, **kwargs)

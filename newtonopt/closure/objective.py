@@ -1,13 +1,19 @@
-"""What one run of the closure gives for an evaluation."""
+"""The user's closure as a function of the parameters.
+
+`evaluate` makes an `Objective` and evaluates it once. An `Objective` runs the closure at any point, without a trace,
+and keeps in `Runs` what the next runs need to know. In a run for an evaluation a `Recorder` takes the losses as they
+come and makes a `Recording` of them, and the objective makes an `Evaluation` of that.
+"""
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,95 +26,839 @@ from newtonopt.closure.evaluation import (
     SAME_FUNCTION,
     UNRELATED,
     Evaluation,
-    Matrix,
+    KeptGraph,
+    Known,
     Products,
+    Recording,
+    Standing,
     UnrelatedError,
-    Verdict,
     check_products,
-    decay_term,
     decays,
+    eps_of,
+    evaluated,
     leaves_outside,
     local_gradients,
     refuse_sparse,
+    with_decay,
 )
 from newtonopt.closure.isolation import Isolation, UnprotectedError
-from newtonopt.closure.losses import Output, unrecognised
-from newtonopt.closure.tap import OnTerm, Tap, Term, Writes, mark_outputs, tapped
+from newtonopt.closure.tap import LossTerm, OutputNumbers, Tap, tapped
+from newtonopt.closure.writes import Writes
 from newtonopt.progress import progress
 from newtonopt.vectors.flat import add_flat, flatten, is_rounding, place, put_back, trained_parameters, unflatten
-from newtonopt.vectors.processes import Ranks
+from newtonopt.vectors.processes import Processes
 from newtonopt.vectors.random import normals
-from newtonopt.vectors.sharded import accumulate, check_sharding, is_sharded, resharded, supported
+from newtonopt.vectors.sharded import (
+    accumulate,
+    check_equal_weights,
+    check_sharding,
+    is_sharded,
+    resharded,
+    supported,
+)
 from newtonopt.vectors.subclasses import detached
 
+Closure = Callable[[], Any]
+Result = TypeVar("Result")
 
-class Recording:
-    """The losses of one run: kept with their graphs, or differentiated and let go one by one.
+
+@torch.inference_mode(False)
+def evaluate(
+    closure: Closure, params: Iterable[Tensor], products: Products = "auto", weight: float | None = None
+) -> Evaluation:
+    """Evaluate a closure for curvature products, without a trace in parameters, `.grad`, buffers, random state or logs.
+
+    Under `torch.distributed` this, and every product, is a collective call, and the objective is the mean over all
+    processes.
+
+    Args:
+        closure: A closure for `torch.optim.LBFGS`, or any function of no argument that returns a live scalar loss. The
+            function evaluated is the one whose gradient `.grad` would hold at its end.
+        params: The parameters, such as `model.parameters()`. Parameters that require no gradient are left out.
+        products: How products are formed. "cached" keeps the graph of the evaluation: fastest. "streamed" runs the
+            closure again for each product and differentiates at each of its `backward` calls, so that a closure that
+            loops over micro-batches takes the memory of one. "finite_difference" takes central differences of
+            gradients: needs no second derivatives. "auto" (default) is "cached", with a warning and
+            "finite_difference" where an operation has no second derivative; it is "streamed" for a closure that
+            computes its loss at other parameters than it leaves, as SAM does.
+        weight: Weight of this process in the mean, above zero, such as the size of its batch; None (default): the
+            number of entries that its losses are means over, if they are losses of `torch.nn.functional`, and else the
+            same for all processes.
+
+    Returns:
+        The `Evaluation` to give to `hessian`, `gauss_newton` or `jacobian`.
+
+    Raises:
+        TypeError: `closure` cannot be called, or `params` is not an iterable of tensors.
+        ValueError: `params` is empty or spread over devices, `products` is unknown, or `weight` is not positive.
+        RuntimeError: The closure neither calls `backward` nor returns a live loss, the loss does not depend on
+            `params`, no gradient is left in `.grad`, or the processes hold different parameters.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import evaluate, hessian
+        >>> theta = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+        >>> H = hessian(evaluate(lambda: (theta**3).sum(), [theta]))
+        >>> H @ torch.ones(2, dtype=torch.float64)
+        tensor([ 6., 12.], dtype=torch.float64)
+    """
+    check_products(products)
+    check_closure(closure)
+    check_weight(weight)
+    return Objective(closure, trained_parameters(params), products=products, weight=weight).evaluate()
+
+
+class Objective:
+    """The closure as a function of a step from the current parameters. Lives for one optimizer step.
+
+    After every evaluation elsewhere, the parameters are put back bit for bit. Only `move` and `return_to` set new ones,
+    and `record` where the closure does.
+
+    A closure may clamp or normalise parameters: it is then evaluated where it leaves them, and must leave them there
+    when it is called again.
+
+    The function is the one whose gradient `.grad` holds when the closure ends: the sum of the losses that it calls
+    `backward` on, without those whose gradients it clears again, and each as a function of the parameters that
+    `backward(inputs=...)` names. The other parameters are constants in such a loss: a trial leaves them where they are.
+
+    With several processes of `torch.distributed` the objective is the mean over the processes, weighted by the number
+    of entries that their losses are means over if these are losses of `torch.nn.functional`, else equally. All methods
+    are then collective calls.
+
+    Args:
+        closure: Takes no argument; computes the loss and calls `backward` on it (several times for a sum of losses), or
+            returns a live loss.
+        params: The parameters.
+        decay: Weight decay, one number or one for each parameter entry `(n,)`: adds `sum(decay * theta^2) / 2`. Default
+            0.0.
+        products: How products are formed, "auto" (default) or as for `evaluate`.
+        weight: Weight of this process in the mean, above zero; None (default): found from the losses.
+        known: Findings of earlier steps about the closure; None (default): none.
+        point: The parameters' values, `(n,)`; None (default): copied from the parameters.
+        runs: State of the closure's runs for another objective; None (default): there were none.
+
+    Attributes:
+        params: The parameters.
+        point: Their values, `(n,)`.
+        products: How products of the next evaluation are formed.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import Objective
+        >>> theta = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+        >>> objective = Objective(lambda: (theta**3).sum(), [theta])
+        >>> objective.loss_at(torch.tensor([1.0, 0.0], dtype=torch.float64))
+        16.0
+        >>> theta.tolist()
+        [1.0, 2.0]
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        params: Iterable[Tensor],
+        decay: float | Tensor = 0.0,
+        products: Products = "auto",
+        weight: float | None = None,
+        known: Known | None = None,
+        *,
+        point: Tensor | None = None,
+        runs: Runs | None = None,
+    ) -> None:
+        self._closure = closure
+        self.params = tuple(params)
+        self._decay = decay
+        check_sharding(self.params)
+        self._sharded = is_sharded(self.params)
+        self.products: Products = supported(products) if self._sharded else products
+        self._weight = weight
+        self._known = Known() if known is None else known
+        with torch.no_grad():
+            self.point = flatten(self.params, self.params).clone() if point is None else point
+        self._processes = Processes(self.point)
+        if not self._sharded:
+            self._processes.check_same(self.point)
+        count = self._processes.count
+        self._shares = torch.full((count,), 1 / count, dtype=torch.float64, device="cpu")
+        self._runs = Runs(Isolation(closure, self.params), self._known.replayed) if runs is None else runs
+        # Losses of all processes and the gradient as last evaluated, until a trial is compared with them.
+        self._untried: tuple[Tensor, Tensor] | None = None
+
+    # Evaluations.
+
+    def record(self) -> Evaluation:
+        """Run the closure for real, once: its `backward` runs, its traces stay.
+
+        If it moves the parameters, they stay there, and the evaluation is the one at that point.
+
+        Raises:
+            RuntimeError: The closure gives no loss, `.grad` holds more than this closure's gradient, or the closure
+                moves the parameters each time.
+        """
+        try:
+            return self._record()
+        except OverwrittenError:
+            if self.products != "auto":
+                raise
+            self.products = "streamed"
+            return self._record()
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate the closure at the current point without a trace: `backward` is left out, and all is put back.
+
+        Raises:
+            ParametersMovedError: The closure moves the parameters from where they are.
+        """
+        if self._processes.count > 1:
+            # An error of one process reaches the others, so the closure runs inside the collective call.
+            return self._evaluation(lambda: self._released(self._settled_recording))
+        recording = None if self._runs.is_divided else self._released(self._settled_recording)
+        return self._divided() if self._runs.is_divided else self._evaluation(lambda: recording)
+
+    def loss_at(self, step: Tensor) -> float:
+        """Return the objective at `point + step`, `(n,)`: one forward pass, without a trace."""
+        return self._value(lambda: self._at_rest(self.point + step))[0]
+
+    def gradient_at(self, step: Tensor) -> tuple[float, Tensor]:
+        """Return the objective and its gradient at `point + step`: a forward and a backward pass, without a trace."""
+        loss, there = self._value(lambda: self._at_rest(self.point + step, with_gradient=True))
+        assert there.gradient is not None
+        own = there.gradient
+        mean = self.mean(lambda: own)
+        return loss, mean + self._decay * there.point if decays(self._decay) else mean
+
+    # The point.
+
+    def move(self, step: Tensor) -> None:
+        """Make `point + step` the new point, or where the closure puts it, on all processes the same to the bit."""
+        point = self.point + step if self._sharded else self._processes.first(self.point + step)
+        self.return_to(self._at_rest(point).point if self._runs.moves else point)
+
+    def return_to(self, point: Tensor) -> None:
+        """Make an earlier point, `(n,)`, the new one, to the bit."""
+        self.point = point
+        with torch.no_grad():
+            for p, piece in zip(self.params, unflatten(self.point, self.params), strict=True):
+                p.copy_(piece)
+        torch.clear_autocast_cache()
+
+    # Traces and repetitions.
+
+    def rewind(self) -> None:
+        """Take back what `record` did to the state that the closure can reach."""
+        self._runs.isolation.rewind()
+
+    def settle(self) -> None:
+        """Take back what hooks on a graph that was kept have done since `record`, or since the first evaluation."""
+        self._runs.isolation.settle()
+
+    @property
+    def unprotected(self) -> list[str]:
+        """Names of everything that runs without a trace have changed and cannot put back."""
+        return self._runs.isolation.unprotected
+
+    def check_restored(self) -> None:
+        """Raise an UnprotectedError if runs without a trace have changed something that cannot be put back."""
+        if self.unprotected:
+            raise UnprotectedError(self.unprotected)
+
+    def check_replay(self, evaluation: Evaluation) -> None:
+        """Raise a RuntimeError if the closure computes another loss or gradient when it runs again, on any process.
+
+        Costs one forward and one backward pass, without a trace; none if the evaluation was compared before.
+        """
+        for group, (part, _) in zip(self._runs.groups or (), evaluation.parts, strict=False):
+            self._only(group).check_replay(part)
+        if not evaluation.parts and not evaluation.standing.replayed:
+            self.together(lambda: self.replay(evaluation))
+
+    # Runs for curvature products: see `Source`.
+
+    def replay(self, evaluation: Evaluation) -> None:
+        """Raise a RuntimeError if the closure computes another loss or gradient when it runs again, on this process."""
+        gradient = torch.zeros_like(self.point)
+
+        def add(term: LossTerm) -> float:
+            eps = coarsest([term.loss.grad_fn], evaluation.eps)
+            self._add(term, gradient)
+            return eps
+
+        loss, eps = self.visit(add)
+        evaluation.check_same(float(loss), gradient, evaluation.eps**0.25, max([evaluation.eps, *eps]))
+        self._runs.replayed = True
+
+    def visit(
+        self, of_term: Callable[[LossTerm], Result], step: Tensor | None = None, *, numbers: Collection[int] = ()
+    ) -> tuple[Tensor, list[Result]]:
+        """Run the closure at `point + step` without a trace.
+
+        Args:
+            of_term: Called with each loss, while its graph is alive.
+            step: The step, `(n,)`; None (default): none.
+            numbers: Numbers of the outputs that are handed over with the losses.
+
+        Returns:
+            The sum of the losses on this process, and the results of `of_term`, one for each loss.
+
+        Raises:
+            ParametersMovedError: The closure moves the parameters from there.
+        """
+        point = None if step is None else self.point + step
+        there = self._pass(of_term, point, numbers)
+        if there.left is not None:
+            at = self.point if step is None else self.point + step
+            if not is_rounding(there.left, at, self.params):
+                raise ParametersMovedError(MOVED if step is None else MOVED_BEYOND, there.left)
+        return there.loss, there.found
+
+    def push(self, v: Tensor, numbers: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the closure in forward mode along `v`, `(n,)`, without a graph and without a trace.
+
+        Returns:
+            The sum of its losses on this process, and `J v` for the outputs of these numbers, by number.
+
+        Raises:
+            RuntimeError: The closure differentiates inside or writes to the parameters, which changes their tangents,
+                or an operation has no forward mode.
+        """
+        with (
+            self._placed(None),
+            self._runs.isolation.isolated() as writes,
+            progress(self._runs.terms) as tick,
+            forward_mode(self.params, v),
+        ):
+            tap = self._tap(on_term=lambda term: tick(), wanted=numbers, forward=True, writes=writes)
+            versions, unchanged = [p._version for p in self.params], kept_versions(self.params)
+            returned = self._call(tap)
+            if [p._version for p in self.params] != versions:
+                unchanged()
+                raise RuntimeError("The closure writes to the parameters, and so changes their tangents.")
+        return tap.total(returned), tap.outputs.tangents
+
+    def add_gradient(self, gradient: Tensor, step: Tensor) -> Tensor:
+        """Add this process's gradient at `point + step` to `gradient` in place; return its loss there."""
+        return self.visit(partial(self._add, gradient=gradient), step)[0]
+
+    def mean(self, compute: Callable[[], Tensor], like: Tensor | None = None) -> Tensor:
+        """Return the mean over the processes of tensors shaped as `like`, by default `(n,)`: one all-reduce."""
+        if self._sharded:  # fully_shard's own hooks average gradients over the processes
+            return self.together(compute)
+        if self._processes.count == 1:
+            return compute()
+        share = float(self._shares[self._processes.rank])
+        return self._processes.sum(lambda: share * compute(), like)
+
+    def together(self, compute: Callable[[], Result]) -> Result:
+        """Return this process's result, once all processes have computed theirs without an error."""
+        return self._processes.together(compute)
+
+    # Evaluations made of runs.
+
+    def _record(self) -> Evaluation:
+        with self._runs.isolation.recorded() as writes:
+            run = self._run(writes, backward=True, release=False)
+            if run.left is not None and self._runs.is_divided:
+                raise RuntimeError(_MOVED)
+        if run.left is not None:
+            return self._evaluated_at(run.left)
+        # A run that finds that some losses do not count has no gradient of the others alone, and neither has a run that
+        # kept the graph of a loss at other parameters: run again.
+        evaluation = self.evaluate() if run.recording is None else self._evaluation(lambda: run.recording)
+        if not run.called_backward:
+            return evaluation
+        clipped = is_clipped(self.params, self._averages(evaluation), accumulated=run.had_gradients)
+        return replace(evaluation, clipped=clipped)
+
+    def _evaluated_at(self, left: Tensor) -> Evaluation:
+        """Return the evaluation where the closure has left the parameters, which becomes the point.
+
+        The gradient at hand may mix two points.
+        """
+        # A projection goes to the same place without gradients; an update by them does not.
+        again = self._pass(None, self.point).left
+        if again is None or not is_rounding(again, left, self.params):
+            raise RuntimeError(restless(self.params))
+        self._runs.moves = True
+        self.return_to(left)
+        try:
+            return self.evaluate()
+        except ParametersMovedError as error:
+            raise RuntimeError(restless(self.params)) from error
+
+    def _settled_recording(self, release: bool) -> Recording | None:
+        """Run the closure without a trace, again while a run shows that the next one must be another.
+
+        A run may show that not all losses count, that the closure computes with gradients, or that its graph cannot be
+        kept. Returns None if losses count for different parameters.
+        """
+        while True:
+            before = self._kind_of_run
+            try:
+                recording = self._recording(release)
+            except OverwrittenError:
+                if self.products != "auto":
+                    raise
+                self.products = "streamed"
+                continue
+            except Exception:
+                if self._kind_of_run == before:
+                    raise
+                continue
+            if self._kind_of_run == before:
+                return recording
+
+    @property
+    def _kind_of_run(self) -> tuple[bool, frozenset[int] | None, Products]:
+        return self._runs.fills, self._runs.counted, self.products
+
+    def _recording(self, release: bool) -> Recording | None:
+        with self._runs.isolation.isolated() as writes:
+            run = self._run(writes, backward=False, release=release)
+        # A weight that is normalised twice may differ by rounding.
+        if run.left is not None and not is_rounding(run.left, self.point, self.params):
+            raise ParametersMovedError(MOVED, run.left)
+        return run.recording
+
+    def _evaluation(self, run: Callable[[], Recording | None]) -> Evaluation:
+        """Return the evaluation of the mean over the processes of what their runs record."""
+
+        def compute() -> tuple[Recording, tuple[Tensor, float]]:
+            recording = run()
+            assert recording is not None
+            return recording, (recording.loss, self._weight or recording.weight)
+
+        recording, table = self._processes.gather(compute)
+        losses, weights = table.unbind(1)
+        if self._processes.count > 1 and bool((weights > 0).all()):
+            self._shares = weights / weights.sum()
+            if self._sharded:
+                check_equal_weights(weights)
+        gradient = self.mean(lambda: recording.gradient)
+        self._untried = losses, gradient
+        return evaluated(
+            recording,
+            self.params,
+            self._mean_loss(losses, recording.loss.dtype, self.point).to(self.point.device),
+            gradient,
+            self.point,
+            Standing("cached" if self.products == "auto" else self.products, self._known.verdicts, self._runs.replayed),
+            self._decay,
+            source=self,
+            may_fall_back=self.products == "auto",
+            length=self._known.length,
+        )
+
+    def _divided(self) -> Evaluation:
+        """Return the evaluation of losses that count for different parameters: the sum of one for each group."""
+        parts, groups = [], []
+        for group in self._runs.groups or ():
+            try:
+                part = self._only(group).evaluate()
+            except UnrelatedError:
+                continue
+            # A parameter that a loss reaches only through a detached tensor is constant in it too.
+            related = part.recording.related if group.params is None else part.recording.related & group.params
+            group = Group(group.calls, None if len(related) == len(self.params) else related)
+            groups.append(group)
+            mask = self._mask(group)
+            parts.append((replace(part, mask=mask), mask))
+        if not parts:
+            raise UnrelatedError(UNRELATED)
+        self._runs.groups = tuple(groups)
+        if not self._runs.is_divided:
+            self._runs.counted = groups[0].calls
+            return self.evaluate()
+        first = parts[0][0]
+        gradient = sum((part.gradient * mask for part, mask in parts), torch.zeros_like(self.point))
+        loss = sum((part.loss for part, _ in parts), first.loss.new_zeros(()))
+        return evaluated(
+            Recording(loss, gradient, KeptGraph(), returned=first.returned),
+            self.params,
+            with_decay(loss, self._decay, self.point),
+            gradient,
+            self.point,
+            Standing("cached"),
+            self._decay,
+            source=self,
+            may_fall_back=first.may_fall_back,
+            parts=tuple(parts),
+        )
+
+    def _only(self, group: Group) -> Objective:
+        """Return the objective of one group's losses, without weight decay, as a function of all parameters."""
+        runs = replace(self._runs, groups=None, counted=group.calls)
+        return Objective(
+            self._closure, self.params, 0.0, self.products, self._weight, self._known, point=self.point, runs=runs
+        )
+
+    def _mask(self, group: Group) -> Tensor:
+        """Return ones at the entries of the group's parameters and zeros elsewhere, `(n,)`."""
+        of = range(len(self.params)) if group.params is None else group.params
+        ones = [torch.ones_like(p) if number in of else None for number, p in enumerate(self.params)]
+        return flatten(ones, self.params)
+
+    def _averages(self, evaluation: Evaluation) -> list[Tensor]:
+        """Return the gradients that `.grad` may hold: the mean, this process's own, or the unweighted mean."""
+        averages, own = [evaluation.data_gradient], evaluation.recording.gradient
+        if self._processes.count > 1 and not self._sharded:
+            averages.append(own)
+        if bool((self._shares != self._shares[0]).any()):
+            averages.append(self._processes.sum(lambda: own / self._processes.count))
+        return averages
+
+    # Trials made of runs.
+
+    def _value(self, compute: Callable[[], Rest]) -> tuple[float, Rest]:
+        """Return the objective where this process computes its part of it, and that part."""
+
+        def row() -> tuple[Rest, tuple[Tensor, float]]:
+            there = compute()
+            return there, (there.loss, 0.0)
+
+        there, table = self._processes.gather(row)
+        losses = table[:, 0]
+        self._check_varies(losses, there.point)
+        return float(self._mean_loss(losses, there.loss.dtype, there.point)), there
+
+    def _mean_loss(self, losses: Tensor, dtype: torch.dtype, point: Tensor) -> Tensor:
+        return with_decay((self._shares @ losses).to(dtype), self._decay, point)
+
+    def _check_varies(self, losses: Tensor, point: Tensor) -> None:
+        """Raise a RuntimeError if the closure does not run the forward pass, and uses the graph of an earlier run.
+
+        The losses of the first trial and far away are then the evaluation's to the bit, although there is a gradient.
+        """
+        if self._untried is None:
+            return
+        (before, gradient), self._untried = self._untried, None
+        if not bool((losses == before).any()) or torch.equal(point, self.point) or not bool(gradient.any()):
+            return
+        # Near a minimum a short step may leave every bit; a random one as long as the parameters does not.
+        noise = normals(self.point, torch.Generator().manual_seed(0))
+        far = 0.1 * (1 + self.point.abs()) * noise
+        began = torch._C._autograd._get_sequence_nr()
+
+        def run_far_away() -> tuple[None, tuple[Tensor, float]]:
+            loss, old = self.visit(lambda term: is_older(term.loss, began, self.params), far)
+            return None, (loss, float(any(old)))
+
+        try:
+            there, stale = self._processes.gather(run_far_away)[1].unbind(1)
+        except Exception:
+            return  # without a value there, the loss is not the same
+        if bool(((losses == before) & (there == before) & (stale > 0)).any()):
+            raise RuntimeError(_CONSTANT)
+
+    def _at_rest(self, point: Tensor, *, with_gradient: bool = False) -> Rest:
+        """Run the closure at `point`, and again where it leaves the parameters, until it leaves them in place.
+
+        Args:
+            point: The parameters' values, `(n,)`.
+            with_gradient: Whether to compute the gradient.
+
+        Raises:
+            RuntimeError: The closure moves the parameters each time.
+        """
+        if self._runs.is_divided:
+            return self._at_rest_in_groups(point, with_gradient)
+        for _ in range(3):
+            gradient = torch.zeros_like(point) if with_gradient else None
+            there = self._pass(None if gradient is None else partial(self._add, gradient=gradient), point)
+            if there.left is None:
+                return Rest(there.loss, point, gradient)
+            self._runs.moves, before, point = True, point, there.left
+        if is_rounding(point, before, self.params):
+            return Rest(there.loss, before, gradient)
+        raise RuntimeError(RESTLESS)
+
+    def _at_rest_in_groups(self, point: Tensor, with_gradient: bool) -> Rest:
+        """Run each group of losses where only its own parameters are moved."""
+        losses, gradient = [], torch.zeros_like(point) if with_gradient else None
+        for group in self._runs.groups or ():
+            mask = self._mask(group)
+            at = torch.where(mask > 0, point, self.point)
+            there = self._only(group)._at_rest(at, with_gradient=with_gradient)
+            if there.point is not at:
+                raise RuntimeError(_MOVED)
+            losses.append(there.loss)
+            if gradient is not None and there.gradient is not None:
+                gradient += mask * there.gradient
+        return Rest(torch.stack(losses).sum(), point, gradient)
+
+    # One run of the closure.
+
+    def _pass(
+        self, of_term: Callable[[LossTerm], Result] | None, point: Tensor | None, numbers: Collection[int] = ()
+    ) -> Passed[Result]:
+        """Run the closure without a trace at `point`, by default where the parameters are.
+
+        Raises:
+            RuntimeError: It left the parameters elsewhere, and there are several processes.
+        """
+        return self._released(lambda release: self._pass_once(of_term, point, numbers, release))
+
+    def _pass_once(
+        self,
+        of_term: Callable[[LossTerm], Result] | None,
+        point: Tensor | None,
+        numbers: Collection[int],
+        release: bool,
+    ) -> Passed[Result]:
+        found: list[Result] = []
+        with self._placed(point), self._runs.isolation.isolated() as writes, progress(self._runs.terms) as tick:
+
+            def take(term: LossTerm) -> None:
+                self._runs.has_released = release
+                if of_term is not None:
+                    found.append(of_term(term))
+                tick()
+
+            tap = self._tap(on_term=take, release=release, wanted=numbers, writes=writes)
+            unchanged = kept_versions(self.params)
+            returned = self._call(tap)
+            unchanged()
+            left = self._left(self.point if point is None else point)
+        return Passed(tap.total(returned), left, found)
+
+    def _run(self, writes: Writes, *, backward: bool, release: bool) -> Run:
+        """Run the closure once, for an evaluation."""
+        cached = self.products in ("auto", "cached")
+        recorder = Recorder(self.params, cached=cached, accumulates=backward and self._sharded)
+        recording: Recording | None = None
+        tap = self._tap(
+            backward=backward,
+            pulled=self._sharded,
+            on_term=recorder.take,
+            keep=cached,
+            release=release and not cached,
+            writes=writes,
+            weigh=self._processes.count > 1 and self._weight is None,
+        )
+        try:
+            returned = self._call(tap)
+            if backward:
+                self._runs.isolation.ended()
+            recorder.restore_versions()
+            left = self._left(self.point)
+            recorder.check_intact(writes)
+            counts_all = self._counts_all(tap)
+            at_rest = left is None or is_rounding(left, self.point, self.params)
+            if at_rest and recorder.is_elsewhere(self.point):
+                if self.products == "cached":
+                    raise RuntimeError(_ELSEWHERE)
+                self.products = "streamed"
+            elif counts_all and (left is None or not backward):
+                recording = recorder.finish(tap, returned)
+        finally:
+            # Without `backward`, a closure that reads gradients needs them in another run.
+            reads = tap.gradients.reads or (tap.gradients.was_read and sys.exc_info()[0] is not None)
+            self._runs.fills = self._runs.fills or reads
+            put_back(self.point, self.params)
+        self._runs.terms = tap.terms
+        return Run(recording, left, tap.called_backward, tap.gradients.had_some)
+
+    def _counts_all(self, tap: Tap) -> bool:
+        """Whether all losses that were handed over count. Takes note of which do if the run was to find that out."""
+        runs = self._runs
+        if runs.counted is not None:
+            return True
+        runs.groups, runs.calls = tap.gradients.groups(), tap.gradients.calls
+        if runs.groups is None:
+            return True
+        if runs.is_divided and self._processes.count > 1:
+            raise RuntimeError(_DIVIDED_IN_A_GROUP)
+        if not runs.is_divided:
+            runs.counted = runs.groups[0].calls
+        return False
+
+    def _tap(self, **settings: Any) -> Tap:
+        runs = self._runs
+        return Tap(self.params, numbers=runs.numbers, counted=runs.counted, fills=runs.fills, **settings)
+
+    def _call(self, tap: Tap) -> Any:
+        """Run the closure under a tap, which takes a live loss that is returned if `backward` was not called."""
+        with tapped(tap), resharded(self.params, trace=tap.runs_backward):
+            returned = tap.run(self._closure)
+            if not tap.called_backward and isinstance(returned, Tensor) and (returned.requires_grad or tap.is_forward):
+                tap.take(returned)
+        if self._runs.counted is not None and tap.gradients.calls != self._runs.calls:
+            raise RuntimeError(
+                f"The closure called backward {tap.gradients.calls} times where it had called it {self._runs.calls} "
+                f"times. {SAME_FUNCTION}"
+            )
+        return returned
+
+    def _released(self, attempt: Callable[[bool], Result]) -> Result:
+        """Return `attempt(release)`: whether each graph is let go at its `backward`, where there may be several."""
+        runs = self._runs
+        release = runs.may_release and runs.terms != 1
+        try:
+            return attempt(release)
+        except RuntimeError as error:
+            # Transforms of torch.func allow no hooks on what graphs save.
+            if not release or runs.has_released or "saved tensor hooks" not in str(error):
+                raise
+            runs.may_release = False
+        return attempt(False)
+
+    def _add(self, term: LossTerm, gradient: Tensor) -> None:
+        """Add the gradient of a loss to `gradient`, `(n,)`, in place."""
+        add_flat(gradient, grad(term.loss, self.params, keep=term.keep), self.params)
+
+    def _left(self, point: Tensor) -> Tensor | None:
+        """Return where the closure left the parameters, if not at `point`; put them there."""
+        left = put_back(point, self.params)
+        if left is not None and self._processes.count > 1:
+            raise RuntimeError(MOVED_IN_A_GROUP)
+        return left
+
+    @contextmanager
+    def _placed(self, point: Tensor | None) -> Iterator[None]:
+        if point is not None:
+            self._place(point)
+        try:
+            yield
+        finally:
+            if point is not None:
+                self._place(self.point)
+            else:
+                put_back(self.point, self.params)
+
+    def _place(self, point: Tensor) -> None:
+        # Autograd does not see the change, which is taken back: an evaluation made before stays usable.
+        place(point, self.params)
+        # Inside an autocast block of the caller's, the casts of the old values would be used again.
+        torch.clear_autocast_cache()
+
+
+@dataclass(eq=False)
+class Runs:
+    """State of a closure's runs: each run leaves here what the next ones need to know.
+
+    Attributes:
+        isolation: Puts back what a run changes.
+        replayed: Whether the closure was seen to compute the same loss and gradient when it ran again.
+        numbers: Number of each place in the user's code where an output may be met.
+        terms: How many losses a run hands over; None: not known yet.
+        calls: How often a run calls `backward`.
+        groups: Losses by the parameters that they count for; None: all count for all, or it is not known yet.
+        counted: Numbers of the calls of `backward` whose losses count; None: all, or it is not known yet.
+        fills: Whether runs must write gradients, because the closure computes with them.
+        moves: Whether the closure moves the parameters.
+        may_release: Whether graphs can be let go at their `backward`.
+        has_released: Whether a graph was let go so.
+    """
+
+    isolation: Isolation
+    replayed: bool = False
+    numbers: OutputNumbers = field(default_factory=OutputNumbers)
+    terms: int | None = None
+    calls: int = 0
+    groups: tuple[Group, ...] | None = None
+    counted: frozenset[int] | None = None
+    fills: bool = False
+    moves: bool = False
+    may_release: bool = True
+    has_released: bool = False
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether losses count for some of the parameters only."""
+        return self.groups is not None and any(group.params is not None for group in self.groups)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run for an evaluation.
+
+    Attributes:
+        recording: Recording of the run; None if another run is needed, where all losses count or the parameters rest.
+        left: Parameters where the closure left them, `(n,)`; None: in place.
+        called_backward: Whether the closure called `backward`.
+        had_gradients: Whether there were gradients before its first `backward`.
+    """
+
+    recording: Recording | None
+    left: Tensor | None
+    called_backward: bool
+    had_gradients: bool
+
+
+@dataclass(frozen=True)
+class Passed(Generic[Result]):
+    """A run without a trace.
+
+    Attributes:
+        loss: Sum of the losses on this process.
+        left: Parameters where the closure left them, `(n,)`; None: in place.
+        found: Results of `of_term`, one for each loss.
+    """
+
+    loss: Tensor
+    left: Tensor | None
+    found: list[Result]
+
+
+@dataclass(frozen=True)
+class Rest:
+    """The closure where it leaves the parameters in place.
+
+    Attributes:
+        loss: Loss on this process.
+        point: The parameters' values, `(n,)`.
+        gradient: Gradient on this process, `(n,)`, if it was asked for.
+    """
+
+    loss: Tensor
+    point: Tensor
+    gradient: Tensor | None
+
+
+class Recorder:
+    """Takes the losses of one run: keeps them with their graphs, or differentiates them and lets them go one by one.
 
     Args:
         params: The parameters.
         cached: Whether the losses are kept.
         accumulates: Whether their gradients are added to `.grad`, as `backward` does it.
-
-    Attributes:
-        loss: Their sum, live if they were kept.
-        gradient: Its gradient on this process, `(n,)`.
-        outputs: The recorded outputs, if the losses were kept.
-        output_sizes: How many entries the recorded outputs have, by their numbers, in the order of these.
-        outside: Whether the loss depends on the parameters other than through the outputs; None: not known.
-        related: The numbers of the parameters that the losses depend on.
-        returned: What the closure returned, detached when it is a tensor.
-        is_complete: Whether the closure was run to its end, and all of its losses count.
-        versions: Sets the parameters' versions to those of the last loss kept, else to those at the start.
     """
-
-    loss: Tensor
-    gradient: Tensor
-    outputs: tuple[Output, ...] = ()
-    outside: bool | None = None
-    returned: Any = None
-    is_complete = False
 
     def __init__(self, params: Sequence[Tensor], *, cached: bool, accumulates: bool = False) -> None:
         self._params = params
         self._cached = cached
         self._accumulates = accumulates
         self._kept: list[Tensor] = []
-        self.related: set[int] = set()
+        self._related: set[int] = set()
         self._sizes: dict[int, int] = {}
-        self._products = True
-        self.versions = kept_versions(params)
+        self._outside = False
+        self._gradient: Tensor | None = None if cached else flatten([None] * len(params), params)
+        self._restore = kept_versions(params)
         self._looked = [p._version for p in params]
         self._places: list[Tensor] = []
-        if not cached:
-            self.outside = False
-            self.gradient = flatten([None] * len(params), params)
 
-    @property
-    def output_sizes(self) -> dict[int, int]:
-        """See the class."""
-        return dict(sorted(self._sizes.items()))
-
-    def take(self, term: Term) -> None:
-        """Called by the tap with each loss."""
+    def take(self, term: LossTerm) -> None:
+        """Take one of the losses. The tap calls this with each of them."""
         _refuse_reentrant_checkpoints(term.loss)
-        self._products = self._products and _is_product(term.loss)
-        if self._cached:
+        if self._gradient is None:
             self._kept.append(term.loss)
             self._note_place()
-            self.versions = kept_versions(self._params)
+            self._restore = kept_versions(self._params)
             return
         self._sizes.update({z.number: z.tensor.numel() for z in term.outputs})
-        self.outside = self.outside or leaves_outside(term.loss, term.tensors, self._params)
+        self._outside = self._outside or leaves_outside(term.loss, term.tensors, self._params)
         gradients = gradient_of(term.loss, self._params, keep=term.keep)
         refuse_sparse(gradients)
         self._relate(gradients)
-        add_flat(self.gradient, gradients, self._params)
+        add_flat(self._gradient, gradients, self._params)
         if self._accumulates:
             accumulate(gradients, self._params)
 
+    def restore_versions(self) -> None:
+        """Set the parameters' versions to those at the last loss that was kept, else to those at the start."""
+        self._restore()
+
     def _note_place(self) -> None:
-        """Where the closure has moved the parameters to, in two different losses at most."""
+        """Keep the parameters' values at this loss if the closure has moved them, for two different losses at most."""
         versions = [p._version for p in self._params]
         if versions != self._looked and len(self._places) < 2:
             self._looked = versions
@@ -122,41 +872,54 @@ class Recording:
         return any(not is_rounding(place, point, self._params) for place in self._places)
 
     def _relate(self, gradients: Sequence[Tensor | None]) -> None:
-        self.related.update(number for number, g in enumerate(gradients) if g is not None)
+        self._related.update(number for number, g in enumerate(gradients) if g is not None)
 
     def check_intact(self, writes: Writes) -> None:
-        """Refuse graphs that keep a tensor to which the closure has written.
-
-        Raises:
-            OverwrittenError: One of the losses kept has such a graph.
-        """
+        """Raise an OverwrittenError if a graph that was kept holds a tensor to which the closure has written."""
         if any(writes.used_by(loss.grad_fn) for loss in self._kept):
             raise OverwrittenError(
                 "The closure writes in place to a tensor that its loss is computed from, so products cannot be formed "
                 'later from the graph: use products="streamed" (or "auto"), which forms them as the closure runs.'
             )
 
-    def finish(self, tap: Tap, returned: Any) -> None:
-        """Called after the closure, with what it returned."""
-        self.is_complete = True
-        self.returned = detached(returned) if isinstance(returned, Tensor) else returned
-        if self._products and isinstance(returned, Tensor) and returned.numel() == 1:
-            _refuse_gradient_scaler(float(tap.total(returned)), float(self.returned))
-        if not self._cached:
-            self.loss = tap.total(returned)
-            if not self.related:
+    def finish(self, tap: Tap, returned: Any) -> Recording:
+        """Return the recording, once the closure has ended and returned `returned`."""
+        value = detached(returned) if isinstance(returned, Tensor) else returned
+        loss, gradient = tap.total(returned), self._gradient
+        if gradient is None:
+            live = self._sum_of_losses()
+            gradients = local_gradients(live, self._params)
+            self._relate(gradients)
+            loss, gradient, outputs = live.detach(), flatten(gradients, self._params), tap.outputs.of_all(live)
+            graph, sizes = KeptGraph(live, outputs), {z.number: z.tensor.numel() for z in outputs}
+        else:
+            if not self._related:
                 raise UnrelatedError(UNRELATED)
-            return
-        tap.total(returned)
-        with torch.enable_grad():
-            self.loss = self._kept[0]
-            for loss in self._kept[1:]:
-                self.loss = self.loss + loss
-        gradients = local_gradients(self.loss, self._params)
-        self._relate(gradients)
-        self.gradient = flatten(gradients, self._params)
-        self.outputs = tap.outputs_of(self.loss)
-        self._sizes = {z.number: z.tensor.numel() for z in self.outputs}
+            graph, sizes = KeptGraph(outside=self._outside), self._sizes
+        sizes = dict(sorted(sizes.items()))
+        if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+            _refuse_gradient_scaler(float(loss), float(value))
+        return Recording(
+            loss=loss,
+            gradient=gradient,
+            graph=graph,
+            output_sizes=sizes,
+            returned=value,
+            related=frozenset(self._related),
+            convex=not tap.outputs.has_marks and tap.outputs.is_convex(sizes),
+            linear_marks=tap.outputs.linear_marks,
+            holds_constant=tap.holds_constant or tap.gradients.was_read,
+            hooks_gradients=tap.hooks.change,
+            weight=tap.outputs.weight(),
+            advice=tap.outputs.advice(),
+        )
+
+    @torch.enable_grad()
+    def _sum_of_losses(self) -> Tensor:
+        total = self._kept[0]
+        for loss in self._kept[1:]:
+            total = total + loss
+        return total
 
 
 class OverwrittenError(RuntimeError):
@@ -167,7 +930,7 @@ class ParametersMovedError(RuntimeError):
     """The closure moved the parameters, which were put back.
 
     Attributes:
-        point: Where it left them, `(n,)`.
+        point: Parameters where the closure left them, `(n,)`.
     """
 
     def __init__(self, message: str, point: Tensor) -> None:
@@ -178,7 +941,7 @@ class ParametersMovedError(RuntimeError):
 def kept_versions(params: Sequence[Tensor]) -> Callable[[], None]:
     """Return a function that lets autograd take the parameters for unchanged since this call.
 
-    A closure that clamps them counts them up even where it changes no entry.
+    A closure that clamps parameters raises their versions even where it changes no entry.
     """
     kept = [torch.autograd._unsafe_preserve_version_counter(p) for p in params]  # type: ignore[attr-defined]
 
@@ -197,26 +960,43 @@ def is_older(loss: Tensor, sequence: int, params: Sequence[Tensor]) -> bool:
 
 
 def is_clipped(params: Sequence[Tensor], gradients: Sequence[Tensor], *, accumulated: bool) -> bool:
-    """Whether `.grad` is one of these gradients, clipped; anything but this or one of them itself is an error.
+    """Whether `.grad` is one of these gradients, clipped.
 
     Args:
         params: The parameters.
-        gradients: The gradients that `.grad` may be.
+        gradients: The gradients that `.grad` may be, `(n,)` each.
         accumulated: Whether the closure may have found other gradients at its start.
+
+    Raises:
+        RuntimeError: `.grad` is neither one of the gradients nor one of them clipped.
     """
     with torch.no_grad():
         left = flatten([p.grad for p in params], params)
-        eps = max(torch.finfo(p.dtype).eps for p in params)
-        verdicts = {_compared(left, gradient, math.sqrt(eps)) for gradient in gradients}
-    if "same" in verdicts:
+        tolerance = math.sqrt(eps_of(params))
+        found = [_shrunk(left, gradient, tolerance) for gradient in gradients]
+    if any(shrunk is False for shrunk in found):
         return False
-    if "clipped" in verdicts:
+    if any(found):
         return True
     raise RuntimeError(_HOOKED if _has_hooks(params) else _ACCUMULATED if accumulated else _WRITTEN)
 
 
+def _shrunk(left: Tensor, gradient: Tensor, tolerance: float) -> bool | None:
+    """Whether `left` is the gradient made smaller, as clipping does; False if they are equal, None if it is another."""
+    scale = float(gradient.abs().max())
+    if not math.isfinite(scale):
+        return False  # reported as a non-finite gradient
+    rounding = tolerance * max(scale, float(left.abs().max()))
+    if float((left - gradient).abs().max()) <= rounding:
+        return False
+    # Clipping leaves no entry zero, as a mask does.
+    shrunk = (left * gradient >= -rounding * scale) & (left.abs() <= gradient.abs() + rounding)
+    shrunk &= (left != 0) | (gradient.abs() <= rounding)
+    return True if bool(shrunk.all()) else None
+
+
 def restless(params: Sequence[Tensor]) -> str:
-    """Return what to say of parameters that the closure changes each time."""
+    """Return the error message for parameters that the closure changes each time."""
     return _HOOKED if _has_hooks(params) else RESTLESS
 
 
@@ -224,21 +1004,8 @@ def _has_hooks(params: Sequence[Tensor]) -> bool:
     return any(getattr(p, "_post_accumulate_grad_hooks", None) for p in params)
 
 
-def _compared(left: Tensor, gradient: Tensor, tolerance: float) -> str:
-    scale = float(gradient.abs().max())
-    if not math.isfinite(scale):
-        return "same"  # reported as a non-finite gradient
-    rounding = tolerance * max(scale, float(left.abs().max()))
-    if float((left - gradient).abs().max()) <= rounding:
-        return "same"
-    # Clipping leaves no entry zero, as a mask does.
-    shrunk = (left * gradient >= -rounding * scale) & (left.abs() <= gradient.abs() + rounding)
-    shrunk &= (left != 0) | (gradient.abs() <= rounding)
-    return "clipped" if bool(shrunk.all()) else "other"
-
-
 def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
-    # Its parameters hang on no path of the graph, so that their gradient would silently be missing.
+    # The parameters inside are on no path of the graph, so their gradient would silently be missing.
     if reaches(loss.grad_fn, lambda node: node.name() == "CheckpointFunctionBackward"):
         raise RuntimeError(
             "The forward pass uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside "
@@ -246,26 +1013,36 @@ def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
         )
 
 
-def _is_product(loss: Tensor) -> bool:
-    node = loss.grad_fn
-    while node is not None and node.name() in ("ViewBackward0", "AliasBackward0"):
-        node = node.next_functions[0][0]
-    return node is not None and node.name() == "MulBackward0"
-
-
 def _refuse_gradient_scaler(total: float, returned: float) -> None:
-    # A scale is a power of two, and large; multiplying by it does not round.
-    if returned == 0.0 or not math.isfinite(total / returned):
-        return
-    mantissa, exponent = math.frexp(total / returned)
-    if mantissa == 0.5 and exponent > 8:
+    """Raise a RuntimeError for a loss at the scale at which a GradScaler begins, which would be minimised as it is."""
+    if returned != 0.0 and math.isfinite(returned) and total == _SCALE * returned:
         raise RuntimeError(
-            f"The closure calls backward on {total / returned:g} times the loss that it returns, as it does with "
+            f"The closure calls backward on {_SCALE:g} times the loss that it returns, as it does with "
             "scaler.scale(loss).backward() of a GradScaler, and a second-order step would take that for the loss. Call "
             "loss.backward(), without a scaler, and use bfloat16 autocast, which needs none."
         )
 
 
+# Default of torch.amp.GradScaler's init_scale. Multiplying by a power of two does not round.
+_SCALE = 2.0**16
+_CONSTANT = (
+    "The loss is the same to the last bit wherever the parameters are, so no step can be tried: the closure must run "
+    "the forward pass itself, each time it is called. Move the call of the model and of the loss function into the "
+    "closure, before loss.backward(), and keep no loss, output or parametrized weight from an earlier call."
+)
+_MOVED = (
+    "The closure changes the parameters, and calls backward for some of them only: a second-order step takes the "
+    "others for constants in that loss, and must find them where they were. Clamp or normalise weights after the step."
+)
+_ELSEWHERE = (
+    "The closure calls backward on a loss at other parameters than those that it leaves, as SAM does, and cached "
+    'products are those of one point: use products="streamed" or "auto".'
+)
+_DIVIDED_IN_A_GROUP = (
+    "The closure leaves the gradients of some losses by some of the parameters only (by backward(inputs=...) or "
+    "zero_grad() in between), which has no steps with several processes: give each network an optimizer and a closure "
+    "of its own."
+)
 _ACCUMULATED = (
     "After the closure, .grad is not the gradient of its loss: something else was added, usually an earlier closure's "
     "gradient. A second-order step needs one objective, so gradients cannot be accumulated across closures: call "
@@ -301,681 +1078,3 @@ MOVED_IN_A_GROUP = (
     "might put its own elsewhere. Clamp or normalise weights after the step, or inside the model by "
     "torch.nn.utils.parametrize; an Embedding takes no max_norm."
 )
-
-
-# The user's closure as a function of the parameters.
-
-
-__all__ = [
-    "RESTLESS",
-    "Closure",
-    "Evaluation",
-    "Objective",
-    "ParametersMovedError",
-    "Products",
-    "evaluate",
-    "mark_outputs",
-]
-
-Closure = Callable[[], Any]
-_CONSTANT = (
-    "The loss is the same to the last bit wherever the parameters are, so no step can be tried: the closure must run "
-    "the forward pass itself, each time it is called. Move the call of the model and of the loss function into the "
-    "closure, before loss.backward(), and keep no loss, output or parametrized weight from an earlier call."
-)
-_MOVED = (
-    "The closure changes the parameters, and calls backward for some of them only: a second-order step takes the "
-    "others for constants in that loss, and must find them where they were. Clamp or normalise weights after the step."
-)
-_ELSEWHERE = (
-    "The closure calls backward on a loss at other parameters than those that it leaves, as SAM does, and cached "
-    'products are those of one point: use products="streamed" or "auto".'
-)
-_DIVIDED_IN_A_GROUP = (
-    "The closure leaves the gradients of some losses by some of the parameters only (by backward(inputs=...) or "
-    "zero_grad() in between), which has no steps with several processes: give each network an optimizer and a closure "
-    "of its own."
-)
-Result = TypeVar("Result")
-
-
-class Objective:
-    """The closure as a function of a step from the current parameters. Lives for one optimizer step.
-
-    Whatever is evaluated elsewhere, the parameters are put back bit for bit; only `move` sets new ones, and `record`
-    where the closure does.
-
-    A closure may clamp or normalise parameters: it is then evaluated where it leaves them, and must leave them there
-    when it is called again.
-
-    The function is the one whose gradient `.grad` holds when the closure ends: the sum of the losses that it calls
-    `backward` on, but for those whose gradients it clears again, each by the parameters that `backward(inputs=...)`
-    names. The other parameters are constants in such a loss: a trial leaves them where they are.
-
-    With several processes of `torch.distributed` the objective is the mean of theirs, weighted by what their losses are
-    means over where these are losses of `torch.nn.functional`, else equally. All methods are then collective calls.
-
-    Args:
-        closure: Takes no argument; computes the loss and calls `backward` on it (several times for a sum of losses), or
-            returns a live loss.
-        params: The parameters.
-        decay: Weight decay, one number or one for each parameter entry `(n,)`: adds `sum(decay * theta^2) / 2`.
-        products: How products are formed, as for `evaluate`.
-        weight: Of this process in the mean, above zero; None (default): found from the losses.
-        verdicts: Verdicts of earlier checks of its products; None (default): they are checked anew.
-        length: How far finite differences look, as for an `Evaluation`.
-        replayed: Whether such a closure was seen before to compute the same loss and gradient when it runs again, so
-            that products need not see to it.
-
-    Attributes:
-        params: The parameters.
-        point: Their values, `(n,)`.
-        products: How those of the next evaluation are formed.
-    """
-
-    def __init__(
-        self,
-        closure: Closure,
-        params: Iterable[Tensor],
-        decay: float | Tensor = 0.0,
-        products: Products = "auto",
-        weight: float | None = None,
-        verdicts: Mapping[Matrix, Verdict] | None = None,
-        length: float | None = None,
-        *,
-        replayed: bool = False,
-    ) -> None:
-        self._closure = closure
-        self._verdicts, self._length = verdicts, length
-        self.params = tuple(params)
-        self._decay = decay
-        check_sharding(self.params)
-        # The hooks of sharded modules have no derivative, and average gradients over the processes themselves.
-        self._sharded = is_sharded(self.params)
-        self.products: Products = supported(products) if self._sharded else products
-        self._weight = weight
-        self._isolation = Isolation(closure, self.params)
-        with torch.no_grad():
-            self.point = flatten(self.params, self.params).clone()
-        self._moves = False
-        self._evaluated: tuple[Tensor, Tensor] | None = None
-        # This process's gradient, as last evaluated.
-        self._own = self.point
-        self._terms: int | None = None
-        # Which losses count; None: all, or not known yet.
-        self._groups: tuple[Group, ...] | None = None
-        self._counted: frozenset[int] | None = None
-        self._calls = 0
-        self._fills = False
-        self._numbers: dict[object, int] = {}
-        self._may_release, self._has_released = True, False
-        self._replayed = replayed
-        self._ranks = Ranks(self.point)
-        if not self._sharded:
-            self._ranks.check_same(self.point)
-        self._shares = torch.full((self._ranks.count,), 1 / self._ranks.count, dtype=torch.float64, device="cpu")
-
-    def record(self) -> Evaluation:
-        """Run the closure for real, once: its `backward` runs, its traces stay.
-
-        If it moves the parameters, they stay there, and the evaluation is the one at that point.
-
-        Raises:
-            RuntimeError: The closure gives no loss, `.grad` holds more than this closure's gradient, or the closure
-                moves the parameters each time.
-        """
-        try:
-            return self._record()
-        except OverwrittenError:
-            if self.products != "auto":
-                raise
-            self.products = "streamed"
-            return self._record()
-
-    def _record(self) -> Evaluation:
-        with self._isolation.recorded() as writes:
-            recording, tap, left = self._run(writes, backward=True, release=False)
-            if left is not None and self._is_divided:
-                raise RuntimeError(_MOVED)
-        if left is not None:
-            # A projection goes to the same place without gradients; an update by them does not.
-            _, again = self._pass(None, self.point)
-            if again is None or not is_rounding(again, left, self.params):
-                raise RuntimeError(restless(self.params))
-            # What was differentiated may mix two points.
-            self._moves = True
-            self.return_to(left)
-            try:
-                return self.evaluate()
-            except ParametersMovedError as error:
-                raise RuntimeError(restless(self.params)) from error
-        # A run that finds that some losses do not count has no gradient of the others alone, nor has one that kept the
-        # graph of a loss at other parameters.
-        complete = recording.is_complete
-        evaluation = self._evaluation(lambda: (recording, tap)) if complete else self.evaluate()
-        if tap.called_backward:
-            averages = self._averages(evaluation, evaluation.data_gradient if self._is_divided else self._own)
-            evaluation.clipped = is_clipped(self.params, averages, accumulated=tap.gradients.had_some)
-        return evaluation
-
-    def rewind(self) -> None:
-        """Take back what `record` did to the state that the closure can reach."""
-        self._isolation.rewind()
-
-    def settle(self) -> None:
-        """Take back what hooks on a graph that was kept have done since `record`, or since the first evaluation."""
-        self._isolation.settle()
-
-    def evaluate(self) -> Evaluation:
-        """The same without a trace: `backward` is left out, and all is put back.
-
-        Raises:
-            ParametersMovedError: The closure moves the parameters from where they are.
-        """
-
-        def attempt(release: bool) -> tuple[Recording, Tap]:
-            with self._isolation.isolated() as writes:
-                recording, tap, left = self._run(writes, backward=False, release=release)
-            # A weight that is normalised twice may differ by rounding.
-            if left is not None and not is_rounding(left, self.point, self.params):
-                raise ParametersMovedError(MOVED, left)
-            return recording, tap
-
-        def settled(release: bool) -> tuple[Recording, Tap]:
-            """Run again where the run has shown that not all losses count, or that gradients are read."""
-            while True:
-                before = self._fills, self._counted, self.products
-                try:
-                    found = attempt(release)
-                except OverwrittenError:
-                    if self.products != "auto":
-                        raise
-                    self.products = "streamed"
-                    continue
-                except Exception:
-                    if (self._fills, self._counted, self.products) == before:
-                        raise
-                    continue
-                if (self._fills, self._counted, self.products) == before:
-                    return found
-
-        if self._ranks.count > 1:
-            return self._evaluation(lambda: self._released(settled))
-        if not self._is_divided:
-            first = self._released(settled)
-        return self._divided() if self._is_divided else self._evaluation(lambda: first)
-
-    @property
-    def _is_divided(self) -> bool:
-        """Whether losses count for some of the parameters only."""
-        return self._groups is not None and any(group.params is not None for group in self._groups)
-
-    def _divided(self) -> Evaluation:
-        """The evaluation of losses that count for different parameters: the sum of one for each group of them."""
-        parts, groups = [], []
-        for group in self._groups or ():
-            try:
-                part = self._only(group).evaluate()
-            except UnrelatedError:
-                continue
-            # What a loss reaches only through a detached tensor is constant in it too.
-            related = part.related if group.params is None else part.related & group.params
-            group = Group(group.calls, None if len(related) == len(self.params) else related)
-            groups.append(group)
-            part.mask = self._mask(group)
-            parts.append((part, part.mask))
-        if not parts:
-            raise UnrelatedError(UNRELATED)
-        self._groups = tuple(groups)
-        if not self._is_divided:
-            self._counted = groups[0].calls
-            return self.evaluate()
-        gradient = sum((part.gradient * mask for part, mask in parts), torch.zeros_like(self.point))
-        loss = sum((part.loss for part, _ in parts), parts[0][0].loss.new_zeros(()))
-        evaluation = Evaluation(loss, self.params, decay=self._decay, gradient=gradient, source=self, parts=parts)
-        evaluation.returned, evaluation.may_fall_back = parts[0][0].returned, parts[0][0].may_fall_back
-        return evaluation
-
-    def _only(self, group: Group) -> Objective:
-        """The losses of a group alone, without weight decay, as a function of all parameters."""
-        one = copy.copy(self)
-        one._decay, one._groups, one._counted, one._evaluated = 0.0, None, group.calls, None
-        return one
-
-    def _mask(self, group: Group) -> Tensor:
-        """Ones where the entries of the group's parameters are, zeros elsewhere, `(n,)`."""
-        of = range(len(self.params)) if group.params is None else group.params
-        ones = [torch.ones_like(p) if number in of else None for number, p in enumerate(self.params)]
-        return flatten(ones, self.params)
-
-    def loss_at(self, step: Tensor) -> float:
-        """The objective at `point + step`, `(n,)`: one forward pass, without a trace."""
-        return self._value(lambda: self._at_rest(self.point + step))
-
-    def check_replay(self, evaluation: Evaluation) -> None:
-        """See on all processes that the closure computes the same loss and gradient when it runs again, unless that was
-        seen before: one forward and one backward pass, without a trace.
-
-        Raises:
-            RuntimeError: It does not.
-        """
-        for group, (part, _) in zip(self._groups or (), evaluation.parts, strict=False):
-            self._only(group).check_replay(part)
-        if not evaluation.parts and not evaluation.replayed:
-            self._ranks.each(lambda: self.replay(evaluation))
-
-    def replay(self, evaluation: Evaluation) -> None:
-        """The same on this process."""
-        gradient, eps = torch.zeros_like(self.point), evaluation.eps
-        add = self._adding_to(gradient)
-
-        def take(term: Term) -> None:
-            nonlocal eps
-            eps = coarsest([term.loss.grad_fn], eps)
-            add(term)
-
-        evaluation.check_same_function(float(self.visit(take)), evaluation.eps**0.25)
-        evaluation.check_same_gradient(gradient, eps)
-        evaluation.replayed = self._replayed = True
-
-    @property
-    def unprotected(self) -> list[str]:
-        """Names of what runs without a trace have changed and cannot put back."""
-        return self._isolation.unprotected
-
-    def check_restored(self) -> None:
-        """Raise an UnprotectedError if runs without a trace have changed something that cannot be put back."""
-        if self.unprotected:
-            raise UnprotectedError(self.unprotected)
-
-    def gradient_at(self, step: Tensor) -> tuple[float, Tensor]:
-        """The objective and its gradient at `point + step`: one forward and one backward pass, without a trace."""
-        gradient = torch.zeros_like(self.point)
-        found: list[Tensor] = []
-
-        def compute() -> tuple[Tensor, Tensor]:
-            loss, point = self._at_rest(self.point + step, gradient)
-            found.append(point)
-            return loss, point
-
-        loss = self._value(compute)
-        mean = self.mean(lambda: gradient)
-        return loss, mean + self._decay * found[0] if decays(self._decay) else mean
-
-    def visit(self, on_term: OnTerm | None, step: Tensor | None = None, *, numbers: Collection[int] = ()) -> Tensor:
-        """Run the closure at `point + step` without a trace, and hand its losses over one by one.
-
-        Args:
-            on_term: Called with each loss; None if only their sum is wanted.
-            step: `(n,)`; None: no step.
-            numbers: The numbers of the outputs that are handed over with the losses.
-
-        Returns:
-            Their sum, on this process.
-
-        Raises:
-            ParametersMovedError: The closure moves the parameters from there.
-        """
-        loss, left = self._pass(on_term, None if step is None else self.point + step, numbers)
-        if left is not None and not is_rounding(left, self.point if step is None else self.point + step, self.params):
-            raise ParametersMovedError(MOVED if step is None else MOVED_BEYOND, left)
-        return loss
-
-    def _at_rest(self, point: Tensor, gradient: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Run the closure at `point`, and again where it leaves the parameters, until it leaves them in place.
-
-        Args:
-            point: The parameters' values, `(n,)`.
-            gradient: Where to write this process's gradient; None: nowhere.
-
-        Returns:
-            The loss on this process, and the parameters' values there.
-
-        Raises:
-            RuntimeError: The closure moves the parameters each time.
-        """
-        if self._is_divided:
-            return self._at_rest_in_groups(point, gradient), point
-        for _ in range(3):
-            if gradient is not None:
-                gradient.zero_()
-            loss, left = self._pass(None if gradient is None else self._adding_to(gradient), point)
-            if left is None:
-                return loss, point
-            self._moves, before, point = True, point, left
-        if is_rounding(point, before, self.params):
-            return loss, before
-        raise RuntimeError(RESTLESS)
-
-    def _at_rest_in_groups(self, point: Tensor, gradient: Tensor | None) -> Tensor:
-        """The same where losses count for some of the parameters only: those alone are moved, group by group."""
-        losses, slopes = [], torch.zeros_like(point)
-        for group in self._groups or ():
-            mask = self._mask(group)
-            at, slope = torch.where(mask > 0, point, self.point), torch.zeros_like(point)
-            loss, left = self._only(group)._at_rest(at, None if gradient is None else slope)
-            if left is not at:
-                raise RuntimeError(_MOVED)
-            losses.append(loss)
-            slopes += mask * slope
-        if gradient is not None:
-            gradient.copy_(slopes)
-        return torch.stack(losses).sum()
-
-    def _pass(
-        self, on_term: OnTerm | None, point: Tensor | None, numbers: Collection[int] = ()
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the closure at `point`, where the parameters are if None; the loss, and where it left them if elsewhere.
-
-        Raises:
-            RuntimeError: It left them elsewhere, and there are several processes.
-        """
-        at = self.point if point is None else point
-
-        def attempt(release: bool) -> tuple[Tensor, Tensor | None]:
-            with self._placed(point), self._isolation.isolated() as writes, progress(self._terms) as tick:
-
-                def take(term: Term) -> None:
-                    self._has_released = release
-                    if on_term is not None:
-                        on_term(term)
-                    tick()
-
-                tap = self._tap(on_term=take, release=release, wanted=numbers, writes=writes)
-                unchanged = kept_versions(self.params)
-                returned = self._call(tap)
-                unchanged()
-                left = self._left(at)
-            return tap.total(returned), left
-
-        return self._released(attempt)
-
-    def _left(self, point: Tensor) -> Tensor | None:
-        """Where the closure left the parameters, if that is not `point`; puts them there."""
-        left = put_back(point, self.params)
-        if left is not None and self._ranks.count > 1:
-            raise RuntimeError(MOVED_IN_A_GROUP)
-        return left
-
-    def push(self, v: Tensor, numbers: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run the closure in forward mode along `v`, `(n,)`, without a graph and without a trace.
-
-        Returns:
-            The sum of its losses on this process, and `J v` for the outputs of these numbers, by number.
-
-        Raises:
-            RuntimeError: The closure differentiates inside or writes to the parameters, which changes their tangents,
-                or an operation has no forward mode.
-        """
-        tangents: dict[int, Tensor] = {}
-        with (
-            self._placed(None),
-            self._isolation.isolated() as writes,
-            progress(self._terms) as tick,
-            forward_mode(self.params, v),
-        ):
-            tap = self._tap(on_term=lambda term: tick(), wanted=numbers, tangents=tangents, writes=writes)
-            versions, unchanged = [p._version for p in self.params], kept_versions(self.params)
-            returned = self._call(tap)
-            if [p._version for p in self.params] != versions:
-                unchanged()
-                raise RuntimeError("The closure writes to the parameters, and so changes their tangents.")
-        return tap.total(returned), tangents
-
-    def add_gradient(self, gradient: Tensor, step: Tensor) -> Tensor:
-        """Add this process's gradient at `point + step` to `gradient` in place; returns its loss there."""
-        return self.visit(self._adding_to(gradient), step)
-
-    def _adding_to(self, gradient: Tensor) -> OnTerm:
-        return lambda term: add_flat(gradient, grad(term.loss, self.params, keep=term.keep), self.params)
-
-    def mean(self, compute: Callable[[], Tensor], like: Tensor | None = None) -> Tensor:
-        """The mean over the processes of what they compute, shaped as `like`, `(n,)` if None: one all-reduce."""
-        if self._sharded:
-            return self._ranks.each(compute)
-        if self._ranks.count == 1:
-            return compute()
-        share = float(self._shares[self._ranks.rank])
-        return self._ranks.sum(lambda: share * compute(), like)
-
-    def move(self, step: Tensor) -> None:
-        """Make `point + step` the new point, or where the closure puts it, on all processes the same to the bit."""
-        point = self.point + step if self._sharded else self._ranks.first(self.point + step)
-        self.return_to(self._at_rest(point)[1] if self._moves else point)
-
-    def return_to(self, point: Tensor) -> None:
-        """Make an earlier point, `(n,)`, the new one, to the bit."""
-        self.point = point
-        with torch.no_grad():
-            for p, piece in zip(self.params, unflatten(self.point, self.params), strict=True):
-                p.copy_(piece)
-        torch.clear_autocast_cache()
-
-    def _released(self, attempt: Callable[[bool], Result]) -> Result:
-        """`attempt(release)`, with release of each graph at its `backward` where there may be several of them."""
-        release = self._may_release and self._terms != 1
-        try:
-            return attempt(release)
-        except RuntimeError as error:
-            # Transforms of torch.func allow no hooks on what graphs save.
-            if not release or self._has_released or "saved tensor hooks" not in str(error):
-                raise
-            self._may_release = False
-        return attempt(False)
-
-    @contextmanager
-    def _placed(self, point: Tensor | None) -> Iterator[None]:
-        if point is not None:
-            self._place(point)
-        try:
-            yield
-        finally:
-            if point is not None:
-                self._place(self.point)
-            else:
-                put_back(self.point, self.params)
-
-    def _place(self, point: Tensor) -> None:
-        # Autograd does not see the change, which is taken back: an evaluation made before stays usable.
-        place(point, self.params)
-        # Inside an autocast block of the caller's, the casts of the old values would be used again.
-        torch.clear_autocast_cache()
-
-    def _tap(self, **settings: Any) -> Tap:
-        return Tap(self.params, numbers=self._numbers, counted=self._counted, fills=self._fills, **settings)
-
-    def _call(self, tap: Tap) -> Any:
-        """Run the closure under a tap, which takes a live loss that is returned if `backward` was not called."""
-        with tapped(tap), resharded(self.params, trace=tap.runs_backward):
-            returned = tap.run(self._closure)
-            if not tap.called_backward and isinstance(returned, Tensor) and (returned.requires_grad or tap.is_forward):
-                tap.take(returned)
-        if self._counted is not None and tap.gradients.calls != self._calls:
-            raise RuntimeError(
-                f"The closure called backward {tap.gradients.calls} times where it had called it {self._calls} times. "
-                f"{SAME_FUNCTION}"
-            )
-        return returned
-
-    def _run(self, writes: Writes, *, backward: bool, release: bool) -> tuple[Recording, Tap, Tensor | None]:
-        """The closure once, with what an evaluation needs of it, and where it left the parameters if elsewhere."""
-        cached = self.products in ("auto", "cached")
-        recording = Recording(self.params, cached=cached, accumulates=backward and self._sharded)
-        tap = self._tap(
-            backward=backward,
-            pulled=self._sharded,
-            on_term=recording.take,
-            keep=cached,
-            release=release and not cached,
-            writes=writes,
-            weigh=self._ranks.count > 1 and self._weight is None,
-        )
-        try:
-            returned = self._call(tap)
-            if backward:
-                self._isolation.ended()
-            recording.versions()
-            left = self._left(self.point)
-            recording.check_intact(writes)
-            counts_all, at_rest = self._counts_all(tap), left is None or is_rounding(left, self.point, self.params)
-            if at_rest and recording.is_elsewhere(self.point):
-                if self.products == "cached":
-                    raise RuntimeError(_ELSEWHERE)
-                self.products = "streamed"
-            elif counts_all and (left is None or not backward):
-                recording.finish(tap, returned)
-        finally:
-            # Without `backward` a closure that reads gradients needs them in another run.
-            self._fills = (
-                self._fills or tap.gradients.reads or (tap.gradients.was_read and sys.exc_info()[0] is not None)
-            )
-            put_back(self.point, self.params)
-        self._terms = tap.terms
-        return recording, tap, left
-
-    def _counts_all(self, tap: Tap) -> bool:
-        """Whether all losses that were handed over count; notes which do if this was to be found out."""
-        if self._counted is not None:
-            return True
-        self._groups, self._calls = tap.gradients.groups(), tap.gradients.calls
-        if self._groups is None:
-            return True
-        if self._is_divided and self._ranks.count > 1:
-            raise RuntimeError(_DIVIDED_IN_A_GROUP)
-        if not self._is_divided:
-            self._counted = self._groups[0].calls
-        return False
-
-    def _evaluation(self, run: Callable[[], tuple[Recording, Tap]]) -> Evaluation:
-        done: list[tuple[Recording, Tap]] = []
-
-        def loss_and_weight() -> tuple[Tensor, float]:
-            done.append(run())
-            recording, tap = done[0]
-            return recording.loss, self._weight or tap.weight()
-
-        losses, weights = self._ranks.gather(loss_and_weight).unbind(1)
-        if self._ranks.count > 1 and bool((weights > 0).all()):
-            self._shares = weights / weights.sum()
-            if self._sharded and float(self._shares.max() - self._shares.min()) > 1e-6:
-                raise RuntimeError(
-                    f"The processes' batches weigh {', '.join(f'{w:g}' for w in weights.tolist())}, and fully_shard "
-                    "averages gradients over processes with equal weights: give every process as much data "
-                    "(drop_last=True in its loader)."
-                )
-        recording, tap = done[0]
-        self._own = recording.gradient
-        evaluation = Evaluation(
-            recording.loss,
-            self.params,
-            recording.outputs,
-            self._decay,
-            gradient=self.mean(lambda: recording.gradient),
-            source=self,
-            form="cached" if self.products == "auto" else self.products,
-            verdicts=self._verdicts,
-            length=self._length,
-            point=self.point,
-        )
-        self._evaluated = losses, evaluation.data_gradient
-        if self._ranks.count > 1:
-            evaluation.loss = self._mean_loss(losses, recording.loss.dtype, self.point).to(self.point.device)
-        evaluation.returned = recording.returned
-        evaluation.local_gradient, evaluation.replayed = recording.gradient, self._replayed
-        evaluation.may_fall_back = self.products == "auto"
-        evaluation.unrecognised_advice = unrecognised(tap.losses_seen, tap.ends, tap.wrappers)
-        evaluation.output_sizes, evaluation.outside = recording.output_sizes, recording.outside
-        evaluation.holds_constant = tap.holds_constant or tap.gradients.was_read
-        evaluation.hooks_gradients = tap.hooks.change
-        evaluation.linear_marks = tap.linear_marks
-        evaluation.related = frozenset(recording.related)
-        evaluation.convex = not tap.has_marks and tap.is_convex(recording.output_sizes)
-        return evaluation
-
-    def _value(self, compute: Callable[[], tuple[Tensor, Tensor]]) -> float:
-        """The objective from this process's loss and the point where it was computed."""
-        found: list[tuple[torch.dtype, Tensor]] = []
-
-        def loss() -> tuple[Tensor, float]:
-            value, point = compute()
-            found.append((value.dtype, point))
-            return value, 0.0
-
-        losses = self._ranks.gather(loss)[:, 0]
-        self._check_varies(losses, found[0][1])
-        return float(self._mean_loss(losses, *found[0]))
-
-    def _check_varies(self, losses: Tensor, point: Tensor) -> None:
-        """Raise a RuntimeError if the closure does not run the forward pass: the losses of a first trial and of one far
-        away are those of the evaluation to the bit, where there is a gradient, and come from a graph of an earlier run.
-        """
-        if self._evaluated is None:
-            return
-        (before, gradient), self._evaluated = self._evaluated, None
-        if not bool((losses == before).any()) or torch.equal(point, self.point) or not bool(gradient.any()):
-            return
-        # Near a minimum a short step may leave every bit; a random one as long as the parameters does not.
-        far = 0.1 * (1 + self.point.abs()) * normals(self.point, torch.Generator().manual_seed(0))
-        older = False
-        began = torch._C._autograd._get_sequence_nr()
-
-        def look(term: Term) -> None:
-            nonlocal older
-            older = older or is_older(term.loss, began, self.params)
-
-        try:
-            there, stale = self._ranks.gather(lambda: (self.visit(look, far), float(older))).unbind(1)
-        except Exception:
-            return  # without a value there, the loss is not the same
-        if bool(((losses == before) & (there == before) & (stale > 0)).any()):
-            raise RuntimeError(_CONSTANT)
-
-    def _mean_loss(self, losses: Tensor, dtype: torch.dtype, point: Tensor) -> Tensor:
-        mean = (self._shares @ losses).to(dtype)
-        return mean + decay_term(self._decay, point) if decays(self._decay) else mean
-
-    def _averages(self, evaluation: Evaluation, gradient: Tensor) -> list[Tensor]:
-        """What `.grad` may hold: the mean, or one of those that others make, this process's or the unweighted mean."""
-        averages = [evaluation.data_gradient]
-        if self._ranks.count > 1 and not self._sharded:
-            averages.append(gradient)
-        if bool((self._shares != self._shares[0]).any()):
-            averages.append(self._ranks.sum(lambda: gradient / self._ranks.count))
-        return averages
-
-
-@torch.inference_mode(False)
-def evaluate(
-    closure: Closure, params: Iterable[Tensor], products: Products = "auto", weight: float | None = None
-) -> Evaluation:
-    """Evaluate a closure for curvature products, without a trace in parameters, `.grad`, buffers, random state or logs.
-
-    Under `torch.distributed` this, and every product, is a collective call, and the objective is the mean over all
-    processes.
-
-    Args:
-        closure: The one that `torch.optim.LBFGS` takes, or any function of no argument that returns a live scalar loss.
-            The function evaluated is the one whose gradient `.grad` would hold at its end.
-        params: The parameters, such as `model.parameters()`; those that do not require a gradient are left out.
-        products: How products are formed. "cached" keeps the graph of the evaluation: fastest. "streamed" runs the
-            closure again for each product and differentiates at each of its `backward` calls, so that a closure that
-            loops over micro-batches takes the memory of one. "finite_difference" takes central differences of
-            gradients: needs no second derivatives. "auto" (default) is "cached", with a warning and
-            "finite_difference" where an operation has no second derivative; it is "streamed" for a loss at other
-            parameters than the closure leaves, as SAM's.
-        weight: Of this process in the mean, above zero, such as the size of its batch; None (default): what its losses
-            are means over, where these are losses of `torch.nn.functional`, and the same for all if not.
-
-    Returns:
-        The `Evaluation` to give to `hessian`, `gauss_newton` or `jacobian`.
-
-    Raises:
-        TypeError: `closure` cannot be called, or `params` is not an iterable of tensors.
-        ValueError: `params` is empty or spread over devices, `products` is unknown, or `weight` is not positive.
-        RuntimeError: The closure neither calls `backward` nor returns a live loss, the loss does not depend on
-            `params`, no gradient is left in `.grad`, or the processes hold different parameters.
-    """
-    check_products(products)
-    check_closure(closure)
-    check_weight(weight)
-    return Objective(closure, trained_parameters(params), products=products, weight=weight).evaluate()

@@ -1,7 +1,15 @@
-"""Tensors that a closure writes to: their values from before, kept when the first write comes, and put back.
+"""The tap on a closure: sees `backward` and the loss functions as the closure calls them.
 
-The tap sees every operation in place. Nothing is copied before there is one, whatever the size of what the closure
-holds.
+`Tap` is a `TorchFunctionMode`: it sees every call of torch in its thread, nests with the user's own modes, and is gone
+when its `with` block ends, however that ends. `objective` makes one for each run of the closure. The tap hands a call
+to whom it concerns, in this order (`Tap._called`):
+
+- `backward`: the loss is handed to `on_term`, with the outputs that it is computed from.
+- Writes to tensors: `writes.Writes` keeps the values from before.
+- `.grad`: `accumulation.GradientTracker` follows which losses count.
+- `register_hook`: `WatchedHooks`.
+- Loss functions, squares, softmaxes and `mark_outputs`: `OutputRecorder` records their arguments as outputs. It knows
+  from `losses` and `squares` what these calls are.
 """
 
 from __future__ import annotations
@@ -10,10 +18,9 @@ import functools
 import inspect
 import os
 import sys
-import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,247 +28,42 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, UntypedStorage
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
+from newtonopt.autodiff.gradients import differentiable_kernels
 from newtonopt.autodiff.graph import Held, SavedTensors, all_behind, reached
-from newtonopt.autodiff.kernels import differentiable_kernels
-from newtonopt.closure.accumulation import Gradients
+from newtonopt.closure.accumulation import GradientTracker
 from newtonopt.closure.losses import (
-    CALLED,
     CONVEX_LOSSES,
-    LINEAR,
     LOG_PROBABILITY_LOSSES,
-    ROOTS,
-    SELECTIONS,
-    SQUARES,
-    Found,
-    Label,
+    REMEDIES,
+    ConvexNote,
+    Decomposition,
     Output,
-    apart,
-    find,
-    first_operand,
+    RootNote,
+    advice,
+    decompose,
+    forget,
+    independent_outputs,
     is_convex,
-    kind_of,
+    logits_behind,
     mean_over,
     own_view,
-    root,
-    root_operand,
-    square,
 )
+from newtonopt.closure.squares import ROOTS, SQUARES, first_operand, root, root_operand, square
+from newtonopt.closure.writes import Writes, is_write
 from newtonopt.vectors.subclasses import alike, is_wrapper, plain
-
-# Functions that write to their arguments, or hand out memory that others may write to, and do not say so by their name.
-_BY_NAME = frozenset(
-    {"__setitem__", "numpy", "__array__", "__dlpack__", "storage", "typed_storage", "untyped_storage"}
-    | {f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "matmul")}
-    | {f"__i{name}__" for name in ("and", "or", "xor", "lshift", "rshift")}
-)
-# What ends as the names of operations in place do, and leaves the memory as it is.
-_NO_WRITES = frozenset({"requires_grad_", "detach_", "share_memory_", "rename_"})
-_SETTERS = ("data", "grad")
-_WITH_STATISTICS = frozenset({"batch_norm", "instance_norm"})
-
-
-def is_write(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of this function may write to a tensor that it is given."""
-    try:
-        known = _KNOWN.get(func)
-    except TypeError:  # it cannot be hashed
-        known = None
-    if known is None:
-        known = _KNOWN[func] = _writes(func)
-    return known or "out" in kwargs or bool(kwargs.get("inplace"))
-
-
-_KNOWN: dict[Any, bool] = {}
-
-
-def _writes(func: Callable[..., Any]) -> bool:
-    schema = getattr(func, "_schema", None)
-    if schema is not None:  # an operator, such as one of `torch.library.custom_op`
-        return bool(schema.is_mutable)
-    name = getattr(func, "__name__", "")
-    if name == "__set__":
-        return getattr(getattr(func, "__self__", None), "__name__", "") in _SETTERS
-    in_place = name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES
-    return in_place or name in _BY_NAME or name in _WITH_STATISTICS
-
-
-class Memory:
-    """The memory of tensors that a closure can find, looked up when it first matters.
-
-    Args:
-        tensors: The tensors.
-        params: The parameters, which others put back.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor], params: Iterable[Tensor]) -> None:
-        self._tensors = list(tensors)
-        self._params = list(params)
-        self._param_ids = {id(p) for p in self._params}
-        self._ids: set[int] = set()
-        self._storages: dict[int, UntypedStorage] | None = None
-
-    def add(self, tensors: Iterable[Tensor]) -> None:
-        """Take further tensors in."""
-        self._tensors.extend(tensors)
-        self._storages = None
-
-    def leave_out(self, tensors: Iterable[Tensor]) -> None:
-        """Leave tensors out that others put back."""
-        away = {id(t) for t in tensors}
-        self._tensors = [t for t in self._tensors if id(t) not in away]
-        self._storages = None
-
-    def has(self, t: Tensor) -> bool:
-        """Whether this is one of the tensors, and no parameter."""
-        if id(t) in self._param_ids:
-            return False
-        self._look_up()
-        return id(t) in self._ids
-
-    def of(self, t: Tensor) -> UntypedStorage | None:
-        """Return the memory of `t` if one of the tensors has the same, and no parameter has."""
-        storage = storage_of(t)
-        return None if storage is None else self._look_up().get(storage._cdata)
-
-    def _look_up(self) -> dict[int, UntypedStorage]:
-        if self._storages is None:
-            self._ids = {id(t) for t in self._tensors} - self._param_ids
-            others = [t for t in self._tensors if id(t) in self._ids]
-            found = [storage_of(t) for t in others]
-            found += [storage_of(t.grad) for t in others if t.is_leaf and t.grad is not None]
-            self._storages = {storage._cdata: storage for storage in found if storage is not None}
-            for p in self._params:
-                storage = storage_of(p)
-                if storage is not None:
-                    self._storages.pop(storage._cdata, None)
-        return self._storages
-
-
-class Writes:
-    """The values from before a run of what it writes to.
-
-    Args:
-        memory: The tensors that the run finds when it begins; what it makes itself is nobody's concern.
-    """
-
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
-        self._values: dict[int, tuple[UntypedStorage, UntypedStorage]] = {}
-        # Of `.data` and `.grad` that are assigned anew.
-        self._assigned: dict[tuple[int, str], tuple[Tensor, str, Tensor | None]] = {}
-
-    def before(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Called before a function writes."""
-        name = func.__name__
-        with torch._C.DisableTorchFunction():  # a subclass of Tensor may refuse to tell
-            if name == "__set__":
-                self._before_assignment(args[0], func.__self__.__name__)  # type: ignore[attr-defined]
-                return
-            several = name.startswith("_fused") or hasattr(func, "_schema")
-            first, last = (1, 3) if name in _WITH_STATISTICS else (0, None if several else 1)
-            for t in _tensors_in((args[first:last], kwargs)):
-                self.save(t)
-
-    def save(self, t: Tensor) -> None:
-        """Keep what a tensor holds now, unless it is known or the run has made it."""
-        storage = self._memory.of(t)
-        if storage is not None and storage._cdata not in self._values:
-            self._values[storage._cdata] = storage, storage.clone()
-
-    def _before_assignment(self, t: Tensor, name: str) -> None:
-        if (id(t), name) not in self._assigned and self._memory.has(t):
-            self._assigned[id(t), name] = t, name, _read(t, name)
-
-    def swap(self) -> Writes:
-        """Write the values from before; returns a record of those that were there, to be written back in turn."""
-        now = Writes(self._memory)
-        for key, (storage, value) in self._values.items():
-            now._values[key] = storage, storage.clone()
-            storage.copy_(value)
-        for entry, (t, name, former) in self._assigned.items():
-            now._assigned[entry] = t, name, _read(t, name)
-            setattr(t, name, former)
-        return now
-
-    def used_by(self, start: Node | None) -> bool:
-        """Whether the graph from here keeps a tensor that was written to."""
-        if not self._values and not self._assigned:
-            return False
-        assigned = [storage_of(t) for t, name, _ in self._assigned.values() if name == "data"]
-        keys = set(self._values) | {storage._cdata for storage in assigned if storage is not None}
-        kept = map(storage_of, _saved_by(start))
-        return any(storage is not None and storage._cdata in keys for storage in kept)
-
-
-def _read(t: Tensor, name: str) -> Tensor | None:
-    return t.data if name == "data" else t.grad
-
-
-def storage_of(t: Tensor) -> UntypedStorage | None:
-    """Return the memory of a tensor; None where it has none of its own."""
-    if is_wrapper(t):
-        return None
-    with torch._C.DisableTorchFunction():
-        try:
-            return t.untyped_storage() if t.layout == torch.strided else None
-        except (RuntimeError, NotImplementedError):  # a tensor inside a transform of torch.func
-            return None
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors_in(entry)
-    elif isinstance(value, dict):
-        yield from _tensors_in(tuple(value.values()))
-
-
-def _saved_by(start: Node | None) -> Iterator[Tensor]:
-    """The tensors that the nodes of a graph keep for its derivatives."""
-    for node in all_behind([start]):
-        of_function = getattr(node, "saved_tensors", ())  # of a custom autograd.Function
-        saved = [getattr(node, name) for name in dir(node) if name.startswith("_raw_saved_")]
-        for one in (*of_function, *(part for value in saved for part in (value if _is_list(value) else [value]))):
-            held = one if isinstance(one, Tensor) else getattr(one, "data", None)
-            if isinstance(held, Tensor):
-                yield held
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, (list, tuple))
-
-
-# The tap on a closure: sees `backward` and the loss functions as the closure calls them.
-#
-# A `TorchFunctionMode` is local to its thread, nests with the user's own modes, and is gone when its `with` block ends,
-# however it ends.
-
-
-_LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
-_SOFTMAX = frozenset({F.softmax, torch.softmax, Tensor.softmax})
-_UNRECOGNISED = frozenset(getattr(F, name) for name in CALLED) - LOG_PROBABILITY_LOSSES
-# What takes a tensor for a constant: those on a tensor, `torch.no_grad` by its flag, and gradients without a graph.
-_DATA: Any = Tensor.data
-_HOLDING = frozenset(
-    {Tensor.detach, torch.detach, Tensor.detach_, Tensor.item, Tensor.tolist, Tensor.__float__, _DATA.__get__}
-    | {torch._C._set_grad_enabled, torch.autograd.grad}
-)
-_RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 
 
 def mark_outputs(z: Tensor) -> Tensor:
-    """Name `z` as the model's output for the Gauss-Newton matrix: an identity.
+    """Mark `z` as the model's output for the Gauss-Newton matrix, and return it unchanged.
 
     The losses of `torch.nn.functional` need no mark, nor do sums and means of squares written by hand. Call this inside
-    a closure whose loss is written by hand in another way, on the tensor in which that loss is convex (raw predictions
-    or logits); not on the loss itself or a penalty, in which it is linear, so that there is no matrix, which is an
+    a closure whose loss is written by hand in another way, on the tensor in which that loss is convex: raw predictions
+    or logits. Do not mark the loss itself or a penalty: the loss is linear in these, so there is no matrix, which is an
     error.
 
     Args:
@@ -272,7 +74,21 @@ def mark_outputs(z: Tensor) -> Tensor:
 
     Raises:
         TypeError: `z` is no tensor.
-        ValueError: It is a nested tensor without a jagged layout, which has no shape.
+        ValueError: `z` is a nested tensor without a jagged layout, which has no shape.
+
+    Example:
+        A Poisson loss with the logarithm of the rate as output; its Hessian by the output is `exp(z)`, here one.
+
+        >>> import torch
+        >>> from newtonopt import evaluate, gauss_newton, mark_outputs
+        >>> inputs = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+        >>> weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        >>> def closure():
+        ...     z = mark_outputs(inputs @ weights)
+        ...     return (z.exp() - z).sum()
+        >>> gauss_newton(evaluate(closure, [weights])).dense()
+        tensor([[10., 14.],
+                [14., 20.]], dtype=torch.float64)
     """
     if not isinstance(z, Tensor):
         raise TypeError(f"z must be a tensor, got a value of type {type(z).__name__}. Give the model's output.")
@@ -288,13 +104,13 @@ def mark_outputs(z: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Term:
-    """A loss that the closure called `backward` on.
+class LossTerm:
+    """A loss that the closure called `backward` on; the objective is the sum of them.
 
     Attributes:
         loss: A live scalar.
-        outputs: The recorded outputs that it is computed from; an output has the same number in every run.
-        keep: Whether the graph must outlive the call that this is given to.
+        outputs: The recorded outputs that it is computed from.
+        keep: Whether whoever is handed the term must leave its graph whole.
     """
 
     loss: Tensor
@@ -303,119 +119,96 @@ class Term:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The outputs themselves."""
+        """The outputs' tensors."""
         return [z.tensor for z in self.outputs]
 
 
-OnTerm = Callable[[Term], None]
-
-
-class Hooks:
-    """The hooks that a closure registers on what it computes; many only look at gradients.
-
-    Attributes:
-        change: Whether one has given another gradient.
-    """
-
-    def __init__(self) -> None:
-        self.change = False
-
-    def watched(self, hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
-        """Return the hook, with a look at what it returns."""
-
-        @functools.wraps(hook)
-        def watched(gradient: Tensor) -> Tensor | None:
-            changed = hook(gradient)
-            self.change = self.change or not (changed is None or torch.equal(changed, gradient))
-            return changed
-
-        return watched
+OnLoss = Callable[[LossTerm], None]
+"""What is done with each loss."""
 
 
 class Tap(TorchFunctionMode):
     """Hands over the losses that a closure calls `backward` on, one by one, with the outputs they are computed from.
 
-    An output is known by the place in the user's code where it was met, so that calls made in one run and not in
-    another, as for a log, do no harm. Which of the tensors met are outputs is found out in the run that is recorded;
-    later runs are told.
-
     Args:
         params: The parameters.
-        numbers: The number of each place where an output may be met. Added to.
-        wanted: The numbers of the outputs that the losses are handed over with; None: to be found.
+        numbers: The numbers of the outputs, shared by all runs of the closure.
+        wanted: The numbers of the outputs to hand over with the losses; None: find which there are.
         backward: Whether `backward` runs or is left out.
         pulled: Whether `on_term` does what `backward` would do.
         on_term: Called with each loss before its `backward`; None if only the sum of the losses is wanted.
         keep: Whether all graphs are kept.
         release: Whether a loss's graph is emptied where `backward` would have emptied it, for closures with several.
-        weigh: Whether to count what the losses are means over.
-        tangents: Where to put the tangents of the outputs, by number, in a run in forward mode.
-        counted: The numbers of the calls of `backward` whose losses count; None: to be found out.
+        weigh: Whether to find the number of entries that the losses are means over.
+        forward: Whether the run is in forward mode, where there are no graphs and the outputs' tangents are recorded.
+        counted: The numbers of the calls of `backward` whose losses count; None: find which do.
         fills: Whether a run without `backward` writes gradients to `.grad`, for a closure that computes with them.
-        writes: Record that is told before a tensor is written to; None: there is none.
+        writes: Told before a tensor is written to; None: nobody is.
+
+    Attributes:
+        terms: How many losses counted.
+        holds_constant: Whether the closure took a tensor for a constant, by `detach`, `no_grad` or otherwise.
     """
 
     def __init__(
         self,
         params: Sequence[Tensor],
         *,
-        numbers: dict[object, int],
+        numbers: OutputNumbers,
         wanted: Collection[int] | None = None,
         backward: bool = False,
         pulled: bool = False,
-        on_term: OnTerm | None = None,
+        on_term: OnLoss | None = None,
         keep: bool = False,
         release: bool = False,
         weigh: bool = False,
-        tangents: dict[int, Tensor] | None = None,
+        forward: bool = False,
         counted: Collection[int] | None = None,
         fills: bool = False,
         writes: Writes | None = None,
     ) -> None:
         super().__init__()
-        self._writes = writes
-        self._params = params
         self.runs_backward = backward
+        self.is_forward = forward
+        self.outputs = OutputRecorder(params, numbers, wanted, forward=forward, weigh=weigh)
+        self.gradients = GradientTracker(
+            params, backward=backward, fills=fills, follows=wanted is None and counted is None and not pulled
+        )
+        self.hooks = WatchedHooks()
+        self.saved: SavedTensors | None = SavedTensors() if release else None
+        self.terms = 0
+        self.holds_constant = False
+        self._writes = writes
         self._pulled = pulled
         self._on_term = on_term
         self._keep = keep
-        self._weigh = weigh
-        self._tangents = tangents
-        self._numbers = numbers
-        self._wanted = wanted
-        self._met: Counter[object] = Counter()
         self._counted = counted
         self._fills = fills
-        self.gradients = Gradients(
-            params, backward=backward, fills=fills, follows=wanted is None and counted is None and not pulled
-        )
-        self._labels: list[weakref.ref[Label]] = []
-        self._stops: list[Node] = []
-        self._log_softmax: dict[Node, Output] = {}
-        self._softmax: dict[Node, Output] = {}
-        self._marked: list[Output] = []
-        self._recognised: list[Output] = []
-        self.saved: SavedTensors | None = SavedTensors() if release else None
-        self.terms = 0
-        self.losses_seen: list[str] = []
-        self.wrappers: list[str] = []
-        self.ends: set[str] = set()
-        self.has_marks = False
-        self.holds_constant = self._running = False
-        self.hooks = Hooks()
-        self.linear_marks = False
-        self._convex: set[int] = set()
-        self._other: set[int] = set()
+        self._running = False
         self._total: Tensor | None = None
-        self._counts: list[Tensor | float | None] = []
+
+    def run(self, closure: Callable[[], Any]) -> Any:
+        """Run the closure. `_place` looks for the places of outputs in the frames inside this one."""
+        self._running = True
+        try:
+            return closure()
+        finally:
+            self._running = False
 
     @property
-    def is_forward(self) -> bool:
-        """Whether the run is in forward mode, where there are no graphs."""
-        return self._tangents is not None
+    def called_backward(self) -> bool:
+        """Whether the closure called `backward`."""
+        return self.gradients.calls > 0
 
     def total(self, returned: object) -> Tensor:
-        """The sum of the losses, detached; `returned` is what the closure returned, for the error if there was none."""
+        """Return the sum of the losses, detached.
+
+        Args:
+            returned: The closure's return value, for the error.
+
+        Raises:
+            RuntimeError: There was no loss.
+        """
         if self._total is None:
             what = type(returned).__name__ + (" without a graph" if isinstance(returned, Tensor) else "")
             raise RuntimeError(
@@ -427,41 +220,17 @@ class Tap(TorchFunctionMode):
             )
         return self._total
 
-    def weight(self) -> float:
-        """How much the losses are means over, together; 0 if it is not known of one of them."""
-        known = [float(count) for count in self._counts if count is not None]
-        return sum(known) if len(known) == len(self._counts) else 0.0
-
-    def run(self, closure: Callable[[], Any]) -> Any:
-        """Run the closure; the places of outputs are looked for in the calls from here on."""
-        self._running = True
-        try:
-            return closure()
-        finally:
-            self._running = False
-
-    def outputs_of(self, loss: Tensor) -> tuple[Output, ...]:
-        """Return the outputs that the sum of all losses, whose graphs were kept, is computed from, in their order."""
-        self._look_at(loss)
-        outputs, within = apart(self._marked, self._recognised, loss)
-        self._other |= within
-        return tuple(sorted(outputs, key=lambda z: z.number))
-
-    def is_convex(self, numbers: Iterable[int]) -> bool:
-        """Whether the losses are sums, with weights that are not negative, of convex functions of these outputs."""
-        met = {z.tensor.grad_fn: z.number for z in self._recognised}
-        other = {met[node] for node in reached(self._stops, set(met))} if self._stops and met else set()
-        return (self._convex - self._other - other).issuperset(numbers)
-
-    @property
-    def called_backward(self) -> bool:
-        """Whether the closure called `backward`."""
-        return self.gradients.calls > 0
-
     def take(
         self, loss: Tensor, *, keep: bool = False, counts: bool = True, then: Callable[[], None] | None = None
     ) -> None:
-        """Hand a loss over if it counts, and call `then`; without `keep` its graph may go."""
+        """Hand a loss over if it counts, then let its graph go as `backward` would.
+
+        Args:
+            loss: A live loss with one entry.
+            keep: Whether its graph stays.
+            counts: Whether the loss is part of the objective.
+            then: Called after it was handed over, before its graph goes.
+        """
         if loss.numel() != 1:
             raise RuntimeError(f"The loss has shape {tuple(loss.shape)}: return a scalar, such as loss.mean().")
         loss = plain(loss).reshape(())
@@ -469,62 +238,16 @@ class Tap(TorchFunctionMode):
         if counts:
             self.terms += 1
             self._total = loss.detach() if self._total is None else self._total + loss.detach()
-        if self._keep or self.is_forward:
-            if counts:
-                self._hand_over(loss, [], keep)
+        # Where all graphs are kept, the outputs are those of the sum of the losses, and are looked for at the end.
+        at_the_end = self._keep or self.is_forward
+        with nullcontext(()) if at_the_end else self.outputs.of_one(loss, keep=keep) as outputs:
+            if counts and self._on_term is not None:
+                again = self._fills or (self.runs_backward and not self._pulled)
+                self._on_term(LossTerm(loss, outputs, keep or again))
             if then is not None:
                 then()
-            return
-        found = self._look_at(loss) if self._wanted is None else Found()
-        recorded = {z.tensor.grad_fn for z in (*self._marked, *self._recognised, *self._softmax.values())}
-        behind = all_behind([loss.grad_fn]) if recorded or self._labels else set()
-        met = recorded & behind
-        marked = [z for z in self._marked if z.tensor.grad_fn in met]
-        outputs, within = apart(marked, [z for z in self._recognised if z.tensor.grad_fn in met], loss)
-        self._other.update(z.number for z in outputs if z.number not in found.convex - within)
-        if counts:
-            self._hand_over(loss, outputs, keep)
-        if then is not None:
-            then()
-        if keep:
-            self._stops.extend(found.stops)
-            return
-        # What `backward` would have let go.
-        self._marked = [z for z in self._marked if z.tensor.grad_fn not in met]
-        self._recognised = [z for z in self._recognised if z.tensor.grad_fn not in met]
-        self._log_softmax = {n: z for n, z in self._log_softmax.items() if z.tensor.grad_fn not in met}
-        self._softmax = {n: z for n, z in self._softmax.items() if z.tensor.grad_fn not in met}
-        self._let_go({node._sequence_nr() for node in behind})
-        if self.saved is not None:
+        if self.saved is not None and not (keep or at_the_end):
             self.saved.release(loss)
-
-    def _hand_over(self, loss: Tensor, outputs: Sequence[Output], keep: bool) -> None:
-        if self._on_term is not None:
-            again = self._fills or (self.runs_backward and not self._pulled)
-            self._on_term(Term(loss, tuple(outputs), keep or again))
-
-    def _look_at(self, loss: Tensor) -> Found:
-        """Record the squares written by hand that the loss is a weighted sum of, and what it is convex in."""
-        found = find(loss, self._params, self._marked, self._recognised)
-        self._recognised.extend(found.outputs)
-        self._convex |= found.convex
-        self.linear_marks = self.linear_marks or bool(found.linear)
-        if not (self._marked or self._recognised):
-            self.ends.update(node.name() for node in found.stops)
-        return found
-
-    def _let_go(self, sequence: set[int]) -> None:
-        labels = [(ref, label) for ref in self._labels if (label := ref()) is not None]
-        for _, label in labels:
-            if label.sequence in sequence:
-                label.outputs = ()
-        self._labels = [ref for ref, label in labels if label.outputs]
-
-    def _attach(self, label: Label | None, result: Any) -> Any:
-        if label is not None:
-            label.attach(result)
-            self._labels.append(weakref.ref(label))
-        return result
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -541,29 +264,13 @@ class Tap(TorchFunctionMode):
             self._writes.before(func, args, kwargs)
         if (accessed := self.gradients.on_call(func, args, kwargs)) is not NotImplemented:
             return accessed
-        if func is mark_outputs:
-            self.has_marks = True
         if func is Tensor.register_hook:
             return func(args[0], self.hooks.watched(*args[1:], **kwargs))
         if self._running and func in _HOLDING and torch.is_grad_enabled() and _holds(args, kwargs):
             self.holds_constant = True
-        if self._finds_outputs:
-            if func is mark_outputs:
-                return self._own_view(args[0], self._marked)
-            if func in CONVEX_LOSSES:
-                return self._on_convex_loss(func, *args, **kwargs)
-            if func in LOG_PROBABILITY_LOSSES:
-                return self._on_log_probability_loss(func, *args, **kwargs)
-            if func in SQUARES or func in ROOTS:
-                return self._on_square_or_root(func, *args, **kwargs)
-            if func in _LOG_SOFTMAX:
-                return self._on_softmax(self._log_softmax, func, *args, **kwargs)
-            if func in _SOFTMAX and _is_over_classes(*args, **kwargs):
-                return self._on_softmax(self._softmax, func, *args, **kwargs)
-            if func in _UNRECOGNISED:
-                self.losses_seen.append(func.__name__)
+        if (recorded := self.outputs.on_call(func, args, kwargs)) is not NotImplemented:
+            return recorded
         if func in _RECURRENT:
-            # cuDNN's recurrent networks have no double backward.
             with _without_cudnn():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
@@ -582,6 +289,7 @@ class Tap(TorchFunctionMode):
         counts = counts if self._counted is None else number in self._counted
         value = loss
         if gradient is not None:
+            # `backward(gradient)` differentiates the loss times this factor.
             value = (loss * (gradient.detach() if isinstance(gradient, Tensor) else gradient)).sum()
         fill = functools.partial(self.gradients.fill, loss, gradient, inputs, create_graph=creates)
         self.take(
@@ -595,168 +303,6 @@ class Tap(TorchFunctionMode):
             backward(loss, **({**given, "retain_graph": True} if self._keep else given))
         self.gradients.after_backward()
 
-    def _note(self, loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.losses_seen.append(loss.__name__)
-        if self._weigh:
-            self._counts.append(mean_over(loss, inspect.signature(loss).bind(*args, **kwargs).arguments))
-
-    @property
-    def _finds_outputs(self) -> bool:
-        """Whether outputs are looked for: not in a run for the loss or gradient alone, nor where they would have no
-        graph, as inside an autograd Function.
-        """
-        return (self._wanted is None or bool(self._wanted)) and (self.is_forward or torch.is_grad_enabled())
-
-    def _on_convex_loss(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._note(func, args, kwargs)
-        first, places = len(self._recognised), CONVEX_LOSSES[func]
-        args = tuple(self._own_view(a, self._recognised) if i in places else a for i, a in enumerate(args))
-        result = func(*args, **kwargs)
-        return self._attach(self._label(func, args, kwargs, self._recognised[first:]), result)
-
-    def _on_log_probability_loss(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._note(func, args, kwargs)
-        outputs = self._on_log_probabilities(args[0])
-        # Targets may be computed from the same logits.
-        others = [a.grad_fn for a in (*args[1:], *kwargs.values()) if isinstance(a, Tensor)]
-        if any(others) and reached(others, {z.tensor.grad_fn for z in outputs}):
-            outputs = ()
-        result = func(*args, **kwargs)
-        return self._attach(self._label(func, args, kwargs, outputs), result)
-
-    def _label(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Sequence[Output]
-    ) -> Label | None:
-        """Return the label of a recognised loss in the run where outputs are found."""
-        if self._wanted is not None or not outputs:
-            return None
-        given = inspect.signature(func).bind(*args, **kwargs).arguments
-        return Label(tuple(outputs)) if is_convex(func, given) else None
-
-    def _on_square_or_root(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        is_square = func in SQUARES
-        number = self._numbered(lambda: (first_operand if is_square else root_operand)(func, args, kwargs))
-        if self.is_forward or not (self._wanted is None or number in self._wanted):
-            return func(*args, **kwargs)
-        result, label = (square if is_square else root)(func, args, kwargs, number)
-        if self._wanted is None:
-            return self._attach(label, result)
-        if label is not None:
-            self._recognised.append(label.output_at(result))
-        return result
-
-    def _numbered(self, operand: Callable[[], Any]) -> int:
-        """Return the number of the place of this call; in forward mode note the operand's tangent, if it is wanted."""
-        place = _place()
-        number = self._numbers.setdefault((place, self._met[place]), len(self._numbers))
-        self._met[place] += 1
-        if self._tangents is not None and self._wanted is not None and number in self._wanted:
-            z = own_view(operand())
-            tangent = forward_ad.unpack_dual(z).tangent
-            self._tangents[number] = torch.zeros_like(z) if tangent is None else tangent
-        return number
-
-    def _own_view(self, z: Any, into: list[Output]) -> Any:
-        """Return a view of `z` that only its consumer uses, so that a derivative by it is that consumer's alone."""
-        output = self._output(z)
-        if output is None:
-            return z
-        into.append(output)
-        return alike(output.tensor, z)
-
-    def _output(self, z: Any) -> Output | None:
-        number = self._numbered(lambda: z)
-        if not isinstance(z, Tensor) or not z.is_floating_point() or not z.requires_grad:
-            return None
-        if is_wrapper(z):
-            self.wrappers.append(type(z).__name__)
-            return None
-        if self._wanted is not None and number not in self._wanted:
-            return None
-        return Output(own_view(z), number)
-
-    def _on_softmax(
-        self, into: dict[Node, Output], func: Callable[..., Any], z: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        output = self._output(z)
-        if output is None:
-            return func(z, *args, **kwargs)
-        result = func(alike(output.tensor, z), *args, **kwargs)
-        into[result.grad_fn] = output
-        return result
-
-    def _on_log_probabilities(self, log_probabilities: Tensor) -> tuple[Output, ...]:
-        """Record the logits behind log-probabilities; return them if the loss is known to be convex in them."""
-        # Back through reshapes and selections, each with a single input, to the softmax.
-        node = log_probabilities.grad_fn
-        passed: list[str] = []
-        while node is not None and node not in self._log_softmax:
-            if node in self._softmax:
-                return self._on_log_of_softmax(self._softmax[node], passed)
-            passed.append(kind_of(node))
-            following = [n for n, _ in node.next_functions if n is not None]
-            node = following[0] if len(following) == 1 else None
-        if node is None:
-            return ()
-        logits = self._log_softmax[node]
-        if all(logits is not z for z in self._recognised):
-            self._recognised.append(logits)
-        return (logits,) if SELECTIONS.issuperset(passed) else ()
-
-    def _on_log_of_softmax(self, output: Output, passed: list[str]) -> tuple[Output, ...]:
-        if passed.count("Log") != 1 or not (LINEAR | {"Log"}).issuperset(passed):
-            return ()
-        if all(output is not z for z in self._recognised):
-            self._recognised.append(output)
-        # The logarithm of a sum, of probabilities or of one and a small number, is not concave in the logits.
-        return (output,) if (SELECTIONS | {"Log"}).issuperset(passed) else ()
-
-
-def _holds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    held = args[0] if args else kwargs.get("outputs")
-    if isinstance(held, Tensor):
-        return held.requires_grad and not kwargs.get("create_graph")
-    return held is False or (isinstance(held, Sequence) and not kwargs.get("create_graph"))
-
-
-def _place() -> tuple[object, ...]:
-    """Return where in the user's code a call was made: the innermost lines of it. (Positions within a line move when
-    Python specialises the code.)
-
-    Calls within torch and here are left out: they differ where a DistributedDataParallel is run as one process.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    place: list[object] = []
-    while frame is not None and frame.f_code is not Tap.run.__code__ and len(place) < _DEPTH:
-        code = frame.f_code
-        if not code.co_filename.startswith(_LIBRARIES):
-            place.append((code.co_filename, code.co_firstlineno, frame.f_lineno))
-        frame = frame.f_back
-    return tuple(place)
-
-
-_DEPTH = 12
-_LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (Path(__file__).parent, torch.__file__))
-
-
-@contextmanager
-def _without_cudnn() -> Iterator[None]:
-    # torch.backends.cudnn.flags sets the precision too, and fails where the user has set that for one kind of layer.
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = before
-
-
-def _is_over_classes(z: Any, dim: int | None = None, *args: Any, **kwargs: Any) -> bool:
-    """Whether a softmax is taken over the dimension of `nll_loss`'s classes; that of attention is over the last."""
-    if "input" in kwargs or not isinstance(z, Tensor) or z.dim() == 0:
-        return False
-    classes = min(1, z.dim() - 1)
-    return dim in (classes, classes - z.dim())
-
 
 @contextmanager
 def tapped(tap: Tap) -> Iterator[Tap]:
@@ -768,3 +314,346 @@ def tapped(tap: Tap) -> Iterator[Tap]:
         if tap.saved is not None:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(tap.saved.pack, Held.unpack))
         yield stack.enter_context(tap)
+
+
+# The outputs.
+
+
+class OutputNumbers:
+    """The numbers of the outputs of a closure, which are the same in all of its runs.
+
+    An output is known by the place in the user's code where it was met, and by how often that place was met before in
+    the same run. So calls made in one run and not in another, as for a log, do no harm.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[object, int] = {}
+
+    def at(self, place: object, before: int) -> int:
+        """Return the number of the output at a place that was met so often before."""
+        return self._numbers.setdefault((place, before), len(self._numbers))
+
+
+class OutputRecorder:
+    """Records the outputs that a run of the closure meets: arguments of recognised losses and squares, and marks.
+
+    Args:
+        params: The parameters.
+        numbers: The numbers of the outputs.
+        wanted: The numbers of the outputs to record. None: all, and find which of them the losses are computed from.
+        forward: Whether the run is in forward mode, where the outputs' tangents are recorded.
+        weigh: Whether to find the number of entries that the losses are means over.
+
+    Attributes:
+        tangents: The tangents of the wanted outputs by number, in forward mode.
+        has_marks: Whether the closure marked outputs.
+        linear_marks: Whether a loss is linear in a marked output.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        numbers: OutputNumbers,
+        wanted: Collection[int] | None,
+        *,
+        forward: bool,
+        weigh: bool,
+    ) -> None:
+        self.tangents: dict[int, Tensor] = {}
+        self.has_marks = self.linear_marks = False
+        self._params = params
+        self._numbers = numbers
+        self._met: Counter[object] = Counter()
+        self._wanted = wanted
+        self._forward = forward
+        self._weigh = weigh
+        # Outputs whose graphs are alive.
+        self._marked: list[Output] = []
+        self._recognised: list[Output] = []
+        # Logits, by the node of their softmax.
+        self._log_softmaxes: dict[Node, Output] = {}
+        self._softmaxes: dict[Node, Output] = {}
+        self._has_notes = False
+        # Numbers of the outputs that a loss is convex in, and of those that one depends on in another way.
+        self._convex: set[int] = set()
+        self._other: set[int] = set()
+        # Nodes of graphs that were kept, from which losses are computed in another way.
+        self._stops: list[Node] = []
+        self._counts: list[Tensor | float | None] = []
+        # Seen for the advice.
+        self._called: list[str] = []
+        self._ends: set[str] = set()
+        self._wrappers: list[str] = []
+
+    # After the run.
+
+    def of_all(self, loss: Tensor) -> tuple[Output, ...]:
+        """Return the outputs that the sum of all losses, whose graphs were kept, is computed from, by number."""
+        self._decompose(loss)
+        outputs, inner = independent_outputs(self._marked, self._recognised, loss)
+        self._other |= inner
+        return tuple(sorted(outputs, key=lambda z: z.number))
+
+    def is_convex(self, numbers: Iterable[int]) -> bool:
+        """Whether the losses are sums, with weights that are not negative, of convex functions of these outputs."""
+        met = {z.tensor.grad_fn: z.number for z in self._recognised}
+        other = {met[node] for node in reached(self._stops, set(met))} if self._stops and met else set()
+        return (self._convex - self._other - other).issuperset(numbers)
+
+    def weight(self) -> float:
+        """Return the number of entries that all losses are means over; 0 if it is not known of one of them."""
+        known = [float(count) for count in self._counts if count is not None]
+        return sum(known) if len(known) == len(self._counts) else 0.0
+
+    def advice(self) -> str:
+        """Return what to write instead, if no output was recorded."""
+        return advice(self._called, self._ends, self._wrappers)
+
+    # At each loss.
+
+    @contextmanager
+    def of_one(self, loss: Tensor, *, keep: bool) -> Iterator[tuple[Output, ...]]:
+        """Give the outputs that one loss is computed from. Afterwards, unless its graph is kept, forget the outputs in
+        that graph, as `backward` lets it go.
+        """
+        found = self._decompose(loss) if self._wanted is None else Decomposition()
+        recorded = [*self._marked, *self._recognised, *self._softmaxes.values()]
+        nodes = all_behind([loss.grad_fn]) if recorded or self._has_notes else set()
+        marked, recognised = ([z for z in one if z.tensor.grad_fn in nodes] for one in (self._marked, self._recognised))
+        outputs, inner = independent_outputs(marked, recognised, loss)
+        self._other.update(z.number for z in outputs if z.number not in found.convex - inner)
+        yield tuple(outputs)
+        if keep:
+            self._stops.extend(found.stops)
+            return
+        self._marked = [z for z in self._marked if z.tensor.grad_fn not in nodes]
+        self._recognised = [z for z in self._recognised if z.tensor.grad_fn not in nodes]
+        self._log_softmaxes = {n: z for n, z in self._log_softmaxes.items() if z.tensor.grad_fn not in nodes}
+        self._softmaxes = {n: z for n, z in self._softmaxes.items() if z.tensor.grad_fn not in nodes}
+        if self._has_notes:
+            forget(nodes)
+
+    def _decompose(self, loss: Tensor) -> Decomposition:
+        """Record the squares written by hand that the loss is a weighted sum of, and what it is convex in."""
+        found = decompose(loss, self._params, self._marked, self._recognised)
+        self._recognised.extend(found.outputs)
+        self._convex |= found.convex
+        self.linear_marks = self.linear_marks or bool(found.linear)
+        if not (self._marked or self._recognised):
+            self._ends.update(node.name() for node in found.stops)
+        return found
+
+    # At each call.
+
+    def on_call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the result of a call that may be given an output; NotImplemented for any other call."""
+        if func is mark_outputs:
+            self.has_marks = True
+        # Outputs are not looked for in a run for the loss or gradient alone, nor where they would have no graph, as
+        # inside an autograd Function.
+        if (self._wanted is not None and not self._wanted) or not (self._forward or torch.is_grad_enabled()):
+            return NotImplemented
+        if func is mark_outputs:
+            return self._on_mark(*args)
+        if func in CONVEX_LOSSES:
+            return self._on_convex_loss(func, *args, **kwargs)
+        if func in LOG_PROBABILITY_LOSSES:
+            return self._on_log_probability_loss(func, *args, **kwargs)
+        if func in SQUARES or func in ROOTS:
+            return self._on_square_or_root(func, *args, **kwargs)
+        if func in _LOG_SOFTMAX or (func in _SOFTMAX and _is_over_classes(*args, **kwargs)):
+            return self._on_softmax(func, *args, **kwargs)
+        if func in _UNRECOGNISED:
+            self._called.append(func.__name__)
+        return NotImplemented
+
+    def _on_mark(self, z: Tensor) -> Tensor:
+        output = self._output(z)
+        if output is None:
+            return z
+        self._marked.append(output)
+        return alike(output.tensor, z)
+
+    def _on_convex_loss(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._note_call(func, args, kwargs)
+        found = {i: output for i in CONVEX_LOSSES[func] if i < len(args) and (output := self._output(args[i]))}
+        args = tuple(alike(found[i].tensor, a) if i in found else a for i, a in enumerate(args))
+        self._recognised.extend(found.values())
+        result = func(*args, **kwargs)
+        self._attach_note(func, args, kwargs, tuple(found.values()), result)
+        return result
+
+    def _on_log_probability_loss(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._note_call(func, args, kwargs)
+        outputs: tuple[Output, ...] = ()
+        if (behind := logits_behind(args[0], self._log_softmaxes, self._softmaxes)) is not None:
+            logits, is_convex_in_logits = behind
+            if all(logits is not z for z in self._recognised):
+                self._recognised.append(logits)
+            outputs = (logits,) if is_convex_in_logits else ()
+        # Targets may be computed from the same logits.
+        others = [a.grad_fn for a in (*args[1:], *kwargs.values()) if isinstance(a, Tensor)]
+        if any(others) and reached(others, {z.tensor.grad_fn for z in outputs}):
+            outputs = ()
+        result = func(*args, **kwargs)
+        self._attach_note(func, args, kwargs, outputs, result)
+        return result
+
+    def _on_softmax(self, func: Callable[..., Any], z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = self._output(z)
+        if output is None:
+            return func(z, *args, **kwargs)
+        result = func(alike(output.tensor, z), *args, **kwargs)
+        (self._log_softmaxes if func in _LOG_SOFTMAX else self._softmaxes)[result.grad_fn] = output
+        return result
+
+    def _on_square_or_root(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        is_square = func in SQUARES
+        number = self._numbered(lambda: (first_operand if is_square else root_operand)(func, args, kwargs))
+        if self._forward or not (self._wanted is None or number in self._wanted):
+            return func(*args, **kwargs)
+        note: ConvexNote | RootNote | None
+        result, note = (square if is_square else root)(func, args, kwargs, number)
+        if note is None:
+            return result
+        if self._wanted is None:
+            # Whether the loss is a sum of such squares is found out at its `backward`.
+            note.attach(result)
+            self._has_notes = True
+        else:
+            self._recognised.append(note.output_at(result.grad_fn))
+        return result
+
+    def _note_call(self, loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._called.append(loss.__name__)
+        if self._weigh:
+            self._counts.append(mean_over(loss, inspect.signature(loss).bind(*args, **kwargs).arguments))
+
+    def _attach_note(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: tuple[Output, ...],
+        result: Any,
+    ) -> None:
+        """Attach a note to the result of a recognised loss that is convex in these outputs."""
+        if self._wanted is None and outputs:
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            if is_convex(func, given):
+                ConvexNote(outputs).attach(result)
+                self._has_notes = True
+
+    def _output(self, z: Any) -> Output | None:
+        """Return a view of `z` that only its consumer uses, so that a derivative by it is that consumer's alone; None
+        if `z` is no output, or is not wanted.
+        """
+        number = self._numbered(lambda: z)
+        if not isinstance(z, Tensor) or not z.is_floating_point() or not z.requires_grad:
+            return None
+        if is_wrapper(z):
+            self._wrappers.append(type(z).__name__)
+            return None
+        if self._wanted is not None and number not in self._wanted:
+            return None
+        return Output(own_view(z), number)
+
+    def _numbered(self, operand: Callable[[], Any]) -> int:
+        """Return the number of the output at this call; in forward mode record the tangent of a wanted one."""
+        place = _place()
+        number = self._numbers.at(place, self._met[place])
+        self._met[place] += 1
+        if self._forward and self._wanted is not None and number in self._wanted:
+            z = own_view(operand())
+            tangent = forward_ad.unpack_dual(z).tangent
+            self.tangents[number] = torch.zeros_like(z) if tangent is None else tangent
+        return number
+
+
+def _place() -> tuple[object, ...]:
+    """Return where in the user's code a call was made: the innermost lines of it.
+
+    Positions within a line are left out, because they move when Python specialises the code; so are calls within torch
+    and within newtonopt, because they differ where a DistributedDataParallel is run as one process.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    place: list[object] = []
+    while frame is not None and frame.f_code is not Tap.run.__code__ and len(place) < _DEPTH:
+        code = frame.f_code
+        if not code.co_filename.startswith(_NOT_THE_USERS):
+            place.append((code.co_filename, code.co_firstlineno, frame.f_lineno))
+        frame = frame.f_back
+    return tuple(place)
+
+
+_DEPTH = 12
+_NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (Path(__file__).parent, torch.__file__))
+
+_LOG_SOFTMAX = frozenset({F.log_softmax, torch.log_softmax, Tensor.log_softmax})
+_SOFTMAX = frozenset({F.softmax, torch.softmax, Tensor.softmax})
+_UNRECOGNISED = frozenset(getattr(F, name) for name in REMEDIES) - LOG_PROBABILITY_LOSSES
+
+
+def _is_over_classes(z: Any, dim: int | None = None, *args: Any, **kwargs: Any) -> bool:
+    """Whether a softmax is taken over the dimension of `nll_loss`'s classes; attention takes it over the last one."""
+    if "input" in kwargs or not isinstance(z, Tensor) or z.dim() == 0:
+        return False
+    classes = min(1, z.dim() - 1)
+    return dim in (classes, classes - z.dim())
+
+
+# Other calls that the tap looks at.
+
+
+class WatchedHooks:
+    """The hooks that a closure registers on what it computes; many only look at gradients.
+
+    The graph keeps its hooks alive, and these keep this alone, not the tap.
+
+    Attributes:
+        change: Whether one has returned another gradient.
+    """
+
+    def __init__(self) -> None:
+        self.change = False
+
+    def watched(self, hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+        """Return the hook, with a look at what it returns."""
+
+        @functools.wraps(hook)
+        def watched(gradient: Tensor) -> Tensor | None:
+            changed = hook(gradient)
+            self.change = self.change or not (changed is None or torch.equal(changed, gradient))
+            return changed
+
+        return watched
+
+
+# Calls that take a tensor for a constant: those on a tensor, `torch.no_grad` by its flag, gradients without a graph.
+_DATA: Any = Tensor.data
+_HOLDING = frozenset(
+    {Tensor.detach, torch.detach, Tensor.detach_, Tensor.item, Tensor.tolist, Tensor.__float__, _DATA.__get__}
+    | {torch._C._set_grad_enabled, torch.autograd.grad}
+)
+
+
+def _holds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    held = args[0] if args else kwargs.get("outputs")
+    if isinstance(held, Tensor):
+        return held.requires_grad and not kwargs.get("create_graph")
+    return held is False or (isinstance(held, Sequence) and not kwargs.get("create_graph"))
+
+
+# cuDNN's recurrent networks have no double backward.
+_RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    # torch.backends.cudnn.flags sets the precision too, and fails where the user has set that for one kind of layer.
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before

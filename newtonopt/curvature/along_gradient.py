@@ -1,4 +1,4 @@
-"""The curvature that the gradient sees."""
+"""Slope and curvature along the gradient, and how the gradient lies to the top eigenvectors."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from newtonopt.closure.evaluation import Evaluation
+from newtonopt.curvature.eigenvalues.bounds import GUARD
 from newtonopt.curvature.eigenvalues.extreme import Eigenvalue, Spectrum, check_spectrum
 from newtonopt.operators.matrices import hessian
 from newtonopt.vectors.scaling import InRange, dot, lost, norm, scale_of, times_power
-
-# Of a residual, in units of eps times the largest eigenvalue.
-_ROUNDING = 16.0
 
 
 @dataclass(frozen=True)
@@ -21,21 +19,29 @@ class GradientCurvature:
     """Slope and curvature along the gradient g, with the Hessian H.
 
     Attributes:
-        curvature: The Rayleigh quotient g'Hg / g'g, exact up to rounding.
+        curvature: Rayleigh quotient g'Hg / g'g, exact up to rounding.
         residual: `|H g - curvature g| / |g|`: an eigenvalue of H lies within it of `curvature`.
         gradient_norm: `|g|`.
         cauchy_step: Learning rate 1 / curvature, which minimises the quadratic model along -g (the Cauchy point);
-            infinite where the curvature is not positive.
-        longest_step: Learning rate 2 / curvature, up to which the quadratic model does not rise; infinite where the
+            infinite if the curvature is not positive.
+        longest_step: Learning rate 2 / curvature, up to which the quadratic model does not rise; infinite if the
             curvature is not positive.
         stable_step: Learning rate 2 / lambda_max below which gradient descent is stable in all directions, with the
-            upper bound of lambda_max (its value, where the spectrum is not certified); infinite where that is not
-            positive, None without a spectrum.
-        alignments: Squared cosines of g with each of the spectrum's top eigenvectors.
-        alignment_errors: By how much each of them may be off for the error of its eigenvector, at most one: the
-            residual over the distance to the other eigenvalues (Davis & Kahan 1970). One, nothing certain, where
-            intervals overlap, and for the last, whose distance to the next is not known.
-        products: Hessian products that were used.
+            upper bound on lambda_max (its value, if the spectrum is not certified); infinite if that is not positive,
+            None without a spectrum.
+        alignments: Squared cosines between g and each of the spectrum's top eigenvectors.
+        alignment_errors: Bounds on the error of each alignment, at most one: the eigenvector's residual over the
+            distance to the other eigenvalues (Davis & Kahan 1970). One, nothing certain, if intervals overlap, and for
+            the last eigenvector, whose distance to the next eigenvalue is not known.
+        products: Number of Hessian products that were used.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import evaluate
+        >>> theta = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+        >>> found = gradient_curvature(evaluate(lambda: 2.0 * (theta**2).sum(), [theta]))
+        >>> round(found.curvature, 6), round(found.cauchy_step, 6), round(found.longest_step, 6)
+        (4.0, 0.25, 0.5)
     """
 
     curvature: float
@@ -50,25 +56,36 @@ class GradientCurvature:
 
     @property
     def alignment(self) -> float:
-        """The share of the squared gradient in the span of the top eigenvectors (Gur-Ari, Roberts & Dyer 2018)."""
+        """Share of the squared gradient in the span of the top eigenvectors (Gur-Ari, Roberts & Dyer 2018)."""
         return math.fsum(self.alignments)
 
 
 def gradient_curvature(evaluation: Evaluation, spectrum: Spectrum | None = None) -> GradientCurvature:
-    """Curvature along the gradient, the steps it allows, and how the gradient lies to the top eigenvectors.
+    """Compute the curvature along the gradient, the steps it allows, and the gradient's part along top eigenvectors.
 
     Args:
-        evaluation: From `evaluate(closure, params)`.
-        spectrum: From `extreme_eigenvalues(hessian(evaluation))`; None (default): no alignments.
+        evaluation: Return value of `evaluate(closure, params)`.
+        spectrum: Return value of `extreme_eigenvalues(hessian(evaluation))`; None (default): no alignments.
 
     Returns:
-        The measures, for one Hessian product. All are zero, and the steps infinite, where the gradient is zero.
+        The measures, for one Hessian product. If the gradient is zero, all are zero and the steps infinite.
 
     Raises:
         TypeError: `evaluation` is no `Evaluation`, or `spectrum` no `Spectrum`.
-        ValueError: The spectrum's vectors are of another length than the gradient.
+        ValueError: The spectrum's vectors and the gradient differ in length.
         RuntimeError: The evaluation was freed.
         FloatingPointError: The loss, the gradient or its product is not finite.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import evaluate, hessian
+        >>> from newtonopt.curvature import extreme_eigenvalues
+        >>> theta = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+        >>> scales = torch.tensor([3.0, 1.0], dtype=torch.float64)
+        >>> evaluation = evaluate(lambda: 0.5 * (scales * theta**2).sum(), [theta])
+        >>> found = gradient_curvature(evaluation, extreme_eigenvalues(hessian(evaluation), top=1))
+        >>> [round(share, 4) for share in found.alignments]  # the gradient is (3, 2): 9 / 13
+        [0.6923]
     """
     H, g = hessian(evaluation), evaluation.gradient
     if spectrum is not None:
@@ -86,6 +103,7 @@ def gradient_curvature(evaluation: Evaluation, spectrum: Spectrum | None = None)
     if length == 0.0:
         nothing = (0.0,) * len(top)
         return GradientCurvature(0.0, 0.0, 0.0, math.inf, math.inf, stable, nothing, nothing, 0)
+    # Scaled by powers of two, so that squares neither underflow nor overflow.
     matrix, direction = InRange(H), times_power(g, -scale_of(g))
     curved, square = matrix @ direction, dot(direction, direction)
     quotient = dot(direction, curved) / square
@@ -114,7 +132,10 @@ def _step(numerator: float, curvature: float) -> float:
 
 
 def _alignment_error(top: tuple[Eigenvalue, ...], index: int) -> float:
-    """Sine of the largest angle between Ritz vector and eigenvector, which bounds the change of a squared cosine."""
+    """Return the sine of the largest angle between Ritz vector and eigenvector, which bounds a squared cosine's error.
+
+    By Davis & Kahan's sin-theta theorem it is at most the residual over the gap to the other eigenvalues.
+    """
     entry, gap = top[index], math.inf
     if index + 1 < len(top):
         gap = entry.value - top[index + 1].upper
@@ -122,5 +143,5 @@ def _alignment_error(top: tuple[Eigenvalue, ...], index: int) -> float:
         return 1.0
     if index > 0:
         gap = min(gap, top[index - 1].lower - entry.value)
-    rounding = _ROUNDING * torch.finfo(entry.vector.dtype).eps * abs(top[0].value)
+    rounding = GUARD * torch.finfo(entry.vector.dtype).eps * abs(top[0].value)
     return min(1.0, (entry.residual + rounding) / gap) if gap > 0.0 else 1.0

@@ -1,4 +1,4 @@
-"""What kind of critical point a point is, as far as bounds on the curvature allow to say."""
+"""The kind of a critical point, as far as bounds on the curvature can tell."""
 
 from __future__ import annotations
 
@@ -17,31 +17,41 @@ from newtonopt.vectors.scaling import dot, lost, norm
 
 CriticalKind = Literal["minimum", "maximum", "saddle", "degenerate", "not critical"]
 
-# Only signs are asked for. The first tolerance tells that of a value above a tenth of the norm, and so on with its
-# square: most points need no more.
+# Tolerances tried one after the other until both signs are known. An interval's width is relative to its value, or to
+# the tolerance times the norm: the first tolerance settles the sign of a value above a tenth of the norm, which is
+# enough for most points.
 _TOLERANCES = (0.3, 1e-2, 1e-6)
 
 
 @dataclass(frozen=True, eq=False)
 class CriticalPoint:
-    """The verdict of the second-order test, with its evidence. `str()` says it in words.
+    """The verdict of the second-order test, with its evidence; `str()` puts it in words.
 
     Attributes:
         kind: "minimum" or "maximum" (strict and local), "saddle", "degenerate" (the test does not decide), or
             "not critical" (the gradient is not zero).
-        gradient_norm: At the point.
-        tolerance: Up to which gradient norm it counts as critical.
-        loss: At the point.
-        largest: The Hessian's largest eigenvalue, with its interval.
-        smallest: Its smallest eigenvalue, with its interval.
-        distance: Bound on how far the quadratic model's critical point is; zero where the gradient is. The verdict on a
-            minimum or a maximum supposes that the curvature changes little over it. Infinite for other kinds, unless
-            zero.
+        gradient_norm: Norm of the gradient.
+        tolerance: Gradient norm up to which the point counts as critical.
+        loss: Loss at the point.
+        largest: Largest eigenvalue of the Hessian, with its interval.
+        smallest: Smallest eigenvalue of the Hessian, with its interval.
+        distance: Bound on the distance to the quadratic model's critical point; zero if the gradient is zero. A minimum
+            or maximum supposes that the curvature changes little over it. Infinite for other kinds, unless zero.
         direction: Unit vector `(n,)` along which the curvature is certainly negative and the loss does not rise at
-            first: the way to leave a saddle or a maximum. None where no negative curvature was found.
-        products: Hessian products that were used.
+            first: the way to leave a saddle or a maximum. None if no negative curvature was found.
+        products: Number of Hessian products that were used.
         converged: Whether the signs of both ends are known.
-        confidence: Probability with which both intervals hold, at least.
+        confidence: Least probability with which both intervals hold.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import evaluate
+        >>> theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        >>> found = critical_point(evaluate(lambda: theta[0] ** 2 - theta[1] ** 2, [theta]))
+        >>> str(found)[:37]
+        "Saddle: the gradient's norm is 0, the"
+        >>> [round(abs(entry), 6) for entry in found.direction.tolist()]
+        [0.0, 1.0]
     """
 
     kind: CriticalKind
@@ -57,9 +67,9 @@ class CriticalPoint:
     confidence: float
 
     def __str__(self) -> str:
-        """The verdict and what it rests on, in words."""
+        """Return the verdict and its evidence in words."""
         gradient = f"the gradient's norm is {self.gradient_norm:.3g}"
-        ends = f"the Hessian's eigenvalues lie between {_said(self.smallest)} and {_said(self.largest)}"
+        ends = f"the Hessian's eigenvalues lie between {_in_words(self.smallest)} and {_in_words(self.largest)}"
         return f"{_TITLES[self.kind]}: {gradient}, {ends}. {_remark(self)}"
 
 
@@ -80,25 +90,27 @@ def critical_point(
     seed: int = 0,
     spectrum: Spectrum | None = None,
 ) -> CriticalPoint:
-    """The second-order test with intervals in the place of eigenvalues.
+    """Apply the second-order test, with intervals in place of eigenvalues.
 
-    Both ends above zero make a minimum, both below a maximum, one on each side a saddle. An interval that holds zero
-    leaves the test undecided, which a positive semi-definite Hessian always does: x^3, x^4 and -x^4 share theirs at
-    zero. A gradient above the tolerance ends it: there the eigenvalues decide nothing.
+    Both ends of the spectrum above zero make a minimum, both below a maximum, one on each side a saddle. An interval
+    that contains zero leaves the test undecided, as a positive semi-definite Hessian always does: x^3, x^4 and -x^4
+    all have the second derivative zero at zero. With a gradient above the tolerance the point is not critical, whatever
+    the eigenvalues.
 
-    A minimum is local: nothing is said of other points. With a gradient that is small and not zero the critical point
+    A minimum is local: nothing is said of other points. If the gradient is small and not zero, the critical point
     itself is elsewhere, `distance` away if the curvature changes little on the way, which second derivatives cannot
-    tell. A saddle is certain up to rounding; minima and maxima hold with the confidence.
+    tell. A saddle is certain up to rounding; a minimum or maximum holds with the confidence.
 
     Args:
-        evaluation: From `evaluate(closure, params)`.
+        evaluation: Return value of `evaluate(closure, params)`.
         tolerance: Gradient norm up to which the point is critical, positive. Default 1e-6; in float32 the gradient of a
             large loss does not get there.
         confidence: Probability with which both intervals hold, in (0, 1). Default 0.99.
         max_products: Budget of Hessian products, >= 1. Default 300.
-        seed: Seed of the random starts; the global random state is neither read nor written.
-        spectrum: The Hessian's ends where they were measured before, one at least of each; None (default): measured
-            here until their signs are known. From one that is not certified no minimum or maximum follows.
+        seed: Seed of the random starts; the global random state is neither read nor written. Default 0.
+        spectrum: The Hessian's spectrum if it was measured before, with one eigenvalue at least of each end. A spectrum
+            that is not certified proves no minimum or maximum. None (default): measured here until both signs are
+            known.
 
     Returns:
         The verdict and the evidence.
@@ -108,13 +120,22 @@ def critical_point(
         ValueError: An argument is out of range, or `spectrum` lacks an end.
         RuntimeError: The evaluation was freed.
         FloatingPointError: The loss, the gradient or a product is not finite.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import evaluate
+        >>> theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        >>> critical_point(evaluate(lambda: (theta**2).sum(), [theta])).kind
+        'minimum'
     """
     curvature = hessian(evaluation)
     check_positive("tolerance", tolerance)
     check_seed(seed)
     length = norm(evaluation.gradient)
     if not math.isfinite(length):
-        raise FloatingPointError(f"the gradient's norm is {length}, so the point is of no kind; check data and model.")
+        raise FloatingPointError(
+            f"the gradient's norm is {length}, so the point cannot be classified; check data and model."
+        )
     check_share("confidence", confidence)
     check_whole("max_products", max_products, 1)
     products = 0
@@ -128,7 +149,7 @@ def critical_point(
         )
     if spectrum.top[0].vector.numel() != curvature.shape[0]:
         raise ValueError(
-            f"spectrum must be that of the evaluation's {curvature.shape[0]} parameters, got that of "
+            f"spectrum must be of the evaluation's {curvature.shape[0]} parameters, got a spectrum of "
             f"{spectrum.top[0].vector.numel()}. Write extreme_eigenvalues(hessian(evaluation))."
         )
     largest, smallest = spectrum.top[0], spectrum.bottom[0]
@@ -149,18 +170,18 @@ def critical_point(
 
 
 def _ends(curvature: LinearOperator, confidence: float, max_products: int, seed: int) -> tuple[Spectrum, int]:
-    """Both ends, as sharp as their signs need, and the products used.
+    """Return both ends of the spectrum, as sharp as their signs need, and the products used.
 
-    Every attempt has the same random start, so that they fail together and the confidence is that of one.
+    All attempts have the same random start. They fail together, so the confidence is that of a single attempt.
     """
-    # Each end may fail with half the probability that both may.
+    # Each end may fail with half the failure probability of both.
     sure, used = 1.0 - 0.5 * (1.0 - confidence), 0
     for tolerance in _TOLERANCES:
         left = max_products - used
         found = extreme_eigenvalues(curvature, 1, 1, tolerance, sure, max_products=left, seed=seed)
         used += found.products
         ends = (found.top[0], found.bottom[0])
-        # Intervals are no narrower than what underflow may take at both of their ends.
+        # Intervals are never narrower than what underflow may take at both of their ends.
         room = 4.0 * lost(curvature.dtype, curvature.shape[0])
         floor = max(_TOLERANCES[-1] ** 2 * max(abs(end.value) for end in ends), room)
         finest = all(end.upper - end.lower <= floor for end in ends if _is_open(end))
@@ -194,7 +215,7 @@ def _downhill(vector: Tensor, gradient: Tensor) -> Tensor:
     return -vector if dot(gradient, vector) > 0.0 else vector
 
 
-def _said(eigenvalue: Eigenvalue) -> str:
+def _in_words(eigenvalue: Eigenvalue) -> str:
     width = max(eigenvalue.upper - eigenvalue.value, eigenvalue.value - eigenvalue.lower)
     return f"{eigenvalue.value:.4g} (within {abs(width):.1g})"
 
@@ -211,10 +232,10 @@ def _remark(point: CriticalPoint) -> str:
     if point.kind == "saddle":
         return "The loss falls along the direction of the smallest eigenvalue and rises along that of the largest."
     if point.smallest.upper < 0.0:
-        return "It is no minimum; whether a saddle or a maximum, the second-order test leaves undecided."
+        return "It is no minimum; the second-order test leaves undecided whether it is a saddle or a maximum."
     if point.largest.lower > 0.0:
         return (
-            "It is no maximum; whether a minimum or a saddle, the second-order test leaves undecided: that no "
+            "It is no maximum; the second-order test leaves undecided whether it is a minimum or a saddle: that no "
             "eigenvalue is negative is no proof of a minimum."
         )
     return (

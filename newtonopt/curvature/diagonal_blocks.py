@@ -7,9 +7,8 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
-from newtonopt.checks import shown
+from newtonopt.checks import listed, shown
 from newtonopt.operators.linear_operator import LinearOperator, check_operator
-from newtonopt.vectors.flat import listed
 from newtonopt.vectors.sharded import is_sharded
 
 
@@ -18,27 +17,35 @@ def blocks(
     named_parameters: Iterable[tuple[str, Tensor]],
     patterns: Sequence[str] | None = None,
 ) -> dict[str, LinearOperator]:
-    """The diagonal block of each group of parameters, as an operator: curvature layer by layer.
+    """Return the diagonal block of each group of parameters, as an operator: curvature layer by layer.
 
-    A product with a block costs one with the whole. A block's eigenvalues lie between the extreme ones of the whole
-    (Cauchy).
+    A product with a block costs a product with the whole matrix. A block's eigenvalues lie between the extreme ones
+    of the whole matrix (Cauchy).
 
     Args:
-        operator: Symmetric, `(n, n)`, over those parameters.
-        named_parameters: `model.named_parameters()`, in the order that was given to `evaluate`; what requires no
-            gradient is passed over.
-        patterns: Of names, each a group, as file names are matched: `"encoder.*"`, `"*.bias"`. A parameter may be in
-            several groups or in none. None (default): the model's parts, the modules at the first level where there are
-            several.
+        operator: Symmetric operator `(n, n)` over these parameters.
+        named_parameters: `model.named_parameters()`, in the order that was given to `evaluate`; parameters that require
+            no gradient are skipped.
+        patterns: Patterns of names, matched as file names are: `"encoder.*"`, `"*.bias"`. Each makes a group; a
+            parameter may be in several groups or in none. None (default): the model's parts, which are the modules at
+            the first level that has several.
 
     Returns:
         The blocks by pattern, or by the name of the part, in order. A block's vectors run over its parameters in the
-        whole's order.
+        order of the whole matrix.
 
     Raises:
-        TypeError: `operator` is no `LinearOperator`, or `named_parameters` no pairs.
-        ValueError: The parameters are not the operator's, `patterns` is no list of them, or a pattern fits no name.
+        TypeError: `operator` is no `LinearOperator`, or `named_parameters` holds something other than pairs.
+        ValueError: The parameters are not the operator's, `patterns` is no list of patterns, or a pattern fits no name.
         NotImplementedError: The parameters are sharded.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import evaluate, hessian
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1))
+        >>> evaluation = evaluate(lambda: model(torch.ones(4, 3)).square().mean(), model.parameters())
+        >>> {name: block.shape for name, block in blocks(hessian(evaluation), model.named_parameters()).items()}
+        {'0': (8, 8), '2': (3, 3)}
     """
     check_operator(operator)
     if not (patterns is None or are_patterns(patterns)):
@@ -48,7 +55,9 @@ def blocks(
         )
     named = _trained(named_parameters)
     if is_sharded([p for _, p in named]):
-        raise NotImplementedError("blocks of sharded parameters are spread over the processes: measure the whole.")
+        raise NotImplementedError(
+            "blocks of sharded parameters are spread over the processes: measure the whole matrix instead."
+        )
     spans: dict[str, tuple[int, int]] = {}
     size = 0
     for name, p in named:
@@ -56,8 +65,8 @@ def blocks(
         size += p.numel()
     if operator.shape != (size, size):
         raise ValueError(
-            f"named_parameters must be those given to evaluate, of {operator.shape[0]} entries together, got {size} "
-            "entries. Write model.named_parameters(), if all were given."
+            f"named_parameters must be those given to evaluate, with {operator.shape[0]} entries together, got {size} "
+            "entries. Write model.named_parameters() if all were given."
         )
     groups: dict[str, list[tuple[int, int]]] = {pattern: [] for pattern in patterns or ()}
     depth = _depth(list(spans))
@@ -73,17 +82,17 @@ def blocks(
 
 
 def are_patterns(patterns: object) -> bool:
-    """Whether it is a list of patterns of names, one at least."""
+    """Return whether an argument is a list of patterns of names, one at least."""
     return isinstance(patterns, (list, tuple)) and len(patterns) > 0 and all(isinstance(x, str) for x in patterns)
 
 
 def is_named(pair: object) -> bool:
-    """Whether it is a name with a tensor."""
+    """Return whether an entry is a pair of a name and a tensor."""
     return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
 
 
 def _depth(names: Sequence[str]) -> int:
-    """How many of a name's pieces tell a part: one, and more while there is one module that holds all others."""
+    """Return how many pieces of a dotted name make a part: one, and more while a single module contains all others."""
     pieces, depth = [name.split(".") for name in names], 1
     while all(len(name) > depth + 1 for name in pieces) and len({tuple(name[:depth]) for name in pieces}) == 1:
         depth += 1
@@ -91,7 +100,7 @@ def _depth(names: Sequence[str]) -> int:
 
 
 def _trained(named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """Those that require a gradient, each once."""
+    """Return the parameters that require a gradient, each once, with their first names."""
     first: dict[int, tuple[str, Tensor]] = {}
     for pair in listed("named_parameters", named_parameters, "pairs", "model.named_parameters()"):
         if not is_named(pair):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from newtonopt.checks import check_choice, check_closure, check_flag, check_instance, check_weight, shown
+from newtonopt.checks import check_choice, check_closure, check_flag, check_instance, check_weight, listed, shown
 from newtonopt.closure.evaluation import Products
 from newtonopt.curvature.ascent import Kind
 from newtonopt.curvature.diagonal_blocks import is_named
@@ -18,7 +18,6 @@ from newtonopt.curvature.measurements.gradient import AlongGradient
 from newtonopt.curvature.measurements.measurement import Matrix, Measured, Measurement, Plan, take, training
 from newtonopt.curvature.measurements.sharpness import Sharpness
 from newtonopt.curvature.measurements.stability import Stability
-from newtonopt.vectors.flat import listed
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 

@@ -1,4 +1,7 @@
-"""The curvature at which an optimizer's iteration turns unstable, and the Hessian as adaptive optimizers see it."""
+"""The curvature at which an optimizer's iteration turns unstable, and the Hessian as adaptive optimizers see it.
+
+`stability_threshold` and the largest eigenvalue of `preconditioned` are the two numbers to compare.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from newtonopt.operators.linear_operator import LinearOperator, check_operator
 from newtonopt.vectors.flat import flat_dtype, flatten, trained_parameters
 from newtonopt.vectors.sharded import local_part
 
-# AdamW before Adam, of which it is a subclass in some releases of torch.
+# AdamW stands before Adam, because it is a subclass of Adam in some releases of torch.
 _KINDS: tuple[type[Optimizer], ...] = (SGD, RMSprop, Adagrad, AdamW, Adam, NAdam, RAdam, Adamax)
-# The state that P is made of.
+# Name of each optimizer's state from which the preconditioner P is computed.
 _SECOND_MOMENT = {
     RMSprop: "square_avg",
     Adagrad: "sum",
@@ -30,12 +33,12 @@ _SECOND_MOMENT = {
 
 
 def stability_threshold(optimizer: Optimizer) -> float:
-    """Largest eigenvalue at which the iteration on a quadratic still contracts: of the loss's Hessian for SGD, of the
-    Hessian that `preconditioned` makes of it for optimizers that adapt.
+    """Return the largest eigenvalue at which the optimizer's iteration on a quadratic still contracts.
 
-    On a quadratic each eigendirection follows a linear recursion of its own; this is where its larger root leaves the
-    unit disk, at -1 (Cohen et al. 2021, arXiv 2103.00065, app. B; 2022, arXiv 2207.14484). With learning rate lr,
-    momentum b, dampening d and weight decay w:
+    The eigenvalue is that of the loss's Hessian for SGD, and that of the Hessian that `preconditioned` makes of it for
+    optimizers that adapt. On a quadratic each eigendirection follows a linear recursion of its own; the threshold is
+    where its larger root leaves the unit disk, at -1 (Cohen et al. 2021, arXiv 2103.00065, app. B; 2022, arXiv
+    2207.14484). With learning rate lr, momentum b, dampening d and weight decay w:
 
     - gradient descent: 2 / lr - w
     - heavy ball: (2 + 2 b) / (lr (1 - d)) - w. The buffer scales gradients by 1 - d: a learning rate of lr (1 - d).
@@ -46,40 +49,49 @@ def stability_threshold(optimizer: Optimizer) -> float:
     - NAdam: (2 + 2 b) / ((1 - b) (1 + 2 b) lr).
     - decoupled decay, as in AdamW: 2 - lr w in place of 2, so (1 + b) (2 - lr w) / ((1 - b) lr).
 
-    Weight decay in SGD is added to the gradient first, so an eigenvalue lambda acts as h = lambda + w. In the adaptive
+    SGD adds weight decay to the gradient first, so an eigenvalue lambda acts as h = lambda + w. In the adaptive
     optimizers such decay is part of the preconditioned Hessian. So is their bias correction: the threshold is the same
     at every step.
 
-    With several parameter groups the smallest of their thresholds is returned. For the Hessian's own eigenvalues it is
-    sufficient, not necessary: curvature above it need not be unstable. Of a `preconditioned` operator it is necessary
-    too, for that folds the ratios of the thresholds in. (Left-multiply the recursion z^2 - z (I + B - L H) + B by the
-    inverse of L, the learning rates: each eigenvector then solves a scalar recursion of averaged coefficients. That
-    holds for gradient descent and heavy ball in any mix, for Nesterov where the groups share one momentum.)
+    With several parameter groups the smallest of their thresholds is returned. It is sufficient for the Hessian's own
+    eigenvalues, not necessary: curvature above it need not be unstable. For a `preconditioned` operator it is necessary
+    too, because the ratios of the thresholds are part of that operator. (Left-multiply the recursion
+    z^2 - z (I + B - L H) + B by the inverse of L, the learning rates: each eigenvector then solves a scalar recursion
+    of averaged coefficients. That holds for gradient descent and heavy ball in any mix, for Nesterov if the groups
+    share one momentum.)
 
-    Not for minibatches: noise makes an iteration unstable earlier. The adaptive optimizers' preconditioner is taken to
-    stand still, as it nearly does over the few steps in which an instability grows.
+    Do not use this for minibatches: noise makes an iteration unstable earlier. The preconditioner of an adaptive
+    optimizer is assumed to stand still, as it nearly does over the few steps in which an instability grows.
 
     Args:
         optimizer: A `torch.optim` SGD, RMSprop, Adagrad, Adam, AdamW, NAdam, RAdam or Adamax, with momentum below 1, or
             a subclass that keeps its `step`.
 
     Returns:
-        The threshold; infinite where the learning rate is zero, not positive where weight decay alone is unstable.
+        The threshold; infinite if the learning rate is zero, not positive if weight decay alone is unstable.
 
     Raises:
-        TypeError: Another optimizer.
-        ValueError: A group that maximizes, or whose momentum or dampening damps no curvature at all.
+        TypeError: The optimizer is none of these.
+        ValueError: A group maximizes, or its momentum or dampening damps no curvature at all.
+
+    Example:
+        >>> import torch
+        >>> params = [torch.zeros(2, requires_grad=True)]
+        >>> stability_threshold(torch.optim.SGD(params, lr=0.5))
+        4.0
+        >>> round(stability_threshold(torch.optim.Adam(params, lr=0.01)))
+        3800
     """
     kind = _kind_of(optimizer)
     return min(_group_threshold(kind, group) for group in optimizer.param_groups)
 
 
 def preconditioned(operator: LinearOperator, optimizer: Optimizer, params: Iterable[Tensor]) -> LinearOperator:
-    """`P^-1/2 H P^-1/2`, P the diagonal by which the optimizer's last step divided.
+    """Return `P^-1/2 H P^-1/2`, with the diagonal matrix P by which the optimizer's last step divided.
 
     Its largest eigenvalue, against `stability_threshold(optimizer)`, decides whether the iteration with this P is
     stable: training with Adam settles where it is 38 / lr (Cohen et al. 2022, arXiv 2207.14484). After t steps, with
-    betas b and c, second moment v and eps e:
+    betas b and c, second moment v and eps e, the diagonal of P is:
 
     - Adam, AdamW: (1 - b^t) (sqrt(v / (1 - c^t)) + e), v the maximum so far with `amsgrad`
     - RMSprop: sqrt(v) + e, v minus the squared mean gradient with `centered`
@@ -90,24 +102,36 @@ def preconditioned(operator: LinearOperator, optimizer: Optimizer, params: Itera
     - SGD: one
 
     Weight decay that is added to the gradient, other than SGD's, is added to H; decoupled decay is not. P is scaled by
-    each group's threshold over the smallest one, so that with several learning rates or betas one number decides too;
-    a group with learning rate zero takes no part.
+    each group's threshold over the smallest one, so that one number decides with several learning rates or betas too; a
+    group with learning rate zero takes no part.
 
-    An eigenvector y belongs to the direction `P^-1/2 y` of the parameters. H is read when a product is formed, the
-    state now: measure before the next step.
+    An eigenvector y belongs to the direction `P^-1/2 y` of the parameters. The optimizer's state is read now, H when a
+    product is formed: measure before the next step.
 
     Args:
         operator: The Hessian or the Gauss-Newton matrix H, `(n, n)`, without the optimizer's weight decay.
-        optimizer: As `stability_threshold` takes it, after one step at least.
-        params: Those that were given to `evaluate`, in that order.
+        optimizer: An optimizer that `stability_threshold` takes, after one step at least.
+        params: The parameters that were given to `evaluate`, in that order.
 
     Returns:
         The operator, which shares H's count of products.
 
     Raises:
-        TypeError: Another optimizer, or `operator` is no `LinearOperator`.
+        TypeError: The optimizer is of another kind, or `operator` is no `LinearOperator`.
         ValueError: The parameters are not the operator's, or the optimizer does not train one of them or has no state
             of it yet, or P is not positive, or weight decay alone is unstable.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import evaluate, hessian
+        >>> theta = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        >>> loss = lambda: (theta**2).sum()
+        >>> optimizer = torch.optim.Adagrad([theta], lr=0.1)
+        >>> loss().backward()
+        >>> optimizer.step()
+        >>> H = preconditioned(hessian(evaluate(loss, [theta])), optimizer, [theta])
+        >>> H.dense().diagonal().round(decimals=6).tolist()  # the Hessian 2 I over the gradient's size, 2
+        [1.0, 1.0]
     """
     check_operator(operator)
     kind, lowest = _kind_of(optimizer), stability_threshold(optimizer)
@@ -120,7 +144,7 @@ def preconditioned(operator: LinearOperator, optimizer: Optimizer, params: Itera
     size = sum(p.numel() for p in trained)
     if operator.shape != (size, size):
         raise ValueError(
-            f"params must be those given to evaluate, of {operator.shape[0]} entries together, got {size} entries."
+            f"params must be those given to evaluate, with {operator.shape[0]} entries together, got {size} entries."
         )
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     weights, decays = [], []
@@ -139,13 +163,13 @@ def preconditioned(operator: LinearOperator, optimizer: Optimizer, params: Itera
 
 
 def _kind_of(optimizer: object) -> type[Optimizer]:
-    """Whose `step` the optimizer makes.
+    """Return the class of torch's whose `step` the optimizer makes.
 
     Raises:
-        TypeError: None of those known.
+        TypeError: The class is not known.
     """
     for kind in _KINDS:
-        # Unwrapped, for torch wraps the step of every class from which an optimizer is made.
+        # torch wraps the step of every class from which an optimizer is made.
         if isinstance(optimizer, kind) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(kind.step):
             return kind
     names = ", ".join(kind.__name__ for kind in _KINDS)
@@ -156,15 +180,15 @@ def _kind_of(optimizer: object) -> type[Optimizer]:
 
 
 def _is_decoupled(kind: type[Optimizer], group: dict[str, Any]) -> bool:
-    """Whether weight decay shrinks the parameters and leaves the gradient alone."""
+    """Return whether weight decay shrinks the parameters and leaves the gradient alone."""
     return kind is AdamW or bool(group.get("decoupled_weight_decay", False))
 
 
 def _group_threshold(kind: type[Optimizer], group: dict[str, Any]) -> float:
-    """The threshold of one parameter group.
+    """Return the threshold of one parameter group.
 
     Raises:
-        ValueError: It maximizes, or its momentum or dampening damps no curvature at all.
+        ValueError: The group maximizes, or its momentum or dampening damps no curvature at all.
     """
     rate, decay, name = float(group["lr"]), float(group["weight_decay"]), _momentum_name(kind)
     momentum = float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
@@ -175,7 +199,8 @@ def _group_threshold(kind: type[Optimizer], group: dict[str, Any]) -> float:
         raise ValueError(f"{name} must be in [0, 1) for a stable iteration, got {momentum}.")
     if dampening > 1.0:
         raise ValueError(f"dampening must be at most 1, got {dampening}: above it the steps go uphill.")
-    # torch.optim.SGD has no buffer, hence no dampening, without momentum.
+    # `effective` is the learning rate of an equivalent heavy ball, z^2 - (1 + b - effective h) z + b = 0, whose root
+    # reaches -1 at effective h = 2 + 2 b. Without momentum torch.optim.SGD has no buffer, hence no dampening.
     effective = rate * (1.0 - momentum if "betas" in group else 1.0 - dampening)
     if kind is NAdam or group.get("nesterov"):
         effective *= 1.0 + 2.0 * momentum
@@ -200,14 +225,14 @@ def _inverse_root(divisor: Tensor, p: Tensor) -> Tensor:
 
 
 def _divisor(kind: type[Optimizer], group: dict[str, Any], state: dict[str, Any], p: Tensor) -> Tensor:
-    """What the step of the parameter was divided by, in P's units."""
+    """Return what the last step of a parameter was divided by, in P's units."""
     if kind is SGD:
         return torch.ones_like(p.detach())
     name = "max_exp_avg_sq" if group.get("amsgrad") else _SECOND_MOMENT[kind]
     if name not in state or float(state["step"]) < 1.0:
         raise ValueError(
-            f"optimizer must have a state ({name}) of each parameter, got none of one of shape {tuple(p.shape)}. Take "
-            "a step with it first, and leave out parameters that get no gradient."
+            f"optimizer must have a state ({name}) of each parameter, got none for a parameter of shape "
+            f"{tuple(p.shape)}. Take a step with it first, and leave out parameters that get no gradient."
         )
     t, eps = float(state["step"]), float(group["eps"])
     moment: Tensor = state[name].detach().to(flat_dtype([p]))
@@ -231,10 +256,11 @@ def _divisor(kind: type[Optimizer], group: dict[str, Any], state: dict[str, Any]
 
 
 def _nadam_momenta(group: dict[str, Any], beta: float, t: float, product: float) -> float:
-    """The step of this t against that of its last momenta, both at the root -1.
+    """Return the weight of NAdam's step t over the weight that it tends to, both at the root -1.
 
-    There the recursion (z - 1) (z - b) + k ((1 - mu) / (1 - M) (z - b) + nu / (1 - M nu) (1 - b) z) = 0, with momenta
-    mu now and nu next, M their product so far and k = lr h / p, weighs k by what this divides.
+    At z = -1 the recursion (z - 1) (z - b) + k ((1 - mu) / (1 - M) (z - b) + nu / (1 - M nu) (1 - b) z) = 0, with the
+    momenta mu now and nu next, their product M so far and k = lr h / p, weighs k by the numerator below; in the limit
+    mu = nu = b and M = 0.
     """
     drop = float(group["momentum_decay"])
     now, following = (beta * (1.0 - 0.5 * math.pow(0.96, s * drop)) for s in (t, t + 1.0))
@@ -243,7 +269,10 @@ def _nadam_momenta(group: dict[str, Any], beta: float, t: float, product: float)
 
 
 def _rectification(gamma: float, t: float) -> float | None:
-    """RAdam's, with the variance's degrees of freedom at most 5 none (Liu et al. 2020, alg. 2, as torch has it)."""
+    """Return RAdam's rectification (Liu et al. 2020, alg. 2); None while torch applies none.
+
+    This differs from the paper in the limit for the variance's degrees of freedom: 5, as in torch, in place of 4.
+    """
     most = 2.0 / (1.0 - gamma) - 1.0
     degrees = most - 2.0 * t * math.pow(gamma, t) / (1.0 - math.pow(gamma, t))
     if degrees <= 5.0:

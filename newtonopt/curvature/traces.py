@@ -1,4 +1,8 @@
-"""Trace, Frobenius norm and diagonal of a symmetric operator, from products with random vectors."""
+"""Trace, Frobenius norm and diagonal of a symmetric operator, from products with random vectors.
+
+`_find_range` and `_sample` below are the two halves of Hutch++, which trace and Frobenius norm share. `Samples`,
+`student_factor` and `check_finite` serve the other estimates by random vectors too.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +23,28 @@ Method = Literal["hutch++", "hutchinson"]
 
 # A standard deviation from fewer samples is off by a quarter and more, and a test that stops on it stops too soon.
 LEAST_SAMPLES = 10
-
-# The range finder's forecasts are means over so many of its last vectors.
+# Number of last vectors of the range finder over which its forecasts are means.
 _WINDOW = 3
 
 
 @dataclass(frozen=True)
 class TraceEstimate:
-    """A trace.
+    """An estimate of a trace.
 
     Attributes:
-        value: The sum of the eigenvalues.
-        standard_error: Of `value`, over the random vectors; zero where it is exact, and where underflow may take digits
-            from it by how much.
-        products: Products with the operator that were used.
+        value: Estimate of the sum of the eigenvalues.
+        standard_error: Standard error of `value` over the random vectors; zero if the trace is exact. It includes
+            what underflow may take from the value.
+        products: Number of products with the operator that were used.
         converged: Whether the standard error is at most `tolerance * |value|`, or what underflow may take.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import LinearOperator
+        >>> A = torch.diag(torch.arange(6, dtype=torch.float64))
+        >>> found = trace(LinearOperator(A.mv, A.shape, A))
+        >>> found.value, found.standard_error, found.products
+        (15.0, 0.0, 6)
     """
 
     value: float
@@ -44,14 +55,21 @@ class TraceEstimate:
 
 @dataclass(frozen=True)
 class FrobeniusNorm:
-    """A Frobenius norm.
+    """An estimate of a Frobenius norm.
 
     Attributes:
-        value: The root of the sum of squares of the entries, or of the eigenvalues.
-        standard_error: Of `value`, over the random vectors; zero where it is exact, and where underflow may take digits
-            from it by how much.
-        products: Products with the operator that were used.
+        value: Estimate of the root of the sum of squares of the entries, or of the eigenvalues.
+        standard_error: Standard error of `value` over the random vectors; zero if the norm is exact. It includes what
+            underflow may take from the value.
+        products: Number of products with the operator that were used.
         converged: Whether the standard error is at most `tolerance * value`, or what underflow may take.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import LinearOperator
+        >>> A = torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64))
+        >>> frobenius_norm(LinearOperator(A.mv, A.shape, A)).value
+        5.0
     """
 
     value: float
@@ -62,13 +80,20 @@ class FrobeniusNorm:
 
 @dataclass(frozen=True, eq=False)
 class Diagonal:
-    """A diagonal.
+    """An estimate of a diagonal.
 
     Attributes:
-        values: The entries A_ii, `(n,)`, in the operator's dtype and on its device.
-        standard_errors: Of each of them, `(n,)`, over the random vectors; zero where they are exact.
-        products: Products with the operator that were used.
-        converged: Whether the norm of the standard errors is at most `tolerance` times that of the values.
+        values: Estimates of the entries A_ii, `(n,)`, in the operator's dtype and on its device.
+        standard_errors: Standard error of each of them over the random vectors, `(n,)`; zero if they are exact.
+        products: Number of products with the operator that were used.
+        converged: Whether the norm of the standard errors is at most `tolerance` times the norm of the values.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import LinearOperator
+        >>> A = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
+        >>> diagonal(LinearOperator(A.mv, A.shape, A)).values.tolist()
+        [2.0, 3.0]
     """
 
     values: Tensor = field(repr=False)
@@ -84,48 +109,61 @@ def trace(
     max_products: int = 300,
     seed: int = 0,
 ) -> TraceEstimate:
-    """tr(A), by random vectors of signs.
+    """Estimate tr(A) by products with random vectors.
 
-    - "hutchinson": the mean of v'Av (Hutchinson 1990), with the variance 2 sum of A_ij^2 over i != j.
-    - "hutch++": the trace on the range Q of a sketch, exactly, and the mean of v'Av on its complement (Meyer, Musco,
-      Musco & Woodruff 2021). Q grows while two products spent on it save more than two samples (Persson, Cortinovis &
-      Kressner 2022), so that outliers cost a product or two each and a flat spectrum is not sketched in vain.
+    - "hutchinson": the mean of v'Av over vectors v of random signs (Hutchinson 1990), whose variance is
+      2 sum of A_ij^2 over i != j.
+    - "hutch++": the exact trace on the range Q of a sketch, plus the mean of v'Av on its complement (Meyer, Musco,
+      Musco & Woodruff 2021). This differs from the paper in three points: Q is not a third of the budget, but grows
+      while two products spent on it save more than two samples (as in Persson, Cortinovis & Kressner 2022), so that
+      outliers cost a product or two each and a flat spectrum is hardly sketched; the sketch has normal vectors, which
+      also estimate what is left over; and sampling stops on the observed standard error.
 
-    Where the budget reaches n products the trace is exact, by unit vectors. Else memory is that of the range: up to
-    `max_products / 2` vectors of length n, twice while one is added; of two for "hutchinson".
+    If the budget reaches n products, unit vectors give the exact trace. Otherwise memory is that of Q, up to
+    `max_products / 2` vectors of length n, and twice as much while a vector is added; two vectors for "hutchinson".
 
     Args:
-        operator: Symmetric `(n, n)`.
+        operator: Symmetric operator `(n, n)`.
         method: "hutch++" (default) or "hutchinson".
-        tolerance: Standard error, relative to the value, at which to stop, in (0, 1). Default 1e-2. Of an indefinite
-            operator whose eigenvalues cancel, the budget ends first.
-        max_products: Budget, >= 1.
-        seed: Seed of the random vectors; the global random state is neither read nor written.
+        tolerance: Standard error, relative to the value, at which to stop, in (0, 1). Default 1e-2. The budget ends
+            first for an indefinite operator whose eigenvalues cancel.
+        max_products: Budget of products, >= 1. Default 300.
+        seed: Seed of the random vectors; the global random state is neither read nor written. Default 0.
 
     Returns:
-        The trace and its standard error, from at least ten samples where the budget allows them.
+        The trace and its standard error, from at least ten samples if the budget allows them.
 
     Raises:
         TypeError: `operator` is no `LinearOperator`.
         ValueError: An argument is out of range, or the operator is not square.
         FloatingPointError: A product is not finite.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import LinearOperator
+        >>> scales = torch.linspace(1.0, 2.0, 1000, dtype=torch.float64)
+        >>> found = trace(LinearOperator(lambda v: scales * v, (1000, 1000), scales))
+        >>> round(found.value, -1), found.converged
+        (1500.0, True)
     """
     size = _check(operator, tolerance, max_products, seed)
     check_choice("method", method, get_args(Method))
     if max_products >= size:
-        diagonal = [dot(unit, operator @ unit) for unit in unit_vectors(operator.like)]
-        check_finite(math.fsum(diagonal), size)
-        value = math.fsum(diagonal)
+        entries = [dot(unit, operator @ unit) for unit in unit_vectors(operator.like)]
+        value = math.fsum(entries)
+        check_finite(value, size)
         return TraceEstimate(value, _underflow(operator, value), size, True)
     matrix = InRange(operator)
     generator = torch.Generator().manual_seed(seed)
 
     def samples(found: _Range, left: int) -> tuple[float, float]:
-        # A sample on the complement has the variance 2 |B|^2, less its diagonal's part.
+        # v'Bv has the variance 2 |B|^2, less its diagonal's part; m samples reach the tolerance if the variance over m
+        # is its square. |B|^2 enters once.
         return 2.0, min(left, 2.0 * found.rest / max((tolerance * found.level) ** 2, 1e-300))
 
     found = _find_range(matrix, operator.like, max_products if method == "hutch++" else 0, generator, samples)
     value, error, used = _sample(matrix, found, found.trace, dot, max_products, tolerance, generator)
+    # The part on the range has the rounding of its products.
     error = math.hypot(error, torch.finfo(operator.dtype).eps * math.sqrt(found.square))
     value, error = matrix.back(value), matrix.back(error)
     least = _underflow(operator, value)
@@ -136,23 +174,31 @@ def trace(
 def frobenius_norm(
     operator: LinearOperator, tolerance: float = 1e-2, max_products: int = 300, seed: int = 0
 ) -> FrobeniusNorm:
-    """|A|_F, by the sketch of `trace` with "hutch++" and the mean of |Av|^2 on what it leaves over.
+    """Estimate |A|_F by the sketch of `trace` with "hutch++", and the mean of |Av|^2 on what the sketch leaves over.
 
-    Where the budget reaches n products the norm is exact, by unit vectors. Memory is as for `trace`.
+    If the budget reaches n products, unit vectors give the exact norm. Memory is as for `trace`.
 
     Args:
-        operator: Symmetric `(n, n)`.
+        operator: Symmetric operator `(n, n)`.
         tolerance: Standard error, relative to the value, at which to stop, in (0, 1). Default 1e-2.
-        max_products: Budget, >= 1.
-        seed: Seed of the random vectors; the global random state is neither read nor written.
+        max_products: Budget of products, >= 1. Default 300.
+        seed: Seed of the random vectors; the global random state is neither read nor written. Default 0.
 
     Returns:
-        The norm and its standard error, from at least ten samples where the budget allows them.
+        The norm and its standard error, from at least ten samples if the budget allows them.
 
     Raises:
         TypeError: `operator` is no `LinearOperator`.
         ValueError: An argument is out of range, or the operator is not square.
         FloatingPointError: A product is not finite.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import LinearOperator
+        >>> scales = torch.full((10_000,), 0.5, dtype=torch.float64)
+        >>> found = frobenius_norm(LinearOperator(lambda v: scales * v, (10_000, 10_000), scales))
+        >>> round(found.value), found.converged
+        (50, True)
     """
     size = _check(operator, tolerance, max_products, seed)
     if max_products >= size:
@@ -163,7 +209,8 @@ def frobenius_norm(
     generator = torch.Generator().manual_seed(seed)
 
     def samples(found: _Range, left: int) -> tuple[float, float]:
-        # A sample |Bv|^2 has at most the variance 2 |B|^4, and the norm half the relative error of its square.
+        # |Bv|^2 has at most the variance 2 |B|^4, and the norm half the relative error of its square. |B|^2 enters
+        # squared, so that a drop in it is worth twice as much.
         share = found.rest / (found.square + found.rest) if found.rest > 0.0 else 0.0
         return 1.0, min(left, share**2 / (2.0 * tolerance**2))
 
@@ -175,6 +222,7 @@ def frobenius_norm(
 
     square, error, used = _sample(matrix, found, found.square, sample, max_products, 2.0 * tolerance, generator)
     value = math.sqrt(square)
+    # d|A| = d(|A|^2) / (2 |A|)
     error = math.hypot(0.5 * error / value if value > 0.0 else 0.0, torch.finfo(operator.dtype).eps * value)
     value, error = matrix.back(value), matrix.back(error)
     least = _underflow(operator, value)
@@ -183,60 +231,67 @@ def frobenius_norm(
 
 
 def diagonal(operator: LinearOperator, tolerance: float = 0.1, max_products: int = 300, seed: int = 0) -> Diagonal:
-    """diag(A), as the mean of v * Av over random vectors v of signs (Bekas, Kokiopoulou & Saad 2007).
+    """Estimate diag(A) by the mean of v * Av over vectors v of random signs (Bekas, Kokiopoulou & Saad 2007).
 
-    The variance of an entry is the sum of the squares of the others in its row. Where the budget reaches n products the
-    diagonal is exact, by unit vectors.
+    The variance of an entry is the sum of the squares of the others in its row. If the budget reaches n products, unit
+    vectors give the exact diagonal.
 
-    Not for the smallest entries of a matrix with large entries off the diagonal: their standard errors say so.
+    Do not use this for the smallest entries of a matrix with large entries off the diagonal: it cannot resolve them,
+    as their standard errors show.
 
     Args:
-        operator: Symmetric `(n, n)`.
-        tolerance: Norm of the standard errors, relative to that of the values, at which to stop, in (0, 1). Default
+        operator: Symmetric operator `(n, n)`.
+        tolerance: Norm of the standard errors, relative to the norm of the values, at which to stop, in (0, 1). Default
             0.1: the error falls with the root of the products only.
-        max_products: Budget, >= 1.
-        seed: Seed of the random vectors; the global random state is neither read nor written.
+        max_products: Budget of products, >= 1. Default 300.
+        seed: Seed of the random vectors; the global random state is neither read nor written. Default 0.
 
     Returns:
-        The diagonal and its standard errors, from at least ten samples where the budget allows them.
+        The diagonal and its standard errors, from at least ten samples if the budget allows them.
 
     Raises:
         TypeError: `operator` is no `LinearOperator`.
         ValueError: An argument is out of range, or the operator is not square.
         FloatingPointError: A product is not finite.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import evaluate, hessian
+        >>> theta = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        >>> H = hessian(evaluate(lambda: (theta**3).sum() + theta.prod(), [theta]))
+        >>> [round(entry, 6) for entry in diagonal(H).values.tolist()]
+        [6.0, 6.0, 6.0]
     """
-    size = check_operator(operator)
-    check_share("tolerance", tolerance)
-    check_whole("max_products", max_products, 1)
-    check_seed(seed)
+    size = _check(operator, tolerance, max_products, seed)
     mean = operator.like.new_zeros(size)
     squares = torch.zeros_like(mean)
     if max_products >= size:
         for index, unit in enumerate(unit_vectors(operator.like), start=1):
             mean += unit * (operator @ unit)
             check_finite(norm(mean), index)
-        return Diagonal(mean, _with_underflow(squares, mean), size, True)
+        return Diagonal(mean, _at_least_underflow(squares, mean), size, True)
     matrix = InRange(operator)
     generator = torch.Generator().manual_seed(seed)
     used, error = 0, math.inf
     while used < max_products:
         v = signs(operator.like, generator)
         used += 1
+        # Welford's recursion, for all entries at once.
         before = v * (matrix @ v) - mean
         mean += before / used
         squares.addcmul_(before, before, value=1.0 - 1.0 / used)
         level = norm(mean)
         check_finite(level, used)
-        error = few(used) * math.sqrt(float(squares.sum()) / used) if used > 1 else math.inf
+        error = student_factor(used) * math.sqrt(float(squares.sum()) / used) if used > 1 else math.inf
         if used >= LEAST_SAMPLES and error <= tolerance * level:
             break
-    errors = (squares / used).sqrt() * few(used) if used > 1 else torch.full_like(mean, math.inf)
+    errors = (squares / used).sqrt() * student_factor(used) if used > 1 else torch.full_like(mean, math.inf)
     values, errors = (times_power(x, matrix.exponent) for x in (mean, errors))
-    return Diagonal(values, _with_underflow(errors, values), used, error <= tolerance * level)
+    return Diagonal(values, _at_least_underflow(errors, values), used, error <= tolerance * level)
 
 
-def _with_underflow(errors: Tensor, values: Tensor) -> Tensor:
-    """Return the errors, not below what underflow may take where all values are tiny."""
+def _at_least_underflow(errors: Tensor, values: Tensor) -> Tensor:
+    """Return the errors, raised to what underflow may take if all values are tiny."""
     change = lost(values.dtype, 1)
     visible = float(values.abs().max()) * torch.finfo(values.dtype).eps > change
     return errors if visible else errors.clamp_min(change)
@@ -251,7 +306,7 @@ def _check(operator: LinearOperator, tolerance: float, max_products: int, seed: 
 
 
 def _underflow(operator: LinearOperator, value: float) -> float:
-    """Return by how much underflow may change the value; zero where that is below its rounding."""
+    """Return by how much underflow may change a trace or a norm; zero if that is below its rounding."""
     size = operator.shape[0]
     change = math.sqrt(size) * lost(operator.dtype, size)
     return change if change > torch.finfo(operator.dtype).eps * abs(value) else 0.0
@@ -259,13 +314,13 @@ def _underflow(operator: LinearOperator, value: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class _Range:
-    """Orthonormal rows Q and what is known of A there. B = (I - Q'Q) A (I - Q'Q) is what it leaves over.
+    """Orthonormal rows Q and what is known of A there. B = (I - Q'Q) A (I - Q'Q) is the part that Q leaves over.
 
     Attributes:
         rows: Q, `(k, n)`.
         core: Q A Q', `(k, k)`, float64 on the CPU.
         square: |A|^2 - |B|^2, Frobenius norms.
-        products: Used.
+        products: Number of products used.
         level: Estimate of the trace of A.
         rest: Estimate of |B|^2, from above.
     """
@@ -289,17 +344,18 @@ def _find_range(
     generator: torch.Generator,
     samples: Callable[[_Range, int], tuple[float, float]],
 ) -> _Range:
-    """Grow Q by orthonormalised A g while that pays.
+    """Grow Q by orthonormalised vectors A g, g normal, while that pays.
 
-    With m samples to come, a vector that takes `drop` off |B|^2 takes m drop / |B|^2 off their number (more, where
+    With m samples to come, a vector that takes `drop` off |B|^2 takes m drop / |B|^2 off their number (twice that, if
     the variance goes with |B|^4), and costs two products.
 
     Args:
         matrix: A.
-        like: The operator's, no rows `(0, n)`.
-        max_products: All that may be spent, samples included; zero for no range at all.
-        generator: Of the vectors g.
-        samples: From what is known and the products left to the drop's worth and the number of samples to come.
+        like: The operator's `like`, no rows `(0, n)`.
+        max_products: Number of products that may be spent, samples included; zero for no range at all.
+        generator: Generator of the vectors g.
+        samples: Function from what is known and the products left to the number of products that m drop / |B|^2 must
+            exceed to pay, and to the number m of samples to come.
     """
     found = _Range(like, torch.zeros(0, 0, dtype=torch.float64, device="cpu"))
     history: list[tuple[float, float, float]] = []
@@ -307,6 +363,7 @@ def _find_range(
         grown, seen = _grow(matrix, found, generator)
         if grown is None:
             return found
+        # One vector's estimates are noisy: forecasts are means over the last few.
         history = [*history, seen][-_WINDOW:]
         level, rest, drop = (math.fsum(column) / len(history) for column in zip(*history, strict=True))
         found = _Range(grown.rows, grown.core, grown.square, grown.products, level, rest)
@@ -319,23 +376,25 @@ def _find_range(
 def _grow(
     matrix: InRange, found: _Range, generator: torch.Generator
 ) -> tuple[_Range | None, tuple[float, float, float]]:
-    """One more row: the new range, None where A g brings nothing new; and its (level, rest, drop).
+    """Return the range with one more row, None if A g brings nothing new; and (level, rest, drop) of this vector.
 
     As g is independent of Q, it also gives unbiased estimates of tr(A) and of |(I - Q'Q) A|^2, free of charge.
     """
     g = normals(found.rows, generator)
     y = matrix @ g
     check_finite(dot(y, y), found.products + 1)
+    # tr(A) = tr(Q A Q') + tr(B), and g'Bg has the mean tr(B).
     inside, image = _float64(found.rows @ g), _float64(found.rows @ y)
     level = found.trace + dot(g, y) - float(2.0 * inside @ image - inside @ (found.core @ inside))
     new = _outside(y, found.rows)
     rest = dot(new, new)
-    # What projection leaves of a vector inside the range is rounding.
+    # Projection leaves nothing but rounding of a vector inside the range.
     if rest <= (100.0 * torch.finfo(y.dtype).eps) ** 2 * dot(y, y):
         return None, (level, rest, 0.0)
     q = new / math.sqrt(rest)
     a = matrix @ q
     check_finite(dot(a, a), found.products + 2)
+    # |B|^2 loses the row and the column of q: twice |Bq|^2, less the corner that both contain.
     border, corner = _float64(found.rows @ a), dot(q, a)
     drop = 2.0 * dot(a, a) - 2.0 * float(border @ border) - corner**2
     column = torch.cat([border, torch.tensor([corner], dtype=torch.float64, device="cpu")])
@@ -353,7 +412,7 @@ def _sample(
     tolerance: float,
     generator: torch.Generator,
 ) -> tuple[float, float, int]:
-    """Mean of samples on the complement added to what is known, its standard error, and all products used."""
+    """Return the mean of samples on the complement plus what is known, its standard error, and all products used."""
     drawn, used = Samples(), found.products
     while used < max_products:
         v = _outside(signs(found.rows, generator), found.rows)
@@ -366,7 +425,7 @@ def _sample(
 
 
 def _outside(vector: Tensor, rows: Tensor) -> Tensor:
-    """The part of a vector that is orthogonal to all rows; projected twice against rounding."""
+    """Return the part of a vector that is orthogonal to all rows, projected twice against rounding."""
     outside = vector.clone()
     for _ in range(2 if rows.shape[0] else 0):
         outside.addmv_(rows.T, rows @ outside, alpha=-1.0)
@@ -378,7 +437,7 @@ def _float64(values: Tensor) -> Tensor:
 
 
 def check_finite(value: float, products: int) -> None:
-    """Refuse with a FloatingPointError what came of a product that is not finite."""
+    """Raise a FloatingPointError if a value that was computed from a product is not finite."""
     if not math.isfinite(value):
         raise FloatingPointError(
             f"product number {products} with the operator is not finite, so nothing can be said of its spectrum; "
@@ -396,7 +455,7 @@ class Samples:
         self._squares = 0.0
 
     def add(self, value: float) -> None:
-        """One more."""
+        """Add a number."""
         self.count += 1
         before = value - self.mean
         self.mean += before / self.count
@@ -404,15 +463,18 @@ class Samples:
 
     @property
     def standard_error(self) -> float:
-        """Of the mean, widened so that the truth is within two of them as often as with many; infinite for one."""
-        return few(self.count) * math.sqrt(self._squares / max(self.count, 1)) if self.count > 1 else math.inf
+        """Standard error of the mean, widened by `student_factor`; infinite for a single number."""
+        if self.count < 2:
+            return math.inf
+        return student_factor(self.count) * math.sqrt(self._squares / self.count)
 
 
-def few(count: int) -> float:
-    """What makes a standard error of the root of a mean square deviation: Student's t for normal numbers at 95 %.
+def student_factor(count: int) -> float:
+    """Return the factor from the root of the mean square deviation of `count` samples to a standard error of the mean.
 
-    The quantile of Student's distribution over the normal one's z = 1.96 is 1 + (z^2 + 1) / (4 f) + (5 z^4 + 16 z^2 +
-    3) / (96 f^2) + ... for f = count - 1 (Abramowitz & Stegun 1964, 26.7.5).
+    The standard error is widened so that the truth lies within two of them as often (95 %) as with many samples, by
+    the quantile of Student's distribution over the normal one's z = 1.96, which is
+    1 + (z^2 + 1) / (4 f) + (5 z^4 + 16 z^2 + 3) / (96 f^2) + ... for f = count - 1 (Abramowitz & Stegun 1964, 26.7.5).
     """
     free = count - 1
     return (1.0 + 1.21 / free + 1.44 / free**2) / math.sqrt(free)

@@ -1,4 +1,4 @@
-"""Matrices known by their products with vectors."""
+"""`LinearOperator`: a matrix known by its products with vectors."""
 
 from __future__ import annotations
 
@@ -19,25 +19,32 @@ from newtonopt.vectors.sharded import Sharded
 # `v -> A v`, or row by row for rows `(k, n)`.
 Product = Callable[[Tensor], Tensor]
 
-# From which error on products may be those of a matrix that is not positive semi-definite.
+# Products with a larger relative error may be a matrix's that is not positive semi-definite.
 _CLOSE = 0.05
-# Products that `dense` asks for at a time.
+# How many products `dense` asks for at a time.
 _ROWS = 128
-# Products at once may differ by so many times what rounding does to a single one.
+# How much further products formed at once may be from single ones than rounding alone puts them.
 _COARSER = 4.0
 
 
 @dataclass(frozen=True)
 class Trust:
-    """How far the products of an operator can be trusted.
+    """Trust in the products of an operator.
 
     Attributes:
-        doubt: Why they cannot be vouched for; empty: they can.
-        error: Relative error of a product, estimated; zero for exact ones.
+        doubt: Why the products cannot be vouched for; empty if they can.
+        error: Estimated relative error of a product; zero for exact ones.
     """
 
     doubt: str = ""
     error: float = 0.0
+
+
+@dataclass
+class Count:
+    """A count of products, shared by an operator and those derived from it."""
+
+    products: int = 0
 
 
 class LinearOperator:
@@ -47,13 +54,27 @@ class LinearOperator:
         product: Computes `A v` for `v` of shape `(columns,)`.
         shape: `(rows, columns)`.
         like: A tensor of the operator's dtype and device.
-        psd: Whether the matrix is positive semi-definite by construction.
-        transpose: Computes `A' u`; None for a symmetric matrix.
-        rows: Computes `A v` for each row `v` of `(k, columns)`; None: one by one.
-        trust: Returns how far the products can be trusted; None: they are exact.
+        psd: Whether the matrix is positive semi-definite by construction. Default False.
+        transpose: Computes `A' u`; None (default) for a symmetric matrix.
+        rows: Computes `A v` for each row `v` of `(k, columns)`; None (default): they are computed one by one.
+        trust: Returns how far the products can be trusted; None (default): they are exact.
+        count: Counts the products; None (default): they are counted from zero.
 
     Attributes:
         like: No rows `(0, columns)`, from which vectors of the operator's kind can be made.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import LinearOperator
+        >>> matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+        >>> A = LinearOperator(lambda v: matrix @ v, (2, 2), matrix)
+        >>> A @ torch.tensor([1.0, 0.0])
+        tensor([2., 1.])
+        >>> A.shift(10.0).dense()
+        tensor([[12.,  1.],
+                [ 1., 13.]])
+        >>> A.products
+        3
     """
 
     def __init__(
@@ -66,28 +87,29 @@ class LinearOperator:
         transpose: Product | None = None,
         rows: Product | None = None,
         trust: Callable[[], Trust] | None = None,
+        count: Count | None = None,
     ) -> None:
-        self._trust = trust
         self._product = product
         self._rows = rows
         self._transpose = transpose
+        self._psd = psd
+        self._trust = trust
+        self._count = Count() if count is None else count
         self.shape = shape
         self.dtype = like.dtype
         self.device = like.device
         self.like = like.new_empty(0, shape[1])
-        self._psd = psd
-        self._count = [0]
 
     @property
     def products(self) -> int:
-        """How many products were formed, by this operator and by those derived from it."""
-        return self._count[0]
+        """Number of products formed, by this operator and by operators derived from it."""
+        return self._count.products
 
     @property
     @torch.inference_mode(False)
     @torch.no_grad()
     def trust(self) -> Trust:
-        """How far the products can be trusted; before the first one it takes some to find that out."""
+        """Trust in the products. Finding it out before the first product takes some products."""
         return Trust() if self._trust is None else self._trust()
 
     @property
@@ -101,16 +123,17 @@ class LinearOperator:
         if self._transpose is None:
             return self
         rows, columns = self.shape
-        return self._derived(LinearOperator(self._transpose, (columns, rows), self.like, transpose=self._product))
+        transposed, own, like = self._transpose, self._product, self.like
+        return LinearOperator(transposed, (columns, rows), like, transpose=own, trust=self._trust, count=self._count)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def __matmul__(self, v: Tensor) -> Tensor:
-        """`A v` for `v` of shape `(columns,)`, or column by column for `(columns, k)`.
+        """Return `A v` for `v` of shape `(columns,)`, or column by column for `(columns, k)`.
 
         Raises:
             TypeError: `v` is no tensor.
-            ValueError: `v` has another length, or only one of it and the operator is sharded.
+            ValueError: `v` has another length, or only one of `v` and the operator is sharded.
         """
         if not isinstance(v, Tensor):
             raise TypeError(f"v must be a tensor of shape ({self.shape[1]},), got a value of type {type(v).__name__}.")
@@ -122,43 +145,45 @@ class LinearOperator:
         self._check_kind(v)
         if v.dim() == 2:
             return torch.stack([self @ column for column in v.unbind(1)], dim=1)
-        self._count[0] += 1
+        self._count.products += 1
         return self._product(v.to(self.dtype))
 
     def shift(self, c: float | Tensor) -> LinearOperator:
-        """`A + c I`, or `A + diag(c)` for `c` of shape `(n,)`, sharing this operator's count of products."""
+        """Return `A + c I`, or `A + diag(c)` for `c` of shape `(n,)`; it shares this operator's count of products."""
         psd = self._psd and bool((c.min() if isinstance(c, Tensor) else c) >= 0)
-        rows = self._rows
+        product, rows = self._product, self._rows
         shifted = None if rows is None else lambda V: _plus(rows(V), c, V)
-        return self._derived(
-            LinearOperator(lambda v: _plus(self._product(v), c, v), self.shape, self.like, psd=psd, rows=shifted)
-        )
+        return self._derived(lambda v: _plus(product(v), c, v), self.shape[0], psd, shifted)
 
     def scale(self, d: Tensor) -> LinearOperator:
-        """`D A D` with `D = diag(d)`, `d` of shape `(n,)`, sharing this operator's count of products."""
-        scaled = LinearOperator(lambda v: d * self._product(d * v), self.shape, self.like, psd=self._psd)
-        return self._derived(scaled)
+        """Return `D A D` with `D = diag(d)`, `d` of shape `(n,)`; it shares this operator's count of products."""
+        product = self._product
+        return self._derived(lambda v: d * product(d * v), self.shape[0], self._psd)
 
     def block(self, spans: Sequence[tuple[int, int]]) -> LinearOperator:
-        """The diagonal block over the entries in ascending ranges `[start, stop)`, sharing the count of products."""
+        """Return a diagonal block, sharing this operator's count of products.
+
+        Args:
+            spans: The block's entries, as ascending ranges `[start, stop)`.
+        """
         pieces = [slice(*span) for span in spans]
-        size = sum(stop - start for start, stop in spans)
+        sizes = [stop - start for start, stop in spans]
 
         def product(v: Tensor) -> Tensor:
             whole = v.new_zeros(self.shape[1])
-            for piece, part in zip(pieces, v.split([piece.stop - piece.start for piece in pieces]), strict=True):
+            for piece, part in zip(pieces, v.split(sizes), strict=True):
                 whole[piece] = part
             image = self._product(whole)
             return torch.cat([image[piece] for piece in pieces])
 
-        return self._derived(LinearOperator(product, (size, size), self.like, psd=self._psd))
+        return self._derived(product, sum(sizes), self._psd)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def dense(self) -> Tensor:
-        """The whole matrix, for one product a column (a row if there are fewer); symmetric matrices are symmetrised.
+        """Return the whole matrix, for one product a column (a row if there are fewer), symmetrised if it is symmetric.
 
-        Several products are formed at once where operations allow that, and a bar shows how far a long run of them is.
+        Several products are formed at once where operations allow that, and a bar shows the progress of a long run.
         One product more compares each number of rows formed at once with a single one: where they differ, because an
         operation mixes the rows, all are formed one by one.
 
@@ -180,7 +205,7 @@ class LinearOperator:
                 units.diagonal(first).fill_(1)
                 if at_once is not None:
                     piece.copy_(at_once(units))
-                    self._count[0] += len(piece)
+                    self._count.products += len(piece)
                     if not (len(piece) in checked or self._agrees(units, piece)):
                         at_once = None
                     checked.add(len(piece))
@@ -191,7 +216,7 @@ class LinearOperator:
         return transposed.T if self._transpose is not None else _symmetrised(transposed)
 
     def _agrees(self, V: Tensor, images: Tensor) -> bool:
-        """Whether products formed at once, row by row, add up as a single one does: a random combination of them."""
+        """Whether a random combination of products formed at once, row by row, is the product with the combination."""
         generator = torch.Generator().manual_seed(0)
         weights = normals(V[:, 0], generator)
         v, expected = weights @ V, weights @ images
@@ -201,7 +226,7 @@ class LinearOperator:
             return False
         if error <= math.sqrt(torch.finfo(self.dtype).eps) * size:
             return True
-        # Coarser rounding, that of autocast or TensorFloat-32, shows where the same vector is rounded otherwise.
+        # Coarser rounding, by autocast or TensorFloat-32, shows where a multiple of the vector is rounded otherwise.
         return error <= _COARSER * norm((self @ (3 * v)) / 3 - image)
 
     def _check_kind(self, v: Tensor) -> None:
@@ -212,9 +237,8 @@ class LinearOperator:
                 "the evaluation, such as evaluation.gradient."
             )
 
-    def _derived(self, other: LinearOperator) -> LinearOperator:
-        other._count, other._trust = self._count, self._trust
-        return other
+    def _derived(self, product: Product, n: int, psd: bool, rows: Product | None = None) -> LinearOperator:
+        return LinearOperator(product, (n, n), self.like, psd=psd, rows=rows, trust=self._trust, count=self._count)
 
     def __repr__(self) -> str:
         rows, columns = self.shape
@@ -222,7 +246,7 @@ class LinearOperator:
 
 
 def _symmetrised(matrix: Tensor) -> Tensor:
-    """`(A + A') / 2`, in place, a strip at a time."""
+    """Make the matrix `(A + A') / 2` in place, a strip at a time, and return it."""
     for first in range(0, len(matrix), _ROWS):
         last = first + _ROWS
         row, column = matrix[first:last, first:], matrix[first:, first:last]
@@ -232,6 +256,7 @@ def _symmetrised(matrix: Tensor) -> Tensor:
 
 
 def _plus(product: Tensor, c: float | Tensor, v: Tensor) -> Tensor:
+    """Return `product + c v`."""
     return torch.addcmul(product, c, v) if isinstance(c, Tensor) else torch.add(product, v, alpha=c)
 
 

@@ -1,4 +1,8 @@
-"""The curvature matrices of an evaluation."""
+"""The curvature matrices of an evaluation: `hessian`, `gauss_newton`, `jacobian`.
+
+Each says which products belong to the matrix and how they are examined. `Vouched` examines them before the first one,
+and `LinearOperator` gives them out.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +22,16 @@ from newtonopt.operators.verification import Finding, Vouched, examine_gauss_new
 from newtonopt.vectors.flat import flatten, local_pieces, unflatten
 from newtonopt.vectors.sharded import is_sharded
 
-__all__ = ["LinearOperator", "gauss_newton", "hessian", "jacobian"]
-
+# Builds the products of a manner.
 Form = Callable[[Manner], Product]
 
 
 @torch.inference_mode(False)
 def hessian(evaluation: Evaluation) -> LinearOperator:
-    """The Hessian of the objective, `(n, n)`.
+    """Return the Hessian of the objective, `(n, n)`.
 
     Args:
-        evaluation: From `evaluate(closure, params)`, which says how products are formed.
+        evaluation: Made by `evaluate(closure, params)`, which says how products are formed.
 
     Returns:
         The operator. A product costs one to two gradients cached, about three streamed, two by finite differences. With
@@ -38,6 +41,14 @@ def hessian(evaluation: Evaluation) -> LinearOperator:
         TypeError: `evaluation` is no `Evaluation`.
         RuntimeError: The evaluation was freed, or an operation has no second derivative.
         FloatingPointError: The loss is not finite.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import evaluate, hessian
+        >>> theta = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+        >>> hessian(evaluate(lambda: theta[0] ** 2 * theta[1], [theta])).dense()
+        tensor([[4., 2.],
+                [2., 0.]], dtype=torch.float64)
     """
     _check(evaluation)
     return _hessian(evaluation, None)
@@ -45,13 +56,14 @@ def hessian(evaluation: Evaluation) -> LinearOperator:
 
 @torch.inference_mode(False)
 def gauss_newton(evaluation: Evaluation) -> LinearOperator:
-    """The Gauss-Newton matrix `J' H_L J`, `(n, n)`: `J` the outputs' Jacobian, `H_L` the loss's Hessian in the outputs.
+    """Return the Gauss-Newton matrix `J' H_L J`, `(n, n)`: `J` the outputs' Jacobian, `H_L` the loss's Hessian by them.
 
-    It is positive semi-definite for sums of recognised losses and of squares written by hand, and `psd` says so. Weight
-    decay is added; any other term of the loss that does not go through the outputs is left out, with a warning.
+    The matrix is positive semi-definite for sums of recognised losses and of squares written by hand, and `psd` says
+    so. Weight decay is added; any other term of the loss that does not go through the outputs is left out, with a
+    warning.
 
     Args:
-        evaluation: From `evaluate(closure, params)`, which says how products are formed.
+        evaluation: Made by `evaluate(closure, params)`, which says how products are formed.
 
     Returns:
         The operator. A product costs about one gradient cached, three streamed, two by finite differences (which form
@@ -61,24 +73,35 @@ def gauss_newton(evaluation: Evaluation) -> LinearOperator:
         TypeError: `evaluation` is no `Evaluation`.
         RuntimeError: No output was recorded, the evaluation was freed, or an operation has no second derivative.
         FloatingPointError: The loss is not finite.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import evaluate, gauss_newton
+        >>> theta = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+        >>> target = torch.zeros(2, dtype=torch.float64)
+        >>> G = gauss_newton(evaluate(lambda: torch.nn.functional.mse_loss(theta**2, target), [theta]))
+        >>> G.dense(), G.psd
+        (tensor([[ 4.,  0.],
+                [ 0., 16.]], dtype=torch.float64), True)
     """
     _check_gauss_newton(evaluation)
     return _gauss_newton(evaluation, None)
 
 
 def diagonal_blocks(evaluation: Evaluation, curvature: Literal["gauss_newton", "hessian"]) -> Iterator[LinearOperator]:
-    """The diagonal block of each parameter, `(m, m)` for one of `m` entries, in the order of the parameters.
+    """Return the diagonal block of each parameter, `(m, m)` for one of `m` entries, in the order of the parameters.
 
     Cached products with a block are differentiated towards its parameter alone; others are products with the whole
     matrix, by vectors that are zero outside the block. Each block holds a graph of its own: drop it before the next.
 
     Args:
-        evaluation: From `evaluate(closure, params)`, which says how products are formed.
-        curvature: Of which matrix.
+        evaluation: Made by `evaluate(closure, params)`, which says how products are formed.
+        curvature: The matrix.
 
     Raises:
         TypeError: `evaluation` is no `Evaluation`.
-        RuntimeError: As `hessian` and `gauss_newton` do.
+        RuntimeError: No output was recorded for `"gauss_newton"`, the evaluation was freed, or an operation has no
+            second derivative.
         FloatingPointError: The loss is not finite.
     """
     (_check_gauss_newton if curvature == "gauss_newton" else _check)(evaluation)
@@ -87,7 +110,7 @@ def diagonal_blocks(evaluation: Evaluation, curvature: Literal["gauss_newton", "
 
 
 def _hessian(evaluation: Evaluation, number: int | None) -> LinearOperator:
-    """The whole matrix, or the block of the parameter of this number."""
+    """Return the whole matrix, or the block of the parameter of this number."""
     if evaluation.parts:
         return _summed(evaluation, number, _hessian)
 
@@ -119,7 +142,7 @@ def _gauss_newton(evaluation: Evaluation, number: int | None) -> LinearOperator:
         push = lambda m: _joined_push(evaluation, m)  # noqa: E731
         return examine_gauss_newton(evaluation, manner, whole, push, _pull(evaluation, manner))
 
-    return _symmetric(evaluation, "gauss_newton", form, examine, number, psd=evaluation.convex)
+    return _symmetric(evaluation, "gauss_newton", form, examine, number, psd=evaluation.recording.convex)
 
 
 def _symmetric(
@@ -131,7 +154,16 @@ def _symmetric(
     *,
     psd: bool,
 ) -> LinearOperator:
-    """From how products with the whole matrix, or with the block of a number, are formed, and how they are examined."""
+    """Return a symmetric matrix of an evaluation, with decay.
+
+    Args:
+        evaluation: The evaluation.
+        matrix: Which matrix.
+        form: Builds the products of a manner, with the whole matrix (None) or with the block of a number.
+        examine: Examines products of a manner with the whole matrix.
+        number: Number of the parameter whose block to return; None: the whole matrix.
+        psd: Whether the matrix is positive semi-definite.
+    """
     evaluation.check_finite()
     params, like, decay = evaluation.params, evaluation.gradient, evaluation.decay
     if number is not None:
@@ -145,7 +177,7 @@ def _symmetric(
         product = form(manner, number)
         return product if manner.form == "cached" else products.restricted(product, part, n)
 
-    whole = _latest(lambda manner: form(manner, None))
+    whole = _Latest(lambda manner: form(manner, None))
     product = Vouched(evaluation, matrix, whole if number is None else block, lambda m: examine(m, whole))
     rows = product if evaluation.form == "cached" and not is_sharded(params) else None
     shape = (like.numel(), like.numel())
@@ -153,24 +185,24 @@ def _symmetric(
     return operator.shift(decay) if decays(decay) else operator
 
 
-def _latest(form: Form) -> Form:
-    """The same, which gives the products built last again, and keeps no others."""
-    kept: tuple[Manner, Product] | None = None
+class _Latest:
+    """Gives the products of a manner, the same ones while the manner stays. It keeps no others: each holds a graph."""
 
-    def again(manner: Manner) -> Product:
-        nonlocal kept
-        if kept is None or kept[0] != manner:
-            kept = None
-            kept = manner, form(manner)
-        return kept[1]
+    def __init__(self, form: Form) -> None:
+        self._form = form
+        self._kept: tuple[Manner, Product] | None = None
 
-    return again
+    def __call__(self, manner: Manner) -> Product:
+        if self._kept is None or self._kept[0] != manner:
+            self._kept = None  # before the next one is built
+            self._kept = manner, self._form(manner)
+        return self._kept[1]
 
 
 def _summed(
     evaluation: Evaluation, number: int | None, make: Callable[[Evaluation, int | None], LinearOperator]
 ) -> LinearOperator:
-    """The sum of the matrices of an evaluation's parts, each zero beside the parameters that its losses count for."""
+    """Return the sum of the matrices of an evaluation's parts, each zero beside the parameters its losses count for."""
     like, decay, span = evaluation.gradient, evaluation.decay, slice(None)
     if number is not None:
         sizes = [piece.numel() for piece in local_pieces(like, evaluation.params)]
@@ -190,7 +222,7 @@ def _summed(
 
 
 def _stacked(evaluation: Evaluation) -> LinearOperator:
-    """The Jacobians of an evaluation's parts, one below the other."""
+    """Return the Jacobians of an evaluation's parts, one below the other."""
     parts = [(jacobian(part), mask) for part, mask in evaluation.parts]
     rows = [J.shape[0] for J, _ in parts]
 
@@ -204,18 +236,27 @@ def _stacked(evaluation: Evaluation) -> LinearOperator:
 
 @torch.inference_mode(False)
 def jacobian(evaluation: Evaluation) -> LinearOperator:
-    """The Jacobian `d outputs / d parameters`, `(m, n)`: `J @ v`, `J.T @ u`, `J.dense()`.
+    """Return the Jacobian `d outputs / d parameters`, `(m, n)`: `J @ v`, `J.T @ u`, `J.dense()`.
 
-    The rows are the entries of the recorded outputs, each flattened, in the order in which the closure produced them;
-    with several processes, of this one's.
+    The rows are the entries of the recorded outputs, each flattened, in the order in which the closure produced them.
+    With several processes, they are this process's outputs.
 
     Args:
-        evaluation: From `evaluate(closure, params)`, which says how products are formed.
+        evaluation: Made by `evaluate(closure, params)`, which says how products are formed.
 
     Raises:
         TypeError: `evaluation` is no `Evaluation`.
         RuntimeError: No output was recorded, or the evaluation was freed.
         NotImplementedError: The parameters are sharded.
+
+    Example:
+        >>> import torch
+        >>> from newtonopt import evaluate, jacobian
+        >>> theta = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+        >>> target = torch.zeros(2, dtype=torch.float64)
+        >>> jacobian(evaluate(lambda: torch.nn.functional.mse_loss(theta**2, target), [theta])).dense()
+        tensor([[2., 0.],
+                [0., 4.]], dtype=torch.float64)
     """
     _check(evaluation)
     if evaluation.parts:
@@ -240,14 +281,14 @@ def jacobian(evaluation: Evaluation) -> LinearOperator:
 
 
 def _push(evaluation: Evaluation, manner: Manner) -> products.Push:
-    """`v -> J v` by the outputs' numbers, in another manner than cached."""
+    """Return `v -> J v` by the outputs' numbers, in another manner than cached."""
     if manner.form == "streamed":
-        return products.streamed_push(evaluation, manner.forward)
+        return products.StreamedPush(evaluation, manner.forward)
     return products.differenced_push(evaluation, manner.length)
 
 
 def _joined_push(evaluation: Evaluation, manner: Manner) -> Product:
-    """`v -> J v`, `(m,)`."""
+    """Return `v -> J v`, `(m,)`."""
     if manner.form == "cached":
         cached = products.push_of([z.tensor for z in evaluation.graph[1]], evaluation.params)
         return lambda v: torch.cat([piece.reshape(-1).to(v.dtype) for piece in cached(v)])
@@ -261,7 +302,7 @@ def _joined_push(evaluation: Evaluation, manner: Manner) -> Product:
 
 
 def _pull(evaluation: Evaluation, manner: Manner) -> Product:
-    """`u -> J' u`."""
+    """Return `u -> J' u`."""
     if manner.form != "cached":
         return products.pull_from(evaluation)
     outputs, params = [z.tensor for z in evaluation.graph[1]], evaluation.params
@@ -281,7 +322,7 @@ def _check(evaluation: Evaluation) -> None:
 def _check_outputs(evaluation: Evaluation) -> None:
     _check(evaluation)
     if not evaluation.output_sizes:
-        raise RuntimeError(evaluation.unrecognised_advice)
+        raise RuntimeError(evaluation.recording.advice)
 
 
 def _check_gauss_newton(evaluation: Evaluation) -> None:
@@ -291,14 +332,14 @@ def _check_gauss_newton(evaluation: Evaluation) -> None:
     if evaluation.parts:
         return
     _check_outputs(evaluation)
-    if evaluation.linear_marks:
+    if evaluation.recording.linear_marks:
         raise RuntimeError(
             "The loss is linear in a tensor that was given to newtonopt.mark_outputs (the loss itself, or a penalty), "
             "so that its Gauss-Newton matrix there is zero. Mark the tensor in which the loss is convex instead, such "
             "as raw predictions or logits. A critic, whose loss is linear in its output, has none: use "
             'curvature="hessian".'
         )
-    if evaluation.part_outside_outputs():
+    if evaluation.leaves_outputs_out():
         warn(
             "Part of the loss does not go through the recorded outputs (such as a penalty that is no sum of squares, "
             "or another term written by hand): the Gauss-Newton matrix leaves that part out. Mark the outputs of such "

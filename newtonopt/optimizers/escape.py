@@ -17,7 +17,7 @@ from torch import Tensor
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.optimizers.rates import ray, scaled
 from newtonopt.optimizers.trials import Outcome, Proposal
-from newtonopt.solvers.negative_curvature import negative_curvature
+from newtonopt.solvers.lanczos import negative_curvature
 from newtonopt.solvers.solution import Iterate
 
 STALLED = "steps no longer change the loss"

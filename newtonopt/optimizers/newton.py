@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import sys
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from newtonopt.checks import check_closure, warn
-from newtonopt.closure.evaluation import Evaluation, Matrix, Products, Verdict
+from newtonopt.checks import check_closure, listed_group, listed_groups, warn
+from newtonopt.closure.evaluation import Evaluation, Known, Matrix, Products, Verdict
 from newtonopt.closure.objective import RESTLESS, Objective, ParametersMovedError
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.operators.matrices import gauss_newton, hessian
@@ -36,7 +37,7 @@ from newtonopt.optimizers.settings import (
     warn_of_small_rates,
 )
 from newtonopt.optimizers.trials import Outcome, Proposal, search
-from newtonopt.vectors.flat import check_any, check_parameters, flatten, listed_group, listed_groups, unflatten
+from newtonopt.vectors.flat import check_any, check_parameters, flatten, unflatten
 from newtonopt.vectors.sharded import is_sharded
 
 
@@ -85,14 +86,12 @@ class Call:
         decay = per_entry([float(group["weight_decay"]) for group, _ in trained], self.params)
         products: Products = "finite_difference" if falls_back else groups[0]["products"]
         curved = closure if curvature_closure is None else curvature_closure
-        self._curved = Objective(
-            curved, self.params, decay, products, verdicts=verdicts, length=length, replayed=replayed
-        )
+        self._curved = Objective(curved, self.params, decay, products, known=Known(verdicts, length, replayed))
         # By differences, which the loss alone never needs, no graph of it is kept.
         alone: Products = "finite_difference"
         self.objective = self._curved
         if curvature_closure is not None:
-            self.objective = Objective(closure, self.params, decay, alone, replayed=replayed)
+            self.objective = Objective(closure, self.params, decay, alone, known=Known(replayed=replayed))
         self._start = self.objective.point
         self._began = False
         self._gradient: Tensor | None = None
@@ -407,7 +406,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC):
                     if call.objective.unprotected:
                         warn(_UNPROTECTED.format(", ".join(call.objective.unprotected)))
                 # The model's slope is the loss's.
-                basis.gradient = basis.data_gradient = evaluation.gradient
+                basis = dataclasses.replace(basis, gradient=evaluation.gradient)
                 with unrounded(basis.gradient):
                     proposal, searching = self._proposed(basis, call.rates, loss, norm)
         except FloatingPointError:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from newtonopt.solvers.solution import Iterate, Matrix
+from newtonopt.solvers.solution import Iterate
 from newtonopt.vectors.flat import flatten
+from newtonopt.vectors.scaling import Matrix
 from newtonopt.vectors.sharded import local_part
 
 

@@ -1,9 +1,8 @@
 """Solvers of anything with `A @ v`: they know vectors and numbers, and nothing of closures or optimizers.
 
-- `cg`: preconditioned conjugate gradients, truncated and in a ball. `preconditioners`: what they are helped by.
-- `lanczos`: the Lanczos process. `krylov`: minimisers in the space that it spans.
-- `negative_curvature`: a direction of negative curvature.
-- `dense`: solutions with the whole matrix.
-- `secular`: the secular equations of the ball and of the cubic term, which `krylov` and `dense` solve.
-- `solution`: what all of them return.
+- `cg`: conjugate gradients, also in a ball (Steihaug). `preconditioners`: approximate inverses that speed them up.
+- `lanczos`: the Lanczos process, and directions of negative curvature. `krylov`: minimisers in the space it spans.
+- `dense`: minimisers with the whole matrix.
+- `secular`: the scalar equations of the ball and of the cubic term, which `krylov` and `dense` solve.
+- `solution`: the result of all of them, a `Solution`.
 """

@@ -1,4 +1,4 @@
-"""How much memory there is, before a matrix is made that might not fit."""
+"""Available memory, asked before a matrix is allocated that might not fit."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from pathlib import Path
 
 import torch
 
+_MACHINE = Path("/proc/meminfo")
+# Control group of a container, version 2. A container that is given less memory than the machine has is killed, without
+# an error, when it takes more; the machine's figures do not show that limit.
+_CONTAINER = Path("/sys/fs/cgroup")
+
 
 def check_room(entries: int, dtype: torch.dtype, device: torch.device, what: str, remedy: str) -> None:
-    """Refuse what would not fit in the memory that is available now.
+    """Raise an error if that many numbers would not fit in the memory available now.
 
     Args:
-        entries: Numbers that must be held at the same time.
-        dtype: Theirs.
-        device: Where.
-        what: It is, for the message.
-        remedy: What to do instead, for the message.
+        entries: Number of entries held at the same time.
+        dtype: Their dtype.
+        device: Device they would live on.
+        what: Name of the object, for the message.
+        remedy: Sentence that says what to do instead.
 
     Raises:
-        MemoryError: It would not fit; nothing was allocated.
+        MemoryError: They would not fit; nothing was allocated.
     """
     needed, available = entries * dtype.itemsize, available_memory(device)
     if available is not None and needed > available:
@@ -30,51 +35,45 @@ def check_room(entries: int, dtype: torch.dtype, device: torch.device, what: str
 
 
 def fits(entries: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether that many numbers fit in the memory that is available now, as far as that can be told."""
+    """Return whether that many numbers fit in the memory available now; true if that is unknown."""
     available = available_memory(device)
     return available is None or entries * dtype.itemsize <= available
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device; None if that cannot be told."""
+    """Return the bytes that can still be allocated on a device; None if that is unknown."""
     if device.type == "cuda":
-        # What torch keeps for reuse counts as used for the driver.
+        # The driver counts memory that torch keeps for reuse as used.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     if device.type != "cpu":
         return None
-    known = [bytes_ for bytes_ in (_of_the_machine(), _of_the_container()) if bytes_ is not None]
+    known = [bytes_ for bytes_ in (_left_by_the_machine(), _left_by_the_container()) if bytes_ is not None]
     return min(known, default=None)
 
 
-def _of_the_machine() -> int | None:
+def _left_by_the_machine() -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        return 1024 * _entry(_MACHINE, "MemAvailable:")
     except (OSError, StopIteration):
         pass
     try:
-        # All there is, where what is free cannot be told.
+        # All memory there is, on systems that do not tell what is free.
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return None
 
 
-def _of_the_container() -> int | None:
-    """What a control group leaves, whose limit the machine's figures do not show: version 2, else 1."""
-    for limit, usage, cache in _CONTROL_GROUPS:
-        try:
-            allowed, used = int(Path(limit).read_text()), int(Path(usage).read_text())
-            counts = dict(line.split() for line in Path(usage).with_name("memory.stat").read_text().splitlines())
-            return max(0, allowed - used + int(counts.get(cache, 0)))
-        except (OSError, ValueError):  # there is none, or its limit is "max"
-            continue
-    return None
+def _left_by_the_container() -> int | None:
+    """Return the bytes below the container's limit; None without a limit."""
+    try:
+        limit, used = (int((_CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+        # The kernel frees cached files first.
+        return max(0, limit - used + _entry(_CONTAINER / "memory.stat", "inactive_file"))
+    except (OSError, ValueError, StopIteration):  # no such files, or the limit is "max"
+        return None
 
 
-_ROOT = "/sys/fs/cgroup/"
-# Limit, usage, and the part of the usage that is cache of files, which the kernel lets go first.
-_CONTROL_GROUPS = (
-    (f"{_ROOT}memory.max", f"{_ROOT}memory.current", "inactive_file"),
-    (f"{_ROOT}memory/memory.limit_in_bytes", f"{_ROOT}memory/memory.usage_in_bytes", "total_inactive_file"),
-)
+def _entry(path: Path, name: str) -> int:
+    """Return the number after a name in a file of lines `name number`."""
+    return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(name))

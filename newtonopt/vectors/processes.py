@@ -1,26 +1,31 @@
-"""The processes that share one objective."""
+"""The processes of `torch.distributed` that share one objective."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Result = TypeVar("Result")
+Number = float | Tensor
 
 
-class Ranks:
-    """The processes of the default group, or this one alone.
+class Processes:
+    """The processes of the default group, or this process alone.
 
-    Every method is a collective call: all processes make it, in the same order. An error that one of them meets inside
-    reaches the others as an error of their own, at once.
+    Every method is a collective call: all processes make it, in the same order. If one of them raises an error inside,
+    the others raise a RuntimeError at once.
 
     Args:
-        like: A vector `(n,)` of the dtype and on the device of those exchanged.
+        like: A vector `(n,)` of the dtype and on the device of the vectors that are exchanged.
+
+    Attributes:
+        count: Number of processes.
+        rank: Number of this process.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -29,43 +34,49 @@ class Ranks:
         self.rank = dist.get_rank() if several else 0
         self._like = like
 
-    def gather(self, compute: Callable[[], Sequence[float | Tensor]]) -> Tensor:
-        """The two scalars that each process computes, as rows `(count, 2)` in float64 on the CPU.
+    def gather(self, compute: Callable[[], tuple[Result, tuple[Number, Number]]]) -> tuple[Result, Tensor]:
+        """Return this process's result, and two numbers of every process.
+
+        Args:
+            compute: Returns this process's result and its two numbers.
+
+        Returns:
+            The result, and the numbers as rows `(count, 2)` in float64 on the CPU.
 
         Raises:
             RuntimeError: `compute` raised on another process.
         """
         if self.count == 1:
-            return _row(compute())[None]
+            result, numbers = compute()
+            return result, _row(numbers)[None]
         row = torch.zeros(3, dtype=torch.float64, device="cpu")
+        found: Result | None = None
         error: Exception | None = None
         try:
-            row[:2] = _row(compute())
+            found, numbers = compute()
+            row[:2] = _row(numbers)
         except Exception as raised:
             error, row[2] = raised, 1.0
         rows = [torch.empty_like(row, device=self._like.device) for _ in range(self.count)]
         dist.all_gather(rows, row.to(self._like.device))
         table = torch.stack(rows).cpu()
         _pass_on(error, bool(table[:, 2].any()))
-        return table[:, :2]
+        return cast(Result, found), table[:, :2]
 
-    def each(self, compute: Callable[[], Result]) -> Result:
-        """What this process computes.
+    def together(self, compute: Callable[[], Result]) -> Result:
+        """Return this process's result, once all processes have computed theirs.
 
         Raises:
             RuntimeError: `compute` raised on another process.
         """
-        results: list[Result] = []
-
-        def run() -> tuple[float, float]:
-            results.append(compute())
-            return 0.0, 0.0
-
-        self.gather(run)
-        return results[0]
+        return self.gather(lambda: (compute(), (0.0, 0.0)))[0]
 
     def sum(self, compute: Callable[[], Tensor], like: Tensor | None = None) -> Tensor:
-        """The sum of the tensors shaped as `like`, vectors `(n,)` if None, that the processes compute: one all-reduce.
+        """Return the sum of the processes' tensors, by one all-reduce.
+
+        Args:
+            compute: Returns this process's tensor.
+            like: A tensor of its shape; None (default): a vector `(n,)`.
 
         Raises:
             RuntimeError: `compute` raised on another process.
@@ -74,6 +85,7 @@ class Ranks:
             return compute()
         like = self._like if like is None else like
         n = like.numel()
+        # The last entry counts errors, so that an error takes no communication of its own.
         buffer = self._like.new_zeros(n + 1)
         error: Exception | None = None
         try:
@@ -85,16 +97,16 @@ class Ranks:
         return buffer[:n].view(like.shape)
 
     def first(self, vector: Tensor) -> Tensor:
-        """The vector `(n,)` of the first process, written over the others'."""
+        """Write the first process's vector `(n,)` over `vector` on all processes; return `vector`."""
         if self.count > 1:
             dist.broadcast(vector, 0)
         return vector
 
     def check_same(self, point: Tensor) -> None:
-        """Refuse processes that hold different parameters."""
+        """Raise a RuntimeError if the processes hold different parameters `point`, `(n,)`."""
         if self.count == 1:
             return
-        table = self.gather(lambda: (float(point.numel()), point.norm()))
+        _, table = self.gather(lambda: (None, (float(point.numel()), point.norm())))
         sizes, norms = table[:, 0].tolist(), table[:, 1].tolist()
         if len(set(sizes)) > 1 or any(math.isfinite(n) and abs(n - norms[0]) > 1e-5 * norms[0] for n in norms):
             raise RuntimeError(
@@ -105,11 +117,12 @@ class Ranks:
 
 
 def _pass_on(error: Exception | None, failed: bool) -> None:
+    """Raise this process's error, or one that says that another process failed."""
     if error is not None:
         raise error
     if failed:
         raise RuntimeError("The closure failed on another process, whose own message says why.")
 
 
-def _row(values: Sequence[float | Tensor]) -> Tensor:
+def _row(values: tuple[Number, Number]) -> Tensor:
     return torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu").detach().reshape(()) for v in values])

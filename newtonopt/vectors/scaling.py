@@ -1,8 +1,8 @@
-"""Norms, inner products and matrices whose squares would leave the range of floating-point numbers.
+"""Norms, inner products and matrices, also where squares would leave the range of floating-point numbers.
 
-The square of a float32 number below 1e-19 loses digits, and below 1e-23 it is zero; above 2e19 it is infinite.
-Curvature of that size is ordinary: a classifier that fits its data, a loss in large units. Everything here is scaled by
-powers of two, which do not round.
+The square of a float32 number below 1e-19 loses digits, below 1e-23 it is zero, above 2e19 infinite. Curvature of such
+size is ordinary: a classifier that fits its data, a loss in large units. Powers of two, which do not round, scale
+everything here.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-# A matrix of a size within 2^-16 and 2^16 is left as it is: squares of its products and of their rounding are numbers.
+# A matrix of a size between 2^-16 and 2^16 is not scaled: squares of its products, and of their rounding, are in range.
 _BAND = 16
 
 
-class Multiplies(Protocol):
-    """Anything that multiplies a vector."""
+class Matrix(Protocol):
+    """Anything that multiplies a vector: a `LinearOperator`, a dense tensor."""
 
     def __matmul__(self, v: Any, /) -> Any: ...
 
 
 def norm(v: Tensor) -> float:
-    """Return the Euclidean norm of a vector `(n,)`, accumulated as by `dot`, whether or not its square is a number."""
+    """Return the Euclidean norm of a vector `(n,)`, accumulated as in `dot`, also if its square is out of range."""
     square = _dot(v, v)
     if _least(v) < square < math.inf:
         return math.sqrt(square)
@@ -36,9 +36,9 @@ def norm(v: Tensor) -> float:
 
 
 def dot(left: Tensor, right: Tensor) -> float:
-    """Return the inner product of two vectors `(n,)`, whether or not the products of their entries are numbers.
+    """Return the inner product of two vectors `(n,)`, also if products of their entries are out of range.
 
-    It is accumulated in float64 where the device has it (Apple's does not).
+    It is accumulated in float64, except on Apple's devices, which have none.
     """
     plain = _dot(left, right)
     if _least(left) < abs(plain) < math.inf:
@@ -55,32 +55,32 @@ def _dot(left: Tensor, right: Tensor) -> float:
 
 
 def _least(v: Tensor) -> float:
-    """Return the least sum of `n` products of which underflow takes no digit."""
+    """Return the smallest sum of `n` products that has lost no digit to underflow."""
     of = torch.finfo(v.dtype)
     return v.shape[0] * of.tiny / of.eps
 
 
 def exponent(v: Tensor) -> int | None:
-    """Return the power of two just above the largest entry's size; None for a vector that is zero or not finite."""
+    """Return the exponent of the power of two just above the largest entry; None for zeros and non-finite vectors."""
     largest = float(v.abs().max()) if v.numel() else 0.0
     return math.frexp(largest)[1] if 0.0 < largest < math.inf else None
 
 
 def scale_of(v: Tensor) -> int:
-    """Return the exponent of a vector, zero for one of ordinary size, which needs no scaling."""
+    """Return the exponent of a vector, or zero if it is of ordinary size and needs no scaling."""
     power = exponent(v) or 0
     return power if abs(power) > _BAND else 0
 
 
 def times_power(v: Tensor, power: int) -> Tensor:
     """Return `2^power v`."""
-    # In two steps, for the factor itself may be no number.
+    # Two steps, because the factor itself may be out of range.
     half = power // 2
     return v * 2.0**half * 2.0 ** (power - half) if power else v
 
 
 def shifted(x: float, power: int) -> float:
-    """Return `2^power x`, infinite where that overflows."""
+    """Return `2^power x`; infinite if that overflows."""
     try:
         return math.ldexp(x, power)
     except OverflowError:
@@ -88,28 +88,27 @@ def shifted(x: float, power: int) -> float:
 
 
 def lost(dtype: torch.dtype, size: int) -> float:
-    """Return by how much underflow may change the norm of a product `(size,)` of that dtype.
+    """Return the largest change that underflow can make to the norm of a product `(size,)` of that dtype.
 
-    Numbers below the least normal one have fewer digits, or none. An entry that is computed from them errs by a tiny
-    part of that number, times what the rest of the computation multiplies it by: 1e7 in float32 and 1e16 in float64 are
-    allowed for.
+    Numbers below the least normal one, `tiny`, have fewer digits, or none. An entry computed from them errs by
+    `eps * tiny` times a factor from the rest of the computation; this allows for factors up to `1 / eps`.
     """
     return torch.finfo(dtype).tiny * math.sqrt(size)
 
 
 class InRange:
-    """The matrix `A / 2^exponent`, whose products with unit vectors, and their squares, are numbers of ordinary size.
+    """The matrix `A / 2^exponent`: its products with unit vectors, and their squares, are of ordinary size.
 
-    The exponent is found from the first product that is not zero, and stays: products up to then are zero in any units.
+    The first product that is not zero determines the exponent; products before it are zero in any units.
 
     Args:
         matrix: `A`.
 
     Attributes:
-        exponent: Zero where the matrix is of ordinary size itself.
+        exponent: Zero if the matrix is of ordinary size itself.
     """
 
-    def __init__(self, matrix: Multiplies) -> None:
+    def __init__(self, matrix: Matrix) -> None:
         self._matrix = matrix
         self._known = False
         self.exponent = 0
@@ -122,7 +121,7 @@ class InRange:
         return times_power(product, -self.exponent)
 
     def settle(self) -> None:
-        """Keep the exponent that is known by now."""
+        """Keep the present exponent from now on."""
         self._known = True
 
     def _find(self, product: Tensor, v: Tensor) -> None:
@@ -134,5 +133,5 @@ class InRange:
             self.exponent = powers[0] - powers[1]
 
     def back(self, x: float, degree: int = 1) -> float:
-        """Return a number computed from these products in the units of `A`, or in those of its power `degree`."""
+        """Return `x`, computed from these products, in the units of `A`; of `A^degree` for another degree."""
         return shifted(x, degree * self.exponent)

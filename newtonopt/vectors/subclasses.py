@@ -1,6 +1,6 @@
 """Subclasses of `torch.Tensor` that a user's closure computes with.
 
-A method of such a tensor may be overridden, need attributes that a result of ours lacks, or return the subclass again:
+Methods of such a tensor may be overridden, need attributes that our results lack, or return the subclass again. So
 newtonopt calls methods of plain tensors only.
 """
 
@@ -14,18 +14,18 @@ T = TypeVar("T", Tensor, Tensor | None)
 
 
 def is_wrapper(t: Tensor) -> bool:
-    """Whether `t` holds its data in other tensors, as a DTensor, a MaskedTensor or a jagged NestedTensor does."""
+    """Return whether `t` keeps its data in other tensors, as DTensors, MaskedTensors and jagged NestedTensors do."""
     return type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def plain(t: T) -> T:
-    """Return `t` as a `torch.Tensor` with the same data and graph; `t` itself if it has no methods of its own.
+    """Return `t` as a `torch.Tensor` with the same data and graph; `t` itself if it is no subclass.
 
-    Wrappers are returned as they are: their data is not a plain tensor's.
+    Wrappers are returned as they are, because they have no data of their own.
     """
     if t is None or type(t) in (Tensor, nn.Parameter) or is_wrapper(t):
         return t
-    return t.as_subclass(Tensor)  # not overridable, so that no subclass takes part
+    return t.as_subclass(Tensor)  # as_subclass cannot be overridden
 
 
 def alike(t: Tensor, original: Tensor) -> Tensor:
@@ -38,10 +38,10 @@ def alike(t: Tensor, original: Tensor) -> Tensor:
 
 
 def detached(t: Tensor) -> Tensor:
-    """Return `t` without its graph, of its class and with its attributes."""
+    """Return `t` without its graph; its class and attributes stay."""
     return alike(plain(t).detach(), t)
 
 
 def copied(t: Tensor) -> Tensor:
-    """Return a detached copy of `t`, of its class and with its attributes."""
+    """Return a detached copy of `t`; its class and attributes stay."""
     return alike(plain(t).detach().clone(), t)

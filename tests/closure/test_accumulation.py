@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import error
+from problems import build, error, unseen
 from torch import Tensor, nn
 
 from newtonopt import HessianFree, NewtonCG, evaluate, gauss_newton, hessian, jacobian
@@ -652,3 +652,18 @@ def test_frozen_networks_keep_their_gradients_through_trials() -> None:
     kept = [p.grad for p in game.of_d]
     hessian(evaluate(closure, game.of_g, products="streamed")).dense()
     assert all(p.grad is g and bool((p.grad == 2).all()) for p, g in zip(game.of_d, kept, strict=True))
+
+
+def test_closures_that_read_gradients_work_in_replays() -> None:
+    case = build("mlp", "mse")
+    norms = unseen([])
+
+    def closure() -> Tensor:
+        loss = case.closure()
+        norms().append(float(torch.nn.utils.get_total_norm([p.grad for p in case.params])))
+        return loss
+
+    objective = Objective(closure, case.params)
+    objective.record()
+    objective.loss_at(torch.zeros_like(objective.point))
+    assert norms()[0] > 0 and len(norms()) == 2

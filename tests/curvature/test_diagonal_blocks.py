@@ -1,4 +1,4 @@
-"""Diagonal blocks against the dense matrix's."""
+"""Diagonal blocks against slices of the dense matrix."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_patterns_may_overlap_and_need_not_be_contiguous() -> None:
         torch.testing.assert_close(found[pattern].dense(), whole[indices][:, indices])
         assert found[pattern].psd
     assert list(found) == ["*u*", "scale", "[sw]*"]
-    # One of them checks those of the whole matrix that were formed at once.
+    # One product checks the products with the whole matrix that were formed at once.
     assert A.products == found["scale"].products == before + A.shape[0] + 1 + 2 + 1 + 16
 
 
@@ -76,5 +76,5 @@ def test_errors_name_the_remedy() -> None:
         blocks(H, [theta[0][1]])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"patterns must each fit a name among a.*, got 'b'"):
         blocks(H, theta, ["a", "b"])
-    with pytest.raises(ValueError, match=r"named_parameters must be those given to evaluate, of 3 entries .* got 0 "):
+    with pytest.raises(ValueError, match=r"named_parameters must be those given to evaluate, with 3 entries .* got 0 "):
         blocks(H, [("a", torch.zeros(3))])

@@ -289,7 +289,7 @@ def test_words_say_why_there_is_no_preconditioned_eigenvalue() -> None:
     for optimizer, why in (
         (
             torch.optim.Adam([p], lr=0.1),
-            "optimizer must have a state (exp_avg_sq) of each parameter, got none of one of shape (2,). Take ",
+            "optimizer must have a state (exp_avg_sq) of each parameter, got none for a parameter of shape (2,). Take ",
         ),
         (torch.optim.LBFGS([p]), "optimizer must be one for which a stability threshold is known, "),
     ):

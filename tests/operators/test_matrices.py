@@ -1,16 +1,20 @@
-"""Products against dense truth in float64."""
+"""The curvature matrices against dense truth in float64, whole and by blocks."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from devices import DEVICES
-from problems import Case, build, losses, models
-from torch import nn
+from problems import Case, build, error, losses, models
+from torch import Tensor, nn
 
-from newtonopt import evaluate, gauss_newton, hessian, jacobian
-from newtonopt.closure.objective import Evaluation
+from newtonopt import Evaluation, evaluate, gauss_newton, hessian, jacobian, mark_outputs
+from newtonopt.closure.evaluation import Products
+from newtonopt.operators.matrices import diagonal_blocks
 
 PAIRS = [(model, "cross_entropy") for model in models()] + [("mlp", loss) for loss in losses(3, 6)] + [("odd", "mse")]
 
@@ -119,44 +123,6 @@ def test_derivatives_inside_the_loss() -> None:
     close(gauss_newton(evaluation).dense(), 2 / 7 * J.T @ J)
 
 
-def test_evaluation_from_a_bare_loss() -> None:
-    theta = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
-    H = hessian(Evaluation((theta[0] ** 2 * theta[1]).sum(), [theta]))
-    close(H.dense(), torch.tensor([[4.0, 2.0], [2.0, 0.0]], dtype=torch.float64))
-
-
-def test_decay_joins_loss_gradient_and_operators() -> None:
-    theta = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
-    decay = torch.tensor([0.5, 2.0], dtype=torch.float64)
-    evaluation = Evaluation(F.mse_loss(theta, torch.zeros(2).double()), [theta], decay=decay)
-    close(evaluation.loss, torch.tensor(2.5 + 0.25 + 4.0).double())
-    close(evaluation.gradient, torch.tensor([1.5, 6.0]).double())
-    close(hessian(evaluation).dense(), torch.diag(torch.tensor([1.5, 3.0]).double()))
-
-
-def test_operator_counts_shifts_and_checks() -> None:
-    case = build("mlp", "mse")
-    H = hessian(evaluate(case.closure, case.params))
-    n = H.shape[0]
-    v = torch.randn(n, 3, dtype=torch.float64)
-    close(H.shift(2.0) @ v, H @ v + 2.0 * v)
-    assert H.products == 6
-    close(H.shift(1.0).shift(torch.ones(n).double()) @ v[:, 0], H @ v[:, 0] + 2 * v[:, 0])
-    assert H.T is H
-    with pytest.raises(ValueError, match=r"v must be of shape .*, got shape \(3,\)"):
-        H @ torch.zeros(3)
-    with pytest.raises(TypeError, match=r"v must be a tensor of shape \(.*, got a value of type list"):
-        H @ ([0.0] * n)  # type: ignore[operator]
-
-
-def test_freed_evaluation_refuses_products() -> None:
-    case = build("mlp", "mse")
-    evaluation = evaluate(case.closure, case.params)
-    evaluation.free()
-    with pytest.raises(RuntimeError, match="freed"):
-        hessian(evaluation)
-
-
 def test_unrecognised_loss_says_what_to_do() -> None:
     case = build("mlp", "mse")
     case.loss = lambda z: z.cosh().log().mean()
@@ -182,3 +148,41 @@ def test_marked_outputs_take_precedence_over_a_loss_fed_from_them() -> None:
     case.tapped_loss = lambda z: case.loss(mark_outputs(z) / 1.0)
     close(gauss_newton(evaluate(case.closure, case.params)).dense(), plain)
     assert torch.equal(mark_outputs(case.inputs), case.inputs)
+
+
+def test_operators_are_made_from_evaluations() -> None:
+    case = build("mlp", "mse")
+    for make in (hessian, gauss_newton, jacobian):
+        with pytest.raises(
+            TypeError, match=r"evaluation must be an Evaluation, got a method\. Write newtonopt\.evaluate"
+        ):
+            make(case.closure)  # type: ignore[arg-type]
+
+
+def test_a_loss_linear_in_a_scalar_output_has_no_curvature_there() -> None:
+    theta = torch.tensor([1.0, 2.0], requires_grad=True)
+    evaluation = evaluate(lambda: mark_outputs(theta.square().sum()), [theta])
+    with pytest.raises(RuntimeError, match="its Gauss-Newton matrix there is zero"):
+        gauss_newton(evaluation)
+    assert torch.equal(jacobian(evaluation) @ torch.ones(2), torch.tensor([6.0]))
+
+
+@pytest.mark.parametrize("products", [form for form in get_args(Products) if form != "auto"])
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("decay", [0.0, "per entry"])
+def test_blocks_are_those_of_the_matrix(curvature: Any, products: Any, decay: Any) -> None:
+    case = build("words", "cross_entropy")
+    evaluation: Evaluation = evaluate(case.closure, case.params, products)
+    if decay:
+        evaluation = replace(evaluation, decay=torch.rand_like(evaluation.gradient))
+    A = case.dense_hessian() if curvature == "hessian" else case.dense_gauss_newton()
+    A = A + torch.diag(evaluation.decay) if isinstance(evaluation.decay, Tensor) else A
+    first = 0
+    for block, p in zip(diagonal_blocks(evaluation, curvature), case.params, strict=True):
+        part = slice(first, first + p.numel())
+        assert block.shape == (p.numel(), p.numel())
+        assert error(block.dense(), A[part, part]) < (1e-6 if products == "finite_difference" else 1e-12)
+        checks = int(products == "cached" and p.numel() > 1)
+        assert block.products == p.numel() + checks
+        assert block.psd is (curvature == "gauss_newton")
+        first += p.numel()

@@ -1,4 +1,4 @@
-"""Products formed in other ways than on a cached graph: streamed, and by finite differences."""
+"""Products formed in every way: cached, streamed, by finite differences, several at once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,22 @@ from optimizer_db import OPTIMIZERS
 from problems import Batches, Doubled, Held, build, distances, error, models, unseen
 from torch import Tensor, nn
 
-from newtonopt import Evaluation, HessianFree, LinearOperator, Objective, evaluate, gauss_newton, hessian, jacobian
+from newtonopt import (
+    Evaluation,
+    HessianFree,
+    LinearOperator,
+    Objective,
+    evaluate,
+    gauss_newton,
+    hessian,
+    jacobian,
+    mark_outputs,
+)
+from newtonopt.operators import products as _products
 
 Operator = Callable[[Evaluation], LinearOperator]
 SYMMETRIC = pytest.mark.parametrize("operator", [hessian, gauss_newton], ids=lambda f: f.__name__)
+PRODUCTS = pytest.mark.parametrize("products", ["cached", "streamed", "finite_difference"])
 ALL = pytest.mark.parametrize("operator", [hessian, gauss_newton, jacobian], ids=lambda f: f.__name__)
 
 
@@ -148,16 +160,6 @@ def test_a_first_step_with_new_batches_is_an_error(products: Any) -> None:
     with pytest.raises(RuntimeError, match=r"The closure computed .* begin its loader anew"):
         HessianFree(problem.params, rank=2, products=products).step(closure)
     assert all(torch.equal(p, b) for p, b in zip(problem.params, before, strict=True))
-
-
-@pytest.mark.parametrize("products", ["streamed", "finite_difference"])
-def test_products_of_changed_parameters_are_an_error(products: Any) -> None:
-    problem = Batches()
-    H = hessian(evaluate(problem.closure, problem.params, products=products))
-    with torch.no_grad():
-        problem.params[0].add_(1.0)
-    with pytest.raises(RuntimeError, match="changed after this evaluation"):
-        H @ torch.ones(H.shape[1], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-5), (torch.float32, 1e-2)])
@@ -346,3 +348,255 @@ def test_long_passes_show_their_progress(monkeypatch: pytest.MonkeyPatch) -> Non
     single = hessian(evaluate(lambda: F.mse_loss(problem.model[0].weight, torch.ones(6, 4).double()), problem.params))
     single @ torch.ones(single.shape[1], dtype=torch.float64)
     assert Bar.made == []
+
+
+@PRODUCTS
+def test_products_with_zero_are_zero(products: Any) -> None:
+    problem = Batches()
+    evaluation = evaluate(problem.closure, problem.params, products=products)
+    for operator in (hessian, gauss_newton, jacobian):
+        A = operator(evaluation)
+        assert torch.equal(A @ torch.zeros(A.shape[1], dtype=A.dtype), torch.zeros(A.shape[0], dtype=A.dtype))
+
+
+@PRODUCTS
+def test_marked_and_recognised_add_up(products: Any) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(6, 4).double(), torch.randn(6, 3).double()
+
+    def closure() -> Tensor:
+        return mark_outputs(model(x)).square().mean() + F.mse_loss(model(2 * x), y)
+
+    evaluation = evaluate(closure, model.parameters(), products=products)
+    assert error(gauss_newton(evaluation).dense(), hessian(evaluate(closure, model.parameters())).dense()) < 1e-5
+    assert sum(evaluation.output_sizes.values()) == 36
+
+
+def test_differences_in_proportion_to_large_parameters() -> None:
+    torch.manual_seed(0)
+    theta = nn.Parameter(1e4 * torch.randn(20))
+    H = hessian(evaluate(lambda: (theta / 1e4).pow(4).sum(), [theta], products="finite_difference"))
+    v = torch.randn(20)
+    assert error(H @ v, 12e-8 * (theta.detach() / 1e4).square() * v) < 3e-2
+
+
+def test_differences_at_a_minimum_are_the_same_function() -> None:
+    target = torch.randn(5, dtype=torch.float64)
+    theta = nn.Parameter(target + 1e-8)
+    H = hessian(evaluate(lambda: F.mse_loss(theta, target), [theta], products="finite_difference"))
+    v = torch.randn(5, dtype=torch.float64)
+    assert error(H @ v, 0.4 * v) < 1e-5
+
+
+def test_streamed_gauss_newton_pushes_without_a_graph() -> None:
+    problem, graphs = Batches(), unseen([])
+
+    def closure() -> Tensor:
+        graphs().append(torch.is_grad_enabled())
+        return problem.closure()
+
+    G = gauss_newton(evaluate(closure, problem.params, products="streamed"))
+    G @ torch.ones(G.shape[1], dtype=torch.float64)  # checked
+    graphs().clear()
+    G @ torch.ones(G.shape[1], dtype=torch.float64)
+    assert graphs() == [False, True]
+
+
+def test_forward_mode_is_tried_once() -> None:
+    torch.manual_seed(0)
+    model, x, y, runs = nn.Linear(4, 3).double(), torch.randn(6, 4).double(), torch.randn(6, 3).double(), unseen([])
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, z: Tensor) -> Tensor:
+            ctx.save_for_backward(z)
+            return z * z
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return 2 * g * ctx.saved_tensors[0]
+
+    def closure() -> Tensor:
+        runs().append(1)
+        return F.mse_loss(Square.apply(model(x)), y)
+
+    G = gauss_newton(evaluate(closure, model.parameters(), products="streamed"))
+    G @ torch.ones(G.shape[1], dtype=torch.float64)  # checked, and forward mode tried in vain
+    counts = []
+    for _ in range(2):
+        runs().clear()
+        G @ torch.ones(G.shape[1], dtype=torch.float64)
+        counts.append(len(runs()))
+    assert counts == [2, 2]
+
+
+@pytest.mark.parametrize("keep", ["retain_graph", "create_graph"])
+def test_a_graph_that_is_kept_stays_whole(keep: str) -> None:
+    problem = Batches()
+    x, y = next(iter(problem.loader))
+
+    def closure() -> None:
+        z = problem.model[0](x).tanh()
+        F.mse_loss(z, torch.ones_like(z)).backward(**{keep: True})
+        F.cross_entropy(problem.model[4](z), y).backward()
+
+    for operator in (hessian, gauss_newton):
+        cached, streamed = (operator(evaluate(closure, problem.params, products=way)) for way in ("cached", "streamed"))  # type: ignore[arg-type]
+        v = torch.randn(cached.shape[1], dtype=torch.float64)
+        assert error(streamed @ v, cached @ v) < 1e-12
+
+
+def test_two_operators_warn_once() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 5).double(), torch.randn(5, 4).double(), torch.randn(5, 5).double()
+    evaluation = evaluate(lambda: F.mse_loss(distances(model(x)), y), model.parameters())
+    operators = [operator(evaluation) for operator in (hessian, gauss_newton)]
+    with pytest.warns(UserWarning, match="finite differences") as caught:
+        for A in operators:
+            A @ torch.ones(25, dtype=torch.float64)
+    assert len(caught) == 1
+
+
+def test_an_output_of_no_parameter() -> None:
+    torch.manual_seed(0)
+    model, fixed = nn.Linear(4, 3).double(), nn.Parameter(torch.randn(6, 3).double())
+    x = torch.randn(6, 4).double()
+
+    def closure() -> Tensor:
+        return F.mse_loss(model(x), fixed)
+
+    G = gauss_newton(evaluate(closure, model.parameters()))
+    S = gauss_newton(evaluate(closure, model.parameters(), products="streamed"))
+    v = torch.randn(15).double()
+    assert error(S @ v, G @ v) < 1e-12
+
+
+def test_products_asked_for_are_not_remembered() -> None:
+    problem = Batches()
+    optimizer = HessianFree(problem.params, rank=4, products="finite_difference", max_iterations=3)
+    optimizer.step(problem.closure)
+    optimizer.param_groups[0]["products"] = "cached"
+    optimizer.step(problem.closure)
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.form == "cached"
+
+
+def crossed(problem: Batches) -> Any:
+    """A closure that calls `backward` in another order than it computes the losses."""
+    (x, y), (other_x, other_y), *_ = problem.loader
+
+    def closure() -> None:
+        first, second = F.cross_entropy(problem.model(x), y), F.cross_entropy(problem.model(other_x), other_y)
+        second.backward()
+        first.backward()
+
+    return closure
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("products", ["streamed", "finite_difference"])
+@pytest.mark.parametrize("make", [lambda problem: problem.closure, crossed], ids=["loop", "crossed"])
+def test_rows_of_the_jacobian_are_in_the_order_of_production(make: Any, products: Any, transposed: bool) -> None:
+    problem = Batches()
+    closure = make(problem)
+    cached, other = (jacobian(evaluate(closure, problem.params, products=way)) for way in ("cached", products))
+    if transposed:
+        cached, other = cached.T, other.T
+    v = torch.randn(cached.shape[1], dtype=torch.float64)
+    assert error(other @ v, cached @ v) < 1e-5
+
+
+def test_a_streamed_penalty_outside_the_outputs_is_pointed_out() -> None:
+    problem = Batches()
+    x, y = next(iter(problem.loader))
+
+    def closure() -> Tensor:
+        return F.cross_entropy(problem.model(x), y) + 0.1 * problem.params[0].abs().sum()
+
+    with pytest.warns(UserWarning, match="leaves that part out"):
+        gauss_newton(evaluate(closure, problem.params, products="streamed"))
+
+
+class Picky(torch.autograd.Function):
+    """Squares its input, with derivatives that no batch of tensors can pass: they go through NumPy."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        Picky.calls += 1
+        torch.from_numpy(g.detach().numpy())
+        return 2 * g * x
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 128])
+@pytest.mark.parametrize("of", [hessian, gauss_newton])
+def test_products_of_any_size_give_the_same_matrix(of: Any, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = build("mlp", "cross_entropy")
+    A = of(evaluate(case.closure, case.params))
+    n = A.shape[0]
+    singly = torch.stack([A @ unit for unit in torch.eye(n, dtype=torch.float64)])
+    sizes = []
+    plain = _products.flatten_rows
+
+    def seen(tensors: Any, like: Any, count: int) -> Tensor:
+        sizes.append(count)
+        return plain(tensors, like, count)
+
+    monkeypatch.setattr(_products, "flatten_rows", seen)
+    monkeypatch.setattr(_products, "_MOST_ROWS", at_once)
+    A = of(evaluate(case.closure, case.params))
+    assert error(A.dense(), (singly + singly.T) / 2) < 1e-12
+    assert A.products - 1 == n == 43  # and one that checks them
+    assert sizes == {1: [], 3: [3] * 14 + [1], 128: [43]}[at_once]
+
+
+def test_products_are_bounded_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most so many bytes at once, by what the gradients in both passes of a product take."""
+    sizes: list[int] = []
+    plain = _products.flatten_rows
+    monkeypatch.setattr(
+        _products, "flatten_rows", lambda t, like, count: [sizes.append(count), plain(t, like, count)][1]
+    )
+    model = nn.Linear(10, 1).double()
+    for rows in (100, 1000):
+        x = torch.randn(rows, 10).double()
+        monkeypatch.setattr(_products, "_BATCH_BYTES", 100 * 8 * 40)
+        hessian(evaluate(lambda x=x: model(x).square().mean(), model.parameters())).dense()  # type: ignore[misc]
+    assert 1 < max(sizes) < 11
+    assert sum(sizes) == 11  # of the larger batch one by one
+
+
+def test_operations_that_allow_no_products_are_passed_one_by_one() -> None:
+    theta = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    H = hessian(evaluate(lambda: Picky.apply(theta).square().sum(), [theta]))  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(H.dense(), torch.diag(12 * theta.detach().square()))
+    assert H.products == 4  # one of them checks the others
+
+
+def test_an_error_of_the_products_is_not_taken_for_one_of_products() -> None:
+    theta = torch.tensor([0.5, -1.0], dtype=torch.float64, requires_grad=True)
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            if g.grad_fn is None and g.requires_grad is False and Broken.armed:
+                raise ZeroDivisionError("of the user's")
+            return g * 1.0
+
+        armed = False
+
+    H = hessian(evaluate(lambda: Broken.apply(theta).pow(3).sum(), [theta]))  # type: ignore[no-untyped-call]
+    Broken.armed = True
+    with pytest.raises(ZeroDivisionError, match="of the user's"):
+        H.dense()

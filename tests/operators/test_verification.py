@@ -609,7 +609,7 @@ def test_the_padding_of_an_embedding_is_held_constant() -> None:
 def test_products_that_are_not_their_transposes_are_marked() -> None:
     w = vector(1.0, 2.0)
     A = torch.tensor([[2.0, 0.1], [0.0, 2.0]], dtype=torch.float64)
-    evaluation = Evaluation(w.square().sum(), [w])  # without a closure there is nothing to compare with
+    evaluation = Evaluation.from_loss(w.square().sum(), [w])  # without a closure there is nothing to compare with
     assert not examine_hessian(evaluation, Manner("cached"), lambda _: lambda v: 2 * v).doubt
     found = examine_hessian(evaluation, Manner("cached"), lambda _: lambda v: A @ v)
     assert "those of its transpose differ" in found.doubt

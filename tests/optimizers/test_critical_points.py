@@ -12,7 +12,7 @@ from torch import Tensor
 
 from newtonopt.optimizers import escape
 from newtonopt.optimizers.newton import NewtonOptimizer
-from newtonopt.solvers.negative_curvature import negative_curvature
+from newtonopt.solvers.lanczos import negative_curvature
 
 ESCAPING = {
     name: build

@@ -67,7 +67,7 @@ def scipy_iterates(A: Tensor, g: Tensor, start: Tensor | None = None, M: Tensor 
 
 
 class Recorder:
-    """A matrix that counts its products, and spoils those from one on."""
+    """A matrix that counts its products, and spoils them from a given one on."""
 
     def __init__(self, A: Tensor, spoil_at: int = 10**9, value: float = math.nan) -> None:
         self.A, self.spoil_at, self.value, self.products = A, spoil_at, value, 0
@@ -173,7 +173,7 @@ def test_ball_is_that_of_the_preconditioner(n: int, seed: int, radius: float, co
     assert length <= radius * (1 + 1e-9)
     assert solution.decrease == pytest.approx(decrease(A, g, solution.step), rel=1e-6)
     assert solution.decrease >= cauchy * (1 - 1e-9)
-    # As many iterations as unknowns do not quite reach the solution where rounding spoils the conjugacy.
+    # Rounding spoils conjugacy: n iterations do not quite reach the solution.
     assert solution.decrease == pytest.approx(round_ball.decrease, rel=1e-3)
     if solution.reason in ("reached the radius", "negative curvature"):
         assert length == pytest.approx(radius, rel=1e-9)
@@ -229,7 +229,7 @@ def test_negative_curvature_without_a_ball_keeps_the_last_iterate() -> None:
 
 
 def residuals(A: Tensor, g: Tensor) -> list[Tensor]:
-    """Those of a run without a stop, the first one included, seen by the preconditioner."""
+    """The residuals of a run without a stop, from the first one on, as the preconditioner sees them."""
     seen: list[Tensor] = []
 
     def identity(r: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def residuals(A: Tensor, g: Tensor) -> list[Tensor]:
 def test_martens_stop(tolerance: float) -> None:
     A, g = definite(300, condition=1e5), vector(300, 1)
     inverse = torch.linalg.inv(A)
-    # The sign of Martens' phi is the opposite of a decrease: m(s) = (r'A^-1 r - g'A^-1 g) / 2.
+    # Martens' phi is minus a decrease: m(s) = (r'A^-1 r - g'A^-1 g) / 2.
     phi = [float(r @ inverse @ r - g @ inverse @ g) / 2 for r in residuals(A, g)]
     look_back = [max(10, i // 10) for i in range(len(phi))]
     expected = next(
@@ -301,6 +301,7 @@ def test_non_finite_product_keeps_the_last_good_iterate(value: float) -> None:
     good = conjugate_gradients(A, g, max_iterations=2)
     solution = conjugate_gradients(Recorder(A, spoil_at=3, value=value), g, keep_path=True)
     assert (solution.reason, solution.iterations) == ("non-finite product", 3)
+    assert good.is_finite and not solution.is_finite
     assert solution.step.equal(good.step)
     assert solution.decrease == good.decrease
     assert len(solution.path) == 2

@@ -67,7 +67,7 @@ def test_damping_that_lifts_the_lowest_eigenvalue_is_not_raised() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("solve", [solve_shifted, solve_absolute, solve_clamped])
 def test_damping_below_rounding_survives_a_singular_matrix(solve: Solve, dtype: torch.dtype) -> None:
-    """Where the damping is lost against the eigenvalues' rounding, no factorisation may fail."""
+    """No factorisation fails if the damping is below the rounding of the eigenvalues."""
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         J = torch.randn(5, 30, generator=generator, dtype=torch.float64)
@@ -75,7 +75,7 @@ def test_damping_below_rounding_survives_a_singular_matrix(solve: Solve, dtype: 
         solution = solve((J.T @ J).to(dtype), gradient.to(dtype), 1e-16)
         assert bool(torch.isfinite(solution.step).all())
         assert solution.decrease > 0
-        # Along the directions without curvature no rounding is divided by the damping.
+        # Rounding along directions without curvature is not divided by the damping.
         assert float(solution.step.norm()) < 1e5 * float((torch.linalg.pinv(J.T @ J, rtol=1e-8) @ gradient).norm())
 
 

@@ -1,4 +1,4 @@
-"""The Lanczos process against its defining identities and dense eigenvalues."""
+"""The Lanczos process, and negative curvature found by it, against defining identities and dense eigenvalues."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from newtonopt.solvers.lanczos import Restarts, Tridiagonal, lanczos
+from newtonopt.solvers.lanczos import Restarts, Tridiagonal, lanczos, negative_curvature
 
 
 def _symmetric(n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -119,7 +119,7 @@ def test_errors_name_the_remedy() -> None:
         lanczos(A, _vector(4), 0)
     with pytest.raises(ValueError, match="start must be finite and have a part outside"):
         lanczos(A, torch.zeros(4, dtype=torch.float64), 3)
-    with pytest.raises(FloatingPointError, match=r"product number 1 .* float32 or float64"):
+    with pytest.raises(FloatingPointError, match=r"Product number 1 .* float32 or float64"):
         lanczos(A * float("nan"), _vector(4), 3)
     with pytest.raises(FloatingPointError, match="not finite"):
         lanczos(torch.diag(torch.tensor([1.0, float("inf")])), torch.ones(2), 3)
@@ -169,3 +169,65 @@ def test_restarts_are_as_nothing_where_there_is_room() -> None:
     plain, roomy = (lanczos(A, _vector(30), 20, restarts=r) for r in (None, Restarts(20, _both_ends)))
     assert torch.equal(plain.tridiagonal.alphas, roomy.tridiagonal.alphas)
     assert torch.equal(plain.basis, roomy.basis)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lowest", [-3.0, -1e-2])
+def test_negative_curvature_is_found_and_measured(lowest: float, dtype: torch.dtype) -> None:
+    values = torch.cat([torch.tensor([lowest]), torch.linspace(0.5, 2.0, 59)]).double()
+    Q = torch.linalg.qr(_symmetric(60)).Q
+    A = ((Q * values) @ Q.T).to(dtype)
+    found = negative_curvature(A, A[0])
+    assert found is not None
+    direction, curvature = found
+    assert direction.dtype == dtype
+    assert float(direction.norm()) == pytest.approx(1.0, rel=1e-5)
+    assert curvature == pytest.approx(float(direction @ A @ direction), abs=1e-5)
+    # Stops once the residual is a tenth of the value.
+    assert lowest * (1 + 1e-4) <= curvature <= 0.8 * lowest
+
+
+def test_two_unknowns_have_their_negative_curvature_by_hand() -> None:
+    """The eigenvalues of `[[0, 2], [2, 3]]` are -1 and 4, and -1 belongs to `(2, -1)`."""
+    found = negative_curvature(torch.tensor([[0.0, 2.0], [2.0, 3.0]]).double(), torch.zeros(2).double())
+    assert found is not None and found[1] == pytest.approx(-1.0)
+    torch.testing.assert_close(found[0] / found[0][0], torch.tensor([1.0, -0.5]).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_is_no_negative_curvature(dtype: torch.dtype) -> None:
+    for values in ([0.0] * 6, [0.0, 1.0, 2.0, 3.0], [3.0]):
+        A = torch.diag(torch.tensor(values, dtype=dtype))
+        assert negative_curvature(A, A[0]) is None
+    # Rounding is 10 sqrt(n) eps = 100 eps times the largest eigenvalue.
+    A = torch.linspace(0.0, 1.0, 100, dtype=dtype).diag()
+    A[0, 0] = -45 * torch.finfo(dtype).eps
+    assert negative_curvature(A, A[0]) is None
+
+
+def test_asymmetry_of_the_products_is_no_negative_curvature() -> None:
+    """Products that are off by 1e-2 may show a lowest eigenvalue of that size, of either sign."""
+    skew = _symmetric(40, seed=9).triu(1)
+    values = torch.linspace(-1e-2, 2.0, 40).double()
+    assert negative_curvature(torch.diag(values) + 1e-3 * (skew - skew.T), values) is None
+    assert negative_curvature(torch.diag(values), values) is not None
+
+
+def test_the_search_is_the_seeds_own_and_keeps_its_budget() -> None:
+    products = 0
+
+    class Counted:
+        def __matmul__(self, v: torch.Tensor) -> torch.Tensor:
+            nonlocal products
+            products += 1
+            return A @ v
+
+    A = torch.diag(torch.linspace(0.0, 1.0, 300).double())
+    before = torch.get_rng_state()
+    assert negative_curvature(Counted(), A[0], max_products=11) is None
+    assert products == 11
+    A[0, 0] = -1.0
+    first, again, other = (negative_curvature(A, A[0], seed=seed) for seed in (3, 3, 4))
+    assert first is not None and again is not None and other is not None
+    assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
+    assert torch.equal(torch.get_rng_state(), before)

@@ -183,7 +183,7 @@ def test_random_numbers_are_the_seeds_own() -> None:
     assert first.vectors.equal(again.vectors)
     assert first.values.equal(again.values)
     assert not first.values.equal(other.values)
-    # The same numbers for every precision.
+    # Every precision gets the same random numbers.
     torch.testing.assert_close(sketch_of(A.float(), 5, seed=3).values.double(), first.values, rtol=1e-4, atol=0)
 
 

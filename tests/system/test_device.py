@@ -1,4 +1,4 @@
-"""On a device all is as on the CPU, and only scalars cross to the host, once an iteration."""
+"""Results on a device equal those on the CPU, and only scalars cross to the host, once an iteration."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_only_scalars_come_back(device: str) -> None:
 
 
 def moved(case: Case, device: str) -> Case:
-    """The same case, whose loss compares with targets on the CPU, on a device."""
+    """Return the case on a device; its loss compares with targets on the CPU."""
     x = case.inputs.to(device)
     return Case(copy.deepcopy(case.model).to(device), x, lambda z: case.loss(z.cpu()).to(device))
 
@@ -114,7 +114,7 @@ def test_recurrent_networks_have_the_products_of_the_cpu(kind: Any, products: Pr
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_attention_under_autocast_has_products(device: str) -> None:
-    """In bfloat16 the fused kernels would be taken, which have no second derivative."""
+    """In bfloat16 torch would choose the fused kernels, which have no second derivative."""
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(16, 2, batch_first=True).to(device)
     x, y = torch.randn(4, 8, 16, device=device), torch.randn(4, 8, 16, device=device)
@@ -198,7 +198,7 @@ def test_a_default_device_of_the_user_does_not_matter_to_measurements(products: 
 
 @pytest.fixture
 def elsewhere() -> Iterator[ExitStack]:
-    """A default device on which no number can be read, as `torch.set_default_device("cuda")` sets another one."""
+    """Set a default device on which no number can be read, as `torch.set_default_device("cuda")` sets another one."""
     with ExitStack() as stack:
         stack.enter_context(torch.device("meta"))
         yield stack

@@ -1,4 +1,4 @@
-"""Two processes with a part of the batch each are one with the whole: by hand and in Lightning."""
+"""Two processes with a part of the batch each equal one process with the whole: by hand and in Lightning."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ WAYS = pytest.mark.parametrize("products", ["cached", "streamed", "finite_differ
 
 
 class Problem:
-    """A small classifier, of whose data each process takes its part."""
+    """A small classifier; each process takes its part of the data."""
 
     def __init__(self, part: slice = slice(None), **ddp: Any) -> None:
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
         self.x, self.y = torch.randn(ROWS, 4, dtype=torch.float64), torch.randint(0, 3, (ROWS,))
-        self.y[1] = -100  # one that is ignored
+        self.y[1] = -100  # an ignored target
         self.x, self.y = self.x[part], self.y[part]
         several = dist.is_initialized()
         self.model = DistributedDataParallel(network, **ddp) if several else network
@@ -175,7 +175,7 @@ def test_steps_with_other_products_are_those_of_the_whole_batch(name: str, produ
 
 
 class Scored(nn.Module):
-    """Returns its loss, a square written by hand."""
+    """A model that returns its loss, a square written by hand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ def test_a_loss_inside_the_wrapped_module_is_found_in_every_run(products: Any) -
 
 
 def in_one_call(rank: int, cut: int | None) -> tuple[Tensor, str]:
-    """Three steps, whose curvature is that of every other row."""
+    """Take three steps with the curvature of every other row."""
     problem = Problem(slice(None) if cut is None else part_of(rank, cut))
     optimizer = OPTIMIZERS["hessian_free"](problem.model.parameters(), steps_per_call=3)
 
@@ -269,7 +269,7 @@ def count_collectives(rank: int, products: Any) -> dict[str, list[int]]:
     try:
         for operator in (hessian, gauss_newton):
             A = operator(evaluation)
-            A @ v  # checked
+            A @ v  # the first product is checked
             sizes.clear()
             A @ v
             found[operator.__name__] = list(sizes)
@@ -386,7 +386,7 @@ def test_a_closure_that_clamps_weights_is_an_error() -> None:
 
 
 def penalise_by_hand(rank: int, weight: bool) -> Tensor:
-    """A loss that says nothing of what it is a mean over."""
+    """Return a loss that does not show what it is a mean over."""
     theta, x = nn.Parameter(torch.ones(2, dtype=torch.float64)), torch.arange(6.0, dtype=torch.float64)
     mine = x[part_of(rank, 2)]
     evaluation = evaluate(
@@ -406,7 +406,7 @@ def test_weights_are_the_users_where_the_loss_tells_none() -> None:
 def move_apart(rank: int) -> Tensor:
     theta = nn.Parameter(torch.ones(3, dtype=torch.float64))
     objective = Objective(lambda: theta.sum(), [theta])
-    # As after different rounding on different machines.
+    # As if machines had rounded differently.
     objective.move(torch.full((3,), 1.0 + 1e-9 * rank, dtype=torch.float64))
     return theta.detach()
 
@@ -451,7 +451,7 @@ def fit(rank: int, count: int, name: str, folder: str) -> tuple[Tensor, dict[str
 
 def fit_as_launched(rank: int, count: int, name: str, folder: str) -> tuple[Tensor, dict[str, float]]:
     with pytest.MonkeyPatch.context() as patch:
-        # As torchrun sets them.
+        # Set the variables as torchrun does.
         launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0}
         for key, value in {
             **launched,

@@ -14,27 +14,36 @@ from newtonopt.callbacks import CurvatureMonitor
 from newtonopt.optimizers.newton import NewtonOptimizer
 
 ROOT = Path(__file__).parents[2]
-SETUPS = (ROOT / "docs" / "setups.md").read_text()
-ROWS = [line for line in SETUPS.split("## Three ways")[0].splitlines() if re.match(r"\| (?!set-up)", line)]
+SETUPS = (ROOT / "docs" / "setups.md").read_text().split("## Three ways")[0].split("## Models")[1]
+# One entry of the list of set-ups each, from its bold title to the names of its tests.
+ENTRIES = [entry.split("\n\n")[0] for entry in re.split(r"^- ", SETUPS, flags=re.MULTILINE)[1:]]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+# Each optimizer by the name of its page: `newton_cg` for `NewtonCG`.
 MEMBERS = {
-    "hessian_free": newtonopt.HessianFree,
-    "damped_newton": newtonopt.DampedNewton,
-    "newton_cg": newtonopt.NewtonCG,
-    "trust_region_newton": newtonopt.TrustRegionNewton,
-    "cubic_newton": newtonopt.CubicNewton,
+    re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(): thing
+    for name, thing in vars(newtonopt).items()
+    if name in newtonopt.__all__ and isinstance(thing, type) and issubclass(thing, NewtonOptimizer)
 }
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip()[:40])
-def test_each_set_up_is_held_up_by_a_test(row: str) -> None:
-    named = re.findall(r"`((?:\w+/)?test_\w+\.py)::(test_\w+)`", row.split("|")[-2])
-    assert named, "the row names no test"
-    for file, name in named:
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.split("**")[1][:40])
+def test_each_set_up_is_held_up_by_a_test(entry: str) -> None:
+    text, *tests = re.split(r"\n  Tests?: ", entry)
+    assert text.startswith("**"), "the entry has no title"
+    names = " ".join(tests).split()
+    assert names, "the entry names no test"
+    for name in names:
+        file, test = re.fullmatch(r"`((?:\w+/)*test_\w+\.py)::(test_\w+)`", name).groups()  # type: ignore[union-attr]
         functions = [
             n.name for n in ast.parse((ROOT / "tests" / file).read_text()).body if isinstance(n, ast.FunctionDef)
         ]
-        assert name in functions, f"{file} has no {name}"
+        assert test in functions, f"{file} has no {test}"
+
+
+def test_all_set_ups_are_entries() -> None:
+    assert len(ENTRIES) >= 88
+    assert "|---" not in SETUPS, "a table's rows would not be checked"
+    assert len(re.findall(r"`[\w/]+\.py::\w+`", SETUPS)) == sum(entry.count(".py::") for entry in ENTRIES)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -54,12 +63,20 @@ def _headings(page: Path) -> set[str]:
     }
 
 
-def test_every_optimizer_has_a_page_linked_from_the_choice_table() -> None:
-    things = [getattr(newtonopt, name) for name in newtonopt.__all__]
-    assert set(MEMBERS.values()) == {t for t in things if isinstance(t, type) and issubclass(t, NewtonOptimizer)}
-    choice = (ROOT / "README.md").read_text().split("## Which optimizer")[1].split("What a step costs")[0]
-    for name, member in MEMBERS.items():
-        assert f"| [`{member.__name__}`](docs/optimizers/{name}.md) |" in choice
+@pytest.mark.parametrize("name", MEMBERS)
+def test_every_optimizer_has_a_page_linked_from_the_choice_table(name: str) -> None:
+    member = MEMBERS[name].__name__
+    choice = (ROOT / "README.md").read_text().split("## Which optimizer")[1].split("##")[0]
+    assert f"| [`{member}`](docs/optimizers/{name}.md) |" in choice
+    assert f"[`{member}`](optimizers/{name}.md)" in (ROOT / "docs" / "choosing.md").read_text()
+    assert f"| `{member}` |" in (ROOT / "docs" / "what_it_costs.md").read_text()
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    assert len(MEMBERS) >= 5
+    contents = (ROOT / "docs" / "README.md").read_text().split("## What all")[0]
+    for page in ROOT.glob("docs/**/*.md"):
+        assert page.name == "README.md" or f"]({page.relative_to(ROOT / 'docs')})" in contents
 
 
 @pytest.mark.parametrize("name", MEMBERS)
@@ -79,11 +96,11 @@ def test_the_monitors_table_names_every_argument_with_its_default() -> None:
 
 
 def _defaults(text: str) -> dict[str, object]:
-    """From the rows of a table whose first column names settings and whose second their defaults."""
+    """Read defaults from the rows of tables whose first column names settings and whose second gives defaults."""
     found: dict[str, object] = {}
     for names, values in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|", text, re.MULTILINE):
         settings, given = re.findall(r"`(\w+)`", names), values.strip().replace("`", "").split(", ")
-        if given == [""]:  # not the same on every optimizer
+        if given == [""]:  # the default depends on the optimizer
             continue
         for setting, value in zip(settings, given, strict=True):
             numerator, _, denominator = value.partition("/")

@@ -116,7 +116,11 @@ def _direction(*entries: float) -> Tensor:
             ValueError,
             "top must be a whole number and at least 1, got True",
         ),
-        (lambda p: LossSlice(directions=True), ValueError, "directions must be a whole number and at least 1, got True"),
+        (
+            lambda p: LossSlice(directions=True),
+            ValueError,
+            "directions must be a whole number and at least 1, got True",
+        ),
         (
             lambda p: measure(p.closure, p.params, measurements="trace"),
             TypeError,
@@ -214,17 +218,17 @@ def _direction(*entries: float) -> Tensor:
         (
             lambda p: spectral_density(p.hessian()).density("a"),
             TypeError,
-            "grid must be a tensor of places `(g,)`, or numb",
+            "grid must be a tensor of points `(g,)`, or numb",
         ),
         (
             lambda p: spectral_density(p.hessian()).cumulative(3),
             ValueError,
-            "grid must be places `(g,)`, none of them NaN, got 3",
+            "grid must be points `(g,)`, none of them NaN, got 3",
         ),
         (
             lambda p: spectral_density(p.hessian()).density([math.nan]),
             ValueError,
-            "grid must be places `(g,)`, none of them NaN, got [",
+            "grid must be points `(g,)`, none of them NaN, got [",
         ),
         (
             lambda p: blocks(p.hessian(), p.model.named_parameters(), []),
@@ -346,12 +350,6 @@ def test_more_eigenvalues_than_there_are_are_refused() -> None:
     problem = Problem()
     with pytest.raises(ValueError, match=f"top must be at most {N}, for there are as many parameters, got 1000"):
         measure(problem.closure, problem.params, top=1000)
-
-
-def test_a_density_takes_a_list_of_places() -> None:
-    found = spectral_density(Problem().hessian())
-    assert torch.equal(found.density([0.0, 0.5]), found.density(torch.tensor([0.0, 0.5])))
-    assert torch.equal(found.cumulative([-1e3, 1e3]), _direction(0.0, 1.0))
 
 
 @pytest.mark.parametrize("products", ["auto", "streamed", "finite_difference"])

@@ -1,4 +1,4 @@
-"""Other people's training loops, where they are installed, and stand-ins of those that need care."""
+"""Training loops of other libraries, where they are installed, and stand-ins for the loops that need care."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_step_without_a_closure_names_who_does_so_and_what_helps() -> None:
     assert float(optimizer.step()) > float(optimizer.step())
 
 
-# Accelerate's optimizer, as far as it matters here: it runs no closure while gradients are accumulated.
+# A stand-in for accelerate's optimizer, which runs no closure while gradients are accumulated.
 ACCELERATE = """
 class AcceleratedOptimizer:
     def __init__(self, optimizer, state):

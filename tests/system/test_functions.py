@@ -1,4 +1,4 @@
-"""The functions of the collection start and end where the literature says."""
+"""The test functions have the published values at their starts and minima."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functions import FUNCTIONS, Function
 from scipy.optimize import minimize
 
 # Published values at the standard starts: initial norms, squared, in the test results of MINPACK (lmder), function
-# values from the tests of gonum/optimize; else the definition worked by hand.
+# values from the tests of gonum/optimize; the others are worked by hand from the definition.
 STARTS = {
     "rosenbrock": 24.2,
     "freudenstein_roth": 20.0124960961895**2,
@@ -52,7 +52,7 @@ def test_the_start_value_is_the_published_one(name: str) -> None:
 
 
 def test_both_discretisations_have_one_solution() -> None:
-    # 28 and 29 have no published start value: of two equations for the same problem, each is checked by the other.
+    # 28 and 29 have no published start value. They are two equations for the same problem and check each other.
     x, y = (_minimise(FUNCTIONS[f"discrete_{kind}"])[0] for kind in ("boundary_value", "integral_equation"))
     assert x == pytest.approx(y, rel=1e-8)
     assert set(FUNCTIONS) - set(STARTS) == {"discrete_boundary_value", "discrete_integral_equation"}
@@ -67,7 +67,7 @@ def test_scipy_reaches_a_listed_minimum(function: Function) -> None:
 
 
 def _minimise(function: Function) -> tuple[np.ndarray, float]:
-    """From the standard start, with the exact Hessian."""
+    """Minimise from the standard start with the exact Hessian."""
     with np.errstate(over="ignore"):
         result = minimize(
             lambda x: float(function.value(_tensor(x))),

@@ -14,11 +14,11 @@ import torch
 ROOT = Path(__file__).parents[2]
 PROGRAMS = sorted((ROOT / "examples" / "gallery").glob("*.py"))
 PAGE = (ROOT / "docs" / "gallery.md").read_text()
-LARGEST = 60_000  # bytes of a picture
+LARGEST = 60_000  # most bytes of a picture
 
 
 def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The numbers that a program prints, after a look at the picture that it writes."""
+    """Run a program, check its picture, and return the numbers that it prints."""
     program = ROOT / "examples" / "gallery" / f"{name}.py"
     monkeypatch.setattr(sys, "argv", [str(program), "--output", str(folder / "new")])
     numbers: dict[str, Any] = runpy.run_path(str(program), run_name="__main__")["numbers"]
@@ -51,7 +51,7 @@ def test_hessian_spectrum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     numbers = run("hessian_spectrum", tmp_path, monkeypatch)
     assert numbers["largest error"] < 1e-12
     assert numbers["outside their bounds"] == 0
-    # A matrix and one with further rows and columns: their eigenvalues interlace.
+    # The eigenvalues of a matrix and of the matrix with further rows and columns interlace.
     assert 0 < numbers["negative"] <= numbers["with input"] <= numbers["negative"] + 2
 
 

@@ -1,4 +1,4 @@
-"""`make gpu` works before there is a GPU: the same program, small and on the CPU."""
+"""The program of `make gpu` works, on small problems and on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Newton optimizers in Lightning's trainer, its closure untouched."""
+"""The Newton optimizers in Lightning's Trainer, with its closure unmodified."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_logs_hold_the_recorded_points_and_nothing_else(optimizer: str, tmp_path
 
 
 class NormLogger(L.Callback):
-    """Logs from inside the closure, as callbacks that watch gradients do."""
+    """A callback that logs from inside the closure, like callbacks that watch gradients."""
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Classifier, optimizer: Any) -> None:
         norm = torch.cat([p.grad.flatten() for p in pl_module.parameters()]).norm()
@@ -153,7 +153,7 @@ def test_callbacks_that_log_inside_the_closure_log_the_recorded_points() -> None
 
 
 class Drawing(Classifier):
-    """Asks its logger where to put a file."""
+    """A module that asks its logger for the folder of a file."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         folder = Path(self.logger.log_dir)
@@ -239,7 +239,7 @@ def test_several_steps_a_batch_log_and_hand_over_the_first_points(tmp_path: Path
 
 
 class OfPart(Classifier):
-    """Curvature from the first rows of the batch, by manual optimization."""
+    """Manual optimization with curvature from the first rows of the batch."""
 
     def __init__(self) -> None:
         super().__init__("HessianFree", dropout=0.0)
@@ -273,7 +273,7 @@ def test_curvature_of_a_part_under_manual_optimization(tmp_path: Path) -> None:
 
 
 class Seeded(Classifier):
-    """Draws numbers that depend on the step only: Lightning does not save the random state."""
+    """A module whose random numbers depend on the step only: Lightning does not save the random state."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed = self.global_step

@@ -1,4 +1,4 @@
-"""Lightning runs on a device: the monitors change no bit there, and bfloat16 autocast works."""
+"""Lightning on a device: with the monitors training stays bit-for-bit the same, and bfloat16 autocast works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways to set up Lightning's Trainer and Fabric: they work with the Newton optimizers, or say what to change."""
+"""Set-ups of Lightning's Trainer and Fabric work with the Newton optimizers, or an error says what to change."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Plain(L.LightningModule):
 
 
 class MicroBatches(Plain):
-    """Manual optimization: one step on the gradients of several parts of the batch."""
+    """Manual optimization: one step on the gradients of several micro-batches."""
 
     def __init__(self, make_optimizer: Callable[..., Any], parts: int) -> None:
         super().__init__(make_optimizer)
@@ -138,7 +138,7 @@ def test_max_steps_counts_newton_steps(optimizer: Any) -> None:
 
 
 class ResumableLoader:
-    """Batches that differ, and a place in the epoch that Lightning saves and restores."""
+    """A loader of different batches whose place in the epoch Lightning saves and restores."""
 
     def __init__(self) -> None:
         self.first = self.following = 0
@@ -161,7 +161,7 @@ class ResumableLoader:
 
 
 class Saver(L.Callback):
-    """Saves after the first batch of the second epoch."""
+    """A callback that saves after the first batch of the second epoch."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

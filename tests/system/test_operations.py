@@ -19,13 +19,13 @@ N = 12
 
 
 def constant(*shape: int) -> Tensor:
-    """Numbers without a pattern, the same in each run."""
+    """Return numbers without a pattern, the same in each run."""
     count = torch.Size(shape).numel()
     return torch.sin(torch.arange(1, count + 1, dtype=torch.float64) ** 2).view(shape)
 
 
 def square(p: Tensor) -> Tensor:
-    """A matrix with distinct singular values."""
+    """Return a matrix with distinct singular values."""
     return p[:9].view(3, 3) + torch.diag(torch.tensor([3.0, 5.0, 8.0], dtype=torch.float64))
 
 
@@ -163,7 +163,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 class Case:
-    """The mean square of an operation's result less a constant, as a function of its twelve parameters."""
+    """The mean square of an operation's result minus a constant, as a function of twelve parameters."""
 
     def __init__(self, operation: Operation) -> None:
         self.p = nn.Parameter(0.5 * constant(N))
@@ -185,13 +185,13 @@ class Case:
         return torch.autograd.grad(F.mse_loss(self.outputs(p), self.target), p)[0]
 
     def along(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """The derivative along `v` by central differences of fourth order."""
+        """Return the derivative along `v` by central differences of fourth order."""
         p, h = self.p.detach(), 1e-3 * v
         near, far = (function(p + k * h).detach() - function(p - k * h).detach() for k in (1, 2))
         return (8 * near - far) / 12e-3
 
     def pulled(self, u: Tensor) -> Tensor:
-        """`J' u`, by one backward pass."""
+        """Return `J' u` by one backward pass."""
         p = self.p.detach().requires_grad_()
         return torch.autograd.grad(self.outputs(p), p, u)[0]
 
@@ -206,7 +206,7 @@ def has_second_derivative(operation: Operation) -> bool:
     return True
 
 
-# Fall back under "auto".
+# These operations fall back under "auto".
 WITHOUT = {
     "cdist",
     "cdist p=1",
@@ -217,7 +217,7 @@ WITHOUT = {
     "embedding_bag max",
     "segment_reduce",
 }
-if not has_second_derivative(OPERATIONS["grid_sample"]):  # nor has it in torch 2.8
+if not has_second_derivative(OPERATIONS["grid_sample"]):  # no second derivative in torch 2.8 either
     WITHOUT |= {"affine_grid", "grid_sample", "grid_sample bicubic"}
 
 
@@ -266,7 +266,7 @@ def test_a_few_steps_decrease_the_loss(name: str, optimizer: Any) -> None:
 
 
 def test_differences_of_a_perfect_fit_on_a_kink_are_not_taken_for_other_data() -> None:
-    # The kink is half as far as the differences look.
+    # The kink lies at half the length of the differences.
     p = nn.Parameter(torch.tensor([1.0, 1.0 - 4e-7], dtype=torch.float64))
     closure = lambda: F.mse_loss(p.max(), torch.ones((), dtype=torch.float64))  # noqa: E731
     A = hessian(evaluate(closure, [p], products="finite_difference"))
@@ -359,7 +359,7 @@ def test_nested_tensors_inside_a_model(layout: torch.layout) -> None:
 @pytest.mark.parametrize("case", ["padded", "unbound", "marked"])
 @pytest.mark.parametrize("of", [hessian, gauss_newton])
 def test_products_through_nested_tensors(case: str, of: Any) -> None:
-    """Differences where torch has no second derivative, under "auto", and else an error that says so."""
+    """Under "auto" differences stand in for a missing second derivative; any other form raises an error."""
     layout = torch.strided if case == "unbound" else torch.jagged
     torch.manual_seed(0)
     layer, rows = nn.Linear(2, 3).double(), [constant(k, 2) for k in (1, 3)]

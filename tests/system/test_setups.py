@@ -1,4 +1,4 @@
-"""Whatever people train with, the optimizers and measurements work in it unmodified, or say what to change."""
+"""The optimizers and measurements work in common training set-ups unmodified, or an error says what to change."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NEWTON = pytest.mark.parametrize("optimizer", [HessianFree, DampedNewton])
 
 @dataclass(frozen=True)
 class Setup:
-    """A model, the closure that trains it, and its loss written in the plainest way."""
+    """A model, the closure that trains it, and its loss in the plainest form."""
 
     model: nn.Module
     closure: Callable[[], Any]
@@ -46,7 +46,7 @@ class Setup:
         return list(self.model.parameters())
 
     def dense_hessian(self) -> Tensor:
-        """By torch's own double backward of the plain loss; random numbers as after `torch.manual_seed(0)`."""
+        """Return the Hessian by torch's double backward of the plain loss, with the random numbers after seed 0."""
         whole = Whole(self.model, self.plain)
         named = dict(whole.named_parameters())
         sizes = [p.numel() for p in named.values()]
@@ -91,7 +91,7 @@ def usual(
 
 
 class Attention(nn.Module):
-    """Two heads of torch's attention function, in the shape that its fused kernels take."""
+    """Attention with two heads, in the shape that torch's fused kernels take."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class SelfAttention(nn.MultiheadAttention):
 
 
 class Recurrent(nn.Module):
-    """A recurrent network of two layers, answering with its last state."""
+    """A recurrent network of two layers that returns its last state."""
 
     def __init__(self, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
         super().__init__()
@@ -133,22 +133,13 @@ class Cube(torch.autograd.Function):
 
 
 class OnceDifferentiableCube(Cube):
-    """The same with a backward that cannot."""
+    """A custom function whose backward cannot be differentiated."""
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return 3 * x**2 * g
-
-
-class Applied(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(*args)
 
 
 class Heads(nn.Module):
@@ -236,7 +227,7 @@ def weight_normed(through: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__c
         length, direction = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
         return F.linear(x, length * direction / direction.norm(dim=1, keepdim=True), layer.bias)
 
-    # torch._weight_norm has a double backward that takes the norms as constants: no truth to compare with.
+    # The double backward of torch._weight_norm takes the norms for constants, so it is no truth to compare with.
     return usual(
         model,
         lambda: F.mse_loss(through(model, x), y),
@@ -372,7 +363,7 @@ SETUPS: dict[str, Callable[[], Setup]] = {
 
 
 def build(make: Callable[[], Any]) -> Any:
-    """A set-up in float64."""
+    """Build a set-up in float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -391,7 +382,7 @@ ITERATED = {("finite_difference", "spectral_normed")}
 
 
 def every(failing: set[tuple[str, str]]) -> Any:
-    """All ways to form products with all set-ups."""
+    """Return all ways to form products, with all set-ups."""
     cases = [
         pytest.param(products, name, marks=pytest.mark.xfail if (products, name) in failing else ())
         for products in PRODUCTS
@@ -405,7 +396,7 @@ def assert_close(a: Tensor, b: Tensor, products: str = "cached") -> None:
 
 
 def traces(*holders: Any) -> list[Tensor]:
-    """Parameters, gradients and buffers of modules, tensors of dicts, and torch's random state."""
+    """Return parameters, gradients and buffers of modules, tensors of dicts, and torch's random state."""
     modules = [holder for holder in holders if isinstance(holder, nn.Module)]
     dicts = [holder for holder in holders if isinstance(holder, dict)]
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())] + [t for d in dicts for t in d.values()]
@@ -427,7 +418,7 @@ def test_hessian_products_equal_the_dense_truth(setup: Setup, products: str) -> 
     assert_close(hessian(evaluation) @ vectors, truth @ vectors, products)
 
 
-@pytest.mark.filterwarnings("ignore:Finite differences see through")  # and see a spectral norm's vectors move
+@pytest.mark.filterwarnings("ignore:Finite differences see through")  # differences see a spectral norm's vectors move
 @pytest.mark.slow
 @every(set())
 def test_steps_decrease_the_loss(setup: Setup, products: str) -> None:
@@ -439,7 +430,7 @@ def test_steps_decrease_the_loss(setup: Setup, products: str) -> None:
     assert losses[0] > losses[1] > losses[2]
 
 
-@pytest.mark.filterwarnings("ignore:Finite differences see through")  # and see a spectral norm's vectors move
+@pytest.mark.filterwarnings("ignore:Finite differences see through")  # differences see a spectral norm's vectors move
 @every(set())
 def test_a_measurement_leaves_no_trace(setup: Setup, products: str) -> None:
     setup.closure()
@@ -462,10 +453,10 @@ def test_checkpoints_of_compiled_models_have_products(products: str) -> None:
 
 
 class Compiled:
-    """A compiled model that counts how often a graph of it was compiled, and how often one ran."""
+    """A compiled model that counts compilations and runs of its graphs."""
 
     def __init__(self, model: nn.Module, **settings: Any) -> None:
-        torch._dynamo.reset()  # there is a limit to how often the same code may be compiled
+        torch._dynamo.reset()  # torch limits how often the same code may be compiled
         self.graphs = self.runs = 0
         self.model = torch.compile(model, backend=self._backend, **settings)
 
@@ -604,7 +595,7 @@ def test_buffers_given_to_functional_call_move_once_a_step(given: str, closure_h
 
 
 class Counter(nn.Module):
-    """Counts its calls in a buffer, in place or by assignment, and uses the count."""
+    """A module that counts its calls in a buffer, in place or by assignment, and uses the count."""
 
     def __init__(self, assigns: bool) -> None:
         super().__init__()
@@ -862,7 +853,7 @@ def test_a_disabled_gradient_scaler_changes_nothing(optimizer: Any) -> None:
 
 @pytest.mark.parametrize("raises", [False, True])
 def test_a_loss_of_infinity_refuses_a_trial(raises: bool) -> None:
-    """`x - log x` from 3: Newton's step ends at -3, where there is no logarithm."""
+    """Newton's step on `x - log x` from 3 ends at -3, where the logarithm has no value."""
     theta = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
     optimizer = NewtonCG([theta])
 

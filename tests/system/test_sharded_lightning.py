@@ -1,4 +1,4 @@
-"""Lightning trains a model sharded by its ModelParallelStrategy, measures it, saves it and goes on."""
+"""Lightning trains, measures, saves and resumes a model sharded by its ModelParallelStrategy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The oldest versions that are tested are the oldest that the metadata allows."""
+"""The oldest tested versions are the oldest that the metadata allows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def lower_bounds(project: dict[str, Any]) -> dict[str, str]:
-    """The version after `>=` of each package that the project needs, whatever for."""
+    """Return the version after `>=` of each package that the project requires, extras included."""
     found = {}
     for requirements in [project["dependencies"], *project["optional-dependencies"].values()]:
         for requirement in map(Requirement, requirements):

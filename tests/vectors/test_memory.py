@@ -1,4 +1,4 @@
-"""Matrices that would not fit are refused before anything happens."""
+"""Available memory, and optimizers and operators that refuse a matrix that would not fit before anything happens."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_dense_refuses_what_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_matrix_larger_than_any_machine_is_refused() -> None:
-    """With the real figures."""
+    """No monkeypatch: the memory of this machine decides."""
     theta = torch.empty(10**7, requires_grad=True)  # whose pages nobody touches
     with pytest.raises(MemoryError, match=r"1,600,000,000,000,000 bytes"):
         DampedNewton([theta]).step(lambda: pytest.fail("the closure ran"))
@@ -93,8 +93,31 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     files: dict[str, Any] = {"memory.max": 1000, "memory.current": 700, "memory.stat": "anon 500\ninactive_file 150"}
     for name, content in files.items():
         (tmp_path / name).write_text(str(content))
-    group = (str(tmp_path / "memory.max"), str(tmp_path / "memory.current"), "inactive_file")
-    monkeypatch.setattr(memory, "_CONTROL_GROUPS", (group,))
+    monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
     assert memory.available_memory(torch.device("cpu")) == 450
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available_memory(torch.device("cpu")) == pytest.approx(memory._of_the_machine(), rel=0.05)
+    assert memory.available_memory(torch.device("cpu")) == pytest.approx(memory._left_by_the_machine(), rel=0.05)
+
+
+def test_a_full_container_has_nothing_left_and_one_without_figures_no_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
+    machine = memory._left_by_the_machine()
+    assert memory.available_memory(torch.device("cpu")) == pytest.approx(machine, rel=0.05)
+    for name, content in {"memory.max": "100", "memory.current": "130", "memory.stat": "inactive_file 10"}.items():
+        (tmp_path / name).write_text(content)
+    assert memory.available_memory(torch.device("cpu")) == 0
+    assert not memory.fits(1, torch.float32, torch.device("cpu"))
+
+
+def test_the_machines_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
+    monkeypatch.setattr(memory, "_MACHINE", tmp_path / "meminfo")
+    (tmp_path / "meminfo").write_text("MemTotal:       32 kB\nMemFree:        2 kB\nMemAvailable:   8 kB\n")
+    assert memory.available_memory(torch.device("cpu")) == 8 * 1024
+    assert memory.fits(1024, torch.float64, torch.device("cpu"))
+    assert not memory.fits(1025, torch.float64, torch.device("cpu"))
+    with pytest.raises(MemoryError, match=r"^The matrix would take 8,200 bytes .* and 8,192 .* on cpu\. Take less\.$"):
+        memory.check_room(1025, torch.float64, torch.device("cpu"), "The matrix", "Take less.")
+    memory.check_room(10**15, torch.float64, torch.device("meta"), "The matrix", "Take less.")  # unknown

@@ -32,15 +32,14 @@ from newtonopt.solvers import secular
 from newtonopt.solvers.cg import conjugate_gradients, shortened
 from newtonopt.solvers.dense import solve_ball
 from newtonopt.solvers.krylov import krylov_space, minimise_in
-from newtonopt.solvers.lanczos import lanczos
-from newtonopt.solvers.negative_curvature import negative_curvature
-from newtonopt.vectors.scaling import InRange, dot, norm
+from newtonopt.solvers.lanczos import lanczos, negative_curvature
+from newtonopt.vectors.scaling import InRange, dot, exponent, lost, norm, scale_of, shifted, times_power
 
 # Powers of two over the ranges of both dtypes, down to numbers that have lost digits to underflow.
 POWERS = [(torch.float32, k) for k in (-140, -120, -90, -66, 0, 66, 90, 115)] + [
     (torch.float64, k) for k in (-1060, -1010, -800, -530, 530, 800, 1000)
 ]
-# Those at which no digit is lost.
+# The powers at which no digit is lost.
 WHOLE = [(dtype, k) for dtype, k in POWERS if 2.0**k > 2.0**30 * torch.finfo(dtype).tiny]
 
 
@@ -84,6 +83,35 @@ def test_norms_of_what_is_not_finite() -> None:
     assert norm(torch.full((4,), 2.0**1023, dtype=torch.float64)) == math.inf
 
 
+def test_powers_of_two_by_hand() -> None:
+    v = torch.tensor([0.0, -6.0, 1.0])
+    assert exponent(v) == 3 and exponent(2.0**-140 * v) == -137
+    assert exponent(torch.zeros(2)) is None and exponent(torch.tensor([1.0, math.inf])) is None
+    assert exponent(torch.empty(0)) is None
+    assert [scale_of(2.0**k * v) for k in (-20, -19, 13, 14)] == [-17, 0, 0, 17]
+    # Factors that are themselves out of range.
+    tiny = torch.tensor([2.0**-149])
+    assert times_power(tiny, 200).tolist() == [2.0**51]
+    assert times_power(times_power(v, -140), 140).tolist() == v.tolist()
+    assert times_power(v, 0) is v
+    assert [shifted(3.0, 2), shifted(-1.0, 2000), shifted(1.0, -2000)] == [12.0, -math.inf, 0.0]
+    assert lost(torch.float32, 4) == 2 * torch.finfo(torch.float32).tiny
+
+
+def test_the_first_product_that_is_not_zero_decides() -> None:
+    scaled = InRange(torch.tensor([2.0**600, 2.0**700], dtype=torch.float64).diag())
+    zero = scaled @ torch.zeros(2).double()
+    assert not zero.any() and scaled.exponent == 0
+    assert (scaled @ torch.tensor([3.0, 0.0]).double()).tolist() == [3.0, 0.0]
+    assert scaled.exponent == 600
+    assert (scaled @ torch.tensor([0.0, 1.0]).double()).tolist() == [0.0, 2.0**100]
+    assert scaled.exponent == 600
+    assert scaled.back(1.0) == 2.0**600 and scaled.back(1.0, degree=-1) == 2.0**-600
+    settled = InRange(2.0**600 * torch.eye(2).double())
+    settled.settle()
+    assert (settled @ torch.tensor([3.0, 0.0]).double()).tolist() == [3.0 * 2.0**600, 0.0]
+
+
 def test_a_matrix_of_ordinary_size_is_left_as_it_is() -> None:
     A = _matrix()
     v = torch.ones(len(A), dtype=torch.float64)
@@ -116,7 +144,7 @@ def test_repeated_eigenvalues_are_counted(dtype: torch.dtype, power: int) -> Non
 @pytest.mark.parametrize(("dtype", "power"), WHOLE)
 @pytest.mark.parametrize("budget", [12, 300])
 def test_sums_over_the_spectrum(dtype: torch.dtype, power: int, budget: int) -> None:
-    """The same numbers as for the matrix itself, in its units."""
+    """They scale with the matrix."""
     A = _matrix(lowest=0.1).to(dtype)
     plain, scaled = _operator(A, psd=True), _operator(_times(A, power), psd=True)
     close = {"rel": 1e3 * torch.finfo(dtype).eps}
@@ -128,7 +156,7 @@ def test_sums_over_the_spectrum(dtype: torch.dtype, power: int, budget: int) -> 
     entries, others = diagonal(plain, max_products=budget), diagonal(scaled, max_products=budget)
     torch.testing.assert_close(_times(others.values, -power), entries.values, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(_times(others.standard_errors, -power), entries.standard_errors, rtol=1e-3, atol=1e-5)
-    # Of a diagonal matrix, where the order in which rounding enters decides nothing.
+    # A diagonal matrix, for which the order of rounding does not matter.
     d = torch.linspace(0.25, 1.0, 24, dtype=dtype)
     plain, scaled = _operator(d.diag(), psd=True), _operator(_times(d, power).diag(), psd=True)
     one, other = (
@@ -182,7 +210,7 @@ def test_solvers(dtype: torch.dtype, power: int, moved: bool) -> None:
 
 @pytest.mark.parametrize(("dtype", "power"), WHOLE)
 def test_cubic_models(dtype: torch.dtype, power: int) -> None:
-    """With the weight `2^w sigma` it is that times `2^(a - w)`, for slopes of `2^(2a - w)`."""
+    """The minimiser scales by `2^(a - w)` if eigenvalues do by `2^a`, sigma by `2^w` and slopes by `2^(2a - w)`."""
     values, slopes = torch.linspace(-1, 2, 9, dtype=torch.float64), torch.linspace(1, 2, 9, dtype=torch.float64)
     expected, reason = secular.cubic(values, slopes, 0.5)
     y, same = secular.cubic(_times(values, power), _times(slopes, power), math.ldexp(0.5, power))
@@ -219,7 +247,7 @@ class Classifier:
         self.params = list(self.net.parameters())
 
     def closure(self, power: int = 0) -> Callable[[], Tensor]:
-        """Its loss times `2^power`."""
+        """Return a closure of the loss times `2^power`."""
 
         def closure() -> Tensor:
             self.net.zero_grad()

@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from processes import run
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from sharded_problems import bits, closure_of, network, sharded_network, whole
+from torch import Tensor
 
 from newtonopt import CubicNewton, HessianFree, NewtonCG, TrustRegionNewton, evaluate, gauss_newton, hessian
 from newtonopt.curvature import (
@@ -28,39 +26,9 @@ from newtonopt.curvature import (
     trace,
 )
 from newtonopt.vectors.random import unit_vectors
-from newtonopt.vectors.sharded import _DRAWN, Layout, Sharded, local_part
+from newtonopt.vectors.sharded import _DRAWN, Layout, Sharded
 
 SIZE = 45
-
-
-def network() -> nn.Sequential:
-    """Row counts that two processes share unevenly, or that leave one of them nothing."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 1)).double()
-
-
-def sharded_network() -> nn.Sequential:
-    model = network()
-    fully_shard(model[0])
-    return fully_shard(model)
-
-
-def data() -> tuple[Tensor, Tensor]:
-    torch.manual_seed(1)
-    return torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
-
-
-def closure_of(model: nn.Module, rank: int = 0, count: int = 1) -> Callable[[], Tensor]:
-    """The mean squared error on this process's part of the data."""
-    x, y = (t.chunk(count)[rank] for t in data())
-
-    def closure() -> Tensor:
-        model.zero_grad()
-        loss = F.mse_loss(model(x), y)
-        loss.backward()
-        return loss
-
-    return closure
 
 
 def layout_of(rank: int) -> Layout:
@@ -142,7 +110,7 @@ def compute(rank: int) -> dict[str, Any]:
         whole = result.full_tensor() if isinstance(result, Sharded) else result
         found[name] = whole, operation(v, w, rows, columns), isinstance(result, Sharded)
     for name, refused in REFUSED.items():
-        with pytest.raises(NotImplementedError, match="shared out among processes"):
+        with pytest.raises(NotImplementedError, match="sharded over processes"):
             refused(operands[0], operands[2])
             pytest.fail(name)
     return found
@@ -176,7 +144,7 @@ def test_random_vectors_are_those_of_one_process(size: int) -> None:
 
 
 def vectors(rank: int) -> dict[str, Any]:
-    """What is measured at the start, whole."""
+    """Loss, gradient, products, eigenvalues and sharpness at the start, as whole tensors."""
     sharded = dist.is_initialized()
     model = sharded_network() if sharded else network()
     closure = closure_of(model, rank, dist.get_world_size() if sharded else 1)
@@ -197,10 +165,6 @@ def vectors(rank: int) -> dict[str, Any]:
     return {name: x.full_tensor() if isinstance(x, Sharded) else x for name, x in found.items()}
 
 
-def bits(model: nn.Module) -> list[bytes]:
-    return [local_part(p).detach().numpy().tobytes() for p in model.parameters()]
-
-
 def test_measurements_equal_those_of_one_process() -> None:
     expected = vectors(0)
     for found in run(vectors):
@@ -210,7 +174,7 @@ def test_measurements_equal_those_of_one_process() -> None:
 
 
 def statistics(rank: int) -> dict[str, Any]:
-    """What is measured of the whole spectrum, of points and along directions."""
+    """Measurements of the whole spectrum, of a critical point and along directions, as whole tensors."""
     sharded = dist.is_initialized()
     model = sharded_network() if sharded else network()
     closure = closure_of(model, rank, dist.get_world_size() if sharded else 1)
@@ -254,11 +218,6 @@ def steps(rank: int, settings: dict[str, Any], kind: Any = HessianFree, count: i
         optimizer.step(closure)
         reports.append(optimizer.last_step)
     return reports, whole(model)
-
-
-def whole(model: nn.Module) -> Tensor:
-    tensors = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
 @pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])

@@ -142,8 +142,3 @@ def test_a_parameter_as_output() -> None:
     w = nn.Parameter(torch.ones(3, dtype=torch.float64))
     evaluation = evaluate(lambda: F.mse_loss(w, torch.zeros(3, dtype=torch.float64)), [w])
     assert torch.equal(gauss_newton(evaluation).dense(), torch.eye(3, dtype=torch.float64) * 2 / 3)
-
-
-def test_uninitialised_parameters_ask_for_a_forward_pass() -> None:
-    with pytest.raises(ValueError, match="Run the model once on a batch"):
-        HessianFree(nn.LazyLinear(2).parameters())

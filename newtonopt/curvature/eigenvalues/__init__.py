@@ -1,7 +1,9 @@
-"""Extreme eigenvalues, each with an interval that holds it.
+"""The largest and smallest eigenvalues of a symmetric operator, each with an interval that holds it.
 
-- `extreme`: `extreme_eigenvalues` and what it returns.
-- `search`: the Lanczos runs that find the eigenvalues.
-- `bounds`: intervals, from Lanczos coefficients and Ritz pairs.
-- `ritz_values`: Ritz pairs.
+- `extreme`: `extreme_eigenvalues` and its results. It checks the arguments and calls `search`, or `tracking` if a last
+  measurement is given.
+- `search`: Lanczos runs from random starts, one after the other on the complement of what was found.
+- `tracking`: one Lanczos run from the last measurement's eigenvectors.
+- `bounds`: the intervals, and the rules by which they are narrow enough. Both kinds of run ask it when to end.
+- `ritz_values`: approximate eigenpairs from a subspace, merged from run to run.
 """

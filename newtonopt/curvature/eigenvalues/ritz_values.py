@@ -1,4 +1,4 @@
-"""Approximate eigenvectors, and what follows from them for the spectrum."""
+"""Ritz pairs, that is approximate eigenpairs from a subspace, and the bounds on eigenvalues that they give."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from newtonopt.solvers.lanczos import LanczosResult
 
 @dataclass(frozen=True, eq=False)
 class RitzPairs:
-    """Orthonormal approximate eigenvectors U of A, as far as bounds depend on them.
+    """Orthonormal approximate eigenvectors U of A, without the vectors: as much as bounds depend on.
 
     Attributes:
         values: Ritz values Theta `(m,)`, float64 on the CPU.
-        gram: R'R `(m, m)`, float64 on the CPU, with R = A U - U Theta orthogonal to U.
+        gram: R'R `(m, m)`, float64 on the CPU, with the residuals R = A U - U Theta, which are orthogonal to U.
     """
 
     values: Tensor
@@ -27,7 +27,7 @@ class RitzPairs:
         return int(self.values.shape[0])
 
     def joined(self, values: Tensor, couplings: Tensor) -> RitzPairs:
-        """With the Ritz pairs of one Lanczos run added, whose residuals are `couplings` times one unit vector."""
+        """Return these pairs and those of one Lanczos run, whose residuals are `couplings` times one unit vector."""
         old, new = self.gram.shape[0], couplings.shape[0]
         gram = torch.zeros(old + new, old + new, dtype=torch.float64, device="cpu")
         gram[:old, :old] = self.gram
@@ -35,39 +35,41 @@ class RitzPairs:
         return RitzPairs(torch.cat([self.values, values]), gram)
 
     def chosen(self, indices: list[int]) -> RitzPairs:
-        """Those of these indices."""
+        """Return the pairs with these indices."""
         return RitzPairs(self.values[indices], self.gram[indices][:, indices])
 
     def ceilings(self, rest: float, size: int, count: int) -> list[float]:
-        """Upper bounds on the largest eigenvalues of A, from a bound on the part B that U leaves over.
+        """Return upper bounds on the largest eigenvalues of A, given a bound on the part B of A that U leaves over.
 
         In the basis (U, its complement) A is [[Theta, R'], [R, B]]. With B <= M I, A is at most
-        [[Theta, R'], [R, M I]] in the order of quadratic forms, so each of its eigenvalues is at most that matrix's
-        (Weyl's monotonicity, Horn & Johnson 2013, cor. 4.3.12), and those follow from R'R alone. The bounds
-        by |R| and by |R|^2 / gap (Li & Li 2005) are its two regimes.
+        [[Theta, R'], [R, M I]] in the order of quadratic forms, so each of its eigenvalues is at most the eigenvalue
+        of the same rank of that matrix (Weyl's monotonicity, Horn & Johnson 2013, cor. 4.3.12), which follows from R'R
+        alone. The bounds by |R| and by |R|^2 / gap (Li & Li 2005) are its two regimes.
 
         Args:
             rest: M, at least the largest eigenvalue of B.
             size: Dimension n of A.
-            count: How many bounds are wanted, 0 to n.
+            count: Number of bounds wanted, 0 to n.
 
         Returns:
-            Bounds, descending, on the `count` largest eigenvalues.
+            Bounds on the `count` largest eigenvalues, descending.
         """
         block = len(self)
         if rest == math.inf:
             return [rest] * count
         if block in (0, size):
             return sorted([*self.values.tolist(), *[rest] * (count - block)], reverse=True)[:count]
+        # A root of R'R stands for R': rotating the complement changes no eigenvalue.
         weights, axes = torch.linalg.eigh(self.gram)
         root = axes * weights.clamp_min(0.0).sqrt()
         corner = rest * torch.eye(block, dtype=torch.float64, device="cpu")
         bordered = torch.cat([torch.cat([self.values.diag(), root], 1), torch.cat([root.T, corner], 1)])
+        # The other n - 2m directions of the complement are not coupled to U: there the matrix is M I.
         bounds = [*torch.linalg.eigvalsh(bordered).tolist(), *[rest] * (size - 2 * block)]
         return sorted(bounds, reverse=True)[:count]
 
     def mirrored(self) -> RitzPairs:
-        """The same pairs of -A."""
+        """Return the same pairs as Ritz pairs of -A."""
         return RitzPairs(-self.values, self.gram)
 
 
@@ -86,29 +88,34 @@ class RitzBlock:
     residuals: Tensor
 
     def pairs(self) -> RitzPairs:
-        """What bounds need of the block."""
+        """Return the pairs without their vectors."""
         return RitzPairs(self.values, (self.residuals @ self.residuals.T).to("cpu", torch.float64))
 
     def extended(self, result: LanczosResult, coordinates: Tensor) -> Extension:
-        """Rayleigh-Ritz on this block U and on W = Q S from a run on its complement; needs no product.
+        """Apply the Rayleigh-Ritz method to the span of this block and of vectors from a run on its complement.
 
-        A W = S' T S W + tails q + U (R'W) in the notation of `LanczosResult`, so all of the projected matrix is known.
-        This block's residuals are overwritten, so that no copy is needed: it must not be used afterwards.
+        It needs no product. With W = Q S and the coupling C = R'W, in the notation of `LanczosResult`,
+        A W = W (S'TS) + q tails + U C and A U = U Theta + R, so that the projected matrix is known.
+
+        This block's residuals are overwritten, to save a copy: the block must not be used afterwards.
 
         Args:
-            result: A run that deflates this block.
-            coordinates: S `(k, j)`, orthonormal columns that span what is invariant under T or everything.
+            result: Lanczos run that deflates this block.
+            coordinates: S `(k, j)`, orthonormal columns that span an invariant subspace of T, or everything.
         """
         tridiagonal, inner = result.tridiagonal, result.coordinates(self.residuals)
+        # The projected matrix [[Theta, C], [C', S'TS]] and its eigenpairs.
         coupling = inner @ coordinates
         corner = coordinates.T @ tridiagonal.dense() @ coordinates
         upper = torch.cat([self.values.diag(), coupling], 1)
         values, rotation = torch.linalg.eigh(torch.cat([upper, torch.cat([coupling.T, corner], 1)]))
+        # The parts of the old residuals along W are no residuals any more: W is in the new span.
         if len(self.values):
             result.add_to(self.residuals, -coupling @ coordinates.T)
         old = rotation[: len(self.values)]
         new = coordinates @ rotation[len(self.values) :]
         tails = tridiagonal.betas[-1] * new[-1]
+        # The residual of pair i is R old_i + tails_i q: the Gram matrix has the squares of both parts and cross terms.
         left = (self.residuals @ self.residuals.T).to("cpu", torch.float64)
         along = (self.residuals @ result.next_vector).to("cpu", torch.float64)
         cross = torch.outer(old.T @ along, tails)
@@ -118,14 +125,14 @@ class RitzBlock:
 
 @dataclass(frozen=True, eq=False)
 class Extension:
-    """Ritz pairs of a block and a run together, of which only small matrices are formed yet.
+    """Ritz pairs of a block and a Lanczos run together, known by small matrices; long vectors are not formed yet.
 
     Attributes:
-        block: What was extended; its residuals are what the run left over of them.
+        block: The block that was extended, its residuals without their parts along the run.
         result: The run.
         pairs: All m Ritz pairs.
         old: Coordinates `(k, m)` of the Ritz vectors in the block.
-        new: Coordinates `(j, m)` in the Lanczos vectors.
+        new: Coordinates `(j, m)` of the Ritz vectors in the Lanczos vectors.
         tails: Parts `(m,)` of the residuals along the next Lanczos vector.
     """
 
@@ -137,7 +144,7 @@ class Extension:
     tails: Tensor
 
     def formed(self, keep: list[int]) -> RitzBlock:
-        """The Ritz pairs of these indices with their vectors."""
+        """Return the Ritz pairs with these indices, with their vectors."""
         block, result, rows = self.block, self.result, self.block.vectors
         turn = self.old[:, keep].T.to(rows.dtype).to(rows.device)
         vectors = turn @ rows

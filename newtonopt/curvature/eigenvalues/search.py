@@ -1,4 +1,8 @@
-"""Lanczos runs that find, refine and certify the ends of a spectrum, in bounded memory."""
+"""Lanczos runs from random starts that find and certify the ends of a spectrum, in bounded memory.
+
+A run sees one copy of each eigenvalue. So each run is followed by another one on the complement of what was found: it
+finds missed copies, and its start bounds what is left over. Between runs the Ritz pairs stand in one block.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +14,28 @@ import torch
 from torch import Tensor
 
 from newtonopt.curvature.eigenvalues.bounds import (
+    Interval,
     Knowledge,
-    Range,
     Request,
+    allowed_width,
     certifiable,
     certified,
     component_floor,
-    slack,
     spectrum_ceiling,
 )
-from newtonopt.curvature.eigenvalues.ritz_values import Extension, RitzPairs
+from newtonopt.curvature.eigenvalues.ritz_values import Extension
 from newtonopt.solvers.lanczos import LanczosResult, Restarts, Tridiagonal, lanczos
 from newtonopt.vectors.random import normals
 from newtonopt.vectors.scaling import InRange
 
-# Share of the budget for the first run, where a second one has to certify what it finds.
+# Share of the budget for the first run, if a second one has to certify what it finds.
 _FIRST_SHARE = 2.0 / 3.0
 # Ritz vectors beyond the wanted ones that are deflated at each end: they widen the gap that the certifying run needs.
 _EXTRA = 8
-# Norm of the random part of a tracking run's start, relative to the part along the old vectors.
-_RANDOM_PART = 0.1
 
 
 def search(matrix: InRange, request: Request, known: Knowledge, seed: int) -> Knowledge:
-    """Runs from random starts on the complement of what is known, until all is certified or the budget spent."""
+    """Run Lanczos on the complement of what is known until all is certified or the budget is spent."""
     generator = torch.Generator().manual_seed(seed)
     run = 0
     while known.products < request.max_products and not certified(request, known):
@@ -42,47 +44,14 @@ def search(matrix: InRange, request: Request, known: Knowledge, seed: int) -> Kn
     return known
 
 
-def track(
-    matrix: InRange,
-    request: Request,
-    known: Knowledge,
-    old: Tensor,
-    seed: int,
-    is_enough: Callable[[Knowledge], bool],
-) -> Knowledge:
-    """One run from a sum of old eigenvectors, until its residuals are small enough; it bounds nothing.
-
-    The random part lets through eigenvectors that the old ones know nothing of.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    start = normals(known.block.vectors, generator)
-    start *= _RANDOM_PART * float(old.norm()) / float(start.norm())
-    start += old
-
-    def judged(tridiagonal: Tridiagonal) -> Knowledge:
-        values, coordinates = tridiagonal.ritz()
-        tails = tridiagonal.betas[-1] * coordinates[-1]
-        pairs = RitzPairs(values, torch.outer(tails, tails))
-        return replace(_observe(known, tridiagonal, values, None), pairs=pairs, products=tridiagonal.size)
-
-    def stop(tridiagonal: Tridiagonal) -> bool:
-        return is_enough(judged(tridiagonal))
-
-    result = lanczos(matrix, start, request.max_products, stop=stop, restarts=_restarts(request, known))
-    seen = judged(result.tridiagonal)
-    keep = _outer(request, seen.pairs.values, 0)
-    block = known.block.extended(result, result.tridiagonal.ritz()[1][:, keep])
-    formed = block.formed(list(range(len(keep))))
-    return replace(seen, block=formed, pairs=formed.pairs())
-
-
 def _advance(matrix: InRange, request: Request, known: Knowledge, start: Tensor, run: int) -> Knowledge:
-    """One Lanczos run on the complement of the block, and what it finds merged into the block."""
-    # Later intervals rely on several runs, how many depends on the data: the shares 1/(r (r + 1)) sum to one.
-    failure = request.failure if request.single else request.failure / (run * (run + 1))
+    """Run Lanczos once on the complement of the block, and merge what it finds into the block."""
+    # The later intervals rely on several runs; their number depends on the data. The shares 1/(r (r + 1)) of the
+    # failure probability sum to one over all runs.
+    failure = request.failure if request.one_run_suffices else request.failure / (run * (run + 1))
     delta = component_floor(request.size - len(known.pairs), failure)
     budget = request.max_products - known.products
-    if run == 1 and not request.single:
+    if run == 1 and not request.one_run_suffices:
         budget = math.ceil(_FIRST_SHARE * request.max_products)
     # A third run means repeated eigenvalues, of which each run finds one copy: then it is cheaper to deflate a copy as
     # soon as it has converged than to wait for the eigenvalues behind it.
@@ -94,18 +63,19 @@ def _advance(matrix: InRange, request: Request, known: Knowledge, start: Tensor,
         deflate=known.block.vectors,
         scale=known.norm,
         stop=_stop_rule(request, known, delta, greedy),
-        restarts=_restarts(request, known),
+        restarts=restarts(request, known),
     )
-    return _absorb(request, known, result, delta, greedy)
+    return _merge(request, known, result, delta, greedy)
 
 
-def _restarts(request: Request, known: Knowledge) -> Restarts:
+def restarts(request: Request, known: Knowledge) -> Restarts:
+    """Return how a run keeps within its memory: which Ritz vectors it restarts from."""
     room = request.run_length(len(known.pairs))
-    return Restarts(room, lambda values: _outer(request, values, request.restart_kept(room)))
+    return Restarts(room, lambda values: from_the_ends(request, values, request.restart_kept(room)))
 
 
-def _outer(request: Request, values: Tensor, most: int) -> list[int]:
-    """Indices, ascending, of the wanted values and of those behind them, `most` in all at most."""
+def from_the_ends(request: Request, values: Tensor, most: int) -> list[int]:
+    """Return the indices, ascending, of the wanted values, and of values behind them until `most` are chosen."""
     asked = [(sign, count) for sign, count in request.ends if count]
     extra = max(most - sum(count for _, count in asked), 0) // max(len(asked), 1)
     chosen: set[int] = set()
@@ -114,22 +84,33 @@ def _outer(request: Request, values: Tensor, most: int) -> list[int]:
     return sorted(chosen)
 
 
-def _kept(request: Request, known: Knowledge, extension: Extension, keep: list[int]) -> Knowledge:
-    """The block of the pairs that are kept, and a bound on what is left when the others have gone back to it."""
-    others = [index for index in range(len(extension.pairs)) if index not in set(keep)]
+def observe(known: Knowledge, tridiagonal: Tridiagonal, values: Tensor, delta: float | None) -> Knowledge:
+    """Return what is known after a run on the block's complement.
+
+    Args:
+        known: What was known before.
+        tridiagonal: Coefficients of the run.
+        values: Ritz values of the run, ascending.
+        delta: Least part of the start along an eigenvector; None: the start was not random, and bounds nothing.
+    """
     rest = known.rest
-    if others:
-        dropped, size = extension.pairs.chosen(others), request.size - len(keep)
-        high = dropped.ceilings(rest.high, size, 1)[0]
-        rest = Range(-dropped.mirrored().ceilings(-rest.low, size, 1)[0], high).tighten(known.whole)
-    block = extension.formed(keep)
-    return replace(known, block=block, pairs=block.pairs(), rest=rest)
+    if delta is not None:
+        high = spectrum_ceiling(tridiagonal, delta, float(values[-1]))
+        low = -spectrum_ceiling(tridiagonal.mirrored(), delta, -float(values[0]))
+        rest = rest.tighten(Interval(low, high))
+    return replace(
+        known,
+        rest=rest,
+        whole=rest if len(known.pairs) == 0 else known.whole,
+        norm=max(known.norm, abs(float(values[0])), abs(float(values[-1]))),
+        noise=max(known.noise, tridiagonal.noise),
+    )
 
 
 def _stop_rule(request: Request, known: Knowledge, delta: float, greedy: bool) -> Callable[[Tridiagonal], bool]:
-    """Stop when all is certified, or when what is new has converged and must be deflated in turn."""
+    """Return the rule that ends a run when all is certified, or when new pairs have converged and must be deflated."""
     # A first run of several cannot certify: the bounds of its start say nothing of multiplicity.
-    bounded = request.single or len(known.pairs) > 0
+    bounded = request.one_run_suffices or len(known.pairs) > 0
     due = 1
 
     def stop(tridiagonal: Tridiagonal) -> bool:
@@ -140,86 +121,82 @@ def _stop_rule(request: Request, known: Knowledge, delta: float, greedy: bool) -
         due = tridiagonal.size + 1 + tridiagonal.size // 16
         values, coordinates = tridiagonal.ritz()
         couplings = tridiagonal.betas[-1] * coordinates[-1]
-        seen = _observe(known, tridiagonal, values, delta if bounded else None)
-        new = _new(request, seen, values)
+        seen = observe(known, tridiagonal, values, delta if bounded else None)
+        new = _wanted(request, seen, values)
         if bounded and certified(request, _joined(seen, values, couplings, new)):
             return True
-        ripe = _outermost(request, new) if greedy else new
-        if request.single or not new:
+        ripe = _first_of_each_end(request, new) if greedy else new
+        if request.one_run_suffices or not new:
             return False
         return certifiable(request, _joined(seen, values, couplings, ripe), len(seen.pairs))
 
     return stop
 
 
-def _joined(known: Knowledge, values: Tensor, couplings: Tensor, indices: list[int]) -> Knowledge:
-    """With these Ritz pairs of a run taken as if they were merged."""
-    return replace(known, pairs=known.pairs.joined(values[indices], couplings[indices]))
-
-
-def _outermost(request: Request, new: list[int]) -> list[int]:
-    """Of indices in ascending order of their values, the last and the first at the ends that were asked for."""
-    picked = {new[-1] if sign > 0.0 else new[0] for sign, count in request.ends if count and new}
-    return sorted(picked)
-
-
-def _observe(known: Knowledge, tridiagonal: Tridiagonal, values: Tensor, delta: float | None) -> Knowledge:
-    """Adds what a run on the block's complement tells of the spectrum; without bounds where delta is None."""
-    rest = known.rest
-    if delta is not None:
-        high = spectrum_ceiling(tridiagonal, delta, float(values[-1]))
-        low = -spectrum_ceiling(tridiagonal.mirrored(), delta, -float(values[0]))
-        rest = rest.tighten(Range(low, high))
-    return replace(
-        known,
-        rest=rest,
-        whole=rest if len(known.pairs) == 0 else known.whole,
-        norm=max(known.norm, abs(float(values[0])), abs(float(values[-1]))),
-        noise=max(known.noise, tridiagonal.noise),
-    )
-
-
-def _new(request: Request, known: Knowledge, values: Tensor) -> list[int]:
-    """Indices of the complement's Ritz values that belong among the wanted ones."""
-    chosen: set[int] = set()
-    for sign, count in request.ends:
-        held = [(value, -1) for value in (sign * known.pairs.values).tolist()]
-        fresh = [(value, index) for index, value in enumerate((sign * values).tolist())]
-        if len(held) >= count > 0:
-            # A value that beats the last wanted one by less than the slack changes nothing in the answer.
-            last = sorted(held, reverse=True)[count - 1][0]
-            fresh = [pair for pair in fresh if pair[0] > last + 0.25 * slack(request, known, last)]
-        chosen.update(index for _, index in sorted(held + fresh, reverse=True)[:count] if index >= 0)
-    return sorted(chosen)
-
-
-def _absorb(request: Request, known: Knowledge, result: LanczosResult, delta: float, greedy: bool) -> Knowledge:
-    """Bounds and Ritz vectors of a finished run."""
+def _merge(request: Request, known: Knowledge, result: LanczosResult, delta: float, greedy: bool) -> Knowledge:
+    """Add the bounds and the Ritz vectors of a finished run."""
     tridiagonal = result.tridiagonal
     values, coordinates = tridiagonal.ritz()
-    seen = _observe(known, tridiagonal, values, delta)
+    seen = observe(known, tridiagonal, values, delta)
     seen = replace(seen, products=known.products + tridiagonal.size)
-    new = _new(request, seen, values)
+    new = _wanted(request, seen, values)
     if not new:
         return seen
     couplings = tridiagonal.betas[-1] * coordinates[-1]
     if len(values) == request.size - len(known.pairs):
         # The run spans the whole complement: keeping all of it leaves nothing to certify.
         new = list(range(len(values)))
-    elif not request.single:
-        ripe = _outermost(request, new)
+    elif not request.one_run_suffices:
+        ripe = _first_of_each_end(request, new)
         if greedy and certifiable(request, _joined(seen, values, couplings, ripe), len(seen.pairs)):
             new = ripe
         new = _with_extras(request, seen, values, couplings, new)
     extension = seen.block.extended(result, coordinates[:, new])
     keep = list(range(len(extension.pairs)))
     if len(keep) > request.kept:
-        keep = _outer(request, extension.pairs.values, request.kept)
-    return _kept(request, seen, extension, keep)
+        keep = from_the_ends(request, extension.pairs.values, request.kept)
+    return _keep(request, seen, extension, keep)
+
+
+def _keep(request: Request, known: Knowledge, extension: Extension, keep: list[int]) -> Knowledge:
+    """Form the pairs that are kept, and bound what is left over once the others have gone back to the complement."""
+    others = [index for index in range(len(extension.pairs)) if index not in set(keep)]
+    rest = known.rest
+    if others:
+        dropped, size = extension.pairs.chosen(others), request.size - len(keep)
+        high = dropped.ceilings(rest.high, size, 1)[0]
+        rest = Interval(-dropped.mirrored().ceilings(-rest.low, size, 1)[0], high).tighten(known.whole)
+    block = extension.formed(keep)
+    return replace(known, block=block, pairs=block.pairs(), rest=rest)
+
+
+def _wanted(request: Request, known: Knowledge, values: Tensor) -> list[int]:
+    """Return the indices of the complement's Ritz values that belong among the wanted ones."""
+    chosen: set[int] = set()
+    for sign, count in request.ends:
+        held = [(value, -1) for value in (sign * known.pairs.values).tolist()]
+        fresh = [(value, index) for index, value in enumerate((sign * values).tolist())]
+        if len(held) >= count > 0:
+            # A value that beats the last wanted one by far less than an interval's width changes nothing in the answer.
+            last = sorted(held, reverse=True)[count - 1][0]
+            fresh = [pair for pair in fresh if pair[0] > last + 0.25 * allowed_width(request, known, last)]
+        chosen.update(index for _, index in sorted(held + fresh, reverse=True)[:count] if index >= 0)
+    return sorted(chosen)
+
+
+def _joined(known: Knowledge, values: Tensor, couplings: Tensor, indices: list[int]) -> Knowledge:
+    """Return what would be known if these Ritz pairs of a run were merged."""
+    return replace(known, pairs=known.pairs.joined(values[indices], couplings[indices]))
+
+
+def _first_of_each_end(request: Request, new: list[int]) -> list[int]:
+    """Return the outermost of indices in ascending order of their values, at each end that was asked for."""
+    picked = {new[-1] if sign > 0.0 else new[0] for sign, count in request.ends if count and new}
+    return sorted(picked)
 
 
 def _with_extras(request: Request, known: Knowledge, values: Tensor, couplings: Tensor, new: list[int]) -> list[int]:
-    """The indices and further ones from the wanted ends inwards, while the wanted intervals can still be narrow."""
+    """Add further indices from the wanted ends inwards, while the wanted intervals can still become narrow."""
     for sign, count in request.ends:
         order = torch.argsort(sign * values, descending=True).tolist() if count else []
         for index in [i for i in order if i not in new][:_EXTRA]:

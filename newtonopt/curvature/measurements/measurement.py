@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from newtonopt.checks import check_choice, check_positive, check_seed, check_share, check_whole, shown
+from newtonopt.closure.evaluation import Known, Products, Verdict, check_products
 from newtonopt.closure.evaluation import Matrix as Checked
-from newtonopt.closure.evaluation import Products, Verdict, check_products
 from newtonopt.closure.objective import Objective
 from newtonopt.curvature.eigenvalues.extreme import Spectrum
 from newtonopt.operators.linear_operator import LinearOperator
@@ -533,8 +533,8 @@ def take(
     """
     params = trained_parameters(params)
     began = time.perf_counter()
-    verdicts = None if last is None else last.verdicts
-    objective = Objective(closure, params, products=plan.products, weight=weight, verdicts=verdicts)
+    known = None if last is None else Known(last.verdicts)
+    objective = Objective(closure, params, products=plan.products, weight=weight, known=known)
     evaluation = objective.evaluate()
     if last is None:
         objective.check_replay(evaluation)

@@ -1,41 +1,31 @@
-"""Intervals of extreme eigenvalues: coverage, multiplicity, convergence."""
+"""Intervals of extreme eigenvalues: coverage, multiplicity, convergence; matrices and networks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from problems import build
+from spectra import dense, diagonal, softmax_regression, uniform
 
+from newtonopt import LinearOperator, evaluate, gauss_newton, hessian
 from newtonopt.curvature import Spectrum, extreme_eigenvalues
-from newtonopt.curvature.eigenvalues import search as module
-from newtonopt.operators.matrices import LinearOperator
-
-
-def _dense(matrix: torch.Tensor, psd: bool = False) -> LinearOperator:
-    return LinearOperator(lambda v: matrix @ v, (matrix.shape[0], matrix.shape[0]), matrix, psd=psd)
-
-
-def _diagonal(values: torch.Tensor, psd: bool = False) -> LinearOperator:
-    # A random start is invariant to rotations: diagonal matrices lose no generality.
-    return LinearOperator(lambda v: values * v, (values.shape[0], values.shape[0]), values, psd=psd)
-
-
-def _uniform(n: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from newtonopt.curvature.eigenvalues import search
 
 
 def _spectra() -> dict[str, torch.Tensor]:
     outliers = torch.tensor([10.0, 7.0, 6.0, 4.4, 3.0, 2.5, -0.3, -0.2], dtype=torch.float64)
     return {
-        "outliers": torch.cat([outliers, 0.3 * _uniform(192) ** 4 - 0.02]),
-        "negative": torch.cat([torch.tensor([-20.0, -5.0, 3.0, 2.9], dtype=torch.float64), _uniform(150) - 0.5]),
-        "clustered": torch.cat([5.0 - 1e-3 * _uniform(6), _uniform(150, 1), -1.0 - 1e-2 * _uniform(4, 2)]),
+        "outliers": torch.cat([outliers, 0.3 * uniform(192) ** 4 - 0.02]),
+        "negative": torch.cat([torch.tensor([-20.0, -5.0, 3.0, 2.9], dtype=torch.float64), uniform(150) - 0.5]),
+        "clustered": torch.cat([5.0 - 1e-3 * uniform(6), uniform(150, 1), -1.0 - 1e-2 * uniform(4, 2)]),
         "slow": torch.arange(1, 200, dtype=torch.float64) ** -0.5,
         "uniform": torch.linspace(-1.0, 1.0, 150, dtype=torch.float64),
-        "ninefold": torch.cat([torch.full((9,), 4.0, dtype=torch.float64), _uniform(150, 3)]),
+        "ninefold": torch.cat([torch.full((9,), 4.0, dtype=torch.float64), uniform(150, 3)]),
     }
 
 
@@ -43,19 +33,19 @@ SPECTRA = _spectra()
 
 
 def _held(spectrum: Spectrum, truth: Sequence[float], doubt: float = 0.0) -> list[bool]:
-    """Whether each interval holds the eigenvalue of its rank, known up to the doubt."""
+    """Return whether each interval holds the eigenvalue of its rank, which is known up to the doubt."""
     ends = [*zip(spectrum.top, truth[::-1], strict=False), *zip(spectrum.bottom, truth, strict=False)]
     return [entry.lower - doubt <= exact <= entry.upper + doubt for entry, exact in ends]
 
 
 def _coverage(values: torch.Tensor, runs: int, **arguments: float) -> np.ndarray:
     truth = values.sort().values.tolist()
-    held = [_held(extreme_eigenvalues(_diagonal(values), seed=seed, **arguments), truth) for seed in range(runs)]
+    held = [_held(extreme_eigenvalues(diagonal(values), seed=seed, **arguments), truth) for seed in range(runs)]
     return np.mean(held, axis=0)
 
 
 def _least(confidence: float, runs: int) -> float:
-    """Three standard deviations of the binomial below the confidence."""
+    """Return the confidence less three standard deviations of the binomial distribution."""
     return confidence - 3.0 * (confidence * (1.0 - confidence) / runs) ** 0.5
 
 
@@ -86,14 +76,14 @@ def test_coverage_of_several_at_length(name: str, budget: int) -> None:
 
 
 def test_coverage_fails_where_the_bound_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "component_floor", lambda size, failure: 0.5)
+    monkeypatch.setattr(search, "component_floor", lambda size, failure: 0.5)
     coverage = _coverage(SPECTRA["slow"], 60, top=1, bottom=1, confidence=0.8, max_products=3)
     assert coverage.min() < _least(0.8, 60)
 
 
 def test_small_failure_probability_is_not_paid_for_with_vacuous_bounds() -> None:
     values = SPECTRA["uniform"]
-    spectrum = extreme_eigenvalues(_diagonal(values), 1, 1, max_products=40)
+    spectrum = extreme_eigenvalues(diagonal(values), 1, 1, max_products=40)
     assert spectrum.top[0].upper < 1.1
     assert spectrum.bottom[0].lower > -1.1
 
@@ -102,7 +92,7 @@ def test_small_failure_probability_is_not_paid_for_with_vacuous_bounds() -> None
 def test_converged_values_are_within_tolerance(name: str) -> None:
     values = SPECTRA[name]
     truth = values.sort().values.tolist()
-    spectrum = extreme_eigenvalues(_diagonal(values), top=5, bottom=2, max_products=1000)
+    spectrum = extreme_eigenvalues(diagonal(values), top=5, bottom=2, max_products=1000)
     assert spectrum.converged
     assert all(_held(spectrum, truth))
     found = [e.value for e in (*spectrum.top, *spectrum.bottom)]
@@ -116,7 +106,7 @@ def test_converged_values_are_within_tolerance(name: str) -> None:
 def test_dense_matrix_against_scipy(dtype: torch.dtype) -> None:
     matrix = torch.randn(120, 120, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     A = ((matrix + matrix.T) / 2).to(dtype)
-    operator = _dense(A)
+    operator = dense(A)
     spectrum = extreme_eigenvalues(operator, top=4, bottom=3, max_products=600)
     truth = scipy.linalg.eigvalsh(A.double().numpy()).tolist()
     assert spectrum.converged
@@ -133,7 +123,7 @@ def test_dense_matrix_against_scipy(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("top", "copies"), [(12, 9), (5, 5), (9, 9)])
 def test_multiplicity_is_counted(top: int, copies: int) -> None:
     values = SPECTRA["ninefold"]
-    spectrum = extreme_eigenvalues(_diagonal(values), top=top, bottom=0, max_products=400)
+    spectrum = extreme_eigenvalues(diagonal(values), top=top, bottom=0, max_products=400)
     found = [entry.value for entry in spectrum.top]
     assert spectrum.converged
     assert sum(abs(value - 4.0) < 4e-3 for value in found) == copies
@@ -145,23 +135,23 @@ def test_multiplicity_is_counted(top: int, copies: int) -> None:
 def test_many_copies_of_every_eigenvalue_within_the_default_budget() -> None:
     # Softmax regression at zero weights: each eigenvalue of the second moment nine times, with a decay as on images.
     values = (0.73 * torch.arange(1, 66, dtype=torch.float64) ** -0.8).repeat_interleave(9).to(torch.float32)
-    spectrum = extreme_eigenvalues(_diagonal(values), top=12, bottom=0)
+    spectrum = extreme_eigenvalues(diagonal(values), top=12, bottom=0)
     assert spectrum.converged
     np.testing.assert_allclose([e.value for e in spectrum.top], values[:12], rtol=1e-3)
     assert spectrum.products <= 200
 
 
 def test_residuals_that_merged_copies_have_raised_do_not_keep_a_run_from_ending() -> None:
-    values = torch.cat([(10.0 * _uniform(12, 3) ** 3).repeat_interleave(9), torch.zeros(12)])
+    values = torch.cat([(10.0 * uniform(12, 3) ** 3).repeat_interleave(9), torch.zeros(12)])
     for seed in (1, 2, 7, 8):
-        spectrum = extreme_eigenvalues(_diagonal(values), top=11, bottom=0, tolerance=1e-2, seed=seed)
+        spectrum = extreme_eigenvalues(diagonal(values), top=11, bottom=0, tolerance=1e-2, seed=seed)
         assert spectrum.converged
         assert spectrum.products <= 120
 
 
 def test_certification_costs_less_than_another_run() -> None:
-    values = torch.cat([SPECTRA["outliers"], 0.3 * _uniform(3000, 7) ** 4 - 0.02])
-    assert extreme_eigenvalues(_diagonal(values), top=3, bottom=0).products <= 20
+    values = torch.cat([SPECTRA["outliers"], 0.3 * uniform(3000, 7) ** 4 - 0.02])
+    assert extreme_eigenvalues(diagonal(values), top=3, bottom=0).products <= 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -184,21 +174,21 @@ def test_small_and_degenerate(matrix: torch.Tensor, dtype: torch.dtype) -> None:
     A = matrix.to(dtype)
     truth = scipy.linalg.eigvalsh(A.double().numpy()).tolist()
     for top, bottom in ((5, 2), (1, 1), (0, 1), (1, 0)):
-        spectrum = extreme_eigenvalues(_dense(A), top=top, bottom=bottom)
+        spectrum = extreme_eigenvalues(dense(A), top=top, bottom=bottom)
         assert spectrum.converged
         assert (len(spectrum.top), len(spectrum.bottom)) == (min(top, len(truth)), min(bottom, len(truth)))
         assert all(_held(spectrum, truth))
 
 
 def test_whole_small_spectrum_needs_one_product_each() -> None:
-    spectrum = extreme_eigenvalues(_diagonal(torch.linspace(-1.0, 2.0, 9, dtype=torch.float64)), top=5, bottom=4)
+    spectrum = extreme_eigenvalues(diagonal(torch.linspace(-1.0, 2.0, 9, dtype=torch.float64)), top=5, bottom=4)
     assert spectrum.converged
     assert spectrum.products == 9
 
 
 @pytest.mark.parametrize("budget", [1, 2, 7])
 def test_budget_is_kept_and_admitted(budget: int) -> None:
-    spectrum = extreme_eigenvalues(_diagonal(SPECTRA["slow"]), max_products=budget)
+    spectrum = extreme_eigenvalues(diagonal(SPECTRA["slow"]), max_products=budget)
     assert spectrum.products <= budget
     assert not spectrum.converged
     assert all(np.isfinite([e.lower, e.upper]).all() for e in (*spectrum.top, *spectrum.bottom))
@@ -206,12 +196,12 @@ def test_budget_is_kept_and_admitted(budget: int) -> None:
 
 def test_semi_definite_operator_bounds_below_at_zero() -> None:
     values = SPECTRA["slow"]
-    assert extreme_eigenvalues(_diagonal(values, psd=True), 1, 1, max_products=5).bottom[0].lower >= -1e-12
-    assert extreme_eigenvalues(_diagonal(values), 1, 1, max_products=5).bottom[0].lower < -1e-3
+    assert extreme_eigenvalues(diagonal(values, psd=True), 1, 1, max_products=5).bottom[0].lower >= -1e-12
+    assert extreme_eigenvalues(diagonal(values), 1, 1, max_products=5).bottom[0].lower < -1e-3
 
 
 def test_seed_decides_and_global_random_state_stays() -> None:
-    operator = _diagonal(SPECTRA["outliers"])
+    operator = diagonal(SPECTRA["outliers"])
     torch.manual_seed(11)
     before = torch.get_rng_state()
     first = extreme_eigenvalues(operator, seed=3, max_products=10)
@@ -237,7 +227,7 @@ def test_seed_decides_and_global_random_state_stays() -> None:
 )
 def test_arguments_are_checked(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        extreme_eigenvalues(_diagonal(SPECTRA["slow"]), **arguments)
+        extreme_eigenvalues(diagonal(SPECTRA["slow"]), **arguments)
 
 
 def test_an_evaluation_is_no_operator() -> None:
@@ -249,4 +239,69 @@ def test_rectangular_and_infinite_operators_are_refused() -> None:
     with pytest.raises(ValueError, match="must be square"):
         extreme_eigenvalues(LinearOperator(lambda v: v, (3, 4), torch.zeros(0)))
     with pytest.raises(FloatingPointError, match="loss and gradient are finite"):
-        extreme_eigenvalues(_diagonal(torch.tensor([1.0, float("nan"), 2.0])))
+        extreme_eigenvalues(diagonal(torch.tensor([1.0, float("nan"), 2.0])))
+
+
+def test_a_tiny_end_does_not_use_up_the_budget() -> None:
+    values = torch.cat([torch.arange(1, 301).double() ** -1.5, torch.zeros(2000).double()])
+    spectrum = extreme_eigenvalues(diagonal(values, psd=True), top=3, bottom=1, tolerance=1e-2)
+    assert spectrum.converged
+    assert spectrum.products <= 40
+    assert spectrum.bottom[0].lower == pytest.approx(0.0, abs=1e-12)
+    assert 0.0 <= spectrum.bottom[0].upper <= 1e-4
+    # Above the tolerance times the norm widths stay relative.
+    assert all(e.upper - e.lower <= 1e-2 * e.value for e in spectrum.top)
+
+
+def test_multiplicity_is_what_was_seen() -> None:
+    spectrum = extreme_eigenvalues(diagonal(SPECTRA["ninefold"]), top=10, bottom=1)
+    assert [e.multiplicity for e in spectrum.top] == [9] * 9 + [1]
+    assert spectrum.bottom[0].multiplicity == 1
+    assert [e.multiplicity for e in extreme_eigenvalues(diagonal(SPECTRA["slow"]), top=3, bottom=0).top] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("budget", [8, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pair", [("mlp", "cross_entropy"), ("conv", "mse"), ("words", "cross_entropy")], ids="-".join)
+def test_intervals_contain_the_truth_as_often_as_they_say(pair: tuple[str, str], budget: int) -> None:
+    case = build(*pair)
+    matrix = hessian(evaluate(case.closure, case.params)).dense()
+    values = torch.linalg.eigvalsh(matrix)
+    hits, exact = [], []
+    for seed in range(200):
+        spectrum = extreme_eigenvalues(dense(matrix), top=1, bottom=1, confidence=0.9, max_products=budget, seed=seed)
+        for found, truth in ((spectrum.top[0], float(values[-1])), (spectrum.bottom[0], float(values[0]))):
+            hits.append(found.lower <= truth <= found.upper)
+            if spectrum.converged:
+                exact.append(abs(found.value - truth) <= 1e-3 * abs(truth))
+    assert sum(hits) / len(hits) >= 0.9
+    assert budget == 8 or sum(exact) / len(exact) >= 0.9
+
+
+def test_signs_are_right_where_the_most_negative_is_the_larger() -> None:
+    theta = torch.tensor([0.5, 0.5, 0.5], dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor([2.0, 1.0, -9.0], dtype=torch.float64)
+    spectrum = extreme_eigenvalues(hessian(evaluate(lambda: (scale * theta**2).sum() / 2, [theta])), top=1, bottom=1)
+    assert spectrum.top[0].value == pytest.approx(2.0, rel=1e-9)
+    assert spectrum.bottom[0].value == pytest.approx(-9.0, rel=1e-9)
+
+
+def test_softmax_regression_at_zero_has_every_eigenvalue_nine_times() -> None:
+    evaluation, S = softmax_regression()
+    exact = torch.linalg.eigvalsh(S).flip(0) / 10
+    for A in (hessian(evaluation), gauss_newton(evaluation)):
+        spectrum = extreme_eigenvalues(A, top=12, bottom=0, max_products=300)
+        found = torch.tensor([e.value for e in spectrum.top]).double()
+        torch.testing.assert_close(found, torch.cat([exact[0].repeat(9), exact[1].repeat(3)]), rtol=1e-3, atol=0)
+        assert spectrum.converged
+
+
+@pytest.mark.parametrize(("vectors", "words"), [(51, "and at least 52, got 51"), (60.0, "a whole number")])
+def test_the_bound_on_vectors_is_checked(vectors: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"max_vectors must be .*{words}"):
+        extreme_eigenvalues(diagonal(SPECTRA["slow"]), max_vectors=vectors)
+
+
+def test_a_spectrum_prints_without_its_vectors() -> None:
+    spectrum = extreme_eigenvalues(diagonal(SPECTRA["slow"]), top=1, bottom=1)
+    assert len(repr(spectrum)) < 500
+    assert f"value={spectrum.top[0].value!r}" in repr(spectrum)

@@ -151,7 +151,7 @@ def test_rounding_is_the_same_function(precision: str, steps: int) -> None:
     for _ in range(5):
         evaluation = objective.evaluate()
         objective.replay(evaluation)
-        assert evaluation.replayed
+        assert evaluation.standing.replayed
 
 
 def test_the_check_costs_one_run_for_an_optimizer() -> None:

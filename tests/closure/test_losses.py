@@ -1,17 +1,19 @@
-"""Which outputs a loss is a function of, and what is called convex in them, against dense matrices."""
+"""Which calls are convex losses of which outputs, against dense matrices, and what to write instead of other losses."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import error
+from problems import build, error
 from torch import Tensor, nn
 
 from newtonopt import HessianFree, evaluate, gauss_newton, hessian, jacobian, mark_outputs
+from newtonopt.closure.losses import REMEDIES, mean_over
 
 Loss = Callable[[Tensor], Tensor]
 FORMS = ("cached", "streamed", "finite_difference")
@@ -209,3 +211,177 @@ def test_a_mark_in_which_the_loss_is_linear_is_an_error_that_says_what_to_mark(l
     with pytest.raises(RuntimeError, match='use curvature="hessian"'):
         HessianFree(network.parameters(), products=products).step(closure_of(network, loss))
     assert all(torch.equal(p, q) for p, q in zip(before, network.parameters(), strict=True))
+
+
+def test_nll_without_log_softmax_is_not_recorded_as_zero_curvature() -> None:
+    case = build("mlp", "cross_entropy")
+    labels = torch.zeros(6, dtype=torch.long)
+    loss = lambda: F.nll_loss(torch.softmax(case.model(case.inputs), 1).sqrt().log(), labels)  # noqa: E731
+    with pytest.raises(RuntimeError, match="mark_outputs"):
+        gauss_newton(evaluate(loss, case.params))
+
+
+def test_kl_div_is_taken_at_the_logits() -> None:
+    case = build("mlp", "probabilities")
+    soft = torch.softmax(torch.randn(6, 3, dtype=torch.float64), 1)
+    by_kl = evaluate(
+        lambda: F.kl_div(F.log_softmax(case.model(case.inputs), 1), soft, reduction="batchmean"), case.params
+    )
+    by_cross_entropy = evaluate(lambda: F.cross_entropy(case.model(case.inputs), soft), case.params)
+    torch.testing.assert_close(gauss_newton(by_kl).dense(), gauss_newton(by_cross_entropy).dense())
+
+
+def test_what_losses_are_means_over() -> None:
+    z, y, w = torch.randn(4, 3), torch.tensor([0, 1, -100, 2]), torch.tensor([1.0, 2.0, 4.0])
+    assert float(mean_over(F.cross_entropy, {"input": z, "target": y})) == 3
+    assert float(mean_over(F.cross_entropy, {"input": z, "target": y, "weight": w})) == 7
+    assert mean_over(F.kl_div, {"input": z, "target": z, "reduction": "batchmean"}) == 4
+    assert mean_over(F.mse_loss, {"input": z, "target": z}) == 12
+    assert mean_over(F.mse_loss, {"input": z, "target": z, "reduction": "sum"}) is None
+
+
+# Losses of which no output is recorded.
+
+LABELS = torch.tensor([0, 2, 1, 2, 0, 1])
+HALF = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+TARGETS = torch.linspace(-1, 1, 18, dtype=torch.float64).view(6, 3)
+
+
+def rows(z: Tensor) -> Tensor:
+    return torch.arange(len(z))
+
+
+# Losses of outputs `z`, `(6, 3)`, and what their error must say.
+LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "nll on probabilities": (lambda z: F.nll_loss(z.softmax(1), LABELS), r"nll_loss was given .*CrossEntropyLoss\)"),
+    "nll on log of clamped": (
+        lambda z: F.nll_loss(z.softmax(1).clamp_min(1e-7).log(), LABELS),
+        r"nll_loss was given .*return logits",
+    ),
+    "log of probabilities by hand": (
+        lambda z: -z.softmax(1)[rows(z), LABELS].log().mean(),
+        "a logarithm.*return logits",
+    ),
+    "log of probabilities plus eps": (
+        lambda z: -(torch.log(z.softmax(1) + 1e-9) * F.one_hot(LABELS, 3)).sum(1).mean(),
+        "a logarithm.*return logits",
+    ),
+    "log_softmax by hand": (
+        lambda z: -z.log_softmax(1)[rows(z), LABELS].mean(),
+        "log-probabilities: take cross_entropy",
+    ),
+    "critic": (lambda z: -z.mean(), 'a critic\'s does: it is linear.*curvature="hessian"'),
+    "two critics": (lambda z: z[:3].mean() - z[3:].mean(), "a critic's does: it is linear"),
+    "hinge by hand": (lambda z: F.relu(1 - HALF * z[:, 0]).mean(), 'a hinge: use curvature="hessian"'),
+    "hinge by clamp": (lambda z: (1 - HALF * z[:, 0]).clamp(min=0).mean(), "a hinge"),
+    "absolute value": (lambda z: (z - TARGETS).abs().mean(), "an absolute value: take smooth_l1_loss"),
+    "root": (lambda z: F.softplus(z).sum().sqrt(), "a square root: if it is one for all the data, minimise its square"),
+    "cubes": (lambda z: (z - TARGETS).pow(4).mean(), "a power: .*DeepXDE"),
+    "logistic by hand": (lambda z: F.softplus(-HALF * z[:, 0]).mean(), "a softplus: take binary_cross_entropy_with"),
+    "log sigmoid": (lambda z: -F.logsigmoid(z).mean(), "a log-sigmoid: take binary_cross_entropy_with_logits"),
+    "logsumexp": (lambda z: (z.logsumexp(1) - z[:, 0]).mean(), "a logsumexp: take cross_entropy"),
+    "l1_loss": (lambda z: F.l1_loss(z, TARGETS), "called l1_loss.*piecewise linear.*smooth_l1_loss"),
+    "hinge_embedding_loss": (lambda z: F.hinge_embedding_loss(z[:, 0], HALF), 'piecewise linear.*curvature="hessian"'),
+    "margin_ranking_loss": (
+        lambda z: F.margin_ranking_loss(z[:, 0], z[:, 1], HALF),
+        "margin_ranking_loss is piecewise",
+    ),
+    "multi_margin_loss": (lambda z: F.multi_margin_loss(z, LABELS), "or use cross_entropy of the same scores"),
+    "multilabel_margin_loss": (
+        lambda z: F.multilabel_margin_loss(z, LABELS[:, None].expand(6, 3).contiguous()),
+        "multilabel_soft_margin_loss",
+    ),
+    "triplet_margin_loss": (lambda z: F.triplet_margin_loss(z, TARGETS, TARGETS + 1), "not convex in the embeddings"),
+    "triplet_margin_with_distance_loss": (
+        lambda z: F.triplet_margin_with_distance_loss(z, TARGETS, TARGETS + 1),
+        "not convex in the embeddings",
+    ),
+    "cosine_embedding_loss": (lambda z: F.cosine_embedding_loss(z, TARGETS, HALF), "not convex in the embeddings"),
+    "cosine_similarity": (lambda z: -F.cosine_similarity(z, TARGETS).mean(), "not convex in the embeddings"),
+    "gaussian_nll_loss": (
+        lambda z: F.gaussian_nll_loss(z[:, 0], TARGETS[:, 0], F.softplus(z[:, 1])),
+        "convex in the mean but not in mean and variance together.*mark the mean",
+    ),
+    "ctc_loss": (
+        lambda z: F.ctc_loss(z.log_softmax(1)[:, None], LABELS[:1] + 1, [6], [1]),
+        "ctc_loss has no second derivative.*finite differences",
+    ),
+}
+WITHOUT_SECOND_DERIVATIVE = {"ctc_loss", "multi_margin_loss", "multilabel_margin_loss"}
+
+
+def grid_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+def closure_on_a_grid(network: nn.Module, loss: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(6, 2)
+
+    def closure() -> Tensor:
+        network.zero_grad()
+        value = loss(network(x))
+        value.backward()
+        return value
+
+    return closure
+
+
+@pytest.mark.parametrize("products", ["auto", "streamed"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_error_says_what_was_seen_and_what_to_write(name: str, products: Any) -> None:
+    loss, words = LOSSES[name]
+    network = grid_model()
+    before = [p.detach().clone() for p in network.parameters()]
+    optimizer = HessianFree(network.parameters(), products=products)
+    with pytest.raises(RuntimeError, match=r"No model output was recorded.*" + words + r".*mark_outputs"):
+        optimizer.step(closure_on_a_grid(network, loss))
+    assert all(torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_trains_with_the_hessian(name: str) -> None:
+    network = grid_model()
+    optimizer = HessianFree(network.parameters(), curvature="hessian")
+    closure = closure_on_a_grid(network, LOSSES[name][0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if name in WITHOUT_SECOND_DERIVATIVE else "error")
+        losses = [float(optimizer.step(closure)) for _ in range(3)]
+    assert losses[-1] < losses[0]
+
+
+def test_each_function_with_a_remedy_is_tried() -> None:
+    assert set(REMEDIES) <= {"kl_div", "nll_loss", *LOSSES}
+
+
+@pytest.mark.parametrize("products", ["cached", "streamed", "finite_difference"])
+@pytest.mark.parametrize("eps", [None, 0.0, 1e-7])
+@pytest.mark.parametrize("kind", ["classes", "pixels", "one"])
+def test_nll_of_the_log_of_a_softmax_is_taken_at_the_logits(kind: str, eps: float | None, products: Any) -> None:
+    network, plain = grid_model(), grid_model()
+    shaped = {"classes": lambda z: z, "pixels": lambda z: z.view(2, 3, 3), "one": lambda z: z[0]}[kind]
+    labels = {"classes": LABELS, "pixels": LABELS.view(2, 3), "one": LABELS[0]}[kind]
+
+    def loss(z: Tensor) -> Tensor:
+        p = F.softmax(shaped(z), dim=0 if kind == "one" else 1)
+        return F.nll_loss(torch.log(p if eps is None else p + eps), labels)
+
+    found = evaluate(closure_on_a_grid(network, loss), network.parameters(), products=products)
+    wanted = evaluate(closure_on_a_grid(plain, lambda z: F.cross_entropy(shaped(z), labels)), plain.parameters())
+    A, B = gauss_newton(found), gauss_newton(wanted)
+    torch.testing.assert_close(A.dense(), B.dense(), rtol=1e-5, atol=1e-6 if eps else 1e-8)
+    # With a summand in the logarithm the loss is not convex where probabilities are smaller still.
+    assert A.psd == (eps is None)
+
+
+def test_the_logarithm_of_summed_probabilities_is_not_called_convex() -> None:
+    network = grid_model()
+
+    def loss(z: Tensor) -> Tensor:
+        p = F.softmax(z, dim=1)
+        return F.nll_loss(torch.stack([p[:, :2].sum(1), p[:, 2]], dim=1).log(), LABELS % 2)
+
+    with pytest.raises(RuntimeError, match="nll_loss was given"):
+        gauss_newton(evaluate(closure_on_a_grid(network, loss), network.parameters()))
+    pairs = lambda z: F.nll_loss(F.softmax(z, dim=1).view(6, 3).cumsum(1).log(), LABELS)  # noqa: E731
+    assert not gauss_newton(evaluate(closure_on_a_grid(network, pairs), network.parameters())).psd
