@@ -124,7 +124,7 @@ class CurvatureMonitor(Callback):
             with each step relative to its parameter's size (Kwon et al. 2021); "average": the mean increase at that
             distance; a `Sharpness`, for another radius; None: not measured.
         measurements: Further measurements: `Layers`, `Preconditioned`, `Trace`, `Density`, `LossSlice`, or one of your
-            own. Default: none.
+            own.
         every_n_epochs: Epochs between measurements, one or more, at the end of an epoch's last batch; None (default):
             by steps.
         at_start: Whether to measure before the first step as well, or as soon as the probe has all its batches. Then
@@ -164,7 +164,8 @@ class CurvatureMonitor(Callback):
         top: int = 3,
         bottom: int = 1,
         sharpness: Kind | Sharpness | None = "ball",
-        measurements: Sequence[Measurement[Any]] = (),
+        # Without its parameter, which jsonargparse takes for settings of all measurements.
+        measurements: Sequence[Measurement] = (),  # type: ignore[type-arg]
         *,
         every_n_epochs: int | None = None,
         at_start: bool = False,

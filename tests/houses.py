@@ -50,3 +50,17 @@ def rooms_imported() -> dict[str, set[str]]:
             if imported.split(".")[0] == "newtonopt":
                 found[room_of(module)].add(room_of(imported))
     return {room: imported - {room} for room, imported in found.items()}
+
+
+PUBLIC = ["newtonopt", "newtonopt.optimizers", "newtonopt.curvature", "newtonopt.callbacks"]
+
+
+def public_names() -> list[str]:
+    """Every name in an `__all__`, read from the source so that collecting the tests needs no Lightning."""
+    found = []
+    for module in PUBLIC:
+        path = ROOT / "callbacks" if module.endswith("callbacks") else ROOT.joinpath(*module.split("."))
+        for node in ast.parse((path / "__init__.py").read_text()).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                found += [f"{module}.{name}" for name in ast.literal_eval(node.value)]
+    return found

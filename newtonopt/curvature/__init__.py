@@ -1,18 +1,26 @@
 """Curvature measurements with error bounds.
 
-Functions of a matrix or a closure, one subject each:
+Measurements of a symmetric operator:
 
-- `eigenvalues`: extreme eigenvalues, with an interval for each. `diagonal_blocks`: the matrix of each layer.
-- `traces`: trace, Frobenius norm and diagonal. `density`: all eigenvalues. `effective_dimensions`: how many of them
-  count.
-- `along_gradient`: the curvature along the gradient. `critical_points`: minimum or saddle. `stability`: the curvature
-  that an optimizer bears, and the matrix as it sees it.
-- `ascent`: how much the loss rises nearby. `slices`: the loss along directions. `drawing`: axes for figures.
+- `eigenvalues`, a package: `extreme_eigenvalues`.
+- `traces`: `trace`, `frobenius_norm`, `diagonal`, and the statistics that estimates by random vectors share.
+- `density`: `spectral_density`, and all eigenvalues of a small operator.
+- `effective_dimensions`: `effective_dimension`.
+- `diagonal_blocks`: `blocks`, operators for parts of a model.
 
-And what a training run measures again and again:
+Measurements at a point, that is of an `Evaluation`, a closure or an optimizer:
 
-- `measurements`: one class for each, with its tags, charts, sentences and figures. They call the functions above.
-- `measuring`: `measure`, which takes a list of them. The callbacks do the same.
+- `critical_points`: `critical_point`. `along_gradient`: `gradient_curvature`.
+- `stability`: `stability_threshold` and `preconditioned`, the two numbers of the edge of stability.
+- `ascent`: `sharpness`. `slices`: `loss_slice`.
+
+`drawing` makes the axes that densities and slices are drawn in.
+
+A training run measures again and again:
+
+- `measurements`, a package: one class for each, with its tags, charts, sentences and figures. They call the functions
+  above.
+- `measuring`: `measure`, which takes a list of them, as the callbacks do.
 """
 
 from newtonopt.curvature.along_gradient import GradientCurvature, gradient_curvature

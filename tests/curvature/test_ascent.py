@@ -273,6 +273,11 @@ def test_a_closure_that_takes_other_data_each_time_is_refused(kind: Any) -> None
         sharpness(lambda: model(next(data)).square().mean(), model.parameters(), kind=kind)
 
 
+def test_a_sharpness_prints_without_its_vectors() -> None:
+    theta = torch.linspace(0.5, 1.5, 100).double().requires_grad_()
+    assert len(repr(sharpness(lambda: (theta**4).sum(), [theta]))) < 500
+
+
 # Where an ascent begins, against the quadratic model's maximum over the whole ball.
 
 VALUES = torch.tensor([5.0, 3.0, 1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)

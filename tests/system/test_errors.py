@@ -116,7 +116,11 @@ def _direction(*entries: float) -> Tensor:
             ValueError,
             "top must be a whole number and at least 1, got True",
         ),
-        (lambda p: LossSlice(directions=True), ValueError, "directions must be 1 or 2, got True"),
+        (
+            lambda p: LossSlice(directions=True),
+            ValueError,
+            "directions must be a whole number and at least 1, got True",
+        ),
         (
             lambda p: measure(p.closure, p.params, measurements="trace"),
             TypeError,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from newtonopt.checks import check_choice, check_positive
+from newtonopt.checks import check_choice, check_positive, check_whole
 from newtonopt.curvature.drawing import drawing
 from newtonopt.curvature.measurements.eigenvalues import ExtremeEigenvalues
 from newtonopt.curvature.measurements.measurement import Measurement, Tag, View
@@ -47,6 +47,7 @@ class LossSlice(Measurement[LossSurface]):
     uses_matrix: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_whole("directions", self.directions, 1)  # True is no number of directions
         check_choice("directions", self.directions, (1, 2))
         check_positive("radius", self.radius)
 

@@ -121,6 +121,9 @@ class UnmeasurableError(Exception):
     The other measurements are taken all the same. `Measured.in_words` gives the reason, and `CurvatureMonitor` warns
     once.
 
+    Args:
+        reason: Sentence that says why.
+
     Example:
         >>> import torch
         >>> from newtonopt.curvature import Preconditioned, measure
@@ -129,6 +132,9 @@ class UnmeasurableError(Exception):
         >>> print(found.in_words().splitlines()[-2][:80])
         Preconditioned is not measured: optimizer must have a state (exp_avg_sq) of each
     """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
 
 
 class Measurement(ABC, Generic[Result]):
@@ -289,6 +295,9 @@ class View:
         last: Results of the last measuring of this run; None: the first, or one that starts at random.
         weight: Weight of this process in the mean over several, as for `evaluate`.
         form: How further products are formed.
+        operator: The curvature matrix; None once the graph behind it has been freed.
+        taken: Results so far by the class of their measurement.
+        reasons: Why there is nothing to measure, by the class of the measurement.
 
     Example:
         >>> import torch
@@ -319,9 +328,9 @@ class View:
     last: Measured | None
     weight: float | None
     form: Products
-    _matrix: LinearOperator | None
-    _results: dict[type, Any] = field(default_factory=dict)
-    _reasons: dict[type, str] = field(default_factory=dict)
+    operator: LinearOperator | None
+    taken: dict[type, Any] = field(default_factory=dict)
+    reasons: dict[type, str] = field(default_factory=dict)
 
     @property
     def matrix(self) -> LinearOperator:
@@ -330,9 +339,9 @@ class View:
         Raises:
             RuntimeError: The graph behind the matrix has been freed.
         """
-        if self._matrix is None:
+        if self.operator is None:
             raise RuntimeError("the matrix has been freed: set uses_matrix = True in the class of the measurement.")
-        return self._matrix
+        return self.operator
 
     @property
     def training(self) -> list[Optimizer]:
@@ -368,15 +377,15 @@ class View:
     def take(self, measurement: Measurement[Result]) -> Result | None:
         """Return the result of a measurement, which is computed once."""
         kind = type(measurement)
-        if kind not in self._results:
-            self._results[kind] = _PENDING
+        if kind not in self.taken:
+            self.taken[kind] = _PENDING
             try:
-                self._results[kind] = measurement.measure(self)
+                self.taken[kind] = measurement.measure(self)
             except UnmeasurableError as error:
-                self._results[kind], self._reasons[kind] = None, str(error)
-        if self._results[kind] is _PENDING:
+                self.taken[kind], self.reasons[kind] = None, str(error)
+        if self.taken[kind] is _PENDING:
             raise RuntimeError(f"measurements wait for one another in a circle, and {kind.__name__} is part of it.")
-        result: Result | None = self._results[kind]
+        result: Result | None = self.taken[kind]
         return result
 
     def affordable(self, most: int) -> int:
@@ -389,10 +398,6 @@ class View:
         """
         budget = self.affordable(max(_WHOLE_PRODUCTS, self.plan.max_products))
         return budget if budget >= _LEAST_PRODUCTS else 0
-
-    def results(self) -> tuple[Mapping[type, Any], Mapping[type, str]]:
-        """Return the results so far by class, and why there is none where there is nothing to measure."""
-        return dict(self._results), dict(self._reasons)
 
 
 _PENDING = object()
@@ -426,6 +431,8 @@ class Measured(Mapping[str, float]):
         form: How products should be formed the next time: by differences where that was found to be necessary.
         verdicts: Verdicts of the checks of products, for the measuring that follows.
         doubt: Why the products cannot be vouched for; empty where they can.
+        by_class: Results by the class of their measurement.
+        reasons: Why there is nothing to measure, by the class of the measurement.
 
     Example:
         >>> import torch
@@ -443,8 +450,8 @@ class Measured(Mapping[str, float]):
     form: Products
     verdicts: Mapping[Checked, Verdict]
     doubt: str
-    _results: Mapping[type, Any]
-    _reasons: Mapping[type, str]
+    by_class: Mapping[type, Any]
+    reasons: Mapping[type, str]
 
     def __getitem__(self, tag: str) -> float:
         return self.numbers[tag]
@@ -473,7 +480,7 @@ class Measured(Mapping[str, float]):
     def results(self) -> Iterator[tuple[Measurement[Any], Any]]:
         """Yield each measurement that has a result, and the result."""
         for measurement in self.plan.measurements:
-            result = self._results.get(type(measurement))
+            result = self.by_class.get(type(measurement))
             if result is not None:
                 yield measurement, result
 
@@ -483,7 +490,7 @@ class Measured(Mapping[str, float]):
 
     def unmeasurable(self) -> dict[str, str]:
         """Return by the name of its class why a measurement had nothing to measure."""
-        return {kind.__name__: reason for kind, reason in self._reasons.items()}
+        return {kind.__name__: reason for kind, reason in self.reasons.items()}
 
     def in_words(self) -> str:
         """Return what the values mean, one sentence a line."""
@@ -564,17 +571,16 @@ def take(
     # A closure that has no second derivative now has none the next time.
     form: Products = "finite_difference" if evaluation.form == "finite_difference" else plan.products
     del A
-    view = replace(view, _matrix=None, form=form)
+    view = replace(view, operator=None, form=form)
     evaluation.free()
     for measurement in plan.measurements:
         view.take(measurement)
     objective.settle()
     objective.check_restored()
-    results, reasons = view.results()
-    numbers = _numbers(plan, results)
+    numbers = _numbers(plan, view.taken)
     numbers["products"], numbers["seconds"] = float(products), time.perf_counter() - began
     numbers = {f"{plan.prefix}/{name}": value for name, value in numbers.items()}
-    return Measured(plan, numbers, form, verdicts, doubt, results, reasons)
+    return Measured(plan, numbers, form, verdicts, doubt, dict(view.taken), dict(view.reasons))
 
 
 def _timed_quotient(A: LinearOperator, gradient: Tensor) -> tuple[float | None, float]:

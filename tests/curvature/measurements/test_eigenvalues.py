@@ -27,7 +27,7 @@ def top(certified: bool = True, asymmetry: float = 0.0) -> Spectrum:
 
 
 def bottom(value: float, lower: float, upper: float, certified: bool = True) -> Spectrum:
-    return Spectrum((), (entry(value, lower, upper),), 5, True, 0.99, certified)
+    return Spectrum((), (entry(value, lower, upper),), 5, True, 0.99, certified, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_words_draw_no_conclusion_from_the_smallest_eigenvalue_of_a_gauss_newton
 
 
 def test_without_a_bound_the_interval_is_that_of_some_eigenvalue() -> None:
-    followed = Spectrum((entry(2.0, 1.9, math.inf),), (), 5, True, 0.99, False)
+    followed = Spectrum((entry(2.0, 1.9, math.inf),), (), 5, True, 0.99, False, 0.0)
     values = ExtremeEigenvalues().values(followed)
     assert values == {"certified": 0.0, "lambda_max": 2.0, "lambda_max_lower": 1.9, "lambda_max_upper": 2.1}
 

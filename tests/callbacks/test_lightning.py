@@ -57,7 +57,7 @@ def test_the_values_are_those_of_measure_on_the_mean_over_all_samples() -> None:
     def closure() -> Tensor:
         return F.cross_entropy(model.layers(x), y)
 
-    expected = measure(closure, model.parameters(), trainer.optimizers[0], max_products=40, top=2)
+    expected = dict(measure(closure, model.parameters(), trainer.optimizers[0], max_products=40, top=2))
     del expected["curvature/seconds"]
     assert curvature(trainer) == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert "curvature/stability_ratio" in expected and "curvature/sharpness" in expected
