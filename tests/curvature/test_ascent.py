@@ -354,8 +354,3 @@ def test_a_measurement_finds_what_a_whole_search_finds(kind, radius) -> None:
             optimizer.zero_grad()
             network.closure()
             optimizer.step()
-
-
-def test_a_sharpness_prints_without_its_vectors() -> None:
-    theta = torch.linspace(0.5, 1.5, 100).double().requires_grad_()
-    assert len(repr(sharpness(lambda: (theta**4).sum(), [theta]))) < 500

@@ -284,20 +284,6 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
     assert found["curvature/stability_threshold"] == pytest.approx(20.0)
 
 
-def test_words_say_why_there_is_no_preconditioned_eigenvalue() -> None:
-    p = nn.Parameter(torch.ones(2))
-    for optimizer, why in (
-        (
-            torch.optim.Adam([p], lr=0.1),
-            "optimizer must have a state (exp_avg_sq) of each parameter, got none for a parameter of shape (2,). Take ",
-        ),
-        (torch.optim.LBFGS([p]), "optimizer must be one for which a stability threshold is known, "),
-    ):
-        found = measure(lambda: p.square().sum(), [p], optimizer, measurements=[Preconditioned()])
-        assert f"Preconditioned is not measured: {why}" in found.in_words()
-        assert "Preconditioned" not in measure(lambda: p.square().sum(), [p], optimizer).in_words()
-
-
 def test_words_for_no_curvature_at_all() -> None:
     p = nn.Parameter(torch.zeros(1))
     words = measure(lambda: p.sum() * 3, [p]).in_words()

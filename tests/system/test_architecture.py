@@ -107,9 +107,6 @@ def test_import_against_the_direction_is_seen(module: str, source: str) -> None:
     assert len(violations(source, module)) == 1
 
 
-UNDONE = ("nothing",)
-
-
 def circle(graph: dict[str, set[str]]) -> list[str]:
     """A circle of modules that import one another, the first one again at its end; empty if there is none."""
     done: set[str] = set()
@@ -138,14 +135,7 @@ def graph_of_modules() -> dict[str, set[str]]:
 
 
 def test_no_modules_import_one_another_in_a_circle() -> None:
-    modules = graph_of_modules()
-    assert (
-        circle(
-            {m: found for m, found in modules.items() if not m.startswith(UNDONE)}
-            | {m: set() for m in modules if m.startswith(UNDONE)}
-        )
-        == []
-    )
+    assert circle(graph_of_modules()) == []
 
 
 def test_a_circle_is_seen() -> None:
@@ -154,17 +144,15 @@ def test_a_circle_is_seen() -> None:
 
 
 def test_no_module_is_hidden_by_a_function_of_its_name() -> None:
-    for package in sorted({m.rpartition(".")[0] for m in MODULES if "." in m and not m.startswith(UNDONE)}):
+    for package in sorted({m.rpartition(".")[0] for m in MODULES if "." in m}):
         names = vars(importlib.import_module(package))
         for module in MODULES:
             parent, _, name = module.rpartition(".")
-            if parent == package and name in names and not module.startswith(UNDONE):
+            if parent == package and name in names:
                 assert inspect.ismodule(names[name]), f"{module} is hidden by {names[name]!r}"
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in FILES if p.name == "__init__.py" and not module_of(p).startswith(UNDONE)], ids=name_of
-)
+@pytest.mark.parametrize("path", [p for p in FILES if p.name == "__init__.py"], ids=name_of)
 def test_a_package_opens_with_a_map_that_names_its_files(path: Path) -> None:
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
     inside = [other.stem for other in path.parent.glob("*.py") if other.name != "__init__.py"]
