@@ -30,13 +30,13 @@ from newtonopt.curvature.measuring import list_of
 from .lightning import Batches, Probe, at_rest, is_trial, log_values, passes_multiple
 from .tensorboard import Charts, add_charts, add_figures, add_text, charts_of
 
-# What checkpoints hold of the monitors, by prefix.
+# Key in checkpoints of the monitors' state, which is kept by prefix.
 _STATE = "CurvatureMonitor"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What CurvatureMonitor may spend.
+    """How much time and how many products CurvatureMonitor may spend.
 
     Args:
         max_products: Bound on the eigenvalues' curvature products in one measurement, one or more. The extreme
@@ -79,7 +79,7 @@ class Budget:
         check_share("tolerance", self.tolerance)
 
 
-# What other callbacks and libraries call an argument, and what it is called here.
+# Names that other callbacks and libraries give to an argument, and its name here.
 _ELSEWHERE = {
     **dict.fromkeys(("every", "every_n_steps", "every_n_batches", "log_every_n_steps"), "every_n_train_steps"),
     **dict.fromkeys(("k", "top_k", "top_n", "n_eigenvalues", "num_eigenvalues"), "top"),
@@ -138,7 +138,7 @@ class CurvatureMonitor(Callback):
         text: Whether to say in words what a measurement means, on TensorBoard's text page. Default True.
         prefix: Prefix of the tags. Default "curvature". Two monitors in one run need two.
         probe: The batches, loss and parameters that are measured; None (default): `Probe()`.
-        budget: What measuring may take; None (default): `Budget()`.
+        budget: Time and products that measuring may take; None (default): `Budget()`.
 
     Raises:
         TypeError: `measurements`, `probe` or `budget` is of another kind.

@@ -1,5 +1,5 @@
-"""The loss that CurvatureMonitor measures: a module's step on kept batches, as a closure. What is peculiar about
-Lightning, and the callbacks' way around it, stands in this file.
+"""The loss that CurvatureMonitor measures: a module's step on kept batches, as a closure. All workarounds for
+Lightning's peculiarities that the callbacks need stand in this file.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def is_trial(trainer: Trainer) -> bool:
 
 @dataclass(frozen=True)
 class Probe:
-    """What CurvatureMonitor measures on: which batches, which loss of the module, and which parameters.
+    """The loss that CurvatureMonitor measures: which batches, which method of the module, and which parameters.
 
     Args:
         num_batches: How many of the first batches that training sees make the probe, one or more; of an epoch with
@@ -188,7 +188,7 @@ class Batches:
     """The batches of a probe, and the module's loss on them.
 
     Args:
-        probe: What is measured on.
+        probe: Batches, loss and parameters to measure.
     """
 
     def __init__(self, probe: Probe) -> None:

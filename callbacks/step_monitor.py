@@ -1,4 +1,4 @@
-"""What a Newton optimizer's steps did, logged while it trains."""
+"""The steps of a Newton optimizer, logged while it trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of the callbacks' values: charts, words, figures and histograms."""
+"""Charts, words, figures and histograms of the callbacks' values in TensorBoard."""
 
 from __future__ import annotations
 

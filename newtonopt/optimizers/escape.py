@@ -97,7 +97,7 @@ def leave(
         return Proposal([], state, place + more, A.products, A.products)
     direction, bend = found
     slope = float(model.gradient @ direction)
-    # Of the two ways along the direction the one that leads downhill.
+    # The direction has two signs: take the one that leads downhill.
     if slope > 0:
         direction, slope = -direction, -slope
     length = length_along(slope, bend, state.control)

@@ -80,7 +80,7 @@ _NO_CLOSURE = (
 
 @dataclass(frozen=True)
 class Experience:
-    """What an optimizer has found out about the closure: copied and pickled with it, but not saved in its state.
+    """Facts that an optimizer has learnt about the closure: copied and pickled with it, but not saved in its state.
 
     Attributes:
         known: Verdicts of the checks of products, and whether the closure computes the same when it runs again.
@@ -119,26 +119,26 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
     def step(self, closure: Callable[[], Any] | None = None, curvature_closure: Callable[[], Any] | None = None) -> Any:
         """Take `steps_per_call` Newton steps, fewer where one ends at a tolerance, a minimum, or is not finite.
 
-        All of them are steps on one function, with the same random numbers. What the closure leaves behind,
-        such as `.grad`, BatchNorm's statistics, the random state, logs, counters and lists, is as after one run of it
-        at the starting point. A closure may clamp or normalise parameters: the starting point and each trial are then
-        where it leaves them.
+        All steps of a call minimise one function, with the same random numbers. Afterwards everything that the closure
+        changes, such as `.grad`, BatchNorm's statistics, the random state, logs, counters and lists, is as one run of
+        it at the starting point leaves it. A closure may clamp or normalise parameters: the starting point and each trial are
+        then where it leaves them.
 
         Args:
             closure: Clears the gradients, computes the loss, calls `backward` and returns the loss, as for
                 `torch.optim.LBFGS`. One that calls no `backward` may return a loss that requires a gradient. Where a
-                trial has no loss it returns infinity, for an error ends the step.
-            curvature_closure: The same for other data, as a rule fewer: curvature products are those of its loss, while
-                loss, gradient and trials are the closure's (Martens 2010, sec. 4; Byrd, Chin, Neveitt & Nocedal 2011).
-                It leaves no trace. None (default): the closure.
+                trial has no loss, return infinity: an error would end the step.
+            curvature_closure: A closure for other data, usually fewer. Its loss gives the curvature products, while the
+                loss, the gradient and the trials come from `closure` (Martens 2010, sec. 4; Byrd, Chin, Neveitt &
+                Nocedal 2011). It leaves no trace. None (default): use `closure`.
 
         Returns:
-            What the closure returned at the starting point, detached; the loss if it returned nothing.
+            The closure's return value at the starting point, detached; the loss if it returned nothing.
 
         Raises:
             TypeError: `closure` or `curvature_closure` cannot be called.
             ValueError: A setting in `param_groups` is out of its range by now.
-            MemoryError: What must be held of the curvature would not fit; nothing was evaluated.
+            MemoryError: The matrix or sketch that a step holds would not fit; nothing was evaluated.
             RuntimeError: No closure, a closure without a loss or with one of other parameters or that trains the
                 parameters, gradients accumulated across closures, every parameter frozen, or a loss, gradient or
                 curvature that was not finite in five calls running. An error of any kind puts parameters and state
@@ -240,7 +240,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
         goes_on = outcome.accepted or self.control is not None
         return state, reported(report, proposal, outcome, trials), goes_on
 
-    # What members say.
+    # For members to override.
 
     def _check(self, settings: dict[str, Any]) -> None:
         """Raise a ValueError if a setting is out of its range: when it is given, and again in every step."""
@@ -349,7 +349,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
         """
         experience = self._experience
         self._experience = replace(experience, known=replace(experience.known, verdicts=basis.verdicts))
-        # What has no second derivative now has none in the next step.
+        # A closure without second derivatives now has none in the next step.
         if basis.may_fall_back and basis.form == "finite_difference":
             self._experience = replace(self._experience, fell_back=True)
             call.fall_back()
@@ -502,7 +502,7 @@ class Call:
         closure: Closure of the loss.
         curvature_closure: Closure of the curvature; None: the same.
         groups: The parameter groups.
-        experience: What earlier calls have found out.
+        experience: Facts that earlier calls have learnt.
         length: How far finite differences look; None: not known yet.
 
     Attributes:

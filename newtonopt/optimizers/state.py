@@ -21,7 +21,7 @@ from newtonopt.vectors.sharded import Sharded, as_parameters, is_sharded, layout
 
 @dataclass(frozen=True)
 class State:
-    """What every optimizer remembers from step to step.
+    """Everything that an optimizer remembers from step to step.
 
     Attributes:
         control: Damping, radius or sigma, which bounds the next step; infinity where a line search does instead.

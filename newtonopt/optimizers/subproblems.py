@@ -53,7 +53,7 @@ class _Nearer(Shorter[S], Generic[S]):
     Attributes:
         model: The model without its curvature.
         solution: The solver's solution.
-        step: The same with learning rates applied.
+        step: The step with learning rates applied.
         products: Products spent.
         solve: As for `bounded`.
         length_along: As for `bounded`.
@@ -122,7 +122,7 @@ def check_decomposition(params: Sequence[Tensor], remedy: str, *, blocks: bool =
 
     Args:
         params: The parameters.
-        remedy: What to do instead, for the message.
+        remedy: Sentence of the error that says what to write instead.
         blocks: Whether only the diagonal block of each parameter is held, all of them at once.
     """
     if blocks:

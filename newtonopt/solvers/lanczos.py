@@ -8,7 +8,7 @@ from the textbook (Golub & Van Loan 2013, alg. 10.1.1) in this:
    van den Eshof 2005), so no ghost copies of an eigenvalue appear.
 2. Thick restarts (Wu & Simon 2000) keep the basis within a number of vectors: Ritz vectors replace it.
 3. Known eigenvectors can be deflated: the process then runs on `P A P`.
-4. What symmetry forbids is measured on the way, as `Tridiagonal.noise`.
+4. `Tridiagonal.noise` measures on the way how far products are from symmetric.
 5. Coefficients are float64 on the CPU; vectors keep their dtype and device.
 6. Powers of two keep squares within the range of the dtype (`vectors.scaling`).
 """

@@ -278,7 +278,7 @@ def _previous(operator: LinearOperator, start: Spectrum | None, tolerance: float
             f"start must hold vectors of length {operator.shape[0]}, as the operator has, got {len(entries)} vectors "
             f"of lengths {sorted(sizes)}. Give the last measurement of this operator, or None."
         )
-    # One run sees equal eigenvalues once. Those next to zero may be taken for one.
+    # One run sees equal eigenvalues once. Eigenvalues next to zero may be taken for one.
     next_to_zero = tolerance * max(abs(entry.value) for entry in entries)
     if any(entry.multiplicity > 1 and abs(entry.value) > next_to_zero for entry in entries):
         return None

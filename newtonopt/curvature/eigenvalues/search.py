@@ -88,7 +88,7 @@ def observe(known: Knowledge, tridiagonal: Tridiagonal, values: Tensor, delta: f
     """Return what is known after a run on the block's complement.
 
     Args:
-        known: What was known before.
+        known: Knowledge before the run.
         tridiagonal: Coefficients of the run.
         values: Ritz values of the run, ascending.
         delta: Least part of the start along an eigenvector; None: the start was not random, and bounds nothing.

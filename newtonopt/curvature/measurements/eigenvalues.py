@@ -129,7 +129,7 @@ def spectrum(view: View, A: LinearOperator, top: int, bottom: int, last: Spectru
         A: The matrix.
         top: How many of the largest.
         bottom: How many of the smallest.
-        last: What to follow; None: start at random.
+        last: Eigenvalues to track; None: start at random.
 
     Returns:
         The eigenvalues; None where there is no time for a product.

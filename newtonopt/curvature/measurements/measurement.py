@@ -43,7 +43,7 @@ class Tag:
     Attributes:
         name: Name without the prefix. A word in capitals stands for a number (RANK) or a name (PART).
         unit: Unit of the value, in terms of the loss's unit L and the parameters' unit θ; empty for a flag or a count.
-        description: What the value is, for the table in docs/monitor.md.
+        description: Meaning of the value, for the table in docs/monitor.md.
 
     Example:
         >>> from newtonopt.curvature import Tag
@@ -66,7 +66,7 @@ class Chart:
     """A chart on TensorBoard's custom-scalars page.
 
     Attributes:
-        title: Title. Of several charts with one title, the first whose values are there is shown.
+        title: Title. If several charts share a title, the first one whose values exist is shown.
         patterns: Regular expressions of the values' names. The chart appears once each of them matches a value.
         margin: Whether the chart shows a value with its interval. `patterns` are then the names of the value, the lower
             and the upper end. Default False: one line for each value.
@@ -220,7 +220,7 @@ class Measurement(ABC, Generic[Result]):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure and what it may cost: the arguments of `measure`, checked."""
+    """The measurements to take and their budget: the arguments of `measure`, checked."""
 
     measurements: tuple[Measurement[Any], ...]
     curvature: Matrix = "hessian"
@@ -402,7 +402,7 @@ class View:
 
 _PENDING = object()
 
-# What a list of measurements logs beside their own values.
+# Values that every list of measurements logs beside their own.
 COST_TAGS = (
     Tag(
         "converged",
@@ -426,7 +426,7 @@ class Measured(Mapping[str, float]):
     """Values by tag, such as `{"curvature/lambda_max": 12.4, ...}`, and the results they come from.
 
     Attributes:
-        plan: What was asked for.
+        plan: Measurements and budget asked for.
         numbers: The values by tag.
         form: How products should be formed the next time: by differences where that was found to be necessary.
         verdicts: Verdicts of the checks of products, for the measuring that follows.
@@ -519,7 +519,7 @@ def take(
         closure: Computes the loss, as for `evaluate`.
         params: The parameters.
         optimizers: Optimizers that train some of them.
-        plan: What to measure.
+        plan: Measurements to take, and their budget.
         weight: Weight of this process in the mean over several, as for `evaluate`.
         named: Pairs of the parameters' names and them; empty if the names are not known.
         last: The results to follow; None: start at random.
