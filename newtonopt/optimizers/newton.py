@@ -121,8 +121,8 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
 
         All steps of a call minimise one function, with the same random numbers. Afterwards everything that the closure
         changes, such as `.grad`, BatchNorm's statistics, the random state, logs, counters and lists, is as one run of
-        it at the starting point leaves it. A closure may clamp or normalise parameters: the starting point and each trial are
-        then where it leaves them.
+        it at the starting point leaves it. A closure may clamp or normalise parameters: the starting point and each
+        trial are then where it leaves them.
 
         Args:
             closure: Clears the gradients, computes the loss, calls `backward` and returns the loss, as for

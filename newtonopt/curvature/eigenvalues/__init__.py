@@ -4,6 +4,6 @@
   measurement is given.
 - `search`: Lanczos runs from random starts, one after the other on the complement of what was found.
 - `tracking`: one Lanczos run from the last measurement's eigenvectors.
-- `bounds`: the intervals, and the rules by which they are narrow enough. Both kinds of run ask it when to end.
-- `ritz_values`: approximate eigenpairs from a subspace, merged from run to run.
+- `bounds`: Ritz pairs, merged from run to run, the intervals that follow from them, and the rules by which these are
+  narrow enough. Both kinds of run ask it when to end.
 """

@@ -16,13 +16,13 @@ from newtonopt.curvature.eigenvalues.bounds import (
     Interval,
     Knowledge,
     Request,
+    RitzBlock,
     allowed_width,
     certified,
     intervals,
     is_symmetric,
     settled,
 )
-from newtonopt.curvature.eigenvalues.ritz_values import RitzBlock
 from newtonopt.curvature.eigenvalues.search import search
 from newtonopt.curvature.eigenvalues.tracking import Previous, of_its_own_end, track, weighted_sum
 from newtonopt.operators.linear_operator import LinearOperator, check_operator

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from newtonopt.curvature.eigenvalues.bounds import (
+    Extension,
     Interval,
     Knowledge,
     Request,
@@ -23,7 +24,6 @@ from newtonopt.curvature.eigenvalues.bounds import (
     component_floor,
     spectrum_ceiling,
 )
-from newtonopt.curvature.eigenvalues.ritz_values import Extension
 from newtonopt.solvers.lanczos import LanczosResult, Restarts, Tridiagonal, lanczos
 from newtonopt.vectors.random import normals
 from newtonopt.vectors.scaling import InRange

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from newtonopt.curvature.eigenvalues.bounds import Knowledge, Request
-from newtonopt.curvature.eigenvalues.ritz_values import RitzPairs
+from newtonopt.curvature.eigenvalues.bounds import Knowledge, Request, RitzPairs
 from newtonopt.curvature.eigenvalues.search import from_the_ends, observe, restarts
 from newtonopt.solvers.lanczos import Tridiagonal, lanczos
 from newtonopt.vectors.random import normals

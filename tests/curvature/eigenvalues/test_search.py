@@ -15,8 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from newtonopt.curvature import extreme_eigenvalues
-from newtonopt.curvature.eigenvalues.bounds import Interval, Knowledge, Request
-from newtonopt.curvature.eigenvalues.ritz_values import RitzBlock
+from newtonopt.curvature.eigenvalues.bounds import Interval, Knowledge, Request, RitzBlock
 from newtonopt.curvature.eigenvalues.search import _keep
 from newtonopt.solvers.lanczos import lanczos
 
