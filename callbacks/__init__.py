@@ -3,8 +3,8 @@
 - `curvature_monitor`: `CurvatureMonitor`, when it measures, and its budget. The measurements are those of
   `newtonopt.curvature`.
 - `step_monitor`: `StepMonitor`, which logs the reports of Newton steps.
-- `lightning`: the module's loss on kept batches as a closure, and what is peculiar about Lightning.
-- `tensorboard`: charts, words, figures and histograms.
+- `lightning`: the module's loss on kept batches as a closure, and workarounds for Lightning's peculiarities.
+- `tensorboard`: charts, words, figures and histograms. Tags and units stand in `newtonopt.curvature.measurements`.
 
 The monitors call `lightning` for the closure and for writing values, and `tensorboard` for the rest.
 """

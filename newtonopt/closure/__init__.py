@@ -3,11 +3,11 @@
 - `objective`: the closure, made callable at any point without a trace. `evaluate` gives an `Evaluation`.
 - `evaluation`: what is known at one point: loss, gradient, graph, outputs.
 - `tap`: sees what the closure calls while it runs: `backward`, loss functions, marks of outputs.
-- `losses`: which of these calls are convex losses, of which outputs, and what to write instead of others. `squares`:
-  squares written by hand, which count as such losses.
+- `losses`: which calls are recognised as convex losses, in which outputs, and what to write instead if none is.
+  `squares` recognises squares written by hand; `losses.decompose` decides whether they count.
 - `accumulation`: which losses count, by what the closure does with `.grad` between its calls of `backward`.
-- `isolation`: puts back what a run has changed. `reach` finds the Python objects it may change, and `writes` keeps the
-  tensors that it writes to.
+- `isolation`: puts back everything that a run has changed: random state, Python objects, which `reach` finds, and
+  tensors, which `writes` keeps.
 
 `objective` runs the closure inside `isolation` and under a `tap`, and makes an `evaluation` of what that has seen.
 """

@@ -123,7 +123,7 @@ class Isolation:
             The record to tell before a tensor is written to.
         """
         origin = self._begin()
-        now = self._random_state()
+        random_before = self._random_state()
         gradients = [p.grad for p in self._params]
         alone = {id(module) for module in self._modules}
         holders = self._reach.holders
@@ -163,7 +163,7 @@ class Isolation:
             self._put_back(contents)
             for p, gradient in zip(self._params, gradients, strict=True):
                 p.grad = gradient
-            now.restore()
+            random_before.restore()
             changed = [holder.path for holder, before in positions if not holder.holds(before)]
             self.unprotected += [path for path in changed if path not in self.unprotected]
 

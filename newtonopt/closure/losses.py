@@ -1,8 +1,9 @@
 """Losses: which functions are convex in which outputs, how a loss is put together from them, and what to write instead.
 
 - `CONVEX_LOSSES` lists the functions of `torch.nn.functional` whose arguments the tap records as outputs; `is_convex`
-  says of a call with these arguments whether it is convex. A new convex loss is a line in the first and, if it is not
-  convex for all arguments, three in the second.
+  says of a call with these arguments whether it is convex. A new convex loss, whose arguments must be called
+  `input` and `target`, is a line in the first, three in the second if it is not convex for all arguments, a case of
+  `mean_over` if its mean divides by something else than the number of entries, and a name in `advice`.
 - The tap attaches a `ConvexNote` to the node of each such call, and of each square that `squares` finds.
 - `decompose` walks from a loss back to these notes. A loss that is a sum of them, each with a weight that is not
   negative and does not depend on the outputs, has a positive semi-definite Gauss-Newton matrix.

@@ -4,9 +4,11 @@
   checks what users set, and ends with a `report`.
 - `model`: the quadratic model of the loss, which computes every predicted decrease, and the proposals made from it.
 - `hessian_free`, `damped_newton`, `newton_cg`, `trust_region_newton`, `cubic_newton`: the members, each a way to
-  propose a step. The first and third take `preconditioning`, the others `subproblems`.
-- `escape`: proposals that lead away from saddles, where the gradient says nothing.
-- `trials`: from a proposal to the step taken. `rules`: pure functions for ratios, controls and line searches.
+  propose a step. `hessian_free` and `newton_cg` use `preconditioning`: when a sketch is renewed, with how many columns.
+  The others use `subproblems`.
+- `escape`: proposals that lead away from saddles, along negative curvature.
+- `trials`: from a proposal to the step taken, and why a step is rejected, in words. `rules`: pure functions for ratios,
+  controls (damping, radius, sigma) and line searches.
 - `state`: what is remembered from step to step, and how it is saved.
 """
 

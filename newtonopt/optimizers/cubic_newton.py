@@ -151,7 +151,7 @@ class CubicNewton(NewtonOptimizer[CubicNewtonState]):
         )
         return lambda sigma: minimise_in(space, gradient, functools.partial(secular.cubic, sigma=sigma))
 
-    def _judge(
+    def _try(
         self, objective: Objective, model: QuadraticModel, proposal: Proposal[CubicNewtonState], state: CubicNewtonState
     ) -> tuple[Outcome, CubicNewtonState]:
         # 4, 5. Accept by the ratio; a first sigma that no ratio has confirmed needs a higher one.

@@ -17,7 +17,8 @@ from newtonopt.closure.evaluation import Products
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.optimizers.model import Proposal, QuadraticModel, Shorter
 from newtonopt.optimizers.newton import NewtonOptimizer
-from newtonopt.optimizers.settings import ELSEWHERE, check_choices, damping_rule
+from newtonopt.optimizers.rules import damping_rule
+from newtonopt.optimizers.settings import ELSEWHERE, check_choices
 from newtonopt.optimizers.state import State
 from newtonopt.optimizers.subproblems import blocks_fit, check_decomposition, finite_dense
 from newtonopt.solvers.dense import solve_absolute, solve_clamped, solve_shifted

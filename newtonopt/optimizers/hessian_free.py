@@ -23,14 +23,15 @@ from newtonopt.optimizers.preconditioning import (
     check_sketch,
     prepared,
 )
-from newtonopt.optimizers.rules import LOW_RATIO
-from newtonopt.optimizers.settings import ELSEWHERE, damping_rule
+from newtonopt.optimizers.rules import LOW_RATIO, damping_rule
+from newtonopt.optimizers.settings import ELSEWHERE
 from newtonopt.optimizers.state import tensor
 from newtonopt.optimizers.trials import Outcome
 from newtonopt.solvers.cg import conjugate_gradients
 from newtonopt.solvers.solution import Iterate, Solution
 
-# Factor of the damping after a rejection, until a first ratio is high enough.
+# The first damping is a guess. Until a first ratio reaches LOW_RATIO, `_try` rejects every step and `_next_control`
+# raises the damping by this factor; `confirmed` in the state ends the search.
 _FIRST_FACTOR = 10.0
 
 
@@ -53,8 +54,8 @@ class HessianFree(NewtonOptimizer[HessianFreeState]):
     regression, autoencoders. Do not use it with small batches or a loss dominated by noise: a step costs tens of
     gradients, and first-order methods need only one.
 
-    It differs from Martens (2010) in this: conjugate gradients have a low-rank sketch of the curvature for a
-    preconditioner, and end twenty times sooner; the first damping is searched for; the damping falls faster after three
+    It differs from Martens (2010) in this: conjugate gradients are preconditioned by a low-rank sketch of the
+    curvature; the first damping is searched for; the damping falls faster after three
     steps in a row that the model predicted well; with the Hessian a step along negative curvature is tried.
 
     The loss times `c` gives the same steps with `c` times the `damping` and `weight_decay`, except with
@@ -65,8 +66,9 @@ class HessianFree(NewtonOptimizer[HessianFreeState]):
         lr: Scales the step, zero or more. Default 1: the whole step.
         curvature: "gauss_newton" (default; Martens 2010, sec. 4.2): positive semi-definite, needs a recognised loss or
             `mark_outputs`; "hessian": exact, follows negative curvature where conjugate gradients meet it.
-        damping: The first damping, above zero. Default 1 (Martens & Sutskever 2012). Until a first ratio reaches 1/4
-            steps are refused and it is multiplied by ten: too long a first step ends on plateaus (benchmarks/NOTES.md).
+        damping: The first damping, above zero. Default 1 (Martens & Sutskever 2012). Until a ratio
+            first reaches 1/4, steps are rejected and the damping is multiplied by ten: too long a first step ends on a
+            plateau (benchmarks/NOTES.md).
         weight_decay: Coefficient of `|theta|^2 / 2` in the objective, zero or more. Default 0.
         products: How products are formed, "auto" (default), "cached", "streamed" or
             "finite_difference": see `evaluate`.
@@ -75,23 +77,24 @@ class HessianFree(NewtonOptimizer[HessianFreeState]):
         rank: Columns of the sketch, one or more; it takes `rank * n` numbers of memory, and twice as many more while it
             is renewed. Default 50, see benchmarks/NOTES.md.
         refresh_every: Iterations of conjugate gradients after which the next step renews the sketch, one or more.
-            Default 200, four times the rank: sketching costs a quarter more products at most (benchmarks/NOTES.md).
+            Default 200, four times the rank: sketching adds at most 25 % to the products, 50 % with the Hessian
+            (benchmarks/NOTES.md).
         max_trials: Number of times a step is tried: after each rejection conjugate gradients go on, with the raised
-            damping, from the best of their iterates. One or more. Default 1: a rejection ends the step. With more the
-            graph stays in memory during the trials, which take that of another forward pass.
+            damping, from the best of their iterates. One or more. Default 1: a rejection ends the step. With
+            more than one the graph is kept during the trials, so that peak memory grows by one forward pass.
         max_iterations: Iterations of conjugate gradients in a step at most, one or more. Default 1000, see
             benchmarks/NOTES.md.
         progress_tolerance: Martens' stop (2010, sec. 4.4): relative progress per iteration, from 0 to below 1. Default
             1e-2, see benchmarks/NOTES.md; Martens used 5e-4 without a sketch.
-        warm_start: Conjugate gradients start from the last solution times this, from 0 to below 1, but from zero where
-            they meet negative curvature. Default 0.95 (Martens & Sutskever 2012).
+        warm_start: Conjugate gradients start from the last solution times this factor, from 0 to below 1. They start
+            again from zero if they meet negative curvature. Default 0.95 (Martens & Sutskever 2012).
         damping_factor: Factor of the Levenberg-Marquardt rule, above one. Default 3/2 (Martens 2010, sec. 4.1).
         min_damping: Lower bound, above zero. Default 1e-30: none in practice, for the damping is not lowered below the
             rounding of the curvature along a step.
         max_damping: Upper bound. Default 1e30: none in practice.
-        tolerance_gradient: No step is taken where no entry of the gradient is larger, unless along negative curvature.
+        tolerance_gradient: No step is taken where `max |g_i|` is at most this, unless negative curvature is found.
             Default 0: only a gradient of zero ends it (`torch.optim.LBFGS` has 1e-7).
-        tolerance_step: No step is taken that has no larger entry. Default 0 (`torch.optim.LBFGS` has 1e-9).
+        tolerance_step: A step with `max |s_i|` at most this is not taken. Default 0 (`torch.optim.LBFGS` has 1e-9).
         steps_per_call: Newton steps that one `step(closure)` takes at most, on one function (the same data and random
             numbers), one or more. Default 1 (`torch.optim.LBFGS` has 20, as `max_iter`).
         seed: Seed of the random vectors for the sketch, which leave the global random state alone. Default 0.
@@ -165,10 +168,10 @@ class HessianFree(NewtonOptimizer[HessianFreeState]):
         start = None if state.solution is None else self._settings["warm_start"] * state.solution
         return _solved(model, state, self._settings, precondition, start, 0)
 
-    def _judge(
+    def _try(
         self, objective: Objective, model: QuadraticModel, proposal: Proposal[HessianFreeState], state: HessianFreeState
     ) -> tuple[Outcome, HessianFreeState]:
-        outcome, state = super()._judge(objective, model, proposal, state)
+        outcome, state = super()._try(objective, model, proposal, state)
         # 4. A first damping that is too low leads to plateaus: no step until a first ratio has confirmed it.
         if not self._seeks_damping(state) or proposal.follows_negative_curvature:
             return outcome, state
@@ -226,19 +229,19 @@ def _solved(
     # 2c. Conjugate gradients on the damped model.
     solution = solve(start)
     if start is not None and solution.negative_curvature is not None:
-        # A model without a minimum says nothing of a start's use: taken from step to step, each a part of the last,
-        # it would lead to a point that is not stationary.
+        # A model without a minimum cannot correct a bad start: carried from step to step, the start would lead to a
+        # point that is not stationary.
         iterations += solution.iterations
         solution = solve(None)
     if not solution.is_finite:
         raise FloatingPointError("A curvature product is not finite.")
     # 2d. The next step starts from this solution.
     state = replace(state, solution=solution.step, sketch_age=state.sketch_age + solution.iterations)
-    # Predicted decreases are those of the undamped model, which the loss is compared with.
+    # The ratio compares the loss with the undamped model, so predict its decrease.
     undamped = [without_damping(iterate, damping) for iterate in _candidates(solution, damped, damping)]
     steps = [model.scaled(iterate) for iterate in undamped]
     iterations += solution.iterations
-    # Shorter proposals take products, so that the graph stays in memory while steps are tried.
+    # Shorter proposals need products, so the graph stays in memory during the trials.
     again = settings["max_trials"] > 1
     shorter = _Continued(model, settings, precondition, solution, damping, iterations) if again else None
     return Proposal(steps, state, solution.reason, iterations, model.curvature.products, shorter=shorter)
@@ -262,7 +265,7 @@ class _Continued(Shorter[HessianFreeState]):
 
 
 def best_start(solution: Solution, raised_by: float) -> Tensor | None:
-    """Return the iterate where the model with a damping raised by so much is lowest; None for zero."""
+    """Return the iterate with the lowest value of the model with `raised_by` more damping; None if that is zero."""
     best, most = None, 0.0
     for iterate in (*solution.path, Iterate(solution.step, solution.decrease)):
         decrease = with_more_damping(iterate, raised_by).decrease
@@ -277,7 +280,7 @@ def _candidates(solution: Solution, damped: QuadraticModel, damping: float) -> l
     In front of them is a step along negative curvature if that was met, or along the gradient if all else fails.
     """
     last = Iterate(solution.step, solution.decrease)
-    # An iterate that differs from the solution by rounding alone would end the search for a better one.
+    # Skip iterates that equal the solution up to rounding: trying one would end the search for a better one.
     rounding = 10 * torch.finfo(damped.gradient.dtype).eps * abs(last.decrease)
     earlier = [i for i in reversed(solution.path) if i.decrease > 0 and abs(i.decrease - last.decrease) > rounding]
     candidates = [last, *earlier] if solution.decrease > 0 else earlier
@@ -288,7 +291,7 @@ def _candidates(solution: Solution, damped: QuadraticModel, damping: float) -> l
 
 
 def _beyond(start: Iterate, d: Tensor, damped: QuadraticModel, damping: float) -> Iterate:
-    """Go from `start` along `d`: as far as slope and size of curvature say, at most as far as the damping allows."""
+    """Step from `start` along `d` by |slope| / |curvature|, at most as far as the damping allows."""
     line = damped.along(d, start)
     length = float(d.norm())
     if length == 0.0:  # its square underflows

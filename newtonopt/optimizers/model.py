@@ -1,4 +1,4 @@
-"""The quadratic model of the loss around a point: the one place for predicted decreases, slopes and bends."""
+"""The quadratic model of the loss around a point, which alone computes predicted decreases, slopes and curvatures."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def _no_blocks() -> Iterable[LinearOperator]:
 class QuadraticModel:
     """The change of the loss that a step `s` is predicted to make: `m(s) = g's + s'As / 2`.
 
-    The decrease of a step is `-m(s)`. It takes a product with `A`, except where a solver knows it already: then it
-    tells the bend along that step, `s'As = -2 (decrease + g's)`.
+    The decrease of a step is `-m(s)`. It costs a product with `A`, unless a solver has returned it: then the curvature
+    along the step, `s'As = -2 (decrease + g's)`, costs none.
 
     Attributes:
         gradient: `g`, the gradient of the loss, `(n,)`.
         rates: Learning rate, one number or one for each entry `(n,)`.
         loss: Loss at the point.
         eps: Rounding unit of the dtype in which the loss was computed.
-        curvature: `A`. It holds the graph, so that the model of the trials has none (default).
+        curvature: `A`. It keeps the graph alive; the default, used during trials, is a placeholder without one.
         blocks: Makes the diagonal blocks of `A`, one for each parameter. Default: there are none.
     """
 
@@ -144,8 +144,7 @@ class Proposal(Generic[S]):
         products: Curvature products spent, counted in the same way.
         length: Length of the first step before learning rates were applied.
         follows_negative_curvature: Whether the first step follows negative curvature, so that going further may pay.
-        leaves: Whether the first step leaves a point where the gradient says nothing. Its length is a guess, which
-            takes more trials.
+        leaves: Whether the first step escapes a critical point. Its length is then a guess, so more trials are allowed.
         shorter: Makes a shorter proposal if this one is rejected; None if there is none.
     """
 

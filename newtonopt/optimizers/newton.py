@@ -1,6 +1,6 @@
 """The loop of all Newton optimizers: evaluate, propose, try, judge, commit.
 
-The members differ in how they bound a step, and fit into the loop in these places:
+Optimizers differ in how they bound a step:
 
 - A damping (HessianFree, DampedNewton), a radius (TrustRegionNewton) or a sigma (CubicNewton) is the *control*: a
   number of the state that enters the proposal, is judged by the ratio of the loss's actual to its predicted decrease,
@@ -117,7 +117,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
     @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, curvature_closure: Callable[[], Any] | None = None) -> Any:
-        """Take `steps_per_call` Newton steps, fewer where one ends at a tolerance, a minimum, or is not finite.
+        """Take up to `steps_per_call` Newton steps; stop early at a tolerance, a minimum or a non-finite number.
 
         All steps of a call minimise one function, with the same random numbers. Afterwards everything that the closure
         changes, such as `.grad`, BatchNorm's statistics, the random state, logs, counters and lists, is as one run of
@@ -184,28 +184,28 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
         """
         # 1. Evaluate the loss f, its gradient g and its curvature A at the point x.
         state = replace(state, steps=state.steps + 1)
-        evaluation, basis = call.evaluate()
+        evaluation, curved = call.evaluate()
         self._warn_of_clipping(evaluation)
         loss, gradient, norm = float(evaluation.loss), evaluation.gradient, float(evaluation.gradient.norm())
         model = QuadraticModel(gradient, call.rates, loss, evaluation.eps)
 
         # 2. Propose a step s from the model m(s) = g's + s'As / 2 and the control.
-        broken = not_finite(loss, norm, evaluation, basis)
+        broken = not_finite(loss, norm, evaluation, curved)
         try:
             if broken is None:
                 self._check_replay(call.objective, evaluation)
                 with unrounded(gradient):
-                    proposal = self._proposed(model, basis, norm, state)
+                    proposal = self._propose_or_escape(model, curved, norm, state)
         except FloatingPointError:
             broken = "curvature"
         finally:
-            # The graphs go before any trial, so that no two are alive at once.
+            # Free the graphs before any trial, so that only one is in memory at a time.
             evaluation.free()
-            basis.free()
+            curved.free()
         if broken is not None:
             return self._failed(loss, norm, broken, state)
-        state = replace(proposal.state, failures=0, length=self._learn(call, basis) or proposal.state.length)
-        report = StepReport(loss, norm, proposal.reason, loss, checks=basis.checks, form=basis.form)
+        state = replace(proposal.state, failures=0, length=self._learn(call, curved) or proposal.state.length)
+        report = StepReport(loss, norm, proposal.reason, loss, checks=curved.checks, form=curved.form)
         report = replace(report, iterations=proposal.iterations, products=proposal.products)
         if not proposal.steps:
             return state, self._with_control(report, state), False
@@ -217,7 +217,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
         trials, turns = 0, self._settings["max_trials"]
         while True:
             # 3. Try it: the ratio r = (f(x) - f(x + s)) / -m(s), and a line search where there is one.
-            outcome, state = self._judge(call.objective, model, proposal, state)
+            outcome, state = self._try(call.objective, model, proposal, state)
             trials, turns = trials + outcome.trials, turns - 1
             # 4. Judge it: the ratio of the step as it was proposed adapts the control.
             report = self._with_control(report, state)
@@ -253,20 +253,23 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
     def _propose(self, model: QuadraticModel, state: S) -> Proposal[S]:
         """Return a proposal under the state's control."""
 
-    def _judge(self, objective: Objective, model: QuadraticModel, proposal: Proposal[S], state: S) -> tuple[Outcome, S]:
-        """Try a proposal's steps; return the outcome, and the state with what it says about further steps."""
+    def _try(self, objective: Objective, model: QuadraticModel, proposal: Proposal[S], state: S) -> tuple[Outcome, S]:
+        """Try a proposal's steps; return the outcome and the updated state."""
         return backtracking(objective, model, proposal), state
 
     def _next_control(self, state: S, ratio: float, length: float) -> float:
-        """Return the control after a trial with this ratio and this length of the step before learning rates."""
+        """Return the next control, from a trial's ratio and the step's length before learning rates.
+
+        `_adapted` then hastens its decrease (`rules.hastened`) unless `_decisive_control` returns zero.
+        """
         return state.control
 
     def _decisive_control(self, model: QuadraticModel, proposal: Proposal[S]) -> float:
-        """Return about the value from which the control, not the curvature, sets a step's length; zero: any value."""
+        """Return roughly the control above which it, not the curvature, limits the step; zero: never hasten."""
         return 0.0
 
     def _length_along(self, slope: float, bend: float, control: float) -> float:
-        """Return how far to go along a unit vector of slope zero or below and of negative curvature `bend`.
+        """Return the step length along a unit vector with slope <= 0 and curvature `bend` < 0.
 
         As far as the size of the curvature (Royer, O'Neill & Wright 2020): the search doubles and halves that.
         """
@@ -274,18 +277,18 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
 
     # Parts of the loop.
 
-    def _proposed(self, model: QuadraticModel, basis: Evaluation, norm: float, state: S) -> Proposal[S]:
-        """Return a proposal, away from a critical point if the point is one; without a step if none is to be taken."""
+    def _propose_or_escape(self, model: QuadraticModel, curved: Evaluation, norm: float, state: S) -> Proposal[S]:
+        """Return a proposal: along negative curvature at a critical point, without a step if none is to be taken."""
         loss, searches = model.loss, self._settings["curvature"] == "hessian"
         place = critical(model.gradient, norm, self._settings["tolerance_gradient"])
-        # A vector of rates holds two different ones.
+        # A tensor of rates has at least two distinct values, so it is not zero everywhere.
         if not isinstance(model.rates, Tensor) and model.rates == 0.0:
             return Proposal([], state, "the learning rate is zero")
         if place is not None and is_settled(state, loss, norm):
             before = ", and no negative curvature was found here before" if searches else ""
             return Proposal([], state, place + before)
-        blocks = lambda: diagonal_blocks(basis, self._settings["curvature"])  # noqa: E731
-        model = replace(model, curvature=self._curvature(basis), blocks=blocks)
+        blocks = lambda: diagonal_blocks(curved, self._settings["curvature"])  # noqa: E731
+        model = replace(model, curvature=self._curvature(curved), blocks=blocks)
         if place is not None or (searches and is_stalled(state, loss)):
             away = leave(model, state, place or STALLED, self._length_along)
             if away.steps:
@@ -301,7 +304,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
     def _adapted(
         self, state: S, ratio: float, model: QuadraticModel | None = None, proposal: Proposal[S] | None = None
     ) -> S:
-        """Return the state with the control that follows on a ratio; without a proposal no step was tried."""
+        """Return the state with the control updated for this ratio. `proposal` is None if no step was tried."""
         if self.control is None:
             return state
         agreements = run_of(state.agreements, ratio)
@@ -312,7 +315,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
         return replace(state, agreements=agreements, control=min(max(new, low), high))
 
     def _failed(self, loss: float, norm: float, what: str, state: S) -> tuple[S, StepReport, bool]:
-        """Move nothing where a number is not finite: tighten the control, and raise an error after some such steps."""
+        """Reject a step whose numbers are not finite: tighten the control, and raise after `_MAX_FAILURES` in a row."""
         state = replace(state, failures=state.failures + 1)
         report = StepReport(loss, norm, f"the {what} is not finite", loss, first_ratio=-math.inf)
         self.last_step = report = self._with_control(report, state)
@@ -342,18 +345,18 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
             if objective.unprotected:
                 warn(_UNPROTECTED.format(", ".join(objective.unprotected)))
 
-    def _learn(self, call: Call, basis: Evaluation) -> float | None:
+    def _learn(self, call: Call, curved: Evaluation) -> float | None:
         """Remember what was found out about the products; return how far finite differences look, if that was found.
 
         The length is part of the state, so that a resumed run forms the same differences.
         """
         experience = self._experience
-        self._experience = replace(experience, known=replace(experience.known, verdicts=basis.verdicts))
-        # A closure without second derivatives now has none in the next step.
-        if basis.may_fall_back and basis.form == "finite_difference":
+        self._experience = replace(experience, known=replace(experience.known, verdicts=curved.verdicts))
+        # A closure that has no second derivatives in this step will have none in the next.
+        if curved.may_fall_back and curved.form == "finite_difference":
             self._experience = replace(self._experience, fell_back=True)
             call.fall_back()
-        lengths = (verdict.manner.length for verdict in basis.verdicts.values())
+        lengths = (verdict.manner.length for verdict in curved.verdicts.values())
         return next((length for length in lengths if length is not None), None)
 
     def _run_without_backward(self, closure: Callable[[], Any]) -> Any:
@@ -622,11 +625,11 @@ def unrounded(vector: Tensor) -> torch.autocast:
     return torch.autocast(vector.device.type, enabled=False)
 
 
-def not_finite(loss: float, norm: float, evaluation: Evaluation, basis: Evaluation) -> str | None:
+def not_finite(loss: float, norm: float, evaluation: Evaluation, curved: Evaluation) -> str | None:
     """Return the name of the number that is not finite, or None if all are."""
     if not math.isfinite(loss):
         return "loss"
     if not math.isfinite(norm):
         finite = math.isfinite(float(evaluation.gradient.abs().max()))
         return "gradient's norm (each entry is: divide the loss by a constant)" if finite else "gradient"
-    return None if basis is evaluation or math.isfinite(float(basis.loss)) else "curvature_closure's loss"
+    return None if curved is evaluation or math.isfinite(float(curved.loss)) else "curvature_closure's loss"

@@ -168,7 +168,7 @@ class NewtonCG(NewtonOptimizer[NewtonCGState]):
             follows_negative_curvature=d is not None,
         )
 
-    def _judge(
+    def _try(
         self, objective: Objective, model: QuadraticModel, proposal: Proposal[NewtonCGState], state: NewtonCGState
     ) -> tuple[Outcome, NewtonCGState]:
         norm, most = float(model.gradient.norm()), self._settings["max_trials"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 def reduction_ratio(loss: float, trial_loss: float, predicted: float, eps: float) -> float:
@@ -68,6 +69,17 @@ def levenberg_marquardt(damping: float, ratio: float, *, factor: float, minimum:
     elif ratio > 0.75:
         damping /= factor
     return min(max(damping, minimum), maximum)
+
+
+def damping_rule(settings: dict[str, Any], damping: float, ratio: float) -> float:
+    """Return the next damping by the Levenberg-Marquardt rule of these settings."""
+    return levenberg_marquardt(
+        damping,
+        ratio,
+        factor=settings["damping_factor"],
+        minimum=settings["min_damping"],
+        maximum=settings["max_damping"],
+    )
 
 
 def run_of(run: int, ratio: float) -> int:

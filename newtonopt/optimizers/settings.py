@@ -18,7 +18,6 @@ from newtonopt.checks import (
     warn,
 )
 from newtonopt.closure.evaluation import check_products
-from newtonopt.optimizers import rules
 
 # Settings that a parameter group may have of its own.
 PER_GROUP = ("lr", "weight_decay")
@@ -163,14 +162,3 @@ def rate_of(group: dict[str, Any]) -> Any:
     """Return a group's learning rate: zero where a schedule that ends there has ended below it by rounding."""
     lr = float(group["lr"]) if isinstance(group["lr"], Tensor) and group["lr"].numel() == 1 else group["lr"]
     return 0.0 if isinstance(lr, float) and -_ROUNDING < lr < 0.0 else lr
-
-
-def damping_rule(settings: dict[str, Any], damping: float, ratio: float) -> float:
-    """Return the next damping by the Levenberg-Marquardt rule of these settings."""
-    return rules.levenberg_marquardt(
-        damping,
-        ratio,
-        factor=settings["damping_factor"],
-        minimum=settings["min_damping"],
-        maximum=settings["max_damping"],
-    )

@@ -14,6 +14,8 @@ from newtonopt.optimizers.model import Proposal, QuadraticModel
 from newtonopt.optimizers.report import StepReport
 from newtonopt.optimizers.state import S
 
+# Why backtracking and a Wolfe search reject a step.
+_TOO_HIGH = "no trial decreased the loss enough"
 # How often a step is halved before it is shortened faster.
 _HALVINGS = 10
 # How often a step whose length is a guess is changed at most.
@@ -42,7 +44,7 @@ class Outcome:
     first_ratio: float
     accepted: bool
     trials: int
-    refusal: str = "no trial decreased the loss"
+    refusal: str
 
 
 def reported(report: StepReport, proposal: Proposal[Any], outcome: Outcome, trials: int) -> StepReport:
@@ -123,7 +125,7 @@ def backtracking(objective: Objective, model: QuadraticModel, proposal: Proposal
     if t != 1.0:
         chosen = line.at(t)
         ratio = rules.reduction_ratio(loss, best, chosen.decrease, eps)
-    return Outcome(chosen.step, chosen.decrease, best, ratio, first_ratio, accepted, trials)
+    return Outcome(chosen.step, chosen.decrease, best, ratio, first_ratio, accepted, trials, _TOO_HIGH)
 
 
 def strong_wolfe(objective: Objective, model: QuadraticModel, proposal: Proposal[Any], max_trials: int) -> Outcome:
@@ -140,4 +142,4 @@ def strong_wolfe(objective: Objective, model: QuadraticModel, proposal: Proposal
     t, value = (found.t, found.value) if accepted else (found.last, found.last_value)
     end = line.at(t)
     ratio = rules.reduction_ratio(model.loss, value, end.decrease, model.eps)
-    return Outcome(end.step, end.decrease, value, ratio, first_ratio, accepted, found.trials)
+    return Outcome(end.step, end.decrease, value, ratio, first_ratio, accepted, found.trials, _TOO_HIGH)

@@ -145,7 +145,7 @@ class TrustRegionNewton(NewtonOptimizer[State]):
             raise FloatingPointError("A curvature product is not finite.")
         return lambda smaller: solution if smaller == radius else shortened(solution, gradient, smaller)
 
-    def _judge(
+    def _try(
         self, objective: Objective, model: QuadraticModel, proposal: Proposal[State], state: State
     ) -> tuple[Outcome, State]:
         return threshold(objective, model, proposal, _LEAST_RATIO), state

@@ -1,6 +1,7 @@
 """Solvers of anything with `A @ v`: they know vectors and numbers, and nothing of closures or optimizers.
 
-- `cg`: conjugate gradients, also in a ball (Steihaug). `preconditioners`: approximate inverses that speed them up.
+- `cg`: conjugate gradients, also in a ball (Steihaug). `preconditioners`: the Nystrom sketch and the diagonal, which
+  speed them up.
 - `lanczos`: the Lanczos process, and directions of negative curvature. `krylov`: minimisers in the space it spans.
 - `dense`: minimisers with the whole matrix.
 - `secular`: the scalar equations of the ball and of the cubic term, which `krylov` and `dense` solve.

@@ -1,6 +1,6 @@
 """Flat vectors: all parameters, or their gradients, one after the other.
 
-- `flat`: from parameters to a flat vector and back; which parameters can be one.
+- `flat`: from parameters to a flat vector and back; which parameters can share one flat vector.
 - `sharded`: models sharded by `fully_shard` (FSDP2), and flat vectors of which each process holds a slice.
 - `processes`: the processes of `torch.distributed`, and what they exchange.
 - `random`: the vectors to multiply a matrix by, random ones and unit vectors.

@@ -1,4 +1,5 @@
-"""Measurements that `measure` and `CurvatureMonitor` take: one class in one file, with all that belongs to it.
+"""Measurements that `measure` and `CurvatureMonitor` take: one class in one file, with its tags and their
+units, its charts, its sentences and its figures.
 
 - `measurement`: what a `Measurement` is; the `View` of the point that it is taken at; `take`, which takes a list of
   them within a budget; and what comes of it, `Measured`.
