@@ -366,7 +366,14 @@ class CurvatureMonitor(Callback):
             return
         finally:
             self._allowance.spend(certifies, time.perf_counter() - began)
-        self._show(trainer, pl_module, measured)
+        try:
+            self._show(trainer, pl_module, measured)
+        except Exception as error:
+            self._warn(
+                "show",
+                f"CurvatureMonitor could not show all of a measurement at step {trainer.global_step}, and training "
+                f"goes on: {type(error).__name__}: {error}",
+            )
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> Measured:
         plan = replace(self._plan(), products="finite_difference") if self._differences else self._plan()

@@ -15,7 +15,17 @@ from newtonopt.curvature.ascent import Kind
 from newtonopt.curvature.diagonal_blocks import is_named
 from newtonopt.curvature.measurements.eigenvalues import ExtremeEigenvalues
 from newtonopt.curvature.measurements.gradient import AlongGradient
-from newtonopt.curvature.measurements.measurement import Matrix, Measured, Measurement, Plan, take, training
+from newtonopt.curvature.measurements.measurement import (
+    COST_TAGS,
+    Chart,
+    Matrix,
+    Measured,
+    Measurement,
+    Plan,
+    Tag,
+    take,
+    training,
+)
 from newtonopt.curvature.measurements.sharpness import Sharpness
 from newtonopt.curvature.measurements.stability import Stability
 
@@ -149,7 +159,26 @@ def list_of(
                 f"measurements must hold one {type(measurement).__name__} at most beside those of the other arguments, "
                 f"got {shown(measurement)} as a second one."
             )
+    _check_tags(listing)
     return listing
+
+
+def _check_tags(measurements: Sequence[Measurement[Any]]) -> None:
+    """Raise an error if a measurement has no tags, or if two would write the same one."""
+    owners = {tag.name: "every list of measurements" for tag in COST_TAGS}
+    for measurement in measurements:
+        kind = type(measurement).__name__
+        for name, holds in (("tags", Tag), ("charts", Chart)):
+            entries = getattr(measurement, name, None)
+            if not isinstance(entries, tuple) or not all(isinstance(entry, holds) for entry in entries):
+                raise TypeError(f"{name} must be a tuple of {holds.__name__} in {kind}, got {shown(entries)}.")
+        for tag in measurement.tags:
+            if tag.name in owners:
+                raise ValueError(
+                    f"tags must differ between measurements, got {tag.name!r} in {kind} and in {owners[tag.name]}. "
+                    "Rename one."
+                )
+            owners[tag.name] = kind
 
 
 def _optimizers(given: Any) -> list[Optimizer]:

@@ -37,8 +37,9 @@ from torch import Tensor
 from torch.autograd.functional import hessian as dense_hessian
 from torch.func import functional_call
 
+from newtonopt import curvature
 from newtonopt.callbacks import Budget, CurvatureMonitor, Probe, StepMonitor
-from newtonopt.curvature import Density, Layers, LossSlice, Preconditioned, Sharpness, Tag, Trace
+from newtonopt.curvature import Density, Layers, LossSlice, Measurement, Preconditioned, Sharpness, Tag, Trace
 from newtonopt.curvature.measurements.measurement import COST_TAGS
 
 
@@ -231,12 +232,12 @@ def test_the_manual_has_every_tag_and_no_other(tmp_path: Path) -> None:
 
 
 def test_the_manual_says_of_each_tag_what_its_measurement_says() -> None:
-    further: list[Any] = [Preconditioned, Layers, Trace, Density, LossSlice]
-    kinds = [type(m) for m in small_monitor(measurements=[kind() for kind in further])._plan().measurements]
-    tags = [*(tag for kind in kinds for tag in kind.tags), *COST_TAGS]
+    public = [getattr(curvature, name) for name in curvature.__all__]
+    kinds = [thing for thing in public if isinstance(thing, type) and issubclass(thing, Measurement)]
+    tags = [*(tag for kind in kinds for tag in getattr(kind, "tags", ())), *COST_TAGS]
     manual = (Path(__file__).parents[2] / "docs" / "monitor.md").read_text()
     table = [line for line in manual.split("## Tags")[1].split("\n## ")[0].splitlines() if line.startswith("| `")]
-    assert table == [f"| `{tag.name}` | {tag.description} | {tag.unit} |" for tag in tags]
+    assert sorted(table) == sorted(f"| `{tag.name}` | {tag.description} | {tag.unit} |" for tag in tags)
 
 
 def test_early_stopping_watches_curvature_without_a_logger() -> None:
@@ -317,6 +318,30 @@ def test_a_measurement_that_fails_warns_once_a_fit_and_training_goes_on() -> Non
         assert str(warning.message).startswith("CurvatureMonitor could not measure at step 1, and training goes on: ")
         assert trainer.global_step == 2 * BATCHES
         assert not [tag for tag in trainer.callback_metrics if tag.startswith("curvature/")]
+
+
+class Speechless(Measurement[float]):
+    """Cannot say what it measured."""
+
+    tags = (Tag("one", "", "always one"),)
+
+    def measure(self, view: Any) -> float:
+        return 1.0
+
+    def values(self, result: float) -> dict[str, float]:
+        return {"one": result}
+
+    def sentences(self, result: float, measured: Any) -> list[str]:
+        raise KeyError("no words")
+
+
+def test_a_measurement_that_cannot_be_shown_warns_once_and_training_goes_on(tmp_path: Path) -> None:
+    monitor = small_monitor(measurements=[Speechless()], sharpness=None)
+    trainer = quiet_trainer(callbacks=[monitor], logger=both_loggers(tmp_path))
+    with pytest.warns(UserWarning, match="could not show all of a measurement .* KeyError: 'no words'"):
+        trainer.fit(Classifier("SGD"), loader())
+    assert trainer.global_step == 2 * BATCHES
+    assert {value for _, value in from_csv(tmp_path)["curvature/one"]} == {1.0}
 
 
 def test_without_second_derivatives_it_measures_by_finite_differences(tmp_path: Path) -> None:

@@ -375,3 +375,35 @@ def test_a_value_that_is_no_tag_of_its_measurement_is_refused() -> None:
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="values of Undeclared must be among second, got 'third'"):
         measure(lambda: p.square().sum(), [p], sharpness=None, measurements=[Undeclared()])
+
+
+class AnotherTrace(Answers):
+    tags = (Tag("trace", "", "not the trace"),)
+
+
+class OneTag(Answers):
+    tags = Tag("second", "", "two")  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("measurements", "kind", "words"),
+    [
+        ([Trace(), AnotherTrace()], ValueError, "got 'trace' in AnotherTrace and in Trace. Rename one"),
+        ([OneTag()], TypeError, "tags must be a tuple of Tag in OneTag, got "),
+    ],
+)
+def test_tags_must_be_a_measurements_own(measurements: Any, kind: type[Exception], words: str) -> None:
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(kind, match=words):
+        measure(lambda: p.square().sum(), [p], sharpness=None, measurements=measurements)
+
+
+class Mistaken(Answers):
+    def measure(self, view: Any) -> float:
+        return view.no_such_thing  # type: ignore[no-any-return]
+
+
+def test_a_mistake_in_a_measurement_names_its_class() -> None:
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(RuntimeError, match=r"Mistaken\.measure failed with AttributeError: .*no_such_thing"):
+        measure(lambda: p.square().sum(), [p], sharpness=None, measurements=[Mistaken()])

@@ -86,6 +86,12 @@ class Chart:
     margin: bool = False
     more: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.patterns, (tuple, list)):
+            raise TypeError(
+                f"patterns must be a tuple, got {shown(self.patterns)}. Write ('lambda_max',), for example."
+            )
+
     def names(self, known: Sequence[str]) -> list[str]:
         """Return which of the known names the chart shows; none of them if a pattern matches none."""
         matches = [[name for name in known if re.fullmatch(pattern, name)] for pattern in self.patterns]
@@ -383,6 +389,8 @@ class View:
                 self.taken[kind] = measurement.measure(self)
             except UnmeasurableError as error:
                 self.taken[kind], self.reasons[kind] = None, str(error)
+            except _MISTAKES as error:
+                raise RuntimeError(f"{kind.__name__}.measure failed with {type(error).__name__}: {error}.") from error
         if self.taken[kind] is _PENDING:
             raise RuntimeError(f"measurements wait for one another in a circle, and {kind.__name__} is part of it.")
         result: Result | None = self.taken[kind]
@@ -401,6 +409,8 @@ class View:
 
 
 _PENDING = object()
+# Errors that a mistake in a measurement's class raises, and whose text does not name the class.
+_MISTAKES = (AssertionError, AttributeError, LookupError, TypeError, ZeroDivisionError)
 
 # Values that every list of measurements logs beside their own.
 COST_TAGS = (

@@ -30,6 +30,11 @@ def test_a_chart_appears_once_each_of_its_patterns_matches() -> None:
     assert chart.names(["lambda_min", "lambda_min_2", "lambda_min_3"]) == ["lambda_min", "lambda_min_2", "lambda_min_3"]
 
 
+def test_patterns_that_are_one_word_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"patterns must be a tuple, got 'gap'\. Write"):
+        Chart("Gap", "gap")  # type: ignore[arg-type]
+
+
 def test_words_say_what_measuring_cost() -> None:
     p = nn.Parameter(torch.ones(2))
     found = measure(lambda: p.square().sum(), [p], sharpness=None)
