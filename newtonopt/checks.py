@@ -48,7 +48,7 @@ def kind_of(value: object) -> str:
     return "None" if value is None else f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
-_CLOSURE = "a function of no argument that computes the loss, calls backward and returns the loss"
+_CLOSURE = "a function without arguments that computes the loss, calls backward and returns the loss"
 # A module without a forward pass of its own has one of these, which only raise an error.
 _NO_FORWARD = ("_forward_unimplemented", "LightningModule.forward")
 
@@ -66,7 +66,7 @@ def check_closure(closure: object, name: str = "closure") -> None:
         )
     if needed:
         raise TypeError(
-            f"{name} must be {_CLOSURE}, got {shown(closure)}, which takes {', '.join(needed)}. Bind what it takes: "
+            f"{name} must be {_CLOSURE}, got {shown(closure)}, which takes {', '.join(needed)}. Bind its arguments: "
             f"functools.partial(function, {', '.join(needed)})."
         )
 
@@ -246,15 +246,15 @@ def listed(name: str, items: Any, holds: str, such_as: str) -> list[Any]:
         ValueError: `items` is an iterator that gave nothing.
     """
     if not isinstance(items, Iterable) or isinstance(items, (Tensor, nn.Module, Mapping, str, set, frozenset)):
-        remedies = {Tensor: "a list for a single one", Mapping: f"{such_as}, or a list of what the mapping holds"}
-        remedies[set] = "a list, which has an order"
+        remedies = {Tensor: "a list with one entry", Mapping: f"{such_as}, or a list of the mapping's entries"}
+        remedies[set] = "a list, which keeps its order"
         remedy = next((words for kind, words in remedies.items() if isinstance(items, kind)), such_as)
         raise TypeError(f"{name} must be an iterable of {holds}, got {kind_of(items)}. Write {remedy}.")
     given = list(items)
     if not given and isinstance(items, Iterator):
         raise ValueError(
-            f"{name} must hold one entry at least, got {kind_of(items)} that gave none: it ends after one pass and was "
-            f"used before, or was empty. Write {such_as} anew, or keep a list of it."
+            f"{name} must hold at least one entry, got {kind_of(items)} that gave none: it was empty, or was used "
+            f"before and ends after one pass. Write {such_as} again, or keep a list of it."
         )
     return given
 
@@ -268,7 +268,7 @@ def listed_groups(params: Any) -> list[Any]:
     """
     given = listed("params", params, "tensors or of parameter groups", "model.parameters()")
     if not given:
-        raise ValueError(f"params must hold one tensor at least, got {params!r}. Write model.parameters().")
+        raise ValueError(f"params must hold at least one tensor, got {params!r}. Write model.parameters().")
     return given if isinstance(given[0], dict) else [{"params": given}]
 
 

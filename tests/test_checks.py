@@ -155,7 +155,7 @@ def test_closures_take_no_argument() -> None:
         # Wrappers, whose own forward takes anything.
         (nn.DataParallel(nn.Linear(1, 1)), "got the module DataParallel"),
     ):
-        with pytest.raises(TypeError, match=f"^curvature_closure must be a function of no argument .*{words}"):
+        with pytest.raises(TypeError, match=f"^curvature_closure must be a function without arguments .*{words}"):
             check_closure(closure, "curvature_closure")
     check_closure(nn.DataParallel(Penalty()))
 
@@ -197,11 +197,11 @@ def test_iterables_become_lists() -> None:
         assert listed("items", items, "numbers", "numbers()") == given
     assert listed("items", [], "numbers", "numbers()") == []
     for items, words in (
-        (torch.ones(2), "got a Tensor. Write a list for a single one."),
+        (torch.ones(2), "got a Tensor. Write a list with one entry."),
         (nn.Linear(1, 1), "got a Linear. Write numbers()."),
-        ({"a": 1}, "got a dict. Write numbers(), or a list of what the mapping holds."),
+        ({"a": 1}, "got a dict. Write numbers(), or a list of the mapping's entries."),
         ("abc", "got a str. Write numbers()."),
-        ({1, 2}, "got a set. Write a list, which has an order."),
+        ({1, 2}, "got a set. Write a list, which keeps its order."),
         (3, "got an int. Write numbers()."),
         (None, "got None. Write numbers()."),
     ):
@@ -209,7 +209,7 @@ def test_iterables_become_lists() -> None:
             listed("items", items, "numbers", "numbers()")
     used = iter(given)
     list(used)
-    with pytest.raises(ValueError, match=r"^items must hold one entry at least, got a list_iterator that gave none"):
+    with pytest.raises(ValueError, match=r"^items must hold at least one entry, got a list_iterator that gave none"):
         listed("items", used, "numbers", "numbers()")
 
 
@@ -219,7 +219,7 @@ def test_parameters_become_groups() -> None:
     assert listed_groups(iter([("p", p)])) == [{"params": [("p", p)]}]
     groups = [{"params": p, "lr": 1.0}, {"params": [q]}]
     assert listed_groups(groups) == groups
-    with pytest.raises(ValueError, match=r"^params must hold one tensor at least, got \[\]\. Write model\.parameters"):
+    with pytest.raises(ValueError, match=r"^params must hold at least one tensor, got \[\]\. Write model\.parameters"):
         listed_groups([])
 
 

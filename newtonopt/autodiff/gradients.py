@@ -65,7 +65,7 @@ def gradient_of(loss: Tensor, params: Sequence[Tensor], *, keep: bool) -> Gradie
     try:
         return grad(loss, params, keep=keep)
     except NoSecondDerivativeError as error:
-        raise RuntimeError(f"The loss has no gradient, so that backward fails too: {error.__cause__}") from error
+        raise RuntimeError(f"The loss has no gradient, so backward fails too: {error.__cause__}") from error
 
 
 def grad_with_graph(
@@ -83,7 +83,7 @@ def grad_with_graph(
     if reaches([g.grad_fn for g in gradients if g is not None], _is_dead_end):
         raise NoSecondDerivativeError(
             "An operation of the model has no second derivative (it is marked once_differentiable, or PyTorch has no "
-            "formula for it), so there are no exact curvature products through it."
+            "formula for it), so exact curvature products are not available."
         )
     return gradients
 
@@ -109,8 +109,8 @@ def _differentiating(of: Tensor | Sequence[Tensor]) -> Iterator[None]:
         text = str(error)
         if isinstance(error, NotImplementedError) or _WITHOUT.search(text):
             raise NoSecondDerivativeError(
-                "An operation of the model has no second derivative, so there are no exact curvature products through "
-                f"it: {text}"
+                "An operation of the model has no second derivative, so exact curvature products are not available: "
+                f"{text}"
             ) from error
         if "modified by an inplace operation" in text:
             raise RuntimeError(CHANGED) from error
@@ -120,9 +120,9 @@ def _differentiating(of: Tensor | Sequence[Tensor]) -> Iterator[None]:
             ) from error
         if "backward through the graph a second time" in text:
             raise RuntimeError(
-                "The graph of the loss was freed before the closure called loss.backward(): by a backward outside of "
-                "the closure, or by torch.autograd.backward(loss), which is not seen here. Call the model, the loss "
-                "function and loss.backward() inside the closure."
+                "The graph of the loss was freed before the closure called loss.backward(), either by a backward "
+                "outside the closure or by torch.autograd.backward(loss), which newtonopt does not see. Call the "
+                "model, the loss function and loss.backward() inside the closure."
             ) from error
         raise
 
@@ -134,8 +134,8 @@ _WITHOUT = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 CHANGED = (
-    "The parameters, or something else that the loss was computed from, changed after this evaluation was made, as an "
-    "optimizer's step or a closure that clamps weights changes them: its products are no longer defined. Call "
+    "The parameters, or another tensor that the loss was computed from, changed after this evaluation was made, for "
+    "example by an optimizer step or by a closure that clamps weights. Its products are no longer defined. Call "
     "evaluate again."
 )
 

@@ -380,21 +380,21 @@ _SHRINKING = (
     *("_foreach_mul", "_foreach_div", "_foreach_clamp"),
 )
 _CLEARED = (
-    "The closure clears the gradients after its last backward, so that none is left to step along: let it call "
-    "zero_grad() first, before the loss is computed."
+    "The closure clears the gradients after its last backward, so no gradient is left to step along. Call zero_grad() "
+    "at the start of the closure, before the loss is computed."
 )
 _OTHERS = (
-    "The closure calls backward(inputs=...) with other tensors than the parameters given, so that it leaves them no "
-    "gradient: name these parameters among the inputs of the loss that is to be minimised."
+    "The closure calls backward(inputs=...) without the given parameters, so they get no gradient. Name these "
+    "parameters among the inputs of the loss to be minimised."
 )
 _ALTERED = (
-    "The closure clears the gradients between its losses and writes others to .grad itself ({}), so that what it "
-    "minimises cannot be told. Call backward once, on the sum of the losses, each times its weight, or give that sum "
-    "without backward: return it."
+    "The closure clears the gradients between its losses and writes others to .grad itself ({}), so newtonopt cannot "
+    "tell which function it minimises. Call backward once, on the weighted sum of the losses, or return that sum "
+    "without calling backward."
 )
 _SPLIT = (
-    "The closure differentiates its loss in two stages: it detaches a tensor, calls backward on the loss, and hands "
-    "the gradient of that tensor on, as in z.backward(detached.grad). Curvature does not pass the cut. Compute the "
-    "loss from z itself, without detach, and call backward once. To save memory use torch.utils.checkpoint, or a loop "
-    'over micro-batches with products="streamed".'
+    "The closure differentiates its loss in two stages: it detaches a tensor, calls backward on the loss, and "
+    "passes the gradient of that tensor on, as in z.backward(detached.grad). Second derivatives do not pass "
+    "through the cut. Compute the loss from z itself, without detach, and call backward once. To save memory, use "
+    'torch.utils.checkpoint, or loop over micro-batches with products="streamed".'
 )

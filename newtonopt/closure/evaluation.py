@@ -182,8 +182,8 @@ class Evaluation:
         """Raise a FloatingPointError if the loss is not finite, so that there is no curvature."""
         if not math.isfinite(float(self.loss)):
             raise FloatingPointError(
-                f"The loss is {float(self.loss)} at the parameters, so there is no curvature: check the data and the "
-                "model."
+                f"The loss is {float(self.loss)} at the parameters, so it has no curvature there. Check the data and "
+                "the model."
             )
 
     def check_unchanged(self) -> None:
@@ -223,8 +223,8 @@ class Evaluation:
         expected = self.local_loss
         if abs(loss - expected) > tolerance * abs(expected):  # false where one is not finite
             raise RuntimeError(
-                f"The closure computed the loss {loss:.9g} where it had computed {expected:.9g} at the same "
-                f"parameters. {SAME_FUNCTION}"
+                f"The closure computed the loss {loss:.9g} at the same parameters where it first computed "
+                f"{expected:.9g}. {SAME_FUNCTION}"
             )
 
     def _check_same_gradient(self, gradient: Tensor, eps: float) -> None:
@@ -237,7 +237,7 @@ class Evaluation:
         rounding = 16 * eps * abs(self.local_loss) / reach if reach > 0.0 else 0.0
         if change > min(eps ** (1 / 3), _COARSEST) * size + rounding:  # false where one is not finite
             raise RuntimeError(
-                f"The closure computed another gradient at the same parameters, which differs from the first by "
+                "The closure computed another gradient at the same parameters: it differs from the first by "
                 f"{change / size if size else math.inf:.2g} times its norm. {SAME_FUNCTION}"
             )
 
@@ -257,10 +257,10 @@ class Evaluation:
             if self.source is not None:
                 self.source.replay(self)
             raise RuntimeError(
-                f"Close to the parameters the loss is {loss:.9g}, where {expected:.9g} was expected from its slope and "
-                "curvature, so there are no finite differences: it jumps, as where the model rounds a value (int(), "
-                'round(), the diagonal in orthogonal_map="householder"), or changes at a scale far below the size of '
-                'the parameters. Use products="cached" or "streamed".'
+                f"Close to the parameters the loss is {loss:.9g}, but its slope and curvature predict "
+                f"{expected:.9g}, so finite differences are not possible. The loss may jump, for example where the "
+                'model rounds a value (int(), round(), the diagonal in orthogonal_map="householder"), or change '
+                'at a scale far below the size of the parameters. Use products="cached" or "streamed".'
             )
 
 
@@ -530,8 +530,8 @@ def source_of(evaluation: Evaluation) -> Source:
     """
     if evaluation.source is None:
         raise RuntimeError(
-            "This evaluation was made from a loss, and other than cached products run the closure again: make it with "
-            "newtonopt.evaluate(closure, params)."
+            "This evaluation was made from a loss, so only cached products are available: the other ones run the "
+            "closure again. Call newtonopt.evaluate(closure, params) instead."
         )
     return evaluation.source
 
@@ -562,7 +562,7 @@ def refuse_sparse(gradients: Sequence[Tensor | None]) -> None:
     """Raise a RuntimeError if a gradient is sparse."""
     if any(g is not None and g.layout != torch.strided for g in gradients):
         raise RuntimeError(
-            "A gradient is sparse, and curvature products need dense ones: build the embedding with sparse=False."
+            "A gradient is sparse, but curvature products need dense gradients. Build the embedding with sparse=False."
         )
 
 
@@ -595,18 +595,18 @@ def _own(vector: Tensor) -> Tensor:
 
 
 SAME_FUNCTION = (
-    "Trials and products need the same function each time, so let it use the same data on every call: begin its loader "
-    "anew, do not call next() on an iterator from outside, and let no counter or running average that the closure "
-    "itself advances enter the loss."
+    "Trials and products need the same function each time, so the closure must use the same data on every call. Start "
+    "its data loader from the beginning each time, and do not call next() on an iterator made outside. The loss must "
+    "not depend on a counter or running average that the closure itself updates."
 )
 UNRELATED = (
-    "The loss does not depend on any of the parameters given: they may be another model's, or those of a copy made "
-    "after the optimizer. Give the parameters that the closure's forward pass uses."
+    "The loss does not depend on any of the given parameters. They may belong to another model, or the closure may "
+    "use a copy of the model made after the optimizer. Give the parameters that the closure's forward pass uses."
 )
 # Relative difference of two gradients computed in part in bfloat16, by kernels that may add in any order.
 _COARSEST = 0.05
-_FREED = "This evaluation was freed and gives no more products: evaluate the closure again."
+_FREED = "This evaluation was freed and can form no more products. Evaluate the closure again."
 _BARE_LOSS = (
-    "This evaluation was made from a loss, and no outputs were recorded for it: make it with "
-    "newtonopt.evaluate(closure, params)."
+    "This evaluation was made from a loss, so no outputs were recorded for it. Call newtonopt.evaluate(closure, "
+    "params) instead."
 )

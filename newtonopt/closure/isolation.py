@@ -236,8 +236,8 @@ class UnprotectedError(RuntimeError):
 
     def __init__(self, paths: Iterable[str]) -> None:
         super().__init__(
-            f"The closure changes {', '.join(paths)}, which cannot be put back: an iterator, or an array or container "
-            "too large to be copied. Move it on outside of the closure, or keep such state in numbers, lists, dicts or "
+            f"The closure changes {', '.join(paths)}, which cannot be restored: an iterator, or an array or container "
+            "too large to copy. Advance it outside the closure, or keep such state in numbers, lists, dicts or "
             "tensors."
         )
 

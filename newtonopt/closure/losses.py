@@ -507,7 +507,7 @@ def advice(called: Iterable[str], ends: Iterable[str], wrappers: Iterable[str]) 
     if called:
         sentences.append(f"The closure called {', '.join(called)}.")
     for name in wrappers:
-        sentences.append(f"An output is a {name}, which has no such matrix: give the loss plain tensors.")
+        sentences.append(f"An output is a {name}, which has no Gauss-Newton matrix. Pass plain tensors to the loss.")
     remedies = [f"{name} {REMEDIES[name]}." for name in called if name in REMEDIES]
     if not remedies:
         found = dict.fromkeys(_ENDS[name] for name in sorted(ends) if name in _ENDS)
@@ -516,66 +516,67 @@ def advice(called: Iterable[str], ends: Iterable[str], wrappers: Iterable[str]) 
 
 
 _RECOGNISED = (
-    "The losses recognised are cross_entropy, log_softmax followed by nll_loss or kl_div, mse_loss, huber_loss, "
+    "The recognised losses are cross_entropy, log_softmax followed by nll_loss or kl_div, mse_loss, huber_loss, "
     "smooth_l1_loss, binary_cross_entropy (also with logits), poisson_nll_loss and the soft margin losses of "
     "torch.nn.functional. For any other loss call `z = newtonopt.mark_outputs(z)` on the model's output inside the "
     'closure, or use curvature="hessian".'
 )
 _HESSIAN = 'use curvature="hessian"'
 _PIECEWISE = f"is piecewise linear, so its Gauss-Newton matrix is zero or undefined: {_HESSIAN}"
-_NO_LOG_SOFTMAX = "was given something else than the logarithm of a softmax over classes"
+_NO_LOG_SOFTMAX = "was given something other than the log-softmax over classes"
 _EMBEDDINGS = f"is not convex in the embeddings: {_HESSIAN}"
 _PROBABILITIES = (
-    "return logits from the model, without its softmax or sigmoid, and take cross_entropy or "
-    "binary_cross_entropy_with_logits of them (skorch: criterion=torch.nn.CrossEntropyLoss)"
+    "return logits from the model, without its softmax or sigmoid, and use cross_entropy or "
+    "binary_cross_entropy_with_logits on them (skorch: criterion=torch.nn.CrossEntropyLoss)"
 )
 _LIBRARY = (
-    f"if it is one for all the data, minimise its square, which has the same minimum, by mse_loss; if many: {_HESSIAN}"
+    "if there is a single one for all the data, minimise its square with mse_loss, which has the same minimiser; "
+    f"if there are many, {_HESSIAN}"
 )
 
 REMEDIES: dict[str, str] = {
     "nll_loss": f"{_NO_LOG_SOFTMAX}: {_PROBABILITIES}",
-    "kl_div": f"{_NO_LOG_SOFTMAX}: take log_softmax of the logits",
+    "kl_div": f"{_NO_LOG_SOFTMAX}: use log_softmax on the logits",
     "l1_loss": f"{_PIECEWISE}, or use smooth_l1_loss or huber_loss, which are recognised",
     "hinge_embedding_loss": _PIECEWISE,
     "margin_ranking_loss": _PIECEWISE,
-    "multi_margin_loss": f"{_PIECEWISE}, or use cross_entropy of the same scores",
+    "multi_margin_loss": f"{_PIECEWISE}, or use cross_entropy on the same scores",
     "multilabel_margin_loss": f"{_PIECEWISE}, or use multilabel_soft_margin_loss, which is recognised",
     "triplet_margin_loss": _EMBEDDINGS,
     "triplet_margin_with_distance_loss": _EMBEDDINGS,
     "cosine_embedding_loss": _EMBEDDINGS,
     "cosine_similarity": _EMBEDDINGS,
     "gaussian_nll_loss": (
-        f"is convex in the mean but not in mean and variance together: {_HESSIAN}, or, if the variance is no output of "
-        "the model, mark the mean"
+        f"is convex in the mean but not in mean and variance together: {_HESSIAN}, or mark the mean if the variance is "
+        "not an output of the model"
     ),
     "ctc_loss": f"has no second derivative: {_HESSIAN}, whose products are then formed by finite differences",
 }
 """Remedies for functions of `torch.nn.functional` that the closure called, as the end of a sentence."""
 
 _ELSEWHERE = (
-    "a loss of torch.nn.functional that was called outside of the closure",
+    "a torch.nn.functional loss that was called outside the closure",
     "call the model and the loss inside the closure, each time it runs",
 )
 _LAYER = (
-    "the model's output itself, as a critic's does",
-    f"it is linear in the output, so that there is no Gauss-Newton matrix: {_HESSIAN}",
+    "the model's output itself, as a critic's loss does",
+    f"such a loss is linear in the output and has no Gauss-Newton matrix, so {_HESSIAN}",
 )
 # Names and remedies for the nodes that a loss is computed from through linear operations alone.
 _ENDS: dict[str, tuple[str, str]] = {
-    "LogBackward0": ("a logarithm", f"if it is that of probabilities, {_PROBABILITIES}"),
-    "LogSoftmaxBackward0": ("log-probabilities", "take cross_entropy of the logits"),
-    "LogSigmoidBackward0": ("a log-sigmoid", "take binary_cross_entropy_with_logits of the logits"),
-    "SoftplusBackward0": ("a softplus", "take binary_cross_entropy_with_logits or soft_margin_loss of the scores"),
-    "LogsumexpBackward0": ("a logsumexp", "take cross_entropy of the scores (contrastive ones: over each row)"),
+    "LogBackward0": ("a logarithm", f"if it is taken of probabilities, {_PROBABILITIES}"),
+    "LogSoftmaxBackward0": ("log-probabilities", "use cross_entropy on the logits"),
+    "LogSigmoidBackward0": ("a log-sigmoid", "use binary_cross_entropy_with_logits on the logits"),
+    "SoftplusBackward0": ("a softplus", "use binary_cross_entropy_with_logits or soft_margin_loss on the scores"),
+    "LogsumexpBackward0": ("a logsumexp", "use cross_entropy on the scores (for a contrastive loss, on each row)"),
     "PowBackward0": (
         "a power",
-        "if it is a square, take mse_loss of outputs and targets "
-        "(DeepXDE: model.compile(optimizer, loss=torch.nn.functional.mse_loss))",
+        "if it is a square, use mse_loss on outputs and targets (DeepXDE: model.compile(optimizer, "
+        "loss=torch.nn.functional.mse_loss))",
     ),
     "SqrtBackward0": ("a square root", _LIBRARY),
     "LinalgVectorNormBackward0": ("a norm", _LIBRARY),
-    "AbsBackward0": ("an absolute value", f"take smooth_l1_loss or huber_loss, or {_HESSIAN}"),
+    "AbsBackward0": ("an absolute value", f"use smooth_l1_loss or huber_loss, or {_HESSIAN}"),
     **dict.fromkeys(("ReluBackward0", "ClampMinBackward0", "ClampBackward1"), ("a hinge", _HESSIAN)),
     **dict.fromkeys(("MseLossBackward0", "NllLossBackward0", "NllLoss2DBackward0", "HuberLossBackward0"), _ELSEWHERE),
     **dict.fromkeys(("SmoothL1LossBackward0", "SoftMarginLossBackward0", "BinaryCrossEntropyBackward0"), _ELSEWHERE),

@@ -332,7 +332,7 @@ class Objective:
             returned = self._call(tap)
             if [p._version for p in self.params] != versions:
                 unchanged()
-                raise RuntimeError("The closure writes to the parameters, and so changes their tangents.")
+                raise RuntimeError("The closure writes to the parameters, which changes their tangents.")
         return tap.total(returned), tap.outputs.tangents
 
     def add_gradient(self, gradient: Tensor, step: Tensor) -> Tensor:
@@ -683,8 +683,8 @@ class Objective:
                 tap.take(returned)
         if self._runs.counted is not None and tap.gradients.calls != self._runs.calls:
             raise RuntimeError(
-                f"The closure called backward {tap.gradients.calls} times where it had called it {self._runs.calls} "
-                f"times. {SAME_FUNCTION}"
+                f"The closure called backward {tap.gradients.calls} times, but {self._runs.calls} times when it was "
+                f"first evaluated. {SAME_FUNCTION}"
             )
         return returned
 
@@ -878,8 +878,9 @@ class Recorder:
         """Raise an OverwrittenError if a graph that was kept holds a tensor to which the closure has written."""
         if any(writes.used_by(loss.grad_fn) for loss in self._kept):
             raise OverwrittenError(
-                "The closure writes in place to a tensor that its loss is computed from, so products cannot be formed "
-                'later from the graph: use products="streamed" (or "auto"), which forms them as the closure runs.'
+                "The closure writes in place to a tensor that its loss is computed from, so products cannot be "
+                'formed from the graph later. Use products="streamed" (or "auto"), which forms them while the '
+                "closure runs."
             )
 
     def finish(self, tap: Tap, returned: Any) -> Recording:
@@ -1009,7 +1010,7 @@ def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
     if reaches(loss.grad_fn, lambda node: node.name() == "CheckpointFunctionBackward"):
         raise RuntimeError(
             "The forward pass uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside "
-            "from differentiation. Call checkpoint(..., use_reentrant=False)."
+            "it from autograd. Call checkpoint(..., use_reentrant=False)."
         )
 
 
@@ -1017,64 +1018,64 @@ def _refuse_gradient_scaler(total: float, returned: float) -> None:
     """Raise a RuntimeError for a loss at the scale at which a GradScaler begins, which would be minimised as it is."""
     if returned != 0.0 and math.isfinite(returned) and total == _SCALE * returned:
         raise RuntimeError(
-            f"The closure calls backward on {_SCALE:g} times the loss that it returns, as it does with "
-            "scaler.scale(loss).backward() of a GradScaler, and a second-order step would take that for the loss. Call "
-            "loss.backward(), without a scaler, and use bfloat16 autocast, which needs none."
+            f"The closure calls backward on {_SCALE:g} times the loss that it returns, as "
+            "scaler.scale(loss).backward() with a GradScaler does. A second-order step would take the scaled loss for "
+            "the loss. Call loss.backward() without a scaler, and use bfloat16 autocast, which needs none."
         )
 
 
 # Default of torch.amp.GradScaler's init_scale. Multiplying by a power of two does not round.
 _SCALE = 2.0**16
 _CONSTANT = (
-    "The loss is the same to the last bit wherever the parameters are, so no step can be tried: the closure must run "
-    "the forward pass itself, each time it is called. Move the call of the model and of the loss function into the "
-    "closure, before loss.backward(), and keep no loss, output or parametrized weight from an earlier call."
+    "The loss is bit-for-bit the same wherever the parameters are, so no step can be tried. The closure must run the "
+    "forward pass itself, each time it is called. Move the calls of the model and the loss function into the closure, "
+    "before loss.backward(), and do not reuse a loss, output or parametrized weight from an earlier call."
 )
 _MOVED = (
-    "The closure changes the parameters, and calls backward for some of them only: a second-order step takes the "
-    "others for constants in that loss, and must find them where they were. Clamp or normalise weights after the step."
+    "The closure changes the parameters, but calls backward for only some of them. A second-order step treats the "
+    "others as constants in that loss, so they must stay where they were. Clamp or normalise weights after the step."
 )
 _ELSEWHERE = (
-    "The closure calls backward on a loss at other parameters than those that it leaves, as SAM does, and cached "
-    'products are those of one point: use products="streamed" or "auto".'
+    "The closure calls backward on a loss at other parameters than those it ends with, as SAM does, but cached "
+    'products are valid at one point only. Use products="streamed" or "auto".'
 )
 _DIVIDED_IN_A_GROUP = (
-    "The closure leaves the gradients of some losses by some of the parameters only (by backward(inputs=...) or "
-    "zero_grad() in between), which has no steps with several processes: give each network an optimizer and a closure "
-    "of its own."
+    "The closure keeps the gradients of some losses for only some of the parameters (by backward(inputs=...) or by "
+    "zero_grad() in between), which is not supported with several processes. Give each network its own optimizer and "
+    "closure."
 )
 _ACCUMULATED = (
-    "After the closure, .grad is not the gradient of its loss: something else was added, usually an earlier closure's "
-    "gradient. A second-order step needs one objective, so gradients cannot be accumulated across closures: call "
-    "optimizer.zero_grad() first in the closure, set accumulate_grad_batches=1 in Lightning, and to use several "
-    "batches loop over them inside one closure, calling backward for each."
+    "After the closure, .grad is not the gradient of its loss: something else was added, usually the gradient of an "
+    "earlier closure. A second-order step needs one objective, so gradients cannot be accumulated across closures. "
+    "Call optimizer.zero_grad() first in the closure, and set accumulate_grad_batches=1 in Lightning. To use several "
+    "batches, loop over them inside one closure and call backward for each."
 )
 _WRITTEN = (
     "After the closure, .grad is not the gradient of its loss: the closure, or a hook on a parameter, wrote something "
-    "else there, such as noise, another task's gradient, a decay or the zeros of a mask. A second-order step takes the "
-    "gradient of the loss itself: put into the loss what belongs to the objective (or use weight_decay), give the "
-    "optimizer only what is to be trained, and leave .grad as backward leaves it."
+    "else there, such as noise, the gradient of another task, weight decay or the zeros of a mask. A second-order "
+    "step takes the gradient of the loss itself. Put every term of the objective into the loss (or use weight_decay), "
+    "give the optimizer only the parameters to be trained, and leave .grad as backward leaves it."
 )
 _HOOKED = (
-    "A hook that was registered by register_post_accumulate_grad_hook changes .grad or the parameters inside backward, "
-    "as optimizers that step in backward do. A second-order step needs the whole gradient, and takes the step itself: "
-    "remove the hook."
+    "A hook registered with register_post_accumulate_grad_hook changes .grad or the parameters inside backward, "
+    "as optimizers that step in backward do. A second-order step needs the whole gradient and moves the "
+    "parameters itself. Remove the hook."
 )
 MOVED = (
-    "The closure changed the parameters, and they were put back, because an evaluation leaves them where they are. If "
-    "it clamps or normalises them, call closure() once first: that puts them where it wants them."
+    "The closure changed the parameters. They were put back, because an evaluation must not move them. If the closure "
+    "clamps or normalises them, call closure() once first: a further call then leaves them unchanged."
 )
 MOVED_BEYOND = (
-    "The closure changes the parameters at a point close by, as one that clamps them does where one lies on a bound, "
-    'so there are no finite differences across it: use products="cached" or "streamed".'
+    "The closure changes the parameters at a point nearby, for example by clamping a parameter that lies on its "
+    'bound, so finite differences across it are not possible. Use products="cached" or "streamed".'
 )
 RESTLESS = (
-    "The closure changed the parameters, and changed them again when it was called from where it had left them; they "
-    "were put back. It may clamp or normalise them, so that a second call finds nothing to do, but not train them: do "
-    "that after the step."
+    "The closure changed the parameters, and changed them again when it was called from where it had left them. They "
+    "were put back. The closure may clamp or normalise them, because a second call then changes nothing, but it must "
+    "not train them. Change them after the step instead."
 )
 MOVED_IN_A_GROUP = (
-    "The closure changed the parameters, and they were put back: with several processes it must not, for each of them "
-    "might put its own elsewhere. Clamp or normalise weights after the step, or inside the model by "
-    "torch.nn.utils.parametrize; an Embedding takes no max_norm."
+    "The closure changed the parameters, and they were put back. With several processes it must not change them, "
+    "because each process might set them to different values. Clamp or normalise weights after the step, or inside "
+    "the model with torch.nn.utils.parametrize. Do not give an Embedding max_norm."
 )

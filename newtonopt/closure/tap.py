@@ -212,11 +212,12 @@ class Tap(TorchFunctionMode):
         if self._total is None:
             what = type(returned).__name__ + (" without a graph" if isinstance(returned, Tensor) else "")
             raise RuntimeError(
-                "The closure neither called loss.backward() nor returned a loss that requires a gradient (it returned "
-                f"a {what}), so there is nothing to minimise. End it with `loss.backward(); return loss` "
-                "(torch.autograd.backward is not seen: call the method), and check that the loss depends on the "
-                "parameters and that no torch.no_grad() surrounds the forward pass. Under Lightning return the loss "
-                "from training_step: None, which skips a batch for other optimizers, cannot be skipped within a step."
+                "The closure neither called loss.backward() nor returned a loss that requires a gradient (it "
+                f"returned a {what}), so there is nothing to minimise. End it with `loss.backward(); return loss` "
+                "(torch.autograd.backward is not seen: call the method). Check that the loss depends on the "
+                "parameters and that no torch.no_grad() surrounds the forward pass. Under Lightning, return the "
+                "loss from training_step: None skips a batch with other optimizers, but cannot be skipped within "
+                "a step."
             )
         return self._total
 
@@ -279,7 +280,7 @@ class Tap(TorchFunctionMode):
         names = ("gradient", "retain_graph", "create_graph", "inputs")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if self.is_forward and self._fills:
-            raise RuntimeError("The closure computes with gradients, which forward mode does not give.")
+            raise RuntimeError("The closure computes with gradients, which are not available in forward mode.")
         gradient, inputs = given.get("gradient"), given.get("inputs")
         if inputs is not None:
             inputs = given["inputs"] = [inputs] if isinstance(inputs, Tensor) else list(inputs)

@@ -144,12 +144,12 @@ def critical_point(
     check_spectrum("spectrum", spectrum)
     if not (spectrum.top and spectrum.bottom):
         raise ValueError(
-            f"spectrum must hold one eigenvalue at least of each end, got {len(spectrum.top)} of the "
-            f"top and {len(spectrum.bottom)} of the bottom. Write extreme_eigenvalues(hessian(evaluation))."
+            f"spectrum must hold at least one largest and one smallest eigenvalue, got {len(spectrum.top)} and "
+            f"{len(spectrum.bottom)}. Write extreme_eigenvalues(hessian(evaluation))."
         )
     if spectrum.top[0].vector.numel() != curvature.shape[0]:
         raise ValueError(
-            f"spectrum must be of the evaluation's {curvature.shape[0]} parameters, got a spectrum of "
+            f"spectrum must belong to the evaluation's {curvature.shape[0]} parameters, got one of "
             f"{spectrum.top[0].vector.numel()}. Write extreme_eigenvalues(hessian(evaluation))."
         )
     largest, smallest = spectrum.top[0], spectrum.bottom[0]
@@ -222,22 +222,26 @@ def _in_words(eigenvalue: Eigenvalue) -> str:
 
 def _remark(point: CriticalPoint) -> str:
     if point.kind == "not critical":
-        return f"The gradient is above the tolerance of {point.tolerance:.3g}: the signs decide nothing here."
+        return (
+            f"The gradient is above the tolerance of {point.tolerance:.3g}, so the signs of the eigenvalues do not "
+            "classify this point."
+        )
     if point.kind in ("minimum", "maximum"):
-        sign, others = ("positive", "; other minima may lie lower") if point.kind == "minimum" else ("negative", "")
+        sign, others = ("positive", "; there may be lower minima") if point.kind == "minimum" else ("negative", "")
         near = (
             f"; the quadratic model's {point.kind} is at most {point.distance:.2g} away" if point.distance > 0.0 else ""
         )
-        return f"All curvature is {sign}, with {point.confidence:.3g} confidence{near}{others}."
+        return f"All eigenvalues are {sign}, with {point.confidence:.3g} confidence{near}{others}."
     if point.kind == "saddle":
         return "The loss falls along the direction of the smallest eigenvalue and rises along that of the largest."
     if point.smallest.upper < 0.0:
-        return "It is no minimum; the second-order test leaves undecided whether it is a saddle or a maximum."
+        return "This is not a minimum. The second-order test cannot decide between a saddle and a maximum."
     if point.largest.lower > 0.0:
         return (
-            "It is no maximum; the second-order test leaves undecided whether it is a minimum or a saddle: that no "
-            "eigenvalue is negative is no proof of a minimum."
+            "This is not a maximum. The second-order test cannot decide between a minimum and a saddle, because "
+            "nonnegative eigenvalues do not prove a minimum."
         )
     return (
-        "The second-order test is undecided: higher derivatives decide, or a larger budget if the intervals are wide."
+        "The second-order test is inconclusive. Raise max_products if the intervals are wide; otherwise higher "
+        "derivatives decide."
     )

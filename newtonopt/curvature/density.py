@@ -251,6 +251,6 @@ def all_eigenvalues(operator: LinearOperator) -> Tensor:
     columns = torch.stack([operator @ unit for unit in units])
     matrix = torch.stack([columns @ unit for unit in units]).to("cpu", torch.float64)
     if not bool(matrix.isfinite().all()):
-        raise FloatingPointError("a product with the operator is not finite, so its eigenvalues cannot be told.")
+        raise FloatingPointError("A product with the operator is not finite, so its eigenvalues cannot be computed.")
     values: Tensor = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
     return values

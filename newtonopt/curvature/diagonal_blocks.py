@@ -56,7 +56,7 @@ def blocks(
     named = _trained(named_parameters)
     if is_sharded([p for _, p in named]):
         raise NotImplementedError(
-            "blocks of sharded parameters are spread over the processes: measure the whole matrix instead."
+            "Blocks of sharded parameters are spread over the processes. Measure the whole matrix instead."
         )
     spans: dict[str, tuple[int, int]] = {}
     size = 0
@@ -65,8 +65,8 @@ def blocks(
         size += p.numel()
     if operator.shape != (size, size):
         raise ValueError(
-            f"named_parameters must be those given to evaluate, with {operator.shape[0]} entries together, got {size} "
-            "entries. Write model.named_parameters() if all were given."
+            f"named_parameters must be the parameters passed to evaluate, with {operator.shape[0]} entries in total, "
+            f"got {size} entries. Write model.named_parameters() if all were passed."
         )
     groups: dict[str, list[tuple[int, int]]] = {pattern: [] for pattern in patterns or ()}
     depth = _depth(list(spans))
@@ -77,7 +77,7 @@ def blocks(
             groups.setdefault(key, []).append(span)
     for pattern, found in groups.items():
         if not found:
-            raise ValueError(f"patterns must each fit a name among {', '.join(spans)}, got {pattern!r}.")
+            raise ValueError(f"patterns must each match one of {', '.join(spans)}, got {pattern!r}.")
     return {key: operator.block(found) for key, found in groups.items()}
 
 

@@ -48,7 +48,7 @@ def panels(ax: Any, count: int) -> list[Any]:
     given = [ax] if isinstance(ax, Axes) else list(ax) if isinstance(ax, Iterable) else []
     if len(given) != count or not all(isinstance(entry, Axes) for entry in given):
         what, remedy = ("axes", "plt.subplots()[1]") if count == 1 else ("two axes", "plt.subplots(1, 2)[1]")
-        raise TypeError(f"ax must be {what} of matplotlib, got {shown(ax)}. Write {remedy}, or leave it out.")
+        raise TypeError(f"ax must be matplotlib {what}, got {shown(ax)}. Write {remedy}, or leave it out.")
     return given
 
 

@@ -182,11 +182,11 @@ def _check_semidefinite(smallest: float, norm: float, damping: float, info: torc
     guard = _guard(norm, info)
     if smallest < -guard:
         raise ValueError(
-            "operator must be positive semi-definite, for only then is there an effective dimension, got one with an "
-            f"eigenvalue at or below {smallest:.3g}. Write gauss_newton(evaluation)."
+            "operator must be positive semi-definite to have an effective dimension, got one with an eigenvalue at or "
+            f"below {smallest:.3g}. Write gauss_newton(evaluation)."
         )
     if damping <= guard:
         raise ValueError(
-            f"damping must be above the rounding of the eigenvalues, {guard:.3g} here, got {damping!r}. Raise it, or "
+            f"damping must be above the rounding error of the eigenvalues, {guard:.3g}, got {damping!r}. Raise it, or "
             "compute in float64."
         )

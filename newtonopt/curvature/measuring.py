@@ -107,21 +107,21 @@ def measure(
         >>> found = measure(lambda: w[0] ** 2 - 3 * w[1] ** 2, [w], sharpness=None)
         >>> round(found["curvature/lambda_max"], 6), round(found["curvature/lambda_min"], 6)
         (2.0, -6.0)
-        >>> print(found.in_words().splitlines()[1][-24:])
-        says this is no minimum.
+        >>> print(found.in_words().splitlines()[1][-27:])
+        that this is not a minimum.
     """
     listing = list_of(top, bottom, sharpness, gradient, measurements)
     plan = Plan(listing, curvature, products, tolerance, max_products, max_seconds, seed, prefix)
     check_closure(closure)
     check_weight(weight)
     if last is not None:
-        check_instance("last", last, Measured, "a Measured, or None", "Give the return value of the last call.")
+        check_instance("last", last, Measured, "a Measured, or None", "Pass the return value of the last call.")
     given = listed("params", params, "tensors", "model.parameters()")
     named = [pair for pair in given if is_named(pair)]
     tensors = [pair[1] if is_named(pair) else pair for pair in given]
     optimizers = _optimizers(optimizer)
     if optimizers and not training(optimizers, tensors):
-        raise ValueError("optimizer must train some of params, got one that trains none. Give another, or None.")
+        raise ValueError("optimizer must train some of params, got one that trains none. Pass another one, or None.")
     return take(closure, tensors, optimizers, plan, weight, named if len(named) == len(given) else (), last)
 
 
@@ -156,8 +156,8 @@ def list_of(
     for measurement in measurements:
         if kinds.count(type(measurement)) > 1:
             raise ValueError(
-                f"measurements must hold one {type(measurement).__name__} at most beside those of the other arguments, "
-                f"got {shown(measurement)} as a second one."
+                f"measurements must hold at most one {type(measurement).__name__}, counting those of the other "
+                f"arguments, got {shown(measurement)} as a second one."
             )
     _check_tags(listing)
     return listing
@@ -184,6 +184,6 @@ def _check_tags(measurements: Sequence[Measurement[Any]]) -> None:
 def _optimizers(given: Any) -> list[Optimizer]:
     several = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
     for one in several:
-        what = "an optimizer of torch's kind, a list of them, or None"
+        what = "a torch.optim.Optimizer, a list of them, or None"
         check_instance("optimizer", one, Optimizer, what, "Write torch.optim.SGD(params, lr=0.1), for example.")
     return list(several)

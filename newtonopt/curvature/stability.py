@@ -137,20 +137,21 @@ def preconditioned(operator: LinearOperator, optimizer: Optimizer, params: Itera
     kind, lowest = _kind_of(optimizer), stability_threshold(optimizer)
     if lowest <= 0.0:
         raise ValueError(
-            f"optimizer must have a positive stability threshold, got {lowest:g}: weight decay alone is unstable. "
-            "Lower lr or weight_decay."
+            f"optimizer must have a positive stability threshold, got {lowest:g}: weight decay alone makes it "
+            "unstable. Lower lr or weight_decay."
         )
     trained = trained_parameters(params)
     size = sum(p.numel() for p in trained)
     if operator.shape != (size, size):
         raise ValueError(
-            f"params must be those given to evaluate, with {operator.shape[0]} entries together, got {size} entries."
+            f"params must be the parameters passed to evaluate, with {operator.shape[0]} entries in total, got "
+            f"{size} entries."
         )
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     weights, decays = [], []
     for p in trained:
         if id(p) not in groups:
-            raise ValueError(f"params must be among the optimizer's, got one of shape {tuple(p.shape)} that is not.")
+            raise ValueError(f"params must belong to the optimizer, got one of shape {tuple(p.shape)} that does not.")
         group = groups[id(p)]
         own = _group_threshold(kind, group)
         weight = _inverse_root(_divisor(kind, group, optimizer.state.get(p, {}), p), p)
@@ -174,8 +175,8 @@ def _kind_of(optimizer: object) -> type[Optimizer]:
             return kind
     names = ", ".join(kind.__name__ for kind in _KINDS)
     raise TypeError(
-        f"optimizer must be one for which a stability threshold is known, {names} or a subclass that keeps its step, "
-        f"got a value of type {type(optimizer).__name__}."
+        f"optimizer must have a known stability threshold, as {names} and subclasses that keep their step do, got a "
+        f"value of type {type(optimizer).__name__}."
     )
 
 
@@ -218,7 +219,7 @@ def _inverse_root(divisor: Tensor, p: Tensor) -> Tensor:
     part = local_part(divisor)
     if not bool(((part > 0.0) & part.isfinite()).all()):
         raise ValueError(
-            "optimizer must divide by positive and finite numbers, got others for a parameter of shape "
+            "optimizer must divide by positive and finite numbers, got other ones for a parameter of shape "
             f"{tuple(p.shape)}. Give it an eps above zero, and check that the gradients were finite."
         )
     return divisor.rsqrt()
@@ -231,8 +232,8 @@ def _divisor(kind: type[Optimizer], group: dict[str, Any], state: dict[str, Any]
     name = "max_exp_avg_sq" if group.get("amsgrad") else _SECOND_MOMENT[kind]
     if name not in state or float(state["step"]) < 1.0:
         raise ValueError(
-            f"optimizer must have a state ({name}) of each parameter, got none for a parameter of shape "
-            f"{tuple(p.shape)}. Take a step with it first, and leave out parameters that get no gradient."
+            f"optimizer must have a state ({name}) for each parameter, got none for a parameter of shape "
+            f"{tuple(p.shape)}. Take a step with the optimizer first, and leave out parameters that get no gradient."
         )
     t, eps = float(state["step"]), float(group["eps"])
     moment: Tensor = state[name].detach().to(flat_dtype([p]))

@@ -440,9 +440,9 @@ def check_finite(value: float, products: int) -> None:
     """Raise a FloatingPointError if a value that was computed from a product is not finite."""
     if not math.isfinite(value):
         raise FloatingPointError(
-            f"product number {products} with the operator is not finite, so nothing can be said of its spectrum; "
-            "check that loss and gradient are finite at this point, compute products in float32 or float64 rather than "
-            'under autocast, and where a norm is zero write products="finite_difference".'
+            f"Product number {products} with the operator is not finite, so nothing is known about its spectrum. Check "
+            "that loss and gradient are finite at this point, and compute products in float32 or float64 rather than "
+            'under autocast. If a norm is zero, write products="finite_difference".'
         )
 
 

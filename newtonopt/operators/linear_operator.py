@@ -195,7 +195,7 @@ class LinearOperator:
         if self._transpose is not None and rows < columns:
             return self.T.dense().T
         self._check_kind(torch.empty(0))
-        remedy = "Products A @ v need no more than vectors."
+        remedy = "Use products A @ v, which need only vectors."
         check_room(rows * columns, self.dtype, self.device, f"A {rows} x {columns} matrix", remedy)
         transposed = torch.empty(columns, rows, dtype=self.dtype, device=self.device)
         at_once, checked = self._rows, {1}
@@ -233,7 +233,7 @@ class LinearOperator:
         if isinstance(v, Sharded) != isinstance(self.like, Sharded):
             own, given = ("sharded", "whole") if isinstance(self.like, Sharded) else ("whole", "sharded")
             raise ValueError(
-                f"v must be {own}, as the operator's parameters are, got a {given} vector. Make it from a vector of "
+                f"v must be {own}, like the operator's parameters, got a {given} vector. Derive it from a vector of "
                 "the evaluation, such as evaluation.gradient."
             )
 

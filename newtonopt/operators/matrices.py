@@ -264,8 +264,8 @@ def jacobian(evaluation: Evaluation) -> LinearOperator:
     _check_outputs(evaluation)
     if is_sharded(evaluation.params):
         raise NotImplementedError(
-            "jacobian needs the gradients of each process alone, and those of sharded parameters are averaged over the "
-            "processes: use gauss_newton, or a model that is not sharded."
+            "jacobian needs each process's own gradients, but gradients of sharded parameters are averaged over the "
+            "processes. Use gauss_newton, or a model that is not sharded."
         )
     push = Vouched(
         evaluation,
@@ -335,14 +335,14 @@ def _check_gauss_newton(evaluation: Evaluation) -> None:
     if evaluation.recording.linear_marks:
         raise RuntimeError(
             "The loss is linear in a tensor that was given to newtonopt.mark_outputs (the loss itself, or a penalty), "
-            "so that its Gauss-Newton matrix there is zero. Mark the tensor in which the loss is convex instead, such "
-            "as raw predictions or logits. A critic, whose loss is linear in its output, has none: use "
+            "so the Gauss-Newton matrix of that part is zero. Mark the tensor in which the loss is convex instead, "
+            "such as raw predictions or logits. For a critic, whose loss is linear in its output, use "
             'curvature="hessian".'
         )
     if evaluation.leaves_outputs_out():
         warn(
-            "Part of the loss does not go through the recorded outputs (such as a penalty that is no sum of squares, "
-            "or another term written by hand): the Gauss-Newton matrix leaves that part out. Mark the outputs of such "
-            "terms with newtonopt.mark_outputs, write an L2 penalty as weight_decay=... or a sum of squares, or use "
-            'curvature="hessian".'
+            "Part of the loss does not depend on the parameters through the recorded outputs, such as a penalty that "
+            "is not a sum of squares or another term written by hand. The Gauss-Newton matrix leaves that part out. "
+            "Mark the outputs of such terms with newtonopt.mark_outputs, write an L2 penalty as weight_decay=... or a "
+            'sum of squares, or use curvature="hessian".'
         )

@@ -301,7 +301,7 @@ def displacement(params: Sequence[Tensor]) -> float:
     """
     if any(p.dtype == torch.bfloat16 for p in params):
         raise RuntimeError(
-            "bfloat16 parameters are too coarse for finite differences: keep the weights in float32, or choose "
+            "bfloat16 parameters are too coarse for finite differences. Keep the weights in float32, or write "
             'products="cached" or "streamed".'
         )
     point = flatten(params, params).detach()
@@ -358,7 +358,7 @@ def differenced_push(evaluation: Evaluation, length: float | None = None) -> Pus
         evaluation.check_rerun()
         above, below = outputs_at(h * v), outputs_at(-h * v)
         if {n: z.shape for n, z in above.items()} != {n: z.shape for n, z in below.items()}:
-            raise RuntimeError(f"The closure computed outputs of other shapes at the second call. {SAME_FUNCTION}")
+            raise RuntimeError(f"The closure computed outputs of different shapes in two calls. {SAME_FUNCTION}")
         return {number: (z - below[number]) / (2 * h) for number, z in above.items()}
 
     return push
@@ -467,8 +467,9 @@ def _visit_with_outputs(evaluation: Evaluation, of_term: Callable[[LossTerm], Re
 def _check_met(evaluation: Evaluation, numbers: Collection[int]) -> None:
     if not set(evaluation.output_sizes).issubset(numbers):
         raise RuntimeError(
-            "The closure came to its loss by other lines of code than when it was recorded, so that the loss's outputs "
-            'cannot be told: let it take the same way in each call, or use products="cached".'
+            "The closure computed its loss by a different code path than when it was recorded, so newtonopt cannot "
+            "tell which outputs the loss takes. Make the closure run the same code in each call, or use "
+            'products="cached".'
         )
 
 

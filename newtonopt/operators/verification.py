@@ -126,7 +126,9 @@ class Vouched:
             return attempt()
         except NoSecondDerivativeError as error:
             if not self._may_turn:
-                raise NoSecondDerivativeError(f'{error} products="finite_difference" needs none.') from error
+                raise NoSecondDerivativeError(
+                    f'{error} Write products="finite_difference", which needs no second derivative.'
+                ) from error
             self._turn(str(error))
         return attempt()
 
@@ -167,11 +169,11 @@ class Vouched:
     def _turn(self, why: str, doubt: str = "") -> None:
         """Form the products by finite differences from now on, and warn of it once."""
         if self._evaluation.form == "cached":
-            digits = "of which five digits can be trusted in float64 and two in float32."
-            instead = f"as an estimate that is not certified: {doubt[:1].lower()}{doubt[1:]}" if doubt else digits
+            digits = "which are accurate to about five digits in float64 and two in float32."
+            instead = f"as an uncertified estimate: {doubt[:1].lower()}{doubt[1:]}" if doubt else digits
             warn(
-                f"{why} The products are formed by finite differences instead, {instead} "
-                'products="finite_difference" says that this is wanted.'
+                f"{why} The products are formed by finite differences instead, {instead} Write "
+                'products="finite_difference" to silence this.'
             )
             self._evaluation.turn_to("finite_difference")
         self._use(Manner("finite_difference"))
@@ -780,29 +782,34 @@ def _is_changed(evaluation: Evaluation) -> bool:
 
 
 _NO_GRADIENT = "The gradient is not finite here."
-_NOT_FINITE = "A second derivative is not finite where loss and gradient are, as that of a norm is not at zero."
-_NUMBERS = 'Write products="finite_difference", which has numbers there.'
+_NOT_FINITE = (
+    "A second derivative is not finite, although loss and gradient are. The second derivative of a norm at zero is an "
+    "example."
+)
+_NUMBERS = 'Write products="finite_difference", which is finite there.'
 _WRONG = (
-    "The second derivative {}is not the derivative of the gradient, as a difference of gradients shows: an "
-    "autograd.Function that saves a detached derivative, or a formula of PyTorch that does not hold at this point."
+    "The second derivative {}is not the derivative of the gradient, as a difference of gradients shows. The cause may "
+    "be an autograd.Function that saves a detached derivative, or a PyTorch formula that does not hold at this point."
 )
 _WRONG_JACOBIAN = (
-    "Products J v and J' u {}do not belong to one Jacobian: the backward pass of an autograd.Function, or a formula of "
-    "PyTorch, has no derivative at this point."
+    "Products J v and J' u {}do not belong to one Jacobian. The backward pass of an autograd.Function or a PyTorch "
+    "operation is not differentiable at this point."
 )
 _NOT_THE_GRADIENT = (
-    "What backward computes is not the gradient of the loss{}: a hook, a straight-through estimator or a reversed "
-    "gradient changes it, so that it is no function's gradient. Leave that out, or put what it does into the loss."
+    "The gradient that backward computes is not the gradient of the loss{}: a hook, a straight-through estimator or a "
+    "reversed gradient changes it, so it is not the gradient of any function. Remove that change, or write it as part "
+    "of the loss."
 )
 _ASYMMETRIC = (
-    "The curvature's products and those of its transpose differ by {} of their size{}: by rounding, or by a wrong "
-    "formula."
+    "Products with the curvature matrix and with its transpose differ by {} of their size{}, because of rounding or a "
+    "wrong formula."
 )
 _UNDECIDED = (
-    "The second derivative through {} could not be compared with differences of gradients, which are too rough here."
+    "The second derivative through {} could not be checked against differences of gradients, because these are "
+    "too inaccurate here."
 )
-_ROUGH = "Finite differences at two lengths differ by {} of their size at best: kinks or rounding are in the way."
+_ROUGH = "Finite differences with two step sizes differ by {} of their size at best, because of kinks or rounding."
 _SEEN_THROUGH = (
-    "Finite differences see through what backward holds constant (detach, no_grad, rounding) or changes (hooks), so "
-    'that their products are not those of a symmetric matrix. Write products="cached" to have that held constant.'
+    "Finite differences do not respect what backward holds constant (detach, no_grad, rounding) or changes (hooks), "
+    'so their products are not those of a symmetric matrix. Write products="cached" to hold that constant.'
 )

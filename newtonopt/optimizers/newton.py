@@ -64,8 +64,8 @@ _CLIPPING = (
     "step, which is bounded by other means. Remove gradient_clip_val (or clip_grad_norm_) to silence this."
 )
 _UNPROTECTED = (
-    "The closure changes {}, which cannot be put back after a trial: an iterator, or an array or container too "
-    "large to be copied. Each trial moves it on. Move it on outside of the closure, once a step."
+    "The closure changes {}, which cannot be restored after a trial: an iterator, or an array or container too large "
+    "to copy. Each trial advances it. Advance it outside the closure, once per step."
 )
 _NO_CLOSURE = (
     "step() needs a closure that computes the loss and calls backward: optimizer.step(closure), under manual "

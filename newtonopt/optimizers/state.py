@@ -190,7 +190,7 @@ def check_layout(state_dict: dict[str, Any], params: Sequence[Tensor]) -> None:
     for number, (size, p) in enumerate(zip(layout, params, strict=True)):
         if size not in (0, p.numel()):
             raise ValueError(
-                f"This state is another model's: its parameter {number} had {size} entries, and here that has the "
+                f"This state belongs to another model: its parameter {number} had {size} entries, but here it has the "
                 f"shape {tuple(p.shape)}, {p.numel()} entries (in the state {layout}, here "
                 f"{[p.numel() for p in params]}). Load it into an optimizer of the same model."
             )

@@ -153,8 +153,8 @@ def trained_parameters(params: Iterable[Tensor]) -> tuple[Tensor, ...]:
     trained = tuple(dict.fromkeys(p for p in given if p.requires_grad))
     if given and not trained:
         raise ValueError(
-            "params must hold one tensor at least that requires a gradient, got none among its "
-            f"{len(given)}. Unfreeze a model with model.requires_grad_()."
+            f"params must hold at least one tensor that requires a gradient, got {len(given)} that do not. Unfreeze a "
+            "model with model.requires_grad_()."
         )
     check_any(trained)
     check_parameters(trained)
@@ -164,7 +164,7 @@ def trained_parameters(params: Iterable[Tensor]) -> tuple[Tensor, ...]:
 def check_any(params: Sequence[Tensor]) -> None:
     """Raise a ValueError if there are no parameters."""
     if not params:
-        raise ValueError("params must hold one tensor at least, got none. Write model.parameters().")
+        raise ValueError("params must hold at least one tensor, got none. Write model.parameters().")
 
 
 def check_parameters(params: Sequence[Tensor]) -> None:
@@ -177,44 +177,43 @@ def check_parameters(params: Sequence[Tensor]) -> None:
     """
     if any(nn.parameter.is_lazy(p) for p in params):
         raise ValueError(
-            "params must be initialized, got an uninitialized one, of a lazy module that has seen no data. Run the "
-            "model once on a batch, and then give its parameters."
+            "params must be initialized, got an uninitialized one from a lazy module that has seen no data. Run the "
+            "model once on a batch before passing its parameters."
         )
     if len({id(p) for p in params}) < len(params):
         raise ValueError(
-            "params must hold each parameter once, got one that is given twice. "
-            "Write model.parameters(), which gives tied ones once."
+            "params must hold each parameter once, got the same one twice. Write model.parameters(), which yields "
+            "tied parameters once."
         )
     if _share_memory(params):
         raise ValueError(
-            "params must not share memory, got two that do, or one with entries that do: a step would write there "
-            "twice. Weights tied by decoder.weight.data = encoder.weight.data.t() and tensors made by expand() do. Use "
-            "one parameter in both places, encoder.weight and encoder.weight.t() in the forward pass."
+            "params must not share memory, got two parameters that do, or one whose own entries do, as after "
+            "decoder.weight.data = encoder.weight.data.t() or expand(): a step would write there twice. Use one "
+            "parameter in both places, encoder.weight and encoder.weight.t() in the forward pass."
         )
     if any(p.is_inference() for p in params):
         raise ValueError(
-            "params must have derivatives, got one made under torch.inference_mode. Make the model outside of it, or "
-            "copy it outside with copy.deepcopy(model)."
+            "params must have derivatives, got one made under torch.inference_mode. Build the model outside "
+            "inference_mode, or copy it there with copy.deepcopy(model)."
         )
     devices = {str(p.device) for p in params}
     if len(devices) > 1:
         raise ValueError(
-            "params must be on one device, because curvature couples them all, got several devices, "
-            f"{', '.join(sorted(devices))}. Move the model with model.to(...), or give the parameters to separate "
-            "optimizers."
+            f"params must be on one device, because curvature couples them all, got {', '.join(sorted(devices))}. Move "
+            "the model with model.to(...), or give the parameters to separate optimizers."
         )
     check_sharding(params)
     for p in params:
         if p.is_complex():
             raise ValueError(
-                f"params must be real, got {p.dtype}. Keep the real and imaginary parts as one "
-                "parameter with a last dimension of 2, torch.view_as_real(p.detach()), and use "
-                "torch.view_as_complex of it in the forward pass."
+                f"params must be real, got {p.dtype}. Keep the real and imaginary parts as one parameter with a last "
+                "dimension of 2, torch.view_as_real(p.detach()), and apply torch.view_as_complex to it in the forward "
+                "pass."
             )
         if p.dtype not in (torch.float32, torch.float64, torch.bfloat16):
             raise ValueError(
-                f"params must be float32, float64 or bfloat16, got {p.dtype}. Keep the weights in float32, and for "
-                'speed use bfloat16 autocast (precision="bf16-mixed" in Lightning).'
+                f"params must be float32, float64 or bfloat16, got {p.dtype}. Keep the weights in float32, and use "
+                'bfloat16 autocast for speed (precision="bf16-mixed" in Lightning).'
             )
 
 

@@ -29,7 +29,7 @@ def check_room(entries: int, dtype: torch.dtype, device: torch.device, what: str
     needed, available = entries * dtype.itemsize, available_memory(device)
     if available is not None and needed > available:
         raise MemoryError(
-            f"{what} would take {needed:,} bytes ({needed / 2**30:.3g} GiB), and {available:,} "
+            f"{what} would take {needed:,} bytes ({needed / 2**30:.3g} GiB), but only {available:,} "
             f"({available / 2**30:.3g} GiB) are available on {device}. {remedy}"
         )
 

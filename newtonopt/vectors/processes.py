@@ -111,8 +111,9 @@ class Processes:
         if len(set(sizes)) > 1 or any(math.isfinite(n) and abs(n - norms[0]) > 1e-5 * norms[0] for n in norms):
             raise RuntimeError(
                 f"The {self.count} processes hold different parameters (norms {', '.join(f'{n:.6g}' for n in norms)}), "
-                "and newtonopt minimises the mean of their losses over one set. Wrap the model in "
-                "DistributedDataParallel or load the same state on each; train separate models without a process group."
+                "but newtonopt minimises the mean of their losses over a single set. Wrap the model in "
+                "DistributedDataParallel, or load the same state on each process. To train separate models, use no "
+                "process group."
             )
 
 
@@ -121,7 +122,7 @@ def _pass_on(error: Exception | None, failed: bool) -> None:
     if error is not None:
         raise error
     if failed:
-        raise RuntimeError("The closure failed on another process, whose own message says why.")
+        raise RuntimeError("The closure failed on another process; see the error message there.")
 
 
 def _row(values: tuple[Number, Number]) -> Tensor:

@@ -69,8 +69,8 @@ def check_sharding(params: Sequence[Tensor]) -> None:
         if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
             raise ValueError(
                 "params must be plain or sharded by fully_shard, got one of FullyShardedDataParallel (FSDP1), which "
-                "shows no shards of single parameters. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) "
-                "instead."
+                "does not expose the shards of single parameters. Shard the model with "
+                "torch.distributed.fsdp.fully_shard (FSDP2) instead."
             )
     kind = _dtensor()
     if kind is None:
@@ -79,7 +79,8 @@ def check_sharding(params: Sequence[Tensor]) -> None:
     if sharded and len(sharded) < len(params):
         raise ValueError(
             f"params must be all sharded or all plain, got {len(sharded)} sharded and {len(params) - len(sharded)} "
-            "plain ones. Call fully_shard on the whole model too, which shards what is left, without ignored_params."
+            "plain ones. Call fully_shard on the whole model too, without ignored_params, to shard the remaining "
+            "parameters."
         )
     for p in sharded:
         names = [type(placement).__name__ for placement in p.placements]
@@ -96,9 +97,9 @@ def check_equal_weights(weights: Tensor) -> None:
     shares = weights / weights.sum()
     if float(shares.max() - shares.min()) > 1e-6:
         raise RuntimeError(
-            f"The processes' batches weigh {', '.join(f'{w:g}' for w in weights.tolist())}, and fully_shard averages "
-            "gradients over processes with equal weights: give every process as much data (drop_last=True in its "
-            "loader)."
+            f"The processes' batches have the weights {', '.join(f'{w:g}' for w in weights.tolist())}, but fully_shard "
+            "averages gradients over processes with equal weights. Give every process the same amount of data "
+            "(drop_last=True in its loader)."
         )
 
 
@@ -188,9 +189,10 @@ def gradients_by_backward(
             p.grad = gradient
     if all(g is None for g in gradients):
         raise RuntimeError(
-            "No gradient arrived at the sharded parameters: the loss does not depend on them, or "
+            "The sharded parameters received no gradient. Either the loss does not depend on them, or "
             "set_requires_gradient_sync(False) holds gradients back, or the loss is computed inside a module that was "
-            "given to fully_shard only as a whole. Leave gradients synchronised, and compute the loss outside."
+            "passed to fully_shard only as a whole. Leave gradient synchronisation on, and compute the loss outside "
+            "that module."
         )
     return gradients
 
@@ -255,7 +257,7 @@ def _check_precision(module: Any) -> None:
     if dtype in (torch.bfloat16, torch.float16):
         raise RuntimeError(
             f"fully_shard gathers the parameters as {dtype}, which is too coarse for finite differences, the only "
-            "products of sharded parameters. Give it no mp_policy with a param_dtype below float32."
+            "products of sharded parameters. Do not give it an mp_policy with a param_dtype below float32."
         )
 
 
@@ -390,7 +392,7 @@ def _entry_by_entry(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if axes or whole or "out" in kwargs:
             raise _refusal(func, "the operands' entries are not on the same processes")
     if func._schema.is_mutable and not isinstance(args[0], Sharded):
-        raise _refusal(func, "a whole tensor cannot take in a part")
+        raise _refusal(func, "a whole tensor cannot hold a sharded one")
     result = func(*map(_local, args), **kwargs)
     return args[0] if func._schema.is_mutable else Sharded(result, layout, axis)
 
@@ -409,7 +411,7 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     axis = -1 if b_outer else -b.dim()
     based = all(isinstance(x, Sharded) and x.axis == axis for x in base)
     if a_inner or b_inner or a_outer == b_outer or not based:
-        raise _refusal(func, "it sums over entries that one factor has sharded and the other has not")
+        raise _refusal(func, "it sums over a dimension that is sharded in one factor only")
     result = func(*map(_local, args), **kwargs)
     return args[0] if func._schema.is_mutable else Sharded(result, layout, axis)
 
@@ -427,7 +429,7 @@ def _whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sh
     x, dim = args[0], given.get("dim")
     dims = {d % x.dim() for d in ([dim] if isinstance(dim, int) else dim or range(x.dim()))}
     if given.get("keepdim") or len(dims) < x.dim() or "other" in given:
-        raise _refusal(func, "only the reduction of all entries to one number is available")
+        raise _refusal(func, "only reductions over all entries are available")
     return x, given
 
 

@@ -396,7 +396,7 @@ FLAGS = ("at_start", "at_end", "gradient", "text")
         ({"sharpness": "cube"}, "sharpness must be 'ball' or 'adaptive_ball' or 'average' or None, got 'cube'"),
         ({"mode": "test"}, "mode must be 'train' or 'eval', got 'test'"),
         ({"measurements": [int]}, "measurements must hold measurements only, got <class 'int'> in it"),
-        ({"measurements": [Sharpness()]}, "measurements must hold one Sharpness at most"),
+        ({"measurements": [Sharpness()]}, "measurements must hold at most one Sharpness"),
         ({"probe": 3}, "probe must be a Probe, or None, got 3"),
         ({"budget": {}}, "budget must be a Budget, or None, got {}"),
         ({"tolerance": 1.0}, r"tolerance must be in \(0, 1\), got 1.0"),
@@ -404,7 +404,7 @@ FLAGS = ("at_start", "at_end", "gradient", "text")
         ({"curvature": "fisher"}, "curvature must be 'hessian' or 'gauss_newton', got 'fisher'"),
         ({"precision": "half"}, "precision must be 'full' or 'training', got 'half'"),
         ({"max_seconds": 0}, "max_seconds must be positive and finite, got 0"),
-        ({"prefix": ""}, "prefix must be made of letters, .* got ''. Write 'curvature'"),
+        ({"prefix": ""}, "prefix must consist of letters, .* got ''. Write 'curvature'"),
         ({"device": "gpu"}, "device must be one of this machine, got 'gpu'. Write 'cpu'"),
         (
             {"dataloader": iter([])},

@@ -107,7 +107,7 @@ def test_a_parameter_is_never_copied_wherever_it_is_held(held: str, products: An
 
 
 def test_parameters_that_share_memory_are_refused() -> None:
-    words = r"params must not share memory, got two that do.*Use one parameter in both places"
+    words = r"params must not share memory, got two parameters that do.*Use one parameter in both places"
     encoder, decoder = nn.Linear(3, 2), nn.Linear(2, 3)
     decoder.weight.data = encoder.weight.data.t()
     tied = [*encoder.parameters(), *decoder.parameters()]

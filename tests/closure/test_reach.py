@@ -53,11 +53,11 @@ def test_an_iterator_that_the_loss_does_not_depend_on_is_named_once(name: str) -
         return training.closure()
 
     optimizer = HessianFree(training.model.parameters())
-    with pytest.warns(UserWarning, match=r"The closure changes owner\.spinner, which cannot be put back after a trial"):
+    with pytest.warns(UserWarning, match=r"The closure changes owner\.spinner, which cannot be restored after a trial"):
         optimizer.step(closure)
     optimizer.step(closure)
     with pytest.raises(
-        RuntimeError, match=r"The closure changes owner\.spinner, which cannot be put back: an iterator"
+        RuntimeError, match=r"The closure changes owner\.spinner, which cannot be restored: an iterator"
     ):
         measure(closure, training.model.parameters(), top=1, bottom=0, max_products=2)
 
@@ -80,7 +80,7 @@ def test_what_is_too_large_to_be_copied_is_named() -> None:
         rows.append(1.0)
         return training.closure()
 
-    with pytest.warns(UserWarning, match=r"The closure changes (table, rows|rows, table), which cannot be put back"):
+    with pytest.warns(UserWarning, match=r"The closure changes (table, rows|rows, table), which cannot be restored"):
         HessianFree(training.model.parameters()).step(closure)
 
 

@@ -392,5 +392,5 @@ def test_outputs_that_a_later_run_does_not_meet_are_an_error(products: Any) -> N
         return F.mse_loss(z, Y)
 
     G = gauss_newton(evaluate(net.closure(loss), net.params, products=products))
-    with pytest.raises(RuntimeError, match=r"other lines of code .* or use products=\"cached\""):
+    with pytest.raises(RuntimeError, match=r"a different code path .* or use products=\"cached\""):
         _ = G @ torch.ones(26, dtype=torch.float64)

@@ -259,7 +259,7 @@ def test_arguments_are_checked(arguments: dict[str, object], message: str) -> No
 
 
 def test_no_parameters_and_no_finite_loss() -> None:
-    with pytest.raises(ValueError, match="params must hold one tensor at least"):
+    with pytest.raises(ValueError, match="params must hold at least one tensor"):
         sharpness(lambda: torch.zeros(()), [])
     theta = torch.zeros(2, requires_grad=True)
     with pytest.raises(FloatingPointError, match="the loss at the parameters is inf"):

@@ -74,7 +74,9 @@ def test_errors_name_the_remedy() -> None:
         blocks(A, theta)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"named_parameters must hold pairs .*Write model.named_parameters\(\)"):
         blocks(H, [theta[0][1]])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=r"patterns must each fit a name among a.*, got 'b'"):
+    with pytest.raises(ValueError, match=r"patterns must each match one of a.*, got 'b'"):
         blocks(H, theta, ["a", "b"])
-    with pytest.raises(ValueError, match=r"named_parameters must be those given to evaluate, with 3 entries .* got 0 "):
+    with pytest.raises(
+        ValueError, match=r"named_parameters must be the parameters passed to evaluate, with 3 entries .* got 0 "
+    ):
         blocks(H, [("a", torch.zeros(3))])

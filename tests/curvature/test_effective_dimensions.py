@@ -99,7 +99,7 @@ def test_seeds_and_operators() -> None:
     ("damping", "message"),
     [
         (0.0, "damping must be positive and finite, got 0.0"),
-        (1e-15, "damping must be above the rounding of the eigenvalues"),
+        (1e-15, "damping must be above the rounding error of the eigenvalues"),
     ],
 )
 def test_the_damping_is_checked(damping: float, message: str) -> None:

@@ -245,7 +245,7 @@ def test_gauss_newton_is_positive() -> None:
 
 def test_layers_need_names() -> None:
     problem = Problem()
-    with pytest.raises(ValueError, match=r"params must be pairs of names .* Give model\.named_parameters\(\)"):
+    with pytest.raises(ValueError, match=r"params must be pairs of names .* Write model\.named_parameters\(\)"):
         measure(problem.closure, problem.model.parameters(), measurements=[Layers()])
 
 
@@ -253,7 +253,7 @@ def test_layers_need_names() -> None:
     ("settings", "words"),
     [
         ({"top": 0}, "top must be a whole number and at least 1, got 0"),
-        ({"prefix": "my tags"}, "prefix must be made of letters, .* got 'my tags'"),
+        ({"prefix": "my tags"}, "prefix must consist of letters, .* got 'my tags'"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], words: str) -> None:
@@ -287,8 +287,8 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
 def test_words_for_no_curvature_at_all() -> None:
     p = nn.Parameter(torch.zeros(1))
     words = measure(lambda: p.sum() * 3, [p]).in_words()
-    assert "there is no curvature: the loss falls as the gradient says" in words
-    assert "The smallest is zero" in words
+    assert "the curvature is zero: the loss falls linearly" in words
+    assert "The smallest eigenvalue is zero" in words
 
 
 @pytest.mark.parametrize(
@@ -313,8 +313,12 @@ def test_a_slice_is_labelled_by_its_eigenvectors(settings: dict[str, Any], names
     [
         (Trace(), TypeError, r"measurements must be a list, got Trace\(\)\. Write \[Trace\(\)\]"),
         ([Trace], TypeError, "measurements must hold measurements only, got <class .* in it"),
-        ([Trace(), Trace()], ValueError, "measurements must hold one Trace at most .* got Trace"),
-        ([Sharpness()], ValueError, "measurements must hold one Sharpness at most beside those of the other arguments"),
+        ([Trace(), Trace()], ValueError, "measurements must hold at most one Trace, .* got Trace"),
+        (
+            [Sharpness()],
+            ValueError,
+            "measurements must hold at most one Sharpness, counting those of the other arguments",
+        ),
     ],
 )
 def test_a_list_that_is_none_of_measurements_is_refused(measurements: Any, kind: type[Exception], words: str) -> None:
@@ -367,7 +371,7 @@ def test_a_measurement_gets_the_result_of_another_whatever_the_order() -> None:
 
 def test_measurements_that_wait_for_one_another_are_told() -> None:
     p = nn.Parameter(torch.ones(2))
-    with pytest.raises(RuntimeError, match="wait for one another in a circle, and Asks"):
+    with pytest.raises(RuntimeError, match="depend on each other in a cycle, and Asks"):
         measure(lambda: p.square().sum(), [p], sharpness=None, measurements=[Asks(), AsksBack()])
 
 

@@ -137,7 +137,7 @@ class _Renamed(torch.optim.SGD):
 
 def test_other_optimizers_are_refused() -> None:
     with pytest.raises(
-        TypeError, match=r"optimizer must be one .*, SGD, RMSprop, Adagrad, AdamW, Adam, NAdam.* type Adadelta"
+        TypeError, match=r"optimizer must have .* SGD, RMSprop, Adagrad, AdamW, Adam, NAdam.* type Adadelta"
     ):
         stability_threshold(torch.optim.Adadelta([torch.zeros(1)]))
     with pytest.raises(TypeError, match="got a value of type _Sharpened"):
@@ -351,20 +351,20 @@ def test_errors_of_preconditioned_name_the_remedy() -> None:
         preconditioned(H, Adam(params), params)
     with pytest.raises(ValueError, match=r"must have a state \(sum\) .*Take a step"):
         preconditioned(H, Adagrad(params), params)
-    with pytest.raises(
-        TypeError, match=r"optimizer must be one for which a stability threshold is known, .* type Adadelta"
-    ):
+    with pytest.raises(TypeError, match=r"optimizer must have a known stability threshold, .* type Adadelta"):
         preconditioned(H, Adadelta(params), params)
     with pytest.raises(TypeError, match=r"operator must be a LinearOperator, got (tensor|a Tensor)"):
         preconditioned(torch.eye(7), Adam(params), params)  # type: ignore[arg-type]
     optimizer = Adam(params[:1])
     _warm(optimizer, params[:1])
-    with pytest.raises(ValueError, match=r"params must be those given to evaluate, with 7 entries .* got 4 entries"):
+    with pytest.raises(
+        ValueError, match=r"params must be the parameters passed to evaluate, with 7 entries .* got 4 entries"
+    ):
         preconditioned(H, optimizer, params[:1])
-    with pytest.raises(ValueError, match=r"params must be among the optimizer's, got one of shape \(3,\) that is not"):
+    with pytest.raises(ValueError, match=r"params must belong to the optimizer, got one of shape \(3,\) that does not"):
         preconditioned(H, optimizer, params)
     unstable = AdamW(params, lr=1.0, weight_decay=2.5)
-    with pytest.raises(ValueError, match="weight decay alone is unstable"):
+    with pytest.raises(ValueError, match="weight decay alone makes it unstable"):
         preconditioned(H, unstable, params)
     bare = Adam(params, lr=1.0, eps=0.0)
     for p in params:

@@ -162,7 +162,7 @@ def test_operators_are_made_from_evaluations() -> None:
 def test_a_loss_linear_in_a_scalar_output_has_no_curvature_there() -> None:
     theta = torch.tensor([1.0, 2.0], requires_grad=True)
     evaluation = evaluate(lambda: mark_outputs(theta.square().sum()), [theta])
-    with pytest.raises(RuntimeError, match="its Gauss-Newton matrix there is zero"):
+    with pytest.raises(RuntimeError, match="the Gauss-Newton matrix of that part is zero"):
         gauss_newton(evaluation)
     assert torch.equal(jacobian(evaluation) @ torch.ones(2), torch.tensor([6.0]))
 

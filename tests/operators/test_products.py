@@ -142,7 +142,7 @@ def test_a_closure_that_draws_new_batches_is_an_error(operator: Operator, produc
 
     A = operator(evaluate(closure, problem.params, products=products))
     before = [p.detach().clone() for p in problem.params]
-    with pytest.raises(RuntimeError, match=r"The closure computed .* begin its loader anew"):
+    with pytest.raises(RuntimeError, match=r"The closure computed .* Start its data loader from the beginning"):
         A @ torch.ones(A.shape[1], dtype=torch.float64)
     assert all(torch.equal(p, b) for p, b in zip(problem.params, before, strict=True))
 
@@ -157,7 +157,7 @@ def test_a_first_step_with_new_batches_is_an_error(products: Any) -> None:
         return F.cross_entropy(problem.model(x), y)
 
     before = [p.detach().clone() for p in problem.params]
-    with pytest.raises(RuntimeError, match=r"The closure computed .* begin its loader anew"):
+    with pytest.raises(RuntimeError, match=r"The closure computed .* Start its data loader from the beginning"):
         HessianFree(problem.params, rank=2, products=products).step(closure)
     assert all(torch.equal(p, b) for p, b in zip(problem.params, before, strict=True))
 
@@ -232,7 +232,7 @@ def test_without_second_derivative_auto_warns_once_and_differences(operator: Ope
         for other in (hessian, gauss_newton, jacobian):
             other(evaluation) @ v
     for products in ("cached", "streamed"):
-        with pytest.raises(RuntimeError, match=r'no second derivative.*products="finite_difference" needs none'):
+        with pytest.raises(RuntimeError, match=r'no second derivative.*Write products="finite_difference"'):
             operator(evaluate(closure, params, products=products)) @ v  # type: ignore[arg-type]
 
 

@@ -268,7 +268,7 @@ def test_what_is_held_constant_is_meant(loss: Callable[[Net], Tensor], operator:
         eigenvalues = torch.linalg.eigvalsh(truth)
         assert found.certified and found.top[0].lower <= float(eigenvalues[-1]) <= found.top[0].upper
     evaluation = evaluate(lambda: loss(net), net.params, products="finite_difference")
-    with pytest.warns(UserWarning, match="see through what backward holds constant") as caught:
+    with pytest.warns(UserWarning, match="do not respect what backward holds constant") as caught:
         A = operator(evaluation)
         found = extreme_eigenvalues(A, 1, 1)
     assert len(caught) == 1 and A.trust.doubt
@@ -298,7 +298,7 @@ def test_what_backward_changes_is_said_once_and_nothing_is_certified(
 ) -> None:
     net = Net()
     evaluation = evaluate(lambda: loss(net), net.params, products=form)
-    with pytest.warns(UserWarning, match="is not the gradient of the loss|see through what backward") as caught:
+    with pytest.warns(UserWarning, match="is not the gradient of the loss|do not respect what backward") as caught:
         A = operator(evaluation)
         found = extreme_eigenvalues(A, 1, 1)
         A @ evaluation.gradient
@@ -435,7 +435,7 @@ def test_slopes_that_do_not_exist_are_marked() -> None:
 )
 def test_a_second_derivative_that_is_not_finite_is_differenced(loss: Callable[[Tensor], Tensor]) -> None:
     w = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
-    with pytest.warns(UserWarning, match="not finite where loss and gradient are.*finite differences"):
+    with pytest.warns(UserWarning, match="not finite, although loss and gradient are.*finite differences"):
         H = hessian(evaluate(lambda: loss(w), [w])).dense()
     assert bool(torch.isfinite(H).all())
 
@@ -443,11 +443,11 @@ def test_a_second_derivative_that_is_not_finite_is_differenced(loss: Callable[[T
 def test_a_second_derivative_that_differences_have_not_either_is_said() -> None:
     """The loss jumps at zero on the scale of 1e-12, by which `F.normalize` guards its division."""
     w = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
-    with pytest.warns(UserWarning, match="not finite where loss and gradient are") as caught:
+    with pytest.warns(UserWarning, match="not finite, although loss and gradient are") as caught:
         H = hessian(evaluate(lambda: F.mse_loss(F.normalize(w, dim=1) + w, torch.ones(3, 2).double()), [w]))
         assert H.trust.doubt
     assert len(caught) == 1
-    with pytest.warns(UserWarning, match=r'products="finite_difference", which has numbers there'):
+    with pytest.warns(UserWarning, match=r'products="finite_difference", which is finite there'):
         evaluation = evaluate(lambda: (w + 1).square().sum() + w.norm(dim=1).sum(), [w], products="cached")
         assert hessian(evaluation).trust.doubt
 
@@ -463,7 +463,7 @@ def test_a_later_point_without_a_finite_second_derivative_is_differenced() -> No
     optimizer.step(closure)
     with torch.no_grad():
         w.zero_()
-    with pytest.warns(UserWarning, match="not finite where loss and gradient are"):
+    with pytest.warns(UserWarning, match="not finite, although loss and gradient are"):
         optimizer.step(closure)
     assert optimizer.last_step is not None and "not finite" not in optimizer.last_step.reason
 
@@ -612,7 +612,7 @@ def test_products_that_are_not_their_transposes_are_marked() -> None:
     evaluation = Evaluation.from_loss(w.square().sum(), [w])  # without a closure there is nothing to compare with
     assert not examine_hessian(evaluation, Manner("cached"), lambda _: lambda v: 2 * v).doubt
     found = examine_hessian(evaluation, Manner("cached"), lambda _: lambda v: A @ v)
-    assert "those of its transpose differ" in found.doubt
+    assert "with its transpose differ" in found.doubt
 
 
 def test_no_minimum_is_said_of_products_with_a_doubt() -> None:

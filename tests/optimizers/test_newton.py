@@ -479,14 +479,14 @@ def test_accumulation_across_closures_is_an_error(build: Build) -> None:
 
 
 def test_a_tensor_is_no_closure(build: Build) -> None:
-    with pytest.raises(TypeError, match=r"closure must be a function of no argument .*, got tensor"):
+    with pytest.raises(TypeError, match=r"closure must be a function without arguments .*, got tensor"):
         build([torch.zeros(2, requires_grad=True)]).step(torch.zeros(()))  # type: ignore[arg-type]
 
 
 def test_parameters_of_another_model_are_an_error(build: Build) -> None:
     training = Training()
     optimizer = build(copy.deepcopy(training.model).parameters())
-    with pytest.raises(RuntimeError, match="does not depend on any of the parameters given"):
+    with pytest.raises(RuntimeError, match="does not depend on any of the given parameters"):
         optimizer.step(training.closure)
 
 
@@ -503,7 +503,7 @@ def test_an_error_in_a_step_leaves_the_state_as_it_was(build: Build) -> None:
         return loss
 
     before = copy.deepcopy(optimizer.state)
-    with pytest.raises(RuntimeError, match="begin its loader anew"):
+    with pytest.raises(RuntimeError, match="Start its data loader from the beginning"):
         optimizer.step(other_batches)
     assert optimizer.state == before == {}
 
@@ -539,7 +539,7 @@ def test_another_models_state_is_refused(build: Build) -> None:
     build(training.model.parameters()).load_state_dict(state)  # frozen in the state is any size
     wider = [torch.zeros(1 + p.numel(), requires_grad=True) for p in training.model.parameters()]
     other = build(wider)
-    with pytest.raises(ValueError, match=r"parameter 1 had 3 entries, and here that has the shape \(4,\), 4 entries"):
+    with pytest.raises(ValueError, match=r"parameter 1 had 3 entries, but here it has the shape \(4,\), 4 entries"):
         other.load_state_dict(state)
     assert not other.state
 
@@ -554,12 +554,12 @@ def test_all_frozen_is_an_error(build: Build) -> None:
 
 def test_parameters_that_cannot_be_one_vector(build: Build) -> None:
     one = torch.zeros(1, requires_grad=True)
-    with pytest.raises(ValueError, match="params must hold one tensor at least, got"):
+    with pytest.raises(ValueError, match="params must hold at least one tensor, got"):
         build([])
     with pytest.raises(ValueError, match=r"complex64.*torch\.view_as_complex"):
         build([one, torch.zeros(1, dtype=torch.complex64, requires_grad=True)])
     optimizer = build([one])
-    with pytest.raises(ValueError, match="several devices"):
+    with pytest.raises(ValueError, match="must be on one device"):
         optimizer.add_param_group({"params": [torch.zeros(1, device="meta", requires_grad=True)]})
     assert len(optimizer.param_groups) == 1
 

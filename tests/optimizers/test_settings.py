@@ -75,9 +75,9 @@ def test_parameters_of_another_kind_are_told_how_to_be_written(kind: Any) -> Non
             "params must be an iterable of tensors or of parameter groups, got a Sequential. Write model.parameters()",
         ),
         (nn.Linear(1, 1), "got a Linear. Write model.parameters()"),
-        (next(model.parameters()), "got a Parameter. Write a list for a single one"),
+        (next(model.parameters()), "got a Parameter. Write a list with one entry"),
         (model.parameters, "got a method. Write model.parameters()"),
-        (dict(model.named_parameters()), "got a dict. Write model.parameters(), or a list of what the mapping holds"),
+        (dict(model.named_parameters()), "got a dict. Write model.parameters(), or a list of the mapping's entries"),
         (None, "got None. Write model.parameters()"),
         ([list(model.parameters())], "params must hold tensors only, got a list in it"),
         ([{"params": model}], "params must be an iterable of tensors, got a Sequential"),
@@ -90,9 +90,9 @@ def test_parameters_of_another_kind_are_told_how_to_be_written(kind: Any) -> Non
         with pytest.raises(TypeError, match=re.escape(words)):
             kind(params)
     for params, words in (
-        (used, "params must hold one entry at least, got a generator that gave none: it ends after one pass"),
-        ([{"params": used}], "params must hold one entry at least, got a generator that gave none"),
-        ([], "params must hold one tensor at least, got []. Write model.parameters()"),
+        (used, "params must hold at least one entry, got a generator that gave none: it was empty, or was used"),
+        ([{"params": used}], "params must hold at least one entry, got a generator that gave none"),
+        ([], "params must hold at least one tensor, got []. Write model.parameters()"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             kind(params)
@@ -116,7 +116,7 @@ def test_named_parameters_are_taken() -> None:
 @pytest.mark.parametrize("kind", FAMILY)
 def test_a_module_for_a_closure_is_refused(kind: Any) -> None:
     model = nn.Linear(2, 1)
-    with pytest.raises(TypeError, match=r"closure must be a function of no argument .*, got the module Linear"):
+    with pytest.raises(TypeError, match=r"closure must be a function without arguments .*, got the module Linear"):
         kind(model.parameters()).step(model)
 
 

@@ -71,27 +71,27 @@ def _direction(*entries: float) -> Tensor:
         (
             lambda p: measure(p.closure, p.params, "a"),
             TypeError,
-            "optimizer must be an optimizer of torch's kind, a list of them, or None, got 'a'",
+            "optimizer must be a torch.optim.Optimizer, a list of them, or None, got 'a'",
         ),
         (
             lambda p: measure(p.closure, p.params, [p.model]),
             TypeError,
-            "optimizer must be an optimizer of torch's kind, a list of them, or None, got Linear(",
+            "optimizer must be a torch.optim.Optimizer, a list of them, or None, got Linear(",
         ),
         (
             lambda p: measure(p.closure, p.params, last=3),
             TypeError,
-            "last must be a Measured, or None, got 3. Give the return value",
+            "last must be a Measured, or None, got 3. Pass the return value",
         ),
         (
             lambda p: measure(p.closure, p.params, last={}),
             TypeError,
-            "last must be a Measured, or None, got {}. Give the return value",
+            "last must be a Measured, or None, got {}. Pass the return value",
         ),
         (
             lambda p: measure(p.params, p.closure),
             TypeError,
-            "closure must be a function of no argument that computes the loss",
+            "closure must be a function without arguments that computes the loss",
         ),
         (lambda p: measure(p.closure, p.closure), TypeError, "params must be an iterable of tensors, got a method"),
         (lambda p: measure(p.closure, p.model), TypeError, "params must be an iterable of tensors, got a Linear"),
@@ -189,7 +189,7 @@ def _direction(*entries: float) -> Tensor:
             ValueError,
             "directions must be finite and not zero, got",
         ),
-        (lambda p: extreme_eigenvalues(p.hessian(), 0, 0), ValueError, "top and bottom must ask for one eigenvalue at"),
+        (lambda p: extreme_eigenvalues(p.hessian(), 0, 0), ValueError, "top + bottom must be at least 1, got"),
         (lambda p: extreme_eigenvalues(p.hessian(), start=3), TypeError, "start must be a Spectrum, or None, got 3."),
         (lambda p: trace(p.hessian(), seed=-1), ValueError, "seed must be a whole number from 0 to 2**64 - 1, got -1"),
         (
@@ -271,7 +271,7 @@ def test_what_takes_arguments_is_no_closure(use: Callable[..., object]) -> None:
     for module in calls:
         with pytest.raises(TypeError, match=f"got the module {type(module).__name__}. Write such a function around it"):
             use(module, problem.params)
-    with pytest.raises(TypeError, match=r"which takes input, target. Bind what it takes: functools.partial"):
+    with pytest.raises(TypeError, match=r"which takes input, target. Bind its arguments: functools.partial"):
         use(nn.functional.mse_loss, problem.params)
     with pytest.raises(TypeError, match=r"got <class 'torch.nn.modules.loss.MSELoss'>"):
         use(nn.MSELoss, problem.params)
@@ -285,12 +285,12 @@ def test_parameters_that_are_used_up_or_of_another_kind_are_named(use: Callable[
     used = problem.model.parameters()
     list(used)
     with pytest.raises(
-        ValueError, match=r"params must hold one entry at least, got a generator that gave none: it ends"
+        ValueError, match=r"params must hold at least one entry, got a generator that gave none: it was empty"
     ):
         use(problem.closure, used)
-    with pytest.raises(TypeError, match=r"got a dict. Write model.parameters\(\), or a list of what the mapping holds"):
+    with pytest.raises(TypeError, match=r"got a dict. Write model.parameters\(\), or a list of the mapping's entries"):
         use(problem.closure, dict(problem.model.named_parameters()))
-    with pytest.raises(TypeError, match=r"got a set. Write a list, which has an order"):
+    with pytest.raises(TypeError, match=r"got a set. Write a list, which keeps its order"):
         use(problem.closure, set(problem.params))
     for entry, kind in (([1], "a list"), ({"params": [1]}, "a dict"), (None, "None")):
         with pytest.raises(TypeError, match=f"params must hold tensors only, got {kind} in it"):
@@ -342,13 +342,11 @@ def test_more_eigenvalues_than_there_are_are_refused() -> None:
     H = Problem().hessian()
     for counts in ({"top": 1000}, {"bottom": 6}):
         (name, count), *_ = counts.items()
-        with pytest.raises(
-            ValueError, match=f"^{name} must be at most {N}, for there are as many parameters, got {count}"
-        ):
+        with pytest.raises(ValueError, match=f"^{name} must be at most the number of parameters, {N}, got {count}"):
             extreme_eigenvalues(H, **counts)
     assert len(extreme_eigenvalues(H).top) == N  # the defaults ask for five
     problem = Problem()
-    with pytest.raises(ValueError, match=f"top must be at most {N}, for there are as many parameters, got 1000"):
+    with pytest.raises(ValueError, match=f"top must be at most the number of parameters, {N}, got 1000"):
         measure(problem.closure, problem.params, top=1000)
 
 

@@ -75,7 +75,7 @@ def test_clipping_warns_once_and_changes_nothing(optimizer: str, algorithm: str)
 
 def test_accumulation_is_refused_with_advice() -> None:
     with pytest.raises(
-        RuntimeError, match=r"set accumulate_grad_batches=1 in Lightning, and to use several batches loop over them"
+        RuntimeError, match=r"set accumulate_grad_batches=1 in Lightning. To use several batches, loop over them"
     ):
         quiet_trainer(accumulate_grad_batches=2).fit(Classifier(), loader())
 

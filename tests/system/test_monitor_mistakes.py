@@ -41,10 +41,10 @@ def quick(**settings: Any) -> CurvatureMonitor:
         ),
         (
             {"measurements": [Layers(["layers.*", "decoder.*"])]},
-            r"patterns must each fit the name of .*, got 'decoder\.\*'\. Choose from layers\.0\.weight, ",
+            r"patterns must each match the name of .*, got 'decoder\.\*'\. Choose from layers\.0\.weight, ",
         ),
-        ({"top": 1000}, "top must be at most [0-9]+, for there are as many parameters, got 1000"),
-        ({"bottom": 7, "parameters": "4.bias"}, "bottom must be at most 3, for there are as many parameters, got 7"),
+        ({"top": 1000}, "top must be at most the number of parameters, [0-9]+, got 1000"),
+        ({"bottom": 7, "parameters": "4.bias"}, "bottom must be at most the number of parameters, 3, got 7"),
         (
             {"measurements": [Layers(["layers.0.*"])], "parameters": "4"},
             r"got 'layers\.0\.\*'\. Choose from layers\.4\.weight, ",
@@ -221,14 +221,14 @@ def ascent(params: Any) -> torch.optim.Optimizer:
     [
         (
             torch.optim.LBFGS,
-            "optimizer must be one for which a stability threshold is known, .* got a value of type LBFGS",
+            "optimizer must have a known stability threshold, .* got a value of type LBFGS",
         ),
         (
             "HessianFree",
-            "optimizer must be one for which a stability threshold is known, .* got a value of type HessianFree",
+            "optimizer must have a known stability threshold, .* got a value of type HessianFree",
         ),
         (ascent, "maximize must be False, got True"),
-        (lambda params: torch.optim.Adam(list(params)[:2]), "params must be among the optimizer's, got one of shape"),
+        (lambda params: torch.optim.Adam(list(params)[:2]), "params must belong to the optimizer, got one of shape"),
     ],
     ids=["LBFGS", "HessianFree", "ascent", "some"],
 )

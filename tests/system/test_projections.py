@@ -109,7 +109,7 @@ def test_an_evaluation_outside_the_bounds_leaves_all_as_it_was_and_says_what_to_
 def test_differences_across_a_bound_are_an_error() -> None:
     problem = Bounded((0.1, 0.2), (0.1, 3.0), "before")
     evaluation = evaluate(problem.closure, [problem.p], products="finite_difference")
-    with pytest.raises(RuntimeError, match=r'one lies on a bound.*products="cached"'):
+    with pytest.raises(RuntimeError, match=r'lies on its bound.*products="cached"'):
         hessian(evaluation) @ torch.ones(2, dtype=torch.float64)
 
 
@@ -123,7 +123,7 @@ def test_a_closure_that_trains_the_parameters_is_an_error(start: tuple[float, fl
         problem.p.data.mul_(0.99)
         return loss
 
-    with pytest.raises(RuntimeError, match=r"changed them again.*do that after the step"):
+    with pytest.raises(RuntimeError, match=r"changed them again.*Change them after the step"):
         HessianFree([problem.p]).step(training)
     assert torch.equal(problem.p, before)
 

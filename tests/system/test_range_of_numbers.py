@@ -248,7 +248,7 @@ def test_classifiers_whose_loss_prints_zero(sharp: float) -> None:
         values = measure(case.closure(), case.params, sharpness=None)
         assert values["curvature/certified"] == values["curvature/converged"] == 0.0
         assert values["curvature/asymmetry"] > 3e-3
-        assert "not certified: products fail to be symmetric by" in values.in_words()
+        assert "not certified: the asymmetry of the products is" in values.in_words()
 
 
 def test_what_is_not_symmetric_is_not_certified() -> None:

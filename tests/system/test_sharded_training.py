@@ -212,11 +212,11 @@ def refused(rank: int) -> None:
     with pytest.raises(ValueError, match="params must be sharded by fully_shard in dimension 0"):
         HessianFree([whole_one])
     evaluation = evaluate(closure, params)
-    with pytest.raises(NotImplementedError, match="jacobian needs the gradients of each process alone"):
+    with pytest.raises(NotImplementedError, match="jacobian needs each process's own gradients"):
         jacobian(evaluation)
-    with pytest.raises(ValueError, match="v must be sharded, as the operator's parameters are, got a whole vector"):
+    with pytest.raises(ValueError, match="v must be sharded, like the operator's parameters, got a whole vector"):
         hessian(evaluation).dense()
-    with pytest.raises(RuntimeError, match="No gradient arrived at the sharded parameters"):
+    with pytest.raises(RuntimeError, match="The sharded parameters received no gradient"):
         evaluate(lambda: torch.ones((), requires_grad=True) * 2, params)
     coarse = fully_shard(network(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match=r"gathers the parameters as torch\.bfloat16, which is too coarse"):

@@ -382,7 +382,7 @@ def test_groups_may_be_empty(build: Build) -> None:
     problem.train(again, 2)
     twin.train(other, 4)
     assert torch.equal(problem.flat(), twin.flat())
-    with pytest.raises(ValueError, match="params must hold one tensor at least"):
+    with pytest.raises(ValueError, match="params must hold at least one tensor"):
         build([{"params": []}])
 
 

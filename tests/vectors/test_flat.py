@@ -148,14 +148,14 @@ def test_trained_parameters_are_those_with_a_gradient_each_once() -> None:
     found = trained_parameters(iter([p, frozen, q, p]))
     assert len(found) == 2 and found[0] is p and found[1] is q
     for given, words in (
-        ([], "params must hold one tensor at least, got none. Write model.parameters()."),
-        ([frozen, frozen], "got none among its 2. Unfreeze a model with model.requires_grad_()."),
+        ([], "params must hold at least one tensor, got none. Write model.parameters()."),
+        ([frozen, frozen], "got 2 that do not. Unfreeze a model with model.requires_grad_()."),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             trained_parameters(given)
     with pytest.raises(TypeError, match=r"params must hold tensors only, got a tuple in it"):
         trained_parameters([("p", p)])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="must hold one tensor at least"):
+    with pytest.raises(ValueError, match="must hold at least one tensor"):
         check_any([])
 
 
@@ -165,7 +165,7 @@ def inference_parameter() -> Tensor:
 
 
 REFUSED = {
-    "twice": (lambda p: [p, p], r"hold each parameter once, got one that is given twice\. Write model\.parameters"),
+    "twice": (lambda p: [p, p], r"hold each parameter once, got the same one twice\. Write model\.parameters"),
     "inference": (lambda p: [inference_parameter()], r"got one made under torch\.inference_mode.*copy\.deepcopy"),
     "devices": (lambda p: [p, p.to("meta")], r"on one device, .*cpu, meta\. Move the model"),
     "complex": (lambda p: [torch.ones(2, dtype=torch.complex64)], r"be real, got torch\.complex64\. Keep"),

@@ -118,6 +118,8 @@ def test_the_machines_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert memory.available_memory(torch.device("cpu")) == 8 * 1024
     assert memory.fits(1024, torch.float64, torch.device("cpu"))
     assert not memory.fits(1025, torch.float64, torch.device("cpu"))
-    with pytest.raises(MemoryError, match=r"^The matrix would take 8,200 bytes .* and 8,192 .* on cpu\. Take less\.$"):
+    with pytest.raises(
+        MemoryError, match=r"^The matrix would take 8,200 bytes .* but only 8,192 .* on cpu\. Take less\.$"
+    ):
         memory.check_room(1025, torch.float64, torch.device("cpu"), "The matrix", "Take less.")
     memory.check_room(10**15, torch.float64, torch.device("meta"), "The matrix", "Take less.")  # unknown

@@ -62,6 +62,6 @@ def fail(rank: int) -> list[str]:
 def test_an_error_of_one_process_reaches_the_other() -> None:
     first, second = run(fail)
     assert second[:2] == ["KeyError: 'mine'"] * 2
-    assert first[:2] == ["RuntimeError: The closure failed on another process, whose own message says why."] * 2
+    assert first[:2] == ["RuntimeError: The closure failed on another process; see the error message there."] * 2
     for messages in (first, second):
         assert "The 2 processes hold different parameters (norms 1.73205, 3.4641)" in messages[2]

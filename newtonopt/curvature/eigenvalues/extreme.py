@@ -230,7 +230,7 @@ def check_spectrum(name: str, spectrum: object) -> None:
 def check_count(name: str, count: int, rows: int) -> None:
     """Raise a ValueError if more eigenvalues are asked for than there are, and than the defaults ask for."""
     if count > max(rows, _FEW):
-        raise ValueError(f"{name} must be at most {rows}, for there are as many parameters, got {count!r}.")
+        raise ValueError(f"{name} must be at most the number of parameters, {rows}, got {count!r}.")
 
 
 def _request(
@@ -248,7 +248,7 @@ def _request(
     for name, count in (("top", top), ("bottom", bottom)):
         check_count(name, count, rows)
     if top == bottom == 0:
-        raise ValueError("top and bottom must ask for one eigenvalue at least, got 0 and 0.")
+        raise ValueError("top + bottom must be at least 1, got 0 and 0.")
     for name, share in (("tolerance", tolerance), ("confidence", confidence)):
         check_share(name, share)
     ends = ((1.0, min(top, rows)), (-1.0, min(bottom, rows)))
@@ -275,7 +275,7 @@ def _previous(operator: LinearOperator, start: Spectrum | None, tolerance: float
     sizes = {entry.vector.shape[0] for entry in entries}
     if sizes != {operator.shape[0]}:
         raise ValueError(
-            f"start must hold vectors of length {operator.shape[0]}, as the operator has, got {len(entries)} vectors "
+            f"start must hold vectors of length {operator.shape[0]}, the operator's size, got {len(entries)} vectors "
             f"of lengths {sorted(sizes)}. Give the last measurement of this operator, or None."
         )
     # One run sees equal eigenvalues once. Eigenvalues next to zero may be taken for one.

@@ -36,7 +36,7 @@ class Density(Measurement[SpectralDensity]):
 
     tags: ClassVar[tuple[Tag, ...]] = (
         Tag("spectral_density", "", "a figure of the density of all eigenvalues"),
-        Tag("eigenvalues_log_count", "", "a histogram: how many eigenvalues lie where, as log10(1 + count)"),
+        Tag("eigenvalues_log_count", "", "a histogram of all eigenvalues, with log10(1 + count) for each bin"),
     )
 
     def measure(self, view: View) -> SpectralDensity | None:

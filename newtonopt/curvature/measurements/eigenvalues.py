@@ -47,25 +47,25 @@ class ExtremeEigenvalues(Measurement[Spectrum]):
 
     tags: ClassVar[tuple[Tag, ...]] = (
         Tag("lambda_max", "L / θ²", "the largest eigenvalue"),
-        Tag("lambda_max_lower", "L / θ²", "the lower end of the interval that it lies in (see `certified`)"),
+        Tag("lambda_max_lower", "L / θ²", "the lower end of its interval (see `certified`)"),
         Tag("lambda_max_upper", "L / θ²", "the upper end"),
-        Tag("lambda_RANK", "L / θ²", "the next largest, up to `top`, where they are known to a tenth"),
+        Tag("lambda_RANK", "L / θ²", "the next largest, up to `top`; only those accurate to 10 %"),
         Tag("lambda_min", "L / θ²", "the smallest eigenvalue"),
         Tag("lambda_min_lower", "L / θ²", "the lower end of the interval that it lies in"),
         Tag("lambda_min_upper", "L / θ²", "the upper end"),
-        Tag("lambda_min_RANK", "L / θ²", "the next smallest, up to `bottom`, where they are known to a tenth"),
+        Tag("lambda_min_RANK", "L / θ²", "the next smallest, up to `bottom`; only those accurate to 10 %"),
         Tag(
             "certified",
             "",
-            "1: from a random start, the intervals hold the extreme eigenvalues with 99 % confidence; 0: followed, "
-            "`asymmetry` is there, or there is a doubt about the products, which the text names; the intervals hold "
-            "some eigenvalue",
+            "1: the measurement started at random, and the intervals contain the extreme eigenvalues with 99 % "
+            "confidence; 0: it tracked earlier eigenvectors, or the products are in doubt (the text says why), and "
+            "the intervals contain some eigenvalue",
         ),
         Tag(
             "asymmetry",
             "",
-            "there only where products were not those of a symmetric matrix, so that nothing is certified: by which "
-            "share of its norm",
+            "written only if the products do not belong to a symmetric matrix: the size of the asymmetry relative to "
+            "the norm; nothing is certified then",
         ),
     )
     charts: ClassVar[tuple[Chart, ...]] = (
@@ -180,10 +180,11 @@ def in_words(found: Spectrum, eigenvalue: Eigenvalue, missed: str = "larger") ->
     lower, upper = interval(eigenvalue)
     value, width = eigenvalue.value, max(upper - eigenvalue.value, eigenvalue.value - lower)
     if found.asymmetry > ASYMMETRIC:
-        return f"{value:.4g} (not certified: products fail to be symmetric by {found.asymmetry:.2g} of the norm)"
+        return f"{value:.4g} (not certified: the asymmetry of the products is {found.asymmetry:.2g} of the norm)"
     if not found.certified:
         return (
-            f"{value:.4g} (not certified: some eigenvalue lies within {width:.2g} of it, a {missed} one may be missed)"
+            f"{value:.4g} (not certified: some eigenvalue lies within {width:.2g} of it, but a {missed} one may "
+            "have been missed)"
         )
     return f"{value:.4g} within {width:.2g}"
 
@@ -191,12 +192,12 @@ def in_words(found: Spectrum, eigenvalue: Eigenvalue, missed: str = "larger") ->
 def _smallest(found: Spectrum, eigenvalue: Eigenvalue) -> str:
     lower, upper = interval(eigenvalue)
     if eigenvalue.value == 0.0 and max(-lower, upper) < _NOTHING:
-        return "The smallest is zero: the loss is flat along it."
+        return "The smallest eigenvalue is zero: the loss is flat along its eigenvector."
     meaning = (
-        "says this is no minimum."
+        "which shows that this is not a minimum."
         if upper < 0.0
-        else "says the loss is convex here."
+        else "which shows that the loss is convex here."
         if lower > 0.0 and found.certified
-        else "may have either sign."
+        else "so its sign is not known."
     )
-    return f"The smallest, {in_words(found, eigenvalue, 'smaller')}, {meaning}"
+    return f"The smallest eigenvalue is {in_words(found, eigenvalue, 'smaller')}, {meaning}"

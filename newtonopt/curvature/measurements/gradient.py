@@ -41,7 +41,7 @@ class AlongGradient(Measurement[GradientShare]):
 
     tags: ClassVar[tuple[Tag, ...]] = (
         Tag("gradient_curvature", "L / θ²", "the curvature along the gradient g: g'Hg / g'g"),
-        Tag("gradient_alignment", "0 to 1", "the share of g'g along the `top` eigenvectors"),
+        Tag("gradient_alignment", "0 to 1", "the fraction of g'g along the `top` eigenvectors"),
     )
     charts: ClassVar[tuple[Chart, ...]] = (
         Chart("Curvature along the gradient", ("gradient_curvature",), more=True),
@@ -70,8 +70,8 @@ class AlongGradient(Measurement[GradientShare]):
         if not math.isfinite(curvature):
             return []
         if curvature > 0.0:
-            rate = f"the loss falls most at a learning rate of {1.0 / curvature:.3g}."
+            rate = f"a gradient step decreases the loss most at a learning rate of {1.0 / curvature:.3g}."
             return [f"Along the gradient the curvature is {curvature:.3g}: {rate}"]
         if curvature == 0.0:
-            return ["Along the gradient there is no curvature: the loss falls as the gradient says."]
-        return [f"Along the gradient the curvature is {curvature:.3g}: the loss falls faster than the gradient says."]
+            return ["Along the gradient the curvature is zero: the loss falls linearly."]
+        return [f"Along the gradient the curvature is {curvature:.3g}: the loss falls faster than linearly."]

@@ -44,7 +44,7 @@ class Layers(Measurement[dict[str, Spectrum]]):
         Tag(
             "lambda_max_of/PART",
             "L / θ²",
-            "the largest eigenvalue of a diagonal block, where it is known to a tenth; `*` is written `_`",
+            "the largest eigenvalue of a diagonal block, if accurate to 10 %; PART has `_` for `*`",
         ),
     )
     charts: ClassVar[tuple[Chart, ...]] = (Chart("Largest eigenvalue of each part", ("lambda_max_of/.*",), more=True),)
@@ -61,7 +61,7 @@ class Layers(Measurement[dict[str, Spectrum]]):
         for pattern in self.patterns or ():
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
-                    f"patterns must each fit the name of a parameter looked at, got {pattern!r}. Choose from "
+                    f"patterns must each match the name of a measured parameter, got {pattern!r}. Choose from "
                     f"{', '.join(names) or 'none'}."
                 )
 
@@ -69,7 +69,7 @@ class Layers(Measurement[dict[str, Spectrum]]):
         """Return the largest eigenvalue of each block, by the name in its tag."""
         if not view.named:
             raise ValueError(
-                "params must be pairs of names and tensors to measure Layers, got tensors alone. Give "
+                "params must be pairs of names and tensors to measure Layers, got tensors only. Write "
                 "model.named_parameters()."
             )
         last = view.before(Layers) or {}

@@ -56,7 +56,7 @@ class LossSlice(Measurement[LossSurface]):
         count = sum(m.top + m.bottom for m in measurements if isinstance(m, ExtremeEigenvalues))
         if self.directions > count:
             raise ValueError(
-                f"directions must be at most top + bottom, {count}, for the slice is along those eigenvectors, got "
+                f"directions must be at most top + bottom, {count}, because the slice is along those eigenvectors, got "
                 f"{self.directions}. Raise top or bottom."
             )
 

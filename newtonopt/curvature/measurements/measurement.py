@@ -135,8 +135,8 @@ class UnmeasurableError(Exception):
         >>> from newtonopt.curvature import Preconditioned, measure
         >>> adam = torch.optim.Adam([w := torch.ones(2, requires_grad=True)])
         >>> found = measure(lambda: w.square().sum(), [w], adam, measurements=[Preconditioned()])
-        >>> print(found.in_words().splitlines()[-2][:80])
-        Preconditioned is not measured: optimizer must have a state (exp_avg_sq) of each
+        >>> print(found.in_words().splitlines()[-2][:82])
+        Preconditioned is not measured: optimizer must have a state (exp_avg_sq) for each
     """
 
     def __init__(self, reason: str) -> None:
@@ -249,7 +249,7 @@ class Plan:
         check_seed(self.seed)
         if not isinstance(self.prefix, str) or not re.fullmatch(r"[-\w.]+(/[-\w.]+)*", self.prefix):
             raise ValueError(
-                "prefix must be made of letters, digits, '_', '-' and '.', with single '/' between, got "
+                "prefix must consist of letters, digits, '_', '-' and '.', with single '/' between, got "
                 f"{shown(self.prefix)}. Write 'curvature', for example."
             )
 
@@ -346,7 +346,7 @@ class View:
             RuntimeError: The graph behind the matrix has been freed.
         """
         if self.operator is None:
-            raise RuntimeError("the matrix has been freed: set uses_matrix = True in the class of the measurement.")
+            raise RuntimeError("The matrix has been freed. Set uses_matrix = True in the class of the measurement.")
         return self.operator
 
     @property
@@ -392,7 +392,7 @@ class View:
             except _MISTAKES as error:
                 raise RuntimeError(f"{kind.__name__}.measure failed with {type(error).__name__}: {error}.") from error
         if self.taken[kind] is _PENDING:
-            raise RuntimeError(f"measurements wait for one another in a circle, and {kind.__name__} is part of it.")
+            raise RuntimeError(f"The measurements depend on each other in a cycle, and {kind.__name__} is part of it.")
         result: Result | None = self.taken[kind]
         return result
 
@@ -417,16 +417,16 @@ COST_TAGS = (
     Tag(
         "converged",
         "",
-        "1: the intervals of all eigenvalues looked for, of parts and preconditioned too, are as narrow as `tolerance` "
-        "says; 0: the budget ended first, or following was content with a tenth",
+        "1: all intervals, those of layers and of the preconditioned matrix included, are as narrow as `tolerance`; "
+        "0: the budget ended first, or tracking stopped at 10 %",
     ),
     Tag(
         "products",
         "",
-        "curvature products, and what [checking them](setups.md#how-products-are-checked) took; without those of the "
-        "sharpness",
+        "curvature products, including those for [checking them](setups.md#how-products-are-checked) but not those "
+        "for the sharpness",
     ),
-    Tag("seconds", "s", "how long measuring took"),
+    Tag("seconds", "s", "duration of the measurement"),
 )
 COST_CHART = Chart("Products", ("products",), more=True)
 
@@ -551,7 +551,7 @@ def take(
     A = hessian(evaluation) if plan.curvature == "hessian" else gauss_newton(evaluation)
     if not math.isfinite(float(evaluation.gradient.abs().max())):
         raise FloatingPointError(
-            "The gradient is not finite at the parameters, so there is no curvature: look for a norm, a root or a "
+            "The gradient is not finite at the parameters, so there is no curvature. Look for a norm, a root or a "
             "logarithm at zero."
         )
     quotient, seconds = None, 0.0

@@ -34,10 +34,12 @@ class Preconditioned(Measurement[Spectrum]):
 
     tags: ClassVar[tuple[Tag, ...]] = (
         Tag(
-            "preconditioned_lambda_max", "that of 1 / learning rate", "the largest eigenvalue as the optimizer sees it"
+            "preconditioned_lambda_max",
+            "1 / learning rate",
+            "the largest eigenvalue of the preconditioned matrix",
         ),
-        Tag("preconditioned_lambda_max_lower", "that of 1 / learning rate", "the lower end of its interval"),
-        Tag("preconditioned_lambda_max_upper", "that of 1 / learning rate", "the upper end"),
+        Tag("preconditioned_lambda_max_lower", "1 / learning rate", "the lower end of its interval"),
+        Tag("preconditioned_lambda_max_upper", "1 / learning rate", "the upper end"),
     )
     charts: ClassVar[tuple[Chart, ...]] = (
         Chart(
@@ -50,10 +52,12 @@ class Preconditioned(Measurement[Spectrum]):
     def measure(self, view: View) -> Spectrum | None:
         """Return the largest eigenvalue, followed from the last one."""
         if not view.optimizers:
-            raise ValueError("optimizer must be given to measure Preconditioned, got None. Give the one that trains.")
+            raise ValueError(
+                "optimizer must be given to measure Preconditioned, got None. Pass the optimizer that trains."
+            )
         try:
             if not view.training:
-                raise ValueError("optimizer must train some of these parameters, got none that does.")
+                raise ValueError("optimizer must train some of the measured parameters, got none that does.")
             for optimizer in view.training:
                 stability_threshold(optimizer)
             matrix = preconditioned(view.matrix, view.training[0], view.params)

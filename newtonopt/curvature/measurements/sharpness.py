@@ -47,8 +47,8 @@ class Sharpness(Measurement[SharpnessEstimate]):
         Tag(
             "sharpness",
             "L",
-            'the largest rise found within the radius, which bounds the true one from below; with "average" the mean '
-            "rise at the radius",
+            'the largest rise of the loss found within the radius, a lower bound on the true one; with "average", the '
+            "mean rise at the radius",
         ),
         Tag("sharpness_error", "L", "the standard error of that mean"),
     )
@@ -88,4 +88,4 @@ class Sharpness(Measurement[SharpnessEstimate]):
             known = f", with a standard error of {result.standard_error:.2g}"
             return [f"Sharpness: at distance {radius} the loss rises by {value:.3g} on average{known}."]
         where = f"distance {radius}" if result.kind == "ball" else f"{radius}, relative to each parameter's size,"
-        return [f"Sharpness: within {where} the loss rises by {value:.3g} or more; that is the largest rise found."]
+        return [f"Sharpness: within {where} the loss rises by at least {value:.3g}, the largest rise found."]

@@ -55,15 +55,15 @@ class Stability(Measurement[StabilityRatio]):
     tags: ClassVar[tuple[Tag, ...]] = (
         Tag(
             "stability_threshold",
-            "that of 1 / learning rate",
-            "the largest eigenvalue at which steps do not grow: of the matrix for SGD, of the preconditioned one for "
-            "others",
+            "1 / learning rate",
+            "the largest eigenvalue at which steps do not grow: of the curvature matrix for SGD, of the "
+            "preconditioned matrix for other optimizers",
         ),
         Tag(
             "stability_ratio",
             "1",
-            "that eigenvalue over its threshold; above 1 steps grow. Neither is written where the optimizers train "
-            "only a part of the parameters looked at",
+            "the largest eigenvalue divided by the threshold; above 1 steps grow. Neither is written if the "
+            "optimizers train only part of the measured parameters",
         ),
     )
     charts: ClassVar[tuple[Chart, ...]] = (
@@ -102,9 +102,9 @@ class Stability(Measurement[StabilityRatio]):
             if result.ratio < _BELOW
             else "training is at the edge of stability."
             if result.ratio <= _BEYOND
-            else "steps along it overshoot and grow, until the curvature falls."
+            else "steps along its eigenvector overshoot and grow until the curvature falls."
         )
-        at = f"is at {result.ratio:.3g} of the stability threshold {result.threshold:.4g}"
+        at = f"is {result.ratio:.3g} times the stability threshold {result.threshold:.4g}"
         return [f"The largest eigenvalue {which}{at}: {meaning}"]
 
 

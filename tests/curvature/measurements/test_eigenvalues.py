@@ -34,17 +34,23 @@ def bottom(value: float, lower: float, upper: float, certified: bool = True) -> 
     ("spectrum", "words"),
     [
         (top(), "The largest eigenvalue is 12.4 within 0.1."),
-        (top(False), "12.4 (not certified: some eigenvalue lies within 0.1 of it, a larger one may be missed)."),
-        (top(False, 0.02), "12.4 (not certified: products fail to be symmetric by 0.02 of the norm)."),
-        (bottom(-0.3, -0.4, -0.29), "The smallest, -0.3 within 0.1, says this is no minimum."),
+        (
+            top(False),
+            "12.4 (not certified: some eigenvalue lies within 0.1 of it, but a larger one may have been missed).",
+        ),
+        (top(False, 0.02), "12.4 (not certified: the asymmetry of the products is 0.02 of the norm)."),
+        (
+            bottom(-0.3, -0.4, -0.29),
+            "The smallest eigenvalue is -0.3 within 0.1, which shows that this is not a minimum.",
+        ),
         (
             bottom(-0.3, -0.4, -0.29, False),
-            "The smallest, -0.3 (not certified: some eigenvalue lies within 0.1 of it, a smaller one may be missed), "
-            "says this is no minimum.",
+            "The smallest eigenvalue is -0.3 (not certified: some eigenvalue lies within 0.1 of it, "
+            "but a smaller one may have been missed), which shows that this is not a minimum.",
         ),
-        (bottom(0.3, 0.2, 0.31), "0.3 within 0.1, says the loss is convex here."),
-        (bottom(0.3, 0.2, 0.31, False), "a smaller one may be missed), may have either sign."),
-        (bottom(0.0, -0.1, 0.1), "0 within 0.1, may have either sign."),
+        (bottom(0.3, 0.2, 0.31), "0.3 within 0.1, which shows that the loss is convex here."),
+        (bottom(0.3, 0.2, 0.31, False), "a smaller one may have been missed), so its sign is not known."),
+        (bottom(0.0, -0.1, 0.1), "0 within 0.1, so its sign is not known."),
     ],
 )
 def test_words_say_what_the_eigenvalues_mean(spectrum: Spectrum, words: str) -> None:

@@ -18,9 +18,9 @@ def words(measurement: Any, result: Any) -> str:
 @pytest.mark.parametrize(
     ("curvature", "meaning"),
     [
-        (4.0, "the loss falls most at a learning rate of 0.25."),
-        (-4.0, "the loss falls faster than the gradient says."),
-        (0.0, "there is no curvature: the loss falls as the gradient says."),
+        (4.0, "a gradient step decreases the loss most at a learning rate of 0.25."),
+        (-4.0, "the loss falls faster than linearly."),
+        (0.0, "the curvature is zero: the loss falls linearly."),
     ],
 )
 def test_words_say_how_the_loss_falls(curvature: float, meaning: str) -> None:

@@ -18,5 +18,7 @@ def test_what_is_no_list_of_patterns_is_refused(patterns: Any) -> None:
 def test_a_pattern_that_fits_no_name_is_refused_before_training() -> None:
     Layers(["encoder.*"]).check_model(["encoder.weight"], 3)
     Layers().check_model([], None)
-    with pytest.raises(ValueError, match=r"patterns must each fit .*, got 'decoder\.\*'\. Choose from encoder\.weight"):
+    with pytest.raises(
+        ValueError, match=r"patterns must each match .*, got 'decoder\.\*'\. Choose from encoder\.weight"
+    ):
         Layers(["decoder.*"]).check_model(["encoder.weight"], 3)

@@ -43,5 +43,5 @@ def test_words_say_what_measuring_cost() -> None:
 
 
 def test_a_bad_prefix_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"prefix must be made of letters, .* got 'my tags'"):
+    with pytest.raises(ValueError, match=r"prefix must consist of letters, .* got 'my tags'"):
         Plan((), prefix="my tags")

@@ -22,7 +22,7 @@ def test_it_is_the_largest_of_the_scaled_diagonal_of_a_quadratic() -> None:
 
 def test_it_needs_an_optimizer() -> None:
     theta = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match=r"optimizer must be given to measure Preconditioned, got None\. Give"):
+    with pytest.raises(ValueError, match=r"optimizer must be given to measure Preconditioned, got None\. Pass"):
         measure(lambda: theta.square().sum(), [theta], measurements=[Preconditioned()])
 
 
@@ -31,9 +31,9 @@ def test_words_say_why_there_is_no_preconditioned_eigenvalue() -> None:
     for optimizer, why in (
         (
             torch.optim.Adam([p], lr=0.1),
-            "optimizer must have a state (exp_avg_sq) of each parameter, got none for a parameter of shape (2,). Take ",
+            "optimizer must have a state (exp_avg_sq) for each parameter, got none for a parameter of shape (2,)",
         ),
-        (torch.optim.LBFGS([p]), "optimizer must be one for which a stability threshold is known, "),
+        (torch.optim.LBFGS([p]), "optimizer must have a known stability threshold, "),
     ):
         found = measure(lambda: p.square().sum(), [p], optimizer, measurements=[Preconditioned()])
         assert f"Preconditioned is not measured: {why}" in found.in_words()

@@ -20,11 +20,11 @@ def words(measurement: Any, result: Any) -> str:
     [
         (
             SharpnessEstimate(0.25, "ball", 0.05, 1.0, None, 5, True),
-            "within distance 0.05 the loss rises by 0.25 or more; that is the largest rise found.",
+            "within distance 0.05 the loss rises by at least 0.25, the largest rise found.",
         ),
         (
             SharpnessEstimate(0.25, "adaptive_ball", 0.5, 1.0, None, 5, True),
-            "within 0.5, relative to each parameter's size, the loss rises by 0.25 or more",
+            "within 0.5, relative to each parameter's size, the loss rises by at least 0.25",
         ),
         (
             SharpnessEstimate(0.25, "average", 2.0, 1.0, None, 64, True, 0.012),

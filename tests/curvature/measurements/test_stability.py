@@ -20,11 +20,11 @@ def words(measurement: Any, result: Any) -> str:
     [
         (
             StabilityRatio(12.157, 1.02, False),
-            "The largest eigenvalue is at 1.02 of the stability threshold 12.16: training is at the edge of stability.",
+            "The largest eigenvalue is 1.02 times the stability threshold 12.16: training is at the edge of stability.",
         ),
         (StabilityRatio(24.8, 0.5, False), "24.8: steps are stable."),
         (StabilityRatio(6.2, 2.0, False), "overshoot and grow"),
-        (StabilityRatio(38e3, 0.5, True), "The largest eigenvalue of the preconditioned matrix is at 0.5 of"),
+        (StabilityRatio(38e3, 0.5, True), "The largest eigenvalue of the preconditioned matrix is 0.5 times"),
     ],
 )
 def test_words_say_whether_steps_are_stable(result: StabilityRatio, meaning: str) -> None:
