@@ -262,7 +262,7 @@ class CurvatureMonitor(Callback):
         if sum(isinstance(c, CurvatureMonitor) and c.prefix == self.prefix for c in callbacks) > 1:
             raise ValueError(
                 f"prefix must be another one in each CurvatureMonitor of a Trainer, got {self.prefix!r} in several, "
-                "which would write the same tags. Give each a prefix of its own."
+                "which would write the same tags. Give each its own prefix."
             )
         self._check()
         self._begin()

@@ -78,7 +78,7 @@ class Probe:
 
     Raises:
         ValueError: A setting is out of its range, there is no such device, or `dataloader` is no loader, is empty, or
-            cannot be gone through again and again.
+            cannot be iterated more than once.
 
     Example:
         >>> from newtonopt.callbacks import CurvatureMonitor, Probe
@@ -181,7 +181,7 @@ class Probe:
         plugin = trainer.precision_plugin
         cast = f" and the autocast of {plugin.precision}" if isinstance(plugin, MixedPrecision) else ""
         numbers = f"in {dtypes}{cast if self.precision == 'training' else ''}"
-        return f"It is the loss of `{self.step}` in {self.mode} mode, {numbers}."
+        return f"Measured on the loss of `{self.step}` in {self.mode} mode, {numbers}."
 
 
 class Batches:
@@ -265,7 +265,7 @@ class Batches:
                 count()
         if self._samples == 0:
             raise ValueError(
-                "dataloader must give a batch in each pass, got none. Give one that can be gone through again."
+                "dataloader must give a batch in each pass, got none. Give one that can be iterated again."
             )
         return self._samples
 
@@ -362,7 +362,7 @@ def _size(batch: Any) -> int:
         return extract_batch_size(batch)
     except MisconfigurationException:
         raise ValueError(
-            "batches must tell their number of samples, by which they are weighted, got one of type "
+            "batches must have a known number of samples, which weights them, got one of type "
             f"{type(batch).__name__}. Make them of tensors, lists, tuples and dicts, or measure one batch on one "
             "process."
         ) from None

@@ -176,7 +176,7 @@ def refuse_skipped_batches() -> None:
             count = frame.f_locals["self"].gradient_state.num_steps
             if count > 1:
                 raise RuntimeError(
-                    f"Accelerator(gradient_accumulation_steps={count}) runs the closure of every {count}. batch only, "
+                    f"Accelerator(gradient_accumulation_steps={count}) runs the closure for one batch in {count} only, "
                     "so that a step would leave out the others: set it to 1, and loop over the micro-batches inside "
                     "one closure, calling backward for each."
                 )

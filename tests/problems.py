@@ -29,7 +29,9 @@ def unseen(value: T) -> Callable[[], T]:
         while True:
             yield value
 
-    return hold().__next__
+    held = hold()
+    next(held)  # a generator that has begun looks the same after each further value
+    return held.__next__
 
 
 class Unseen(Generic[T]):

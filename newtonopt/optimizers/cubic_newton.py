@@ -27,7 +27,7 @@ from newtonopt.solvers.dense import solve_cubic
 from newtonopt.solvers.krylov import krylov_space, minimise_in
 from newtonopt.solvers.solution import Solution
 
-# A step is taken if it keeps this part of the promise (Cartis, Gould & Toint 2011, sec. 7).
+# A step is taken if the loss falls by this part of the predicted decrease (Cartis, Gould & Toint 2011, sec. 7).
 _LEAST_RATIO = 0.1
 # Factor of sigma after a rejection, until a first ratio is high enough.
 _FIRST_FACTOR = 10.0
@@ -131,7 +131,7 @@ class CubicNewton(NewtonOptimizer[CubicNewtonState]):
 
     def _check_room(self, params: Sequence[Tensor], state: CubicNewtonState) -> None:
         if self._settings["subproblem"] == "exact":
-            check_decomposition(params, 'Take subproblem="lanczos", which needs products with vectors only.')
+            check_decomposition(params, 'Take subproblem="lanczos", which needs matrix-vector products only.')
 
     def _propose(self, model: QuadraticModel, state: CubicNewtonState) -> Proposal[CubicNewtonState]:
         # 2. The minimiser with the cubic term, and with a heavier one if it is rejected.

@@ -115,7 +115,7 @@ class DampedNewton(NewtonOptimizer[State]):
         if is_sharded(self._params):
             raise ValueError(
                 "params must be whole tensors for DampedNewton, which needs the curvature matrix in one place, got "
-                "sharded ones. Take HessianFree, which needs its products with vectors only."
+                "sharded ones. Take HessianFree, which needs matrix-vector products only."
             )
 
     def _check(self, settings: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ class DampedNewton(NewtonOptimizer[State]):
     def _check_room(self, params: Sequence[Tensor], state: State) -> None:
         blocks = self._settings["blocks"] == "parameter"
         less = 'Take blocks="parameter", or' if not blocks and blocks_fit(params) else "Take"
-        check_decomposition(params, f"{less} HessianFree, which needs products with vectors only.", blocks=blocks)
+        check_decomposition(params, f"{less} HessianFree, which needs matrix-vector products only.", blocks=blocks)
 
     def _propose(self, model: QuadraticModel, state: State) -> Proposal[State]:
         solver = functools.partial(_SOLVERS[self._settings["eigenvalues"]], eigh=functools.cache(torch.linalg.eigh))

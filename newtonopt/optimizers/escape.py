@@ -32,7 +32,7 @@ def critical(gradient: Tensor, norm: float, tolerance: float) -> str | None:
     # Where the square underflows, no solver can tell the gradient from zero.
     if norm <= torch.finfo(gradient.dtype).tiny ** 0.5:
         dtype = str(gradient.dtype).removeprefix("torch.")
-        underflows = f"the gradient's square is zero in {dtype}, not the gradient: multiply the loss by a constant"
+        underflows = f"the gradient's square underflows to zero in {dtype}: multiply the loss by a constant"
         return underflows if bool(gradient.any()) else "the gradient is zero"
     if float(gradient.abs().max()) <= tolerance:
         return "no entry of the gradient is above tolerance_gradient"

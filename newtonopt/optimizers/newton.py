@@ -323,7 +323,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
             raise RuntimeError(
                 f"The {what} was not finite in {state.failures} steps in a row; the parameters were left as they "
                 "were. Check the data for NaN or infinite entries, the model's initialisation, operations such as log "
-                "or sqrt at zero, and the scale of loss and parameters, whose squares must be numbers."
+                "or sqrt at zero, and the scale of loss and parameters: their squares must not overflow."
             )
         return self._adapted(state, -math.inf), report, False
 

@@ -35,7 +35,7 @@ ELSEWHERE = {
     "history_size": "Leave it out: products with the curvature take the place of a history of gradients.",
     "maximize": "Leave it out, and let the closure return the negative loss.",
     "max_iter": "Write steps_per_call=... for the Newton steps of one call, which torch.optim.LBFGS names so, or "
-    "max_iterations=... for the iterations within one step, where there are any.",
+    "max_iterations=... for the iterations of the solver within one step.",
     "max_eval": "max_trials",
     "tolerance_grad": "tolerance_gradient",
     "tolerance_change": "tolerance_step",
@@ -115,7 +115,7 @@ def check_group(group: dict[str, Any], shared: dict[str, Any]) -> None:
     for name, value in shared.items():
         if group.get(name, value) != value:
             raise ValueError(
-                f"{name} must be the same in all parameter groups, for the step couples them, here {value!r}, got "
+                f"{name} must be the same in all parameter groups, {value!r} here, because a step couples them, got "
                 f"{shown(group[name])}. Give a group only lr and weight_decay of its own."
             )
 
@@ -148,7 +148,7 @@ def warn_of_small_rates(groups: Sequence[dict[str, Any]]) -> None:
     rates = [float(rate) for rate in (rate_of(group) for group in groups if group["params"]) if float(rate) > 0.0]
     if rates and max(rates) < _SMALL_RATE:
         warn(
-            f"lr={max(rates):g} scales each Newton step, which has the right length by itself, to {max(rates):.2g} of "
+            f"lr={max(rates):g} scales each Newton step to {max(rates):.2g} of "
             "it. Leave lr at 1, whatever suits SGD or Adam; a scheduler may lower it later."
         )
 

@@ -78,7 +78,7 @@ def threshold(objective: Objective, model: QuadraticModel, proposal: Proposal[An
     step, predicted = proposal.steps[0].step, proposal.steps[0].decrease
     trial = objective.loss_at(step)
     ratio = rules.reduction_ratio(model.loss, trial, predicted, model.eps)
-    fell = f"the loss fell by less than {least:g} of the promise"
+    fell = f"the loss fell by less than {least:g} of the predicted decrease"
     refusal = fell if trial < model.loss else "the loss did not fall"
     return Outcome(step, predicted, trial, ratio, ratio, ratio >= least, 1, refusal)
 

@@ -26,7 +26,7 @@ from newtonopt.solvers.dense import solve_ball
 from newtonopt.solvers.krylov import krylov_space, minimise_in
 from newtonopt.solvers.solution import Solution
 
-# A step is taken if it keeps this part of the promise (Conn, Gould & Toint 2000, sec. 6.1.2).
+# A step is taken if the loss falls by this part of the predicted decrease (Conn, Gould & Toint 2000, sec. 6.1.2).
 _LEAST_RATIO = 0.01
 
 
@@ -116,7 +116,7 @@ class TrustRegionNewton(NewtonOptimizer[State]):
 
     def _check_room(self, params: Sequence[Tensor], state: State) -> None:
         if self._settings["subproblem"] == "exact":
-            check_decomposition(params, 'Take subproblem="steihaug", which needs products with vectors only.')
+            check_decomposition(params, 'Take subproblem="steihaug", which needs matrix-vector products only.')
 
     def _propose(self, model: QuadraticModel, state: State) -> Proposal[State]:
         # 2. The minimiser in the ball, and in smaller ones if it is rejected.

@@ -391,5 +391,5 @@ def _check_finite(alpha: float, products: int) -> None:
         raise FloatingPointError(
             f"Product number {products} with the operator is not finite, so nothing is known of its eigenvalues. Check "
             "that loss and gradient are finite at this point, compute products in float32 or float64 and not under "
-            'autocast, and where a norm is zero write products="finite_difference".'
+            'autocast, and write products="finite_difference".'
         )

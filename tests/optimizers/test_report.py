@@ -116,4 +116,4 @@ def test_a_step_that_falls_short_of_its_promise_is_rejected_in_these_words() -> 
     report = optimizer.last_step
     assert report is not None and not report.accepted
     assert report.trial_loss < report.loss
-    assert report.reason.startswith("rejected, the loss fell by less than 0.01 of the promise")
+    assert report.reason.startswith("rejected, the loss fell by less than 0.01 of the predicted decrease")

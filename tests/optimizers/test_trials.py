@@ -90,7 +90,7 @@ def test_the_threshold_is_a_part_of_the_promise(least: float, accepted: bool) ->
     function: Any = Function(bowl)
     outcome = threshold(function, function.model(), proposal((1.0, 2.5)), least)
     assert outcome.ratio == pytest.approx(0.4) and outcome.accepted is accepted
-    assert outcome.refusal == f"the loss fell by less than {least:g} of the promise"
+    assert outcome.refusal == f"the loss fell by less than {least:g} of the predicted decrease"
     assert threshold(function, function.model(), proposal((9.0, 2.5)), least).refusal == "the loss did not fall"
 
 

@@ -180,7 +180,7 @@ class WithMonitors(Classifier):
 
 
 def test_two_monitors_with_one_prefix_are_an_error_before_training() -> None:
-    words = "prefix must be another one in each CurvatureMonitor .*, got 'curvature' .*Give each a prefix of its own"
+    words = "prefix must be another one in each CurvatureMonitor .*, got 'curvature' .*Give each its own prefix"
     monitor = quick(at_end=True)
     for model, callbacks in (
         (Classifier("SGD"), [monitor, quick(at_end=True, parameters="4")]),
