@@ -47,8 +47,10 @@ def panels(ax: Any, count: int) -> list[Any]:
         return list(made[0])
     given = [ax] if isinstance(ax, Axes) else list(ax) if isinstance(ax, Iterable) else []
     if len(given) != count or not all(isinstance(entry, Axes) for entry in given):
-        what, remedy = ("axes", "plt.subplots()[1]") if count == 1 else ("two axes", "plt.subplots(1, 2)[1]")
-        raise TypeError(f"ax must be matplotlib {what}, got {shown(ax)}. Write {remedy}, or leave it out.")
+        what, remedy = (
+            ("matplotlib axes", "plt.subplots()[1]") if count == 1 else ("two matplotlib axes", "plt.subplots(1, 2)[1]")
+        )
+        raise TypeError(f"ax must be {what}, got {shown(ax)}. Write {remedy}, or leave it out.")
     return given
 
 

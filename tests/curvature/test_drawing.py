@@ -59,10 +59,10 @@ def test_a_square_takes_two_axes() -> None:
 @pytest.mark.parametrize(
     ("measured", "ax", "words"),
     [
-        (density, lambda: plt.subplots(), r"ax must be axes of matplotlib, got .* Write plt.subplots\(\)\[1\]"),
-        (density, lambda: plt.figure(), "ax must be axes of matplotlib, got <Figure"),
-        (line, lambda: plt, "ax must be axes of matplotlib, got a module"),
-        (square, lambda: plt.subplots()[1], r"ax must be two axes of .* Write plt.subplots\(1, 2\)\[1\]"),
+        (density, lambda: plt.subplots(), r"ax must be matplotlib axes, got .* Write plt.subplots\(\)\[1\]"),
+        (density, lambda: plt.figure(), "ax must be matplotlib axes, got <Figure"),
+        (line, lambda: plt, "ax must be matplotlib axes, got a module"),
+        (square, lambda: plt.subplots()[1], r"ax must be two matplotlib axes, .* Write plt.subplots\(1, 2\)\[1\]"),
     ],
 )
 def test_what_is_no_axes_is_refused(measured: Callable[[], Any], ax: Callable[[], Any], words: str) -> None:

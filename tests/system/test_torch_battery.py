@@ -348,7 +348,7 @@ def test_a_hook_before_loading_may_repair_a_state(build: Build) -> None:
     memory["layout"] += 1
     twin = copy.deepcopy(problem)
     other = build(twin.model.parameters())
-    for message in ("no products", "another model's"):
+    for message in ("no products", "another model"):
         with pytest.raises(ValueError, match=message):
             other.load_state_dict(broken)
         assert not other.state
@@ -364,7 +364,7 @@ def test_a_hook_before_loading_may_repair_a_state(build: Build) -> None:
     other.load_state_dict(broken)
     assert_goes_on_alike(problem, optimizer, twin, other)
     handle.remove()
-    with pytest.raises(ValueError, match="another model's"):
+    with pytest.raises(ValueError, match="another model"):
         other.load_state_dict(broken)
 
 
