@@ -828,6 +828,7 @@ class Recorder:
         self._cached = cached
         self._accumulates = accumulates
         self._kept: list[Tensor] = []
+        self._are_products = True
         self._related: set[int] = set()
         self._sizes: dict[int, int] = {}
         self._outside = False
@@ -839,6 +840,7 @@ class Recorder:
     def take(self, term: LossTerm) -> None:
         """Take one of the losses. The tap calls this with each of them."""
         _refuse_reentrant_checkpoints(term.loss)
+        self._are_products = self._are_products and _is_product(term.loss)
         if self._gradient is None:
             self._kept.append(term.loss)
             self._note_place()
@@ -898,7 +900,7 @@ class Recorder:
                 raise UnrelatedError(UNRELATED)
             graph, sizes = KeptGraph(outside=self._outside), self._sizes
         sizes = dict(sorted(sizes.items()))
-        if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+        if self._are_products and isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
             _refuse_gradient_scaler(float(loss), float(value))
         return Recording(
             loss=loss,
@@ -1014,18 +1016,26 @@ def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
         )
 
 
+def _is_product(loss: Tensor) -> bool:
+    node = loss.grad_fn
+    while node is not None and node.name() in ("ViewBackward0", "AliasBackward0"):
+        node = node.next_functions[0][0]
+    return node is not None and node.name() == "MulBackward0"
+
+
 def _refuse_gradient_scaler(total: float, returned: float) -> None:
-    """Raise a RuntimeError for a loss at the scale at which a GradScaler begins, which would be minimised as it is."""
-    if returned != 0.0 and math.isfinite(returned) and total == _SCALE * returned:
+    """Raise a RuntimeError for a loss that a GradScaler has scaled: by a large power of two, which does not round."""
+    scale = total / returned if returned else 0.0
+    if scale >= _SMALL_SCALE and math.log2(scale).is_integer():
         raise RuntimeError(
-            f"The closure calls backward on {_SCALE:g} times the loss that it returns, as "
+            f"The closure calls backward on {scale:g} times the loss that it returns, as "
             "scaler.scale(loss).backward() with a GradScaler does. A second-order step would take the scaled loss for "
             "the loss. Call loss.backward() without a scaler, and use bfloat16 autocast, which needs none."
         )
 
 
-# Default of torch.amp.GradScaler's init_scale. Multiplying by a power of two does not round.
-_SCALE = 2.0**16
+# A GradScaler begins at 2^16 and halves its scale where gradients overflow. Users weight losses by smaller factors.
+_SMALL_SCALE = 2.0**8
 _CONSTANT = (
     "The loss is bit-for-bit the same wherever the parameters are, so no step can be tried. The closure must run the "
     "forward pass itself, each time it is called. Move the calls of the model and the loss function into the closure, "

@@ -782,9 +782,9 @@ def test_float16_weights_are_refused_with_advice(optimizer: Any) -> None:
         optimizer(mlp().half().parameters())
 
 
-def scaled() -> tuple[Setup, torch.amp.GradScaler]:
+def scaled(scale: float = 2.0**16) -> tuple[Setup, torch.amp.GradScaler]:
     model, x, y = mlp(), torch.randn(6, 4), torch.randn(6, 3)
-    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=True)
 
     def closure() -> Tensor:
         model.zero_grad()
@@ -817,8 +817,9 @@ def test_a_gradient_scaler_without_a_closure_is_refused_with_advice(optimizer: A
 
 
 @NEWTON
-def test_a_loss_scaled_inside_the_closure_is_refused_with_advice(optimizer: Any) -> None:
-    setup, _ = scaled()
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**10])
+def test_a_loss_scaled_inside_the_closure_is_refused_with_advice(scale: float, optimizer: Any) -> None:
+    setup, _ = scaled(scale)
     before = traces(dict(setup.model.named_parameters()))
     with pytest.raises(RuntimeError, match=r"(?s)GradScaler.*bfloat16"):
         optimizer(setup.params).step(setup.closure)
@@ -826,16 +827,17 @@ def test_a_loss_scaled_inside_the_closure_is_refused_with_advice(optimizer: Any)
         assert torch.equal(p, q)
 
 
-def test_a_loss_returned_per_sample_is_not_taken_for_a_scaled_one() -> None:
-    model, x, y = mlp(), torch.randn(256, 4), torch.randn(256, 3)
+@pytest.mark.parametrize("samples", [2**8, 2**16])
+def test_a_loss_returned_per_sample_is_not_taken_for_a_scaled_one(samples: int) -> None:
+    model, x, y = mlp(), torch.randn(samples, 4), torch.randn(samples, 3)
 
     def closure() -> Tensor:
         model.zero_grad()
         loss = F.mse_loss(model(x), y, reduction="sum")
         loss.backward()
-        return loss / 256
+        return loss / samples
 
-    optimizer = HessianFree(model.parameters(), damping=100.0)
+    optimizer = HessianFree(model.parameters(), damping=float(samples))
     optimizer.step(closure)
     assert optimizer.last_step is not None
     assert optimizer.last_step.accepted
