@@ -366,6 +366,7 @@ class CurvatureMonitor(Callback):
             return
         finally:
             self._allowance.spend(certifies, time.perf_counter() - began)
+        log_values(trainer, measured)
         try:
             self._show(trainer, pl_module, measured)
         except Exception as error:
@@ -399,8 +400,7 @@ class CurvatureMonitor(Callback):
         return measured
 
     def _show(self, trainer: Trainer, pl_module: LightningModule, measured: Measured) -> None:
-        """Write what was measured to the loggers."""
-        log_values(trainer, measured)
+        """Write words, figures and charts of the measurement to TensorBoard."""
         if self.text:
             add_text(trainer, measured, self.probe.in_words(trainer, pl_module))
         # An optimizer that has taken no step yet may still do.
