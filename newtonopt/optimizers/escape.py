@@ -23,7 +23,7 @@ from newtonopt.solvers.lanczos import negative_curvature
 STALLED = "steps no longer change the loss"
 """Why negative curvature is searched for where the gradient is not zero, in words."""
 
-# A loss that differs by a smaller part from that of a fruitless search is of the same stationary point.
+# Losses that differ by less, relative to their size, are taken for the same stationary point.
 _SAME = 1e-6
 
 

@@ -1,6 +1,6 @@
 """Models that the control bounds, by a ball or a cubic term, and curvature matrices that are held whole.
 
-TrustRegionNewton and CubicNewton share the first, DampedNewton has the second with their exact solvers in common.
+TrustRegionNewton and CubicNewton share the models. DampedNewton and their exact solvers share the matrices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What StepMonitor writes is what the optimizer reports."""
+"""StepMonitor writes the numbers that the optimizer reports."""
 
 from __future__ import annotations
 

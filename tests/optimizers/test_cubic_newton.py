@@ -1,4 +1,4 @@
-"""What is CubicNewton's own: the cubic model's minimiser, and the weight that adapts."""
+"""CubicNewton alone: the cubic model's minimiser, and the weight that adapts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is DampedNewton's own: exact steps, quadratic convergence, eigenvalues of either sign."""
+"""DampedNewton alone: exact steps, quadratic convergence, eigenvalues of either sign."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is HessianFree's own: its steps against dense solves, negative curvature, backtracking, the sketch."""
+"""HessianFree alone: its steps against dense solves, negative curvature, backtracking, the sketch."""
 
 from __future__ import annotations
 

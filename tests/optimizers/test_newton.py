@@ -1,4 +1,4 @@
-"""What every optimizer owes to torch.optim and to the user's closure: one battery over the database."""
+"""One battery over all optimizers: the promises to torch.optim and to the user's closure."""
 
 from __future__ import annotations
 

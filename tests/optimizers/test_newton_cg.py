@@ -1,4 +1,4 @@
-"""What is NewtonCG's own: superlinear convergence, negative curvature followed, both line searches."""
+"""NewtonCG alone: superlinear convergence, negative curvature followed, both line searches."""
 
 from __future__ import annotations
 

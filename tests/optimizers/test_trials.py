@@ -20,7 +20,7 @@ EPS = torch.finfo(torch.float64).eps
 
 
 class Function:
-    """What an objective is to the trials: losses, and gradients, at steps from zero."""
+    """A stand-in for the objective: losses and gradients at steps from zero."""
 
     def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
         self.f = f

@@ -1,4 +1,4 @@
-"""What is TrustRegionNewton's own: the ball, its radius, and the three ways to solve for a step in it."""
+"""TrustRegionNewton alone: the ball, its radius, and the three ways to solve for a step in it."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 
 
 def graph_of_modules() -> dict[str, set[str]]:
-    """What each file imports of ours, packages' own files left out, for they give names that are defined elsewhere."""
+    """Return the modules of ours that each file imports; packages' own files only pass on names defined elsewhere."""
     files = {module_of(path): path for path in FILES if path.name != "__init__.py"}
     return {
         module: {imported for imported in imports_of(path.read_text(), module, False) if imported in files}

@@ -1,4 +1,4 @@
-"""What one call of `step` is made of: several Newton steps, and curvature from another closure."""
+"""One call of `step`: several Newton steps, and curvature from another closure."""
 
 from __future__ import annotations
 

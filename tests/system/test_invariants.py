@@ -58,7 +58,7 @@ def quadratic(name: str, seed: int) -> Callable[[Tensor], Tensor]:
 
 
 def least_squares(seed: int) -> Callable[[Tensor], Tensor]:
-    """Of a cubic: neither quadratic nor convex."""
+    """Return least squares of a cubic: neither quadratic nor convex."""
     B, t = draw(N + 1, N, seed=seed + 1), 8 * draw(N + 1, seed=seed + 2)
 
     def loss(theta: Tensor) -> Tensor:

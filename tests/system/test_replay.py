@@ -174,7 +174,7 @@ def test_the_check_costs_one_run_for_an_optimizer() -> None:
 
 
 def test_differences_say_that_the_loss_jumps() -> None:
-    """Of the same function, whose data needs no other treatment: torch rounds the diagonal to whole numbers there."""
+    """The closure replays the same function, in which torch rounds the diagonal to whole numbers."""
     torch.manual_seed(0)
     inputs, targets = torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
     layer = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map="householder").double()

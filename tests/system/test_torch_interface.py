@@ -1,4 +1,4 @@
-"""What torch.optim lets users do around `step`: hooks, groups, schedulers, odd parameters, modes, states, errors."""
+"""The use of `step` as torch.optim allows it: hooks, groups, schedulers, odd parameters, modes, states, errors."""
 
 from __future__ import annotations
 

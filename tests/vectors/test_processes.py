@@ -1,4 +1,4 @@
-"""What the processes of a group exchange, and how an error of one reaches the others."""
+"""Exchanges between the processes of a group, and errors of one that reach the others."""
 
 from __future__ import annotations
 

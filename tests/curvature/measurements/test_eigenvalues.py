@@ -1,4 +1,4 @@
-"""What the extreme eigenvalues mean, in words."""
+"""Sentences about the extreme eigenvalues."""
 
 from __future__ import annotations
 

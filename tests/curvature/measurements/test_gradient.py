@@ -1,4 +1,4 @@
-"""What the curvature along the gradient means, in words."""
+"""Sentences about the curvature along the gradient."""
 
 from __future__ import annotations
 

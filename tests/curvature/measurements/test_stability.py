@@ -1,4 +1,4 @@
-"""What the ratio to the stability threshold means, in words."""
+"""Sentences about the ratio to the stability threshold."""
 
 from __future__ import annotations
 
