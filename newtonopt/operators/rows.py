@@ -1,17 +1,36 @@
-"""Residual rows `R` of an evaluation: the Gauss-Newton matrix of its losses is `R'R`. STAND-IN, replaced soon."""
+"""Rows of an evaluation's Jacobian: all of them from a handful of backward passes through the graph that it keeps.
+
+Most losses are sums over samples: a sample's outputs depend on that sample alone. One backward pass then holds every
+sample's own gradient, before autograd sums them up at the parameters. `autodiff.samples` finds where the sums are taken
+and which sample each entry belongs to; `autodiff.contributions` takes what each sample contributes; `operators.factors`
+keeps that by parameter. A sample with several outputs takes a pass for each.
+
+`jacobian_rows` gives the rows of the Jacobian `J`, `residual_rows` those of `R = S'J`, with `S S'` the loss's Hessian
+by the outputs: `R'R` is the Gauss-Newton matrix. Both are compared with products by autograd.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
 
+from newtonopt.autodiff.contributions import Contribution, Outer, by_sample, contribution_of, dense
+from newtonopt.autodiff.gradients import grad
+from newtonopt.autodiff.graph import behind, kind_of
+from newtonopt.autodiff.samples import CoupledError, Edge, Samples, Use, labels_at, uses_of
 from newtonopt.closure.evaluation import Evaluation
-from newtonopt.operators import products
-from newtonopt.operators.matrices import jacobian
-from newtonopt.vectors.flat import unflatten
+from newtonopt.closure.losses import Output
+from newtonopt.operators.factors import Factors, Formed, Gathered, gram
+from newtonopt.operators.products import curve_of
+from newtonopt.vectors.flat import flat_dtype
+from newtonopt.vectors.random import normals
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,68 +39,476 @@ class Rows:
 
     Attributes:
         residuals: `r`, `(m,)`: `R'r` is the gradient of the losses (without decay), less the remainder.
-        remainder: `g - R'r`, `(n,)`; None if it is rounding.
-        count: Number of rows of the whole loss; more than `m` where rows were chosen at random.
+        remainder: `g - R'r`, `(n,)`: the part of the gradient outside the rows' range; None if it is rounding.
+        count: Number of rows of the whole loss: more than `m` if rows were chosen at random.
+        parts: The rows by parameter.
         sizes: Number of entries of each parameter.
+        roots: `S'` by outputs.
     """
 
     residuals: Tensor
     remainder: Tensor | None
     count: int
+    parts: tuple[Factors | Formed, ...]
     sizes: tuple[int, ...]
-    matrix: Tensor
-    root: Tensor
+    roots: tuple[Root, ...]
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.matrix.shape[0], self.matrix.shape[1]
+        """Number of rows and of parameters."""
+        return self.residuals.numel(), sum(self.sizes)
 
     def push(self, v: Tensor) -> Tensor:
         """Return `R v`, `(m,)`."""
-        return self.matrix @ v
+        pieces = v.split(self.sizes)
+        return torch.stack([part.push(piece) for part, piece in zip(self.parts, pieces, strict=True)]).sum(0)
 
     def pull(self, u: Tensor) -> Tensor:
         """Return `R'u`, `(n,)`."""
-        return self.matrix.T @ u
+        return torch.cat([part.pull(u) for part in self.parts])
 
-    def gram(self, weights: Sequence[float] | None = None) -> Tensor:
-        """Return `R W R'`, `(m, m)`, `W` a number for each parameter tensor (None: one)."""
-        if weights is None:
-            return self.matrix @ self.matrix.T
-        w = torch.cat([self.matrix.new_full((s,), x) for s, x in zip(self.sizes, weights, strict=True)])
-        return (self.matrix * w) @ self.matrix.T
+    def gram(self, weights: Sequence[float] | None = None, out: Tensor | None = None) -> Tensor:
+        """Return `R W R'`, `(m, m)`.
+
+        Args:
+            weights: `W`, one number for each parameter tensor; None (default): ones.
+            out: Memory for the result, overwritten; None (default): new memory.
+        """
+        m = self.residuals.numel()
+        out = self.residuals.new_empty(m, m) if out is None else out
+        return gram(self.parts, [1.0] * len(self.parts) if weights is None else weights, out)
 
     def parameter_gram(self) -> Tensor:
         """Return `R'R`, `(n, n)`."""
-        return self.matrix.T @ self.matrix
+        rows = self.dense()
+        return rows.T @ rows
 
     def dense(self) -> Tensor:
         """Return `R`, `(m, n)`."""
-        return self.matrix
+        return torch.cat([part.dense() for part in self.parts], 1)
 
     def weigh(self, tangents: Mapping[int, Tensor]) -> Tensor:
-        """Return `S't`, `(m,)`, for tangents of the outputs by their numbers."""
-        return self.root.T @ torch.cat([t.reshape(-1) for t in tangents.values()])
+        """Return `S't`, `(m,)`, for changes `t` of the outputs, by their numbers."""
+        return torch.cat([root.weigh(tangents) for root in self.roots])
 
 
+@dataclass(frozen=True, eq=False)
+class Root:
+    """`S` for outputs whose samples are independent: a block `(columns, rank)` for each sample.
+
+    Attributes:
+        numbers: Numbers of the outputs.
+        index: The samples' entries among those of these outputs, `(samples, columns)`.
+        blocks: `(samples, columns, rank)`.
+    """
+
+    numbers: tuple[int, ...]
+    index: Tensor
+    blocks: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rank and number of samples."""
+        return self.blocks.shape[2], self.blocks.shape[0]
+
+    def weigh(self, tangents: Mapping[int, Tensor]) -> Tensor:
+        """Return `S't`, the rows of a rank after each other, `(rank samples,)`."""
+        flat = torch.cat([tangents[number].reshape(-1) for number in self.numbers]).to(self.blocks.dtype)
+        return torch.einsum("nc,ncr->rn", flat[self.index], self.blocks).reshape(-1)
+
+    def residuals(self, slopes: Mapping[int, Tensor]) -> Tensor:
+        """Return the least `r` for which `S r` is nearest to the loss's slopes by the outputs, `(rank samples,)`."""
+        # The columns of a block are orthogonal.
+        squares = self.blocks.square().sum(1).T.reshape(-1)
+        return torch.where(squares > 0, self.weigh(slopes) / squares, 0)
+
+    def only(self, chosen: Tensor) -> Root:
+        """Return the blocks of these samples alone, weighted up."""
+        weight = math.sqrt(len(self.blocks) / len(chosen))
+        return Root(self.numbers, self.index[chosen], weight * self.blocks[chosen])
+
+
+@torch.no_grad()
+def jacobian_rows(evaluation: Evaluation) -> Tensor:
+    """Return the Jacobian `J` of an evaluation whose graph is kept, `(m, n)`, rows in the order of the outputs' entries.
+
+    Raises:
+        RowsError: Samples are not independent.
+    """
+    _, outputs = evaluation.graph
+    m = sum(z.tensor.numel() for z in outputs)
+    J = evaluation.gradient.new_zeros(m, evaluation.gradient.numel())
+    first = 0
+    for z in outputs:
+        group = _separated([z], evaluation, lambda index: True)
+        gathered = [Gathered(p.numel()) for p in evaluation.params]
+        units = torch.eye(group.columns, dtype=J.dtype, device=J.device)
+        group.gather(units.expand(group.count, -1, -1), None, gathered, 0)
+        found = torch.cat([part.rows(z.tensor.numel(), J).dense() for part in gathered], 1)
+        J[first + group.index.T.reshape(-1)] = found
+        first += z.tensor.numel()
+    return J
+
+
+@torch.no_grad()
 def residual_rows(evaluation: Evaluation, most: int | None = None, seed: int = 0) -> Rows:
-    """Return the residual rows of an evaluation; at most about `most` of them, chosen at random (None: all)."""
+    """Return the residual rows of an evaluation whose graph is kept.
+
+    Args:
+        evaluation: The evaluation.
+        most: Number of rows at most, chosen at random among the samples and weighted up; None (default): all.
+        seed: Seed of the choice. Default 0.
+
+    Raises:
+        RowsError: Samples are not independent, or a loss is not convex in its outputs.
+    """
     loss, outputs = evaluation.graph
-    tensors = [z.tensor for z in outputs]
-    J = jacobian(evaluation)
-    m, n = J.shape
-    eye = torch.eye(m, dtype=evaluation.gradient.dtype)
-    matrix = torch.stack([J.T @ e for e in eye])
-    curve = products.curve_of(loss, outputs)
-    H = torch.stack([torch.cat([c.reshape(-1) for c in curve(unflatten(e, tensors))]) for e in eye])
-    values, vectors = torch.linalg.eigh(0.5 * (H + H.T))
-    keep = values > values.max() * m * torch.finfo(values.dtype).eps
-    root = vectors[:, keep] * values[keep].sqrt()
-    slopes = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
-    slope = torch.cat([s.reshape(-1) for s in slopes])
-    residuals = vectors[:, keep].T @ slope / values[keep].sqrt()
-    R = root.T @ matrix
-    rest = evaluation.data_gradient - R.T @ residuals
-    small = float(rest.norm()) <= 1e-8 * float(evaluation.data_gradient.norm())
-    sizes = tuple(p.numel() for p in evaluation.params)
-    return Rows(residuals, None if small else rest, m, sizes, R, root)
+    slopes = _slopes(loss, outputs)
+    groups = [_rooted(loss, outputs, members, evaluation) for members in _coupled(loss, outputs)]
+    count = sum(math.prod(root.shape) for _, root in groups)
+    generator = torch.Generator().manual_seed(seed)
+    gathered = [Gathered(p.numel()) for p in evaluation.params]
+    residuals, roots, first = [], [], 0
+    for group, root in groups:
+        chosen = None
+        if most is not None and count > most:
+            kept = max(1, round(group.count * most / count))
+            chosen = torch.randperm(group.count, generator=generator)[:kept].to(loss.device)
+            root = root.only(chosen)
+        residuals.append(root.residuals(slopes))
+        group.gather(root.blocks, chosen, gathered, first)
+        roots.append(root)
+        first += math.prod(root.shape)
+    r = torch.cat(residuals)
+    parts = tuple(found.rows(len(r), r) for found in gathered)
+    rows = Rows(r, None, count, parts, tuple(p.numel() for p in evaluation.params), tuple(roots))
+    rest = evaluation.data_gradient - rows.pull(r)
+    scale = float(evaluation.data_gradient.norm())
+    if float(rest.norm()) > math.sqrt(torch.finfo(r.dtype).eps) * scale:
+        rows = replace(rows, remainder=rest)
+    return rows
+
+
+class RowsError(RuntimeError):
+    """The rows of the Jacobian cannot be formed."""
+
+
+# The loss by the outputs.
+
+
+def _slopes(loss: Tensor, outputs: Sequence[Output]) -> dict[int, Tensor]:
+    found = grad(loss, [z.tensor for z in outputs], keep=True)
+    pairs = zip(outputs, found, strict=True)
+    return {z.number: torch.zeros_like(z.tensor) if g is None else g for z, g in pairs}
+
+
+def _coupled(loss: Tensor, outputs: Sequence[Output]) -> list[list[Output]]:
+    """Return the outputs in groups: the loss's Hessian couples no output with one of another group."""
+    curve = curve_of(loss, outputs)
+    groups: list[set[int]] = []
+    for i, z in enumerate(outputs):
+        along = [torch.zeros_like(other.tensor) for other in outputs]
+        flat = z.tensor.detach().reshape(-1)
+        along[i] = normals(flat, torch.Generator().manual_seed(i)).view(z.tensor.shape)
+        touched = {j for j, bent in enumerate(curve(along)) if bool((bent != 0).any())} | {i}
+        joined = touched.union(*(group for group in groups if group & touched))
+        groups = [*(group for group in groups if not group & touched), joined]
+    return [[outputs[i] for i in sorted(group)] for group in sorted(groups, key=min)]
+
+
+def _rooted(
+    loss: Tensor, outputs: Sequence[Output], members: Sequence[Output], evaluation: Evaluation
+) -> tuple[Group, Root]:
+    """Return a group of outputs with samples that neither the network nor the loss couples, and the loss's root."""
+    curve, own = curve_of(loss, outputs), {z.number for z in members}
+    dtype = flat_dtype(evaluation.params)
+
+    def curved(flat: Tensor) -> Tensor:
+        pieces = dict(zip([z.number for z in members], flat.split([z.tensor.numel() for z in members]), strict=True))
+        along = [
+            pieces[z.number].view(z.tensor.shape).to(z.tensor.dtype) if z.number in own else torch.zeros_like(z.tensor)
+            for z in outputs
+        ]
+        bent = {z.number: t for z, t in zip(outputs, curve(along), strict=True)}
+        return torch.cat([bent[z.number].reshape(-1) for z in members]).to(dtype)
+
+    def blocks(index: Tensor) -> Tensor | None:
+        """Return the blocks of the Hessian, `(samples, columns, columns)`; None if it has entries beside them."""
+        n, k = index.shape
+        found = evaluation.gradient.new_zeros(n, k, k)
+        for c in range(k):
+            unit = found.new_zeros(n * k)
+            unit[index[:, c]] = 1
+            found[:, :, c] = curved(unit)[index]
+        v = normals(found.new_zeros(n * k), torch.Generator().manual_seed(0))
+        expected = torch.einsum("nij,nj->ni", found, v[index])
+        error = (curved(v)[index] - expected).abs().max()
+        return found if float(error) <= _CLOSE * float(expected.abs().max()) else None
+
+    kept: dict[int, Tensor] = {}
+
+    def is_independent(index: Tensor) -> bool:
+        found = blocks(index)
+        if found is not None:
+            kept[index.shape[1]] = found
+        return found is not None
+
+    group = _separated(members, evaluation, is_independent)
+    return group, Root(tuple(z.number for z in members), group.index, _root(kept[group.columns]))
+
+
+# Relative error of a product with the blocks of a Hessian above which it has entries beside them.
+_CLOSE = 1e-4
+
+
+def _root(blocks: Tensor) -> Tensor:
+    """Return `S` with `S S'` the blocks, `(samples, columns, rank)`; the columns of a block are orthogonal.
+
+    Raises:
+        RowsError: A block has a negative eigenvalue.
+    """
+    values, vectors = torch.linalg.eigh(0.5 * (blocks + blocks.mT))
+    largest = values.abs().amax(1, keepdim=True)
+    rounding = largest * values.shape[1] * torch.finfo(values.dtype).eps
+    if bool((values < -4 * rounding).any()):
+        raise RowsError(
+            "The loss is not convex in its outputs, so the Gauss-Newton matrix has no rows. Use HessianFree with "
+            'curvature="hessian", or NewtonCG.'
+        )
+    roots = torch.where(values > rounding, values, 0).sqrt()
+    used = (roots > 0).any(0)
+    # A loss that is flat here keeps one row.
+    used[-1] = True
+    return (vectors * roots[:, None, :])[:, :, used]
+
+
+# The samples of the outputs.
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Outputs with their samples, and the operations through which parameters enter them.
+
+    Attributes:
+        samples: The samples.
+        uses: The uses of the parameters.
+        leaves: Number of each parameter by its node.
+    """
+
+    samples: Samples
+    uses: tuple[Use, ...]
+    leaves: Mapping[Node, int]
+
+    @property
+    def index(self) -> Tensor:
+        """The samples' entries, `(samples, columns)`."""
+        return self.samples.index
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return self.samples.count
+
+    @property
+    def columns(self) -> int:
+        """Number of entries of a sample."""
+        return self.samples.columns
+
+    def gather(self, blocks: Tensor, chosen: Tensor | None, gathered: Sequence[Gathered], first: int) -> None:
+        """Add the rows along `blocks`, from the row `first` on, one column of the blocks after the other.
+
+        Args:
+            blocks: `(samples, columns, rank)`, for the samples chosen.
+            chosen: Numbers of the samples; None: all.
+            gathered: The rows by parameter.
+            first: Number of the first row.
+        """
+        edges = list(dict.fromkeys(edge for use in self.uses for edge in _results(use.node)))
+        base = dict(zip(edges, labels_at(self.samples, edges), strict=True))
+        rows = blocks.shape[0]
+        place = None
+        if chosen is not None:
+            place = torch.full((self.count + 1,), -1, device=chosen.device)
+            place[chosen] = torch.arange(rows, device=chosen.device)
+        for j in range(blocks.shape[2]):
+            if self.columns == 1:
+                # The gradient along other values is that along ones times the value of each sample.
+                gradients, scale = {e: None if f is None else f.gradient for e, f in base.items()}, blocks[:, 0, j]
+            else:
+                values = blocks.new_zeros(self.index.shape)
+                values[slice(None) if chosen is None else chosen] = blocks[:, :, j]
+                gradients, scale = dict(zip(edges, self.samples.gradients(values, edges), strict=True)), blocks.new_ones(rows)
+            for use in self.uses:
+                own = _results(use.node)
+                of = [gradients[edge] for edge in own]
+                if all(g is None for g in of):
+                    continue
+                numbers = [None if (found := base[edge]) is None else found.samples for edge in own]
+                contribution = contribution_of(use, of, numbers)
+                if place is not None:
+                    contribution = replace(contribution, samples=place[contribution.samples])
+                self._add(contribution, use, scale, gathered, first + j * rows)
+
+    def _add(
+        self, contribution: Contribution, use: Use, scale: Tensor, gathered: Sequence[Gathered], first: int
+    ) -> None:
+        """Add the rows of one use, sample `i` times `scale[i]`, `(samples,)`, from the row `first` on."""
+        route = _route(use.target, self.leaves)
+        if isinstance(contribution, Outer) and route is not None and route.order is None:
+            left, right = (factor.to(scale.dtype) for factor in by_sample(contribution, len(scale)))
+            right = right * scale[:, None, None]
+            gathered[route.number].add_outer(first, *((right, left) if route.is_transposed else (left, right)))
+            return
+        whole = dense(contribution, len(scale)).to(scale.dtype) * scale[:, None]
+        if route is None:
+            for number, rows in _pulled(use.target, whole, self.leaves):
+                gathered[number].add_formed(first, rows)
+            return
+        if route.is_transposed:
+            p, q = use.target[0]._input_metadata[use.target[1]].shape
+            whole = whole.view(-1, p, q).mT.reshape(len(whole), -1)
+        gathered[route.number].add_formed(first, whole if route.order is None else whole[:, route.order])
+
+
+def _results(node: Node) -> list[Edge]:
+    return [(node, number) for number in range(len(node._input_metadata))]
+
+
+def leaves_of(params: Sequence[Tensor]) -> dict[Node, int]:
+    """Return the number of each parameter by its node, at which its gradient is accumulated."""
+    return {torch.autograd.graph.get_gradient_edge(p).node: number for number, p in enumerate(params)}
+
+
+def _separated(
+    members: Sequence[Output], evaluation: Evaluation, is_independent: Callable[[Tensor], bool]
+) -> Group:
+    """Return outputs with the samples that take the fewest passes.
+
+    Args:
+        members: The outputs.
+        evaluation: The evaluation.
+        is_independent: Whether samples with these entries may be taken for independent as far as the loss goes.
+
+    Raises:
+        RowsError: There are none, or too many passes would be needed.
+    """
+    tensors = tuple(z.tensor for z in members)
+    leaves = leaves_of(evaluation.params)
+    operation = ""
+    for index in _groupings(tensors):
+        samples = Samples(tensors, index)
+        if samples.columns > _MOST_PASSES:
+            break
+        if not is_independent(index):
+            continue
+        try:
+            return Group(samples, tuple(uses_of(samples, list(leaves))), leaves)
+        except CoupledError as error:
+            operation = operation or error.operation
+    size = sum(z.numel() for z in tensors)
+    why = f"the operation {operation} couples samples" if operation else "the loss couples its samples"
+    raise RowsError(
+        f"The rows of the Jacobian would take {size} backward passes, one for each of the outputs' entries, for {why}. "
+        f"More than {_MOST_PASSES} are not made. Use HessianFree, which needs products alone."
+    )
+
+
+# Backward passes for one group of outputs at most.
+_MOST_PASSES = 512
+
+
+def _groupings(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield entries grouped into samples, `(samples, columns)`, by some of their dimensions, fewest columns first."""
+    shapes = {z.shape for z in tensors}
+    offsets = [0]
+    for z in tensors:
+        offsets.append(offsets[-1] + z.numel())
+    total = torch.arange(offsets[-1], device=tensors[0].device)
+    numbers = [total[a:b].view(z.shape) for z, a, b in zip(tensors, offsets[:-1], offsets[1:], strict=True)]
+    sizes = dict(enumerate(tensors[0].shape)) if len(shapes) == 1 else {}
+    if not sizes and len({z.shape[:1] for z in tensors}) == 1 and tensors[0].dim():
+        numbers, sizes = [n.reshape(len(n), -1) for n in numbers], {0: tensors[0].shape[0]}
+    dims = [dim for dim, size in sizes.items() if size > 1]
+    found = []
+    for count in range(len(dims) + 1):
+        for kept in itertools.combinations(dims, count):
+            samples = math.prod(sizes[dim] for dim in kept)
+            order = range(len(kept))
+            moved = [n.movedim(kept, tuple(order)).reshape(samples, -1) for n in numbers]
+            found.append(torch.cat(moved, 1))
+    yield from sorted(found, key=lambda index: index.shape[1])
+
+
+# From an operand to the parameters behind it.
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """A way from an operand to the parameter that it is a view of.
+
+    Attributes:
+        number: Number of the parameter.
+        is_transposed: Whether the operand is the parameter's transpose.
+        order: Number of the operand's entry for each of the parameter's; None: in order.
+    """
+
+    number: int
+    is_transposed: bool = False
+    order: Tensor | None = None
+
+
+def _route(target: Edge, leaves: Mapping[Node, int]) -> Route | None:
+    """Return the way to the one parameter whose entries an operand holds; None if there is none."""
+    node: Node | None = target[0]
+    passed: list[Node] = []
+    while node is not None and node not in leaves:
+        if kind_of(node) not in _VIEWS or len(node.next_functions) != 1:
+            return None
+        passed.append(node)
+        node = node.next_functions[0][0]
+    if node is None:
+        return None
+    number = leaves[node]
+    kinds = [kind_of(one) for one in passed]
+    if set(kinds) <= {"T"}:
+        return Route(number, len(kinds) % 2 == 1)
+    shape = target[0]._input_metadata[target[1]].shape
+    count = torch.arange(math.prod(shape), dtype=torch.float64, device=_device_of(node))
+    moved: Any = count.view(shape)
+    for one in passed:
+        step: Any = one
+        moved = step(moved)
+        moved = moved[0] if isinstance(moved, tuple) else moved
+    order = moved.reshape(-1).long()
+    if torch.equal(order, count.long()):
+        return Route(number)
+    if len(shape) == 2 and torch.equal(order, count.long().view(shape).T.reshape(-1)):
+        return Route(number, True)
+    return Route(number, False, order)
+
+
+def _device_of(leaf: Any) -> torch.device:
+    device: torch.device = leaf.variable.device
+    return device
+
+
+_VIEWS = frozenset(
+    {"Alias", "Permute", "ReshapeAlias", "Squeeze", "T", "Transpose", "UnsafeView", "Unsqueeze", "View"}
+)
+
+
+def _pulled(target: Edge, rows: Tensor, leaves: Mapping[Node, int]) -> Iterator[tuple[int, Tensor]]:
+    """Yield the numbers of the parameters behind an operand and the rows pulled back to them, `(rows, size)`."""
+    node, number = target
+    of = node._input_metadata[number]
+    met = [leaf for leaf in behind(node) if leaf in leaves]
+    start: Any = GradientEdge(node, number)
+    pulled: list[list[Tensor | None]] = []
+    for row in rows:
+        along = [row.view(of.shape).to(of.dtype)]
+        pulled.append(list(grad([start], [GradientEdge(leaf, 0) for leaf in met], along, keep=True)))  # type: ignore[arg-type, misc]
+    for leaf, column in zip(met, zip(*pulled, strict=True), strict=True):
+        if any(g is not None for g in column):
+            like = next(g for g in column if g is not None)
+            stacked = torch.stack([torch.zeros_like(like) if g is None else g for g in column])
+            yield leaves[leaf], stacked.reshape(len(rows), -1).to(rows.dtype)

@@ -1,0 +1,234 @@
+"""Samples of a gradient: which sample of an output each entry of a gradient inside its graph belongs to.
+
+The outputs' entries are grouped into samples. A gradient is linear in the cotangent, and multiplying by a power of two
+does not round. So the graph is differentiated along ones, and again along `2^digit` of each sample's number: an entry
+that belongs to one sample comes out multiplied by that power, and the exponents spell its number. An entry to which
+several samples contribute comes out as something else, and is a *mixture*.
+
+A walk from the outputs then finds where the samples end. A `Use` is an operation whose result has entries of single
+samples while one of its operands is a mixture: a layer and its weight, or a layer and the batch's mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from newtonopt.autodiff.gradients import Gradients, grad
+from newtonopt.autodiff.graph import behind, bytes_handed_on
+
+# A node, and the number of one of its results.
+Edge = tuple[Node, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Outputs whose entries are grouped into samples.
+
+    Attributes:
+        outputs: The outputs, with their graph.
+        index: `(samples, columns)`: numbers of each sample's entries among those of all outputs, flattened and joined.
+    """
+
+    outputs: tuple[Tensor, ...]
+    index: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return self.index.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Number of entries of a sample."""
+        return self.index.shape[1]
+
+    def cotangents(self, values: Tensor) -> list[Tensor]:
+        """Return values `(samples, columns)` as one tensor for each output."""
+        flat = values.new_empty(self.index.numel())
+        flat[self.index.reshape(-1)] = values.reshape(-1)
+        pieces = flat.split([z.numel() for z in self.outputs])
+        return [piece.view(z.shape).to(z.dtype) for piece, z in zip(pieces, self.outputs, strict=True)]
+
+    def gradients(self, values: Tensor, edges: Sequence[Edge]) -> Gradients:
+        """Return the gradients at these edges along values `(samples, columns)`; None where there is none."""
+        by: list[object] = [GradientEdge(*edge) for edge in edges]
+        return grad(self.outputs, by, self.cotangents(values), keep=True)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Use:
+    """An operation that hands entries of single samples to an operand that is a mixture.
+
+    Attributes:
+        node: The operation's node.
+        slot: Number of the operand.
+        target: The operand's own node, and the number of its result.
+    """
+
+    node: Node
+    slot: int
+    target: Edge
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """A gradient with the number of the sample that each entry belongs to.
+
+    Attributes:
+        gradient: The gradient along the weights of `Labels`.
+        samples: Numbers of the samples, shaped as the gradient; -1 where the gradient is zero.
+    """
+
+    gradient: Tensor
+    samples: Tensor
+
+
+def labels_at(samples: Samples, edges: Sequence[Edge]) -> list[Labelled | None]:
+    """Return the gradients at these edges with their samples' numbers; None where there is no gradient or a mixture.
+
+    The gradients are taken along ones if a sample has one entry, else along random weights, the same for all samples.
+    """
+    weights = column_weights(samples)
+    base = samples.gradients(weights, edges)
+    eps = max(torch.finfo(z.dtype).eps for z in samples.outputs)
+    radix, digits = _radix(samples.count, eps)
+    numbers = torch.arange(samples.count, device=weights.device)
+    found: list[Tensor | None] = [None if g is None else torch.where(g == 0, -1, 0) for g in base]
+    alive = [n is not None for n in found]
+    for digit in range(digits):
+        exponents = numbers // radix**digit % radix
+        scaled = samples.gradients(torch.ldexp(weights, exponents[:, None]), edges)
+        for i, (one, two, label) in enumerate(zip(base, scaled, found, strict=True)):
+            if alive[i] and one is not None and label is not None:
+                exponent = None if two is None else _exponents(one, two, eps)
+                alive[i] = exponent is not None
+                if exponent is not None:
+                    label += exponent * radix**digit
+    return [
+        Labelled(g, label) if ok and g is not None and label is not None else None
+        for g, label, ok in zip(base, found, alive, strict=True)
+    ]
+
+
+def column_weights(samples: Samples) -> Tensor:
+    """Return the weights of the entries of a sample, `(samples, columns)`: ones, or random ones for several."""
+    like = samples.outputs[0]
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if samples.columns == 1:
+        return torch.ones(samples.index.shape, dtype=dtype, device=like.device)
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randn(samples.columns, generator=generator, dtype=dtype).to(like.device)
+    return row.expand(samples.index.shape)
+
+
+def _radix(count: int, eps: float) -> tuple[int, int]:
+    """Return how many exponents a pass may use, and the number of passes that number so many samples."""
+    most = 401 if eps < 1e-12 else 41
+    digits = max(0, math.ceil(math.log(count) / math.log(most) - 1e-9))
+    radix = max(2, math.ceil(count ** (1 / digits))) if digits else 1
+    return radix + 1 if digits and radix**digits < count else radix, digits
+
+
+def _exponents(one: Tensor, two: Tensor, eps: float) -> Tensor | None:
+    """Return `log2(two / one)`, zero where both are zero; None if an entry is not multiplied by a power of two."""
+    zero = one == 0
+    ratio = torch.where(zero, two + 1, two / one).to(torch.float64)
+    _, exponent = torch.frexp(ratio * (1 + 1e-3))
+    exponent = exponent.long() - 1
+    # Kernels that add in another order the second time round differently.
+    close = (torch.ldexp(ratio, -exponent) - 1).abs() <= _ORDER * eps
+    return exponent if bool(close.all()) else None
+
+
+# How many rounding units a sum may differ by that was added in another order.
+_ORDER = 256
+
+
+# Where the samples end.
+
+
+class CoupledError(Exception):
+    """An operation mixes samples, which then share more than parameters.
+
+    Attributes:
+        operation: Torch's name for the operation's node.
+    """
+
+    def __init__(self, operation: str) -> None:
+        super().__init__(operation)
+        self.operation = operation
+
+
+def uses_of(samples: Samples, leaves: Sequence[Node]) -> list[Use]:
+    """Return the uses through which these leaves, the parameters' nodes, enter the outputs.
+
+    Raises:
+        CoupledError: Samples mix before the parameters are reached.
+    """
+    goals = set(leaves)
+    starts = [_edge_of(z) for z in samples.outputs]
+    live = _leading_to([node for node, _ in starts], goals)
+    edges = dict.fromkeys(edge for edge in starts if edge[0] in live)
+    edges.update(dict.fromkeys(edge for node in live for edge in node.next_functions if edge[0] in live))
+    labelled = labels_at(samples, list(edges))
+    mixed = {node for (node, _), found in zip(edges, labelled, strict=True) if found is None}
+    uses: list[Use] = []
+    waiting = list(dict.fromkeys(node for node, _ in starts if node in live))
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node in goals:
+            uses.append(Use(node, 0, (node, 0)))
+        for slot, (following, number) in enumerate(node.next_functions):
+            if following in mixed:
+                uses.append(Use(node, slot, (following, number)))
+            elif following in live and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    for use in uses:
+        _check_small(use, goals)
+    return uses
+
+
+def _check_small(use: Use, leaves: set[Node]) -> None:
+    """Raise a CoupledError if what is behind an operand is more than a function of the parameters alone."""
+    if use.target[0] in leaves:
+        return
+    nodes = set(behind(use.target[0]))
+    own = sum(math.prod(of.shape) * of.dtype.itemsize for n in nodes & leaves for of in n._input_metadata)
+    if any(not n.next_functions and n not in leaves for n in nodes) or bytes_handed_on(nodes) > _LARGER * own:
+        raise CoupledError(use.node.name())
+
+
+# How many times as much as the parameters themselves a function of parameters alone may take, such as a weight norm.
+_LARGER = 64
+
+
+def _edge_of(z: Tensor) -> Edge:
+    assert z.grad_fn is not None  # outputs have a graph
+    return z.grad_fn, z.output_nr
+
+
+def _leading_to(starts: Sequence[Node], goals: set[Node]) -> set[Node]:
+    """Return the nodes behind `starts` from which one of the goals is reached, themselves included."""
+    consumers: dict[Node, list[Node]] = {}
+    found = []
+    for node in behind(starts):
+        if node in goals:
+            found.append(node)
+        for following, _ in node.next_functions:
+            if following is not None:
+                consumers.setdefault(following, []).append(node)
+    live = set(found)
+    while found:
+        for consumer in consumers.get(found.pop(), ()):
+            if consumer not in live:
+                live.add(consumer)
+                found.append(consumer)
+    return live
