@@ -60,24 +60,24 @@ class Spread:
 Contribution = Outer | Whole | Spread
 
 
-def contribution_of(use: Use, gradients: Sequence[Tensor | None], samples: Sequence[Tensor | None]) -> Contribution:
-    """Return what the samples contribute to the gradient of a use's operand.
+def contribution_of(use: Use, gradients: Sequence[Tensor | None]) -> Contribution:
+    """Return the samples' contributions to the gradient of a use's operand.
 
     Args:
         use: The use.
-        gradients: Gradient of each of the operation's results; None where there is none.
-        samples: Sample of each entry of these gradients, -1 where it is zero; None as before.
+        gradients: Gradients of the operation's results, along any values; None where there is none.
     """
     node: Any = use.node
     shape = torch.Size(use.target[0]._input_metadata[use.target[1]].shape)
-    g, labels = gradients[0], samples[0]
-    if use.node is use.target[0] and g is not None and labels is not None:
-        return _spread(g, labels, shape)
-    rule = _RULES.get(kind_of(node))
-    if rule is not None and g is not None and labels is not None and not g.is_complex() and len(gradients) == 1:
-        found = rule(node, use.slot, g, labels, shape)
+    g, labels = gradients[0], use.results[0]
+    if len(gradients) == 1 and g is not None and labels is not None and not g.is_complex():
+        if node is use.target[0]:
+            return _spread(g, labels.samples, shape)
+        rule = _RULES.get(kind_of(node))
+        found = None if rule is None else rule(node, use.slot, g, labels.samples, shape)
         if found is not None:
             return found
+    samples = [None if one is None else one.samples for one in use.results]
     return _by_node(node, use.slot, gradients, samples, shape)
 
 

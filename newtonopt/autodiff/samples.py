@@ -61,21 +61,6 @@ class Samples:
         return grad(self.outputs, by, self.cotangents(values), keep=True)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class Use:
-    """An operation that hands entries of single samples to an operand that is a mixture.
-
-    Attributes:
-        node: The operation's node.
-        slot: Number of the operand.
-        target: The operand's own node, and the number of its result.
-    """
-
-    node: Node
-    slot: int
-    target: Edge
-
-
 @dataclass(frozen=True, eq=False)
 class Labelled:
     """A gradient with the number of the sample that each entry belongs to.
@@ -89,6 +74,28 @@ class Labelled:
     samples: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Use:
+    """An operation that hands entries of single samples to an operand that is a mixture.
+
+    Attributes:
+        node: The operation's node.
+        slot: Number of the operand.
+        target: The operand's own node, and the number of its result.
+        results: The gradients of the operation's results; None where there is none.
+    """
+
+    node: Node
+    slot: int
+    target: Edge
+    results: tuple[Labelled | None, ...]
+
+    @property
+    def edges(self) -> list[Edge]:
+        """The operation's results."""
+        return [(self.node, number) for number in range(len(self.results))]
+
+
 def labels_at(samples: Samples, edges: Sequence[Edge]) -> list[Labelled | None]:
     """Return the gradients at these edges with their samples' numbers; None where there is no gradient or a mixture.
 
@@ -99,20 +106,18 @@ def labels_at(samples: Samples, edges: Sequence[Edge]) -> list[Labelled | None]:
     eps = max(torch.finfo(z.dtype).eps for z in samples.outputs)
     radix, digits = _radix(samples.count, eps)
     numbers = torch.arange(samples.count, device=weights.device)
-    found: list[Tensor | None] = [None if g is None else torch.where(g == 0, -1, 0) for g in base]
-    alive = [n is not None for n in found]
+    found: list[Tensor | None] = [None if g is None else torch.zeros_like(g, dtype=torch.long) for g in base]
     for digit in range(digits):
-        exponents = numbers // radix**digit % radix
+        # Exponents around zero leave the most room on both sides.
+        exponents = numbers // radix**digit % radix - radix // 2
         scaled = samples.gradients(torch.ldexp(weights, exponents[:, None]), edges)
         for i, (one, two, label) in enumerate(zip(base, scaled, found, strict=True)):
-            if alive[i] and one is not None and label is not None:
+            if one is not None and label is not None:
                 exponent = None if two is None else _exponents(one, two, eps)
-                alive[i] = exponent is not None
-                if exponent is not None:
-                    label += exponent * radix**digit
+                found[i] = None if exponent is None else label.add_(exponent + radix // 2, alpha=radix**digit)
     return [
-        Labelled(g, label) if ok and g is not None and label is not None else None
-        for g, label, ok in zip(base, found, alive, strict=True)
+        None if g is None or label is None else Labelled(g, label.masked_fill_(g == 0, -1))
+        for g, label in zip(base, found, strict=True)
     ]
 
 
@@ -129,23 +134,31 @@ def column_weights(samples: Samples) -> Tensor:
 
 def _radix(count: int, eps: float) -> tuple[int, int]:
     """Return how many exponents a pass may use, and the number of passes that number so many samples."""
-    most = 401 if eps < 1e-12 else 41
+    most = 1001 if eps < 1e-12 else 61
     digits = max(0, math.ceil(math.log(count) / math.log(most) - 1e-9))
-    radix = max(2, math.ceil(count ** (1 / digits))) if digits else 1
-    return radix + 1 if digits and radix**digits < count else radix, digits
+    radix = math.ceil(count ** (1 / digits) - 1e-9) if digits else 1
+    return radix if radix**digits >= count else radix + 1, digits
 
 
 def _exponents(one: Tensor, two: Tensor, eps: float) -> Tensor | None:
     """Return `log2(two / one)`, zero where both are zero; None if an entry is not multiplied by a power of two."""
+    kind, bits = _INTEGERS.get(one.dtype, (None, 0))
+    if kind is not None and one.is_contiguous() and two.is_contiguous():
+        # The exponent stands above the mantissa in a number's bits, and mantissas are equal.
+        difference = two.view(kind) - one.view(kind)
+        exponent = difference >> bits
+        if torch.equal(exponent << bits, difference):
+            return exponent.long()
+    # Kernels that add in another order the second time round differently.
     zero = one == 0
     ratio = torch.where(zero, two + 1, two / one).to(torch.float64)
-    _, exponent = torch.frexp(ratio * (1 + 1e-3))
-    exponent = exponent.long() - 1
-    # Kernels that add in another order the second time round differently.
+    exponent = torch.frexp(ratio * (1 + 1e-3))[1].long() - 1
     close = (torch.ldexp(ratio, -exponent) - 1).abs() <= _ORDER * eps
     return exponent if bool(close.all()) else None
 
 
+# Integers of the size of a number, and the bits of its mantissa.
+_INTEGERS = {torch.float64: (torch.int64, 52), torch.float32: (torch.int32, 23)}
 # How many rounding units a sum may differ by that was added in another order.
 _ORDER = 256
 
@@ -176,23 +189,28 @@ def uses_of(samples: Samples, leaves: Sequence[Node]) -> list[Use]:
     live = _leading_to([node for node, _ in starts], goals)
     edges = dict.fromkeys(edge for edge in starts if edge[0] in live)
     edges.update(dict.fromkeys(edge for node in live for edge in node.next_functions if edge[0] in live))
-    labelled = labels_at(samples, list(edges))
-    mixed = {node for (node, _), found in zip(edges, labelled, strict=True) if found is None}
+    labelled = dict(zip(edges, labels_at(samples, list(edges)), strict=True))
+    mixed = {node for (node, _), found in labelled.items() if found is None}
     uses: list[Use] = []
     waiting = list(dict.fromkeys(node for node, _ in starts if node in live))
     seen = set(waiting)
+
+    def use(node: Node, slot: int, target: Edge) -> Use:
+        results = tuple(labelled.get((node, number)) for number in range(len(node._input_metadata)))
+        return Use(node, slot, target, results)
+
     while waiting:
         node = waiting.pop()
         if node in goals:
-            uses.append(Use(node, 0, (node, 0)))
+            uses.append(use(node, 0, (node, 0)))
         for slot, (following, number) in enumerate(node.next_functions):
             if following in mixed:
-                uses.append(Use(node, slot, (following, number)))
+                uses.append(use(node, slot, (following, number)))
             elif following in live and following not in seen:
                 seen.add(following)
                 waiting.append(following)
-    for use in uses:
-        _check_small(use, goals)
+    for found in uses:
+        _check_small(found, goals)
     return uses
 
 

@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge, Node
 from newtonopt.autodiff.contributions import Contribution, Outer, by_sample, contribution_of, dense
 from newtonopt.autodiff.gradients import grad
 from newtonopt.autodiff.graph import behind, kind_of
-from newtonopt.autodiff.samples import CoupledError, Edge, Samples, Use, labels_at, uses_of
+from newtonopt.autodiff.samples import CoupledError, Edge, Samples, Use, uses_of
 from newtonopt.closure.evaluation import Evaluation
 from newtonopt.closure.losses import Output
 from newtonopt.operators.factors import Factors, Formed, Gathered, gram
@@ -323,31 +323,34 @@ class Group:
             gathered: The rows by parameter.
             first: Number of the first row.
         """
-        edges = list(dict.fromkeys(edge for use in self.uses for edge in _results(use.node)))
-        base = dict(zip(edges, labels_at(self.samples, edges), strict=True))
         rows = blocks.shape[0]
         place = None
         if chosen is not None:
             place = torch.full((self.count + 1,), -1, device=chosen.device)
             place[chosen] = torch.arange(rows, device=chosen.device)
         for j in range(blocks.shape[2]):
+            scale, along = blocks.new_ones(rows), self._along(blocks[:, :, j], chosen)
             if self.columns == 1:
-                # The gradient along other values is that along ones times the value of each sample.
-                gradients, scale = {e: None if f is None else f.gradient for e, f in base.items()}, blocks[:, 0, j]
-            else:
-                values = blocks.new_zeros(self.index.shape)
-                values[slice(None) if chosen is None else chosen] = blocks[:, :, j]
-                gradients, scale = dict(zip(edges, self.samples.gradients(values, edges), strict=True)), blocks.new_ones(rows)
-            for use in self.uses:
-                own = _results(use.node)
-                of = [gradients[edge] for edge in own]
-                if all(g is None for g in of):
-                    continue
-                numbers = [None if (found := base[edge]) is None else found.samples for edge in own]
-                contribution = contribution_of(use, of, numbers)
-                if place is not None:
-                    contribution = replace(contribution, samples=place[contribution.samples])
-                self._add(contribution, use, scale, gathered, first + j * rows)
+                scale = blocks[:, 0, j]
+            for use, gradients in zip(self.uses, along, strict=True):
+                if any(g is not None for g in gradients):
+                    contribution = contribution_of(use, gradients)
+                    if place is not None:
+                        contribution = replace(contribution, samples=place[contribution.samples])
+                    self._add(contribution, use, scale, gathered, first + j * rows)
+
+    def _along(self, values: Tensor, chosen: Tensor | None) -> list[list[Tensor | None]]:
+        """Return the gradients of each use's results along these values, `(samples, columns)`.
+
+        If a sample has one entry they are returned along ones: gradients are linear in the cotangent, sample by sample.
+        """
+        if self.columns == 1:
+            return [[None if one is None else one.gradient for one in use.results] for use in self.uses]
+        whole = values.new_zeros(self.index.shape)
+        whole[slice(None) if chosen is None else chosen] = values
+        edges = list(dict.fromkeys(edge for use in self.uses for edge in use.edges))
+        found = dict(zip(edges, self.samples.gradients(whole, edges), strict=True))
+        return [[found[edge] for edge in use.edges] for use in self.uses]
 
     def _add(
         self, contribution: Contribution, use: Use, scale: Tensor, gathered: Sequence[Gathered], first: int
@@ -370,18 +373,12 @@ class Group:
         gathered[route.number].add_formed(first, whole if route.order is None else whole[:, route.order])
 
 
-def _results(node: Node) -> list[Edge]:
-    return [(node, number) for number in range(len(node._input_metadata))]
-
-
 def leaves_of(params: Sequence[Tensor]) -> dict[Node, int]:
     """Return the number of each parameter by its node, at which its gradient is accumulated."""
     return {torch.autograd.graph.get_gradient_edge(p).node: number for number, p in enumerate(params)}
 
 
-def _separated(
-    members: Sequence[Output], evaluation: Evaluation, is_independent: Callable[[Tensor], bool]
-) -> Group:
+def _separated(members: Sequence[Output], evaluation: Evaluation, is_independent: Callable[[Tensor], bool]) -> Group:
     """Return outputs with the samples that take the fewest passes.
 
     Args:
@@ -492,9 +489,7 @@ def _device_of(leaf: Any) -> torch.device:
     return device
 
 
-_VIEWS = frozenset(
-    {"Alias", "Permute", "ReshapeAlias", "Squeeze", "T", "Transpose", "UnsafeView", "Unsqueeze", "View"}
-)
+_VIEWS = frozenset({"Alias", "Permute", "ReshapeAlias", "Squeeze", "T", "Transpose", "UnsafeView", "Unsqueeze", "View"})
 
 
 def _pulled(target: Edge, rows: Tensor, leaves: Mapping[Node, int]) -> Iterator[tuple[int, Tensor]]:
