@@ -145,8 +145,8 @@ def _convolution(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.
     if slot != 1 or rows is None:
         return None
     weight = node._saved_weight
-    settings = (node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_transposed)
-    settings = (*settings, node._saved_output_padding, node._saved_groups, (False, True, False))
+    places = (node._saved_stride, node._saved_padding, node._saved_dilation)
+    settings = (*places, node._saved_transposed, node._saved_output_padding, node._saved_groups, (False, True, False))
 
     def of_one(out: Tensor, given: Tensor) -> Tensor:
         gradient: Tensor = torch.ops.aten.convolution_backward(out[None], given[None], weight, None, *settings)[1]

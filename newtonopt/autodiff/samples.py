@@ -188,7 +188,7 @@ def uses_of(samples: Samples, leaves: Sequence[Node]) -> list[Use]:
     starts = [_edge_of(z) for z in samples.outputs]
     live = _leading_to([node for node, _ in starts], goals)
     edges = dict.fromkeys(edge for edge in starts if edge[0] in live)
-    edges.update(dict.fromkeys(edge for node in live for edge in node.next_functions if edge[0] in live))
+    edges.update(dict.fromkeys((n, i) for node in live for n, i in node.next_functions if n is not None and n in live))
     labelled = dict(zip(edges, labels_at(samples, list(edges)), strict=True))
     mixed = {node for (node, _), found in labelled.items() if found is None}
     uses: list[Use] = []

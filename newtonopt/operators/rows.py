@@ -130,7 +130,7 @@ class Root:
 
 @torch.no_grad()
 def jacobian_rows(evaluation: Evaluation) -> Tensor:
-    """Return the Jacobian `J` of an evaluation whose graph is kept, `(m, n)`, rows in the order of the outputs' entries.
+    """Return the outputs' Jacobian, `(m, n)`, of an evaluation whose graph is kept, a row for each of their entries.
 
     Raises:
         RowsError: Samples are not independent.
@@ -279,7 +279,8 @@ def _root(blocks: Tensor) -> Tensor:
     used = (roots > 0).any(0)
     # A loss that is flat here keeps one row.
     used[-1] = True
-    return (vectors * roots[:, None, :])[:, :, used]
+    root: Tensor = (vectors * roots[:, None, :])[:, :, used]
+    return root
 
 
 # The samples of the outputs.
@@ -498,10 +499,11 @@ def _pulled(target: Edge, rows: Tensor, leaves: Mapping[Node, int]) -> Iterator[
     of = node._input_metadata[number]
     met = [leaf for leaf in behind(node) if leaf in leaves]
     start: Any = GradientEdge(node, number)
+    ends: Any = [GradientEdge(leaf, 0) for leaf in met]
     pulled: list[list[Tensor | None]] = []
     for row in rows:
         along = [row.view(of.shape).to(of.dtype)]
-        pulled.append(list(grad([start], [GradientEdge(leaf, 0) for leaf in met], along, keep=True)))  # type: ignore[arg-type, misc]
+        pulled.append(list(grad([start], ends, along, keep=True)))
     for leaf, column in zip(met, zip(*pulled, strict=True), strict=True):
         if any(g is not None for g in column):
             like = next(g for g in column if g is not None)
