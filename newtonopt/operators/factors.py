@@ -42,6 +42,11 @@ class Factors:
                 right = torch.mm(self.right[a, i], self.right[b, j].T, out=other[:size].view(shape))
                 out[i, j].addcmul_(left, right, value=weight)
 
+    def squares(self) -> Tensor:
+        """Return the rows' squared norms, `(m,)`."""
+        pairs = itertools.product(zip(self.left, self.right, strict=True), repeat=2)
+        return torch.stack([(a * c).sum(1) * (b * d).sum(1) for (a, b), (c, d) in pairs]).sum(0)
+
     def push(self, v: Tensor) -> Tensor:
         """Return the rows' products with `v`, `(m,)`."""
         matrix = v.view(self.left.shape[2], self.right.shape[2])
@@ -69,6 +74,10 @@ class Formed:
             stop = min(i + 4 * _BLOCK, len(self.rows))
             out[i:stop, :stop].addmm_(self.rows[i:stop], self.rows[:stop].T, alpha=weight)
 
+    def squares(self) -> Tensor:
+        """Return the rows' squared norms, `(m,)`."""
+        return self.rows.square().sum(1)
+
     def push(self, v: Tensor) -> Tensor:
         """Return the rows' products with `v`, `(m,)`."""
         return self.rows @ v
@@ -80,6 +89,21 @@ class Formed:
     def dense(self) -> Tensor:
         """Return the rows, `(m, size)`."""
         return self.rows
+
+
+def joined(parts: Sequence[Factors | Formed]) -> Factors | Formed:
+    """Return the rows of several parts of one parameter, one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    factors = [part for part in parts if isinstance(part, Factors)]
+    if len(factors) < len(parts) or len({(f.left.shape[2], f.right.shape[2]) for f in factors}) > 1:
+        return Formed(torch.cat([part.dense() for part in parts]))
+    s = max(len(part.left) for part in factors)
+    left, right = (
+        torch.cat([torch.cat([f, f.new_zeros(s - len(f), *f.shape[1:])]) for f in side], 1)
+        for side in ([part.left for part in factors], [part.right for part in factors])
+    )
+    return Factors(left, right)
 
 
 @dataclass

@@ -23,13 +23,13 @@ from torch.autograd.graph import GradientEdge, Node
 
 from newtonopt.autodiff.contributions import Contribution, Outer, by_sample, contribution_of, dense
 from newtonopt.autodiff.gradients import grad
-from newtonopt.autodiff.graph import behind, kind_of
+from newtonopt.autodiff.graph import behind, coarsest, kind_of, look_through
 from newtonopt.autodiff.samples import CoupledError, Edge, Samples, Use, uses_of
-from newtonopt.closure.evaluation import Evaluation
+from newtonopt.closure.evaluation import Evaluation, Manner, Source, Verdict
 from newtonopt.closure.losses import Output
-from newtonopt.operators.factors import Factors, Formed, Gathered, gram
-from newtonopt.operators.products import curve_of
-from newtonopt.vectors.flat import flat_dtype
+from newtonopt.operators.factors import Factors, Formed, Gathered, gram, joined
+from newtonopt.operators.products import curve_of, push_of
+from newtonopt.vectors.flat import flat_dtype, flatten
 from newtonopt.vectors.random import normals
 
 
@@ -43,7 +43,8 @@ class Rows:
         count: Number of rows of the whole loss: more than `m` if rows were chosen at random.
         parts: The rows by parameter.
         sizes: Number of entries of each parameter.
-        roots: `S'` by outputs.
+        roots: `S'` by outputs, for this process's.
+        source: The closure's source, which knows the other processes; None: there are none.
     """
 
     residuals: Tensor
@@ -52,6 +53,7 @@ class Rows:
     parts: tuple[Factors | Formed, ...]
     sizes: tuple[int, ...]
     roots: tuple[Root, ...]
+    source: Source | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,9 +89,13 @@ class Rows:
         """Return `R`, `(m, n)`."""
         return torch.cat([part.dense() for part in self.parts], 1)
 
+    def squares(self) -> Tensor:
+        """Return the squared norms of the rows, `(m,)`: the diagonal of `R R'`."""
+        return torch.stack([part.squares() for part in self.parts]).sum(0)
+
     def weigh(self, tangents: Mapping[int, Tensor]) -> Tensor:
-        """Return `S't`, `(m,)`, for changes `t` of the outputs, by their numbers."""
-        return torch.cat([root.weigh(tangents) for root in self.roots])
+        """Return `S't`, `(m,)`, for changes `t` of this process's outputs, by their numbers."""
+        return _of_all(torch.cat([root.weigh(tangents) for root in self.roots]), self.source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +121,14 @@ class Root:
         """Return `S't`, the rows of a rank after each other, `(rank samples,)`."""
         flat = torch.cat([tangents[number].reshape(-1) for number in self.numbers]).to(self.blocks.dtype)
         return torch.einsum("nc,ncr->rn", flat[self.index], self.blocks).reshape(-1)
+
+    def spread(self, u: Tensor, like: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return `S u` for `u` of `(rank samples,)`, by the outputs' numbers and shaped as these."""
+        flat = u.new_zeros(sum(like[number].numel() for number in self.numbers))
+        flat[self.index.reshape(-1)] = torch.einsum("rn,ncr->nc", u.view(self.shape), self.blocks).reshape(-1)
+        pieces = flat.split([like[number].numel() for number in self.numbers])
+        pairs = zip(self.numbers, pieces, strict=True)
+        return {number: piece.view(like[number].shape).to(like[number].dtype) for number, piece in pairs}
 
     def residuals(self, slopes: Mapping[int, Tensor]) -> Tensor:
         """Return the least `r` for which `S r` is nearest to the loss's slopes by the outputs, `(rank samples,)`."""
@@ -152,7 +166,9 @@ def jacobian_rows(evaluation: Evaluation) -> Tensor:
 
 @torch.no_grad()
 def residual_rows(evaluation: Evaluation, most: int | None = None, seed: int = 0) -> Rows:
-    """Return the residual rows of an evaluation whose graph is kept.
+    """Return the residual rows of an evaluation whose graph is kept, with several processes those of all.
+
+    Once per optimizer, products with a random vector are compared with those by autograd.
 
     Args:
         evaluation: The evaluation.
@@ -160,8 +176,32 @@ def residual_rows(evaluation: Evaluation, most: int | None = None, seed: int = 0
         seed: Seed of the choice. Default 0.
 
     Raises:
+        RuntimeError: No output was recorded, or the evaluation was freed.
         RowsError: Samples are not independent, or a loss is not convex in its outputs.
+        MemoryError: The rows would not fit in memory.
     """
+    source = evaluation.source
+    if source is None:
+        rows = _own_rows(evaluation, most, seed)
+    else:
+        rows = _of_processes(source.together(lambda: _own_rows(evaluation, most, seed)), source)
+    rest = evaluation.data_gradient - rows.pull(rows.residuals)
+    eps, size = torch.finfo(rest.dtype).eps, float(evaluation.data_gradient.norm())
+    # Terms of the gradient that cancel are rounded before.
+    rounding = _ORDER * eps * (float(rows.squares().sum().sqrt()) * float(rows.residuals.norm()) + size)
+    return rows if float(rest.norm()) <= rounding else replace(rows, remainder=rest)
+
+
+# How many rounding units a gradient may be off by, relative to its terms.
+_ORDER = 64
+
+
+def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
+    """Return the rows of this process's outputs, checked."""
+    if evaluation.parts:
+        return _of_parts([(_own_rows(part, most, seed), mask) for part, mask in evaluation.parts])
+    if not evaluation.output_sizes:
+        raise RuntimeError(evaluation.recording.advice)
     loss, outputs = evaluation.graph
     slopes = _slopes(loss, outputs)
     groups = [_rooted(loss, outputs, members, evaluation) for members in _coupled(loss, outputs)]
@@ -182,11 +222,86 @@ def residual_rows(evaluation: Evaluation, most: int | None = None, seed: int = 0
     r = torch.cat(residuals)
     parts = tuple(found.rows(len(r), r) for found in gathered)
     rows = Rows(r, None, count, parts, tuple(p.numel() for p in evaluation.params), tuple(roots))
-    rest = evaluation.data_gradient - rows.pull(r)
-    scale = float(evaluation.data_gradient.norm())
-    if float(rest.norm()) > math.sqrt(torch.finfo(r.dtype).eps) * scale:
-        rows = replace(rows, remainder=rest)
+    _check(rows, evaluation)
     return rows
+
+
+def _check(rows: Rows, evaluation: Evaluation) -> None:
+    """Compare products of the rows with those by autograd, once per optimizer.
+
+    Raises:
+        RowsError: They differ.
+    """
+    if evaluation.standing.verdicts.get("rows") is not None:
+        return
+    loss, outputs = evaluation.graph
+    tensors, params = [z.tensor for z in outputs], evaluation.params
+    eps = coarsest([loss.grad_fn], evaluation.coarse_eps)
+    generator = torch.Generator().manual_seed(0)
+    u, v = normals(rows.residuals, generator), normals(evaluation.gradient, generator)
+    along = {z.number: torch.zeros_like(z.tensor) for z in outputs}
+    first = 0
+    for root in rows.roots:
+        size = math.prod(root.shape)
+        along.update(root.spread(u[first : first + size], {z.number: z.tensor for z in outputs}))
+        first += size
+    pulled = flatten(grad(tensors, params, list(along.values()), keep=True), params)
+    error = _difference(rows.pull(u), pulled)
+    cost = 1
+    if not look_through(loss, tensors, eps).is_foreign:
+        # Forms `J v` by a second differentiation, which may be wrong where the graph holds foreign code.
+        pushed = dict(zip(along, push_of(tensors, params)(v), strict=True))
+        error, cost = max(error, _difference(rows.push(v), rows.weigh(pushed))), 4
+    if not error <= max(_CLOSE, math.sqrt(eps)):
+        raise RowsError(
+            f"The rows of the Jacobian were compared with autograd's products and differ from them, by {error:.2g} "
+            "of their norm: an operation of the model treats samples in a way that newtonopt does not know. Use "
+            "HessianFree, which needs products alone."
+        )
+    evaluation.standing.judge("rows", Verdict(Manner("cached"), "", 0.0, cost))
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    size = float(b.norm())
+    return float((a - b).norm()) / size if size else float(a.norm())
+
+
+def _of_parts(found: Sequence[tuple[Rows, Tensor]]) -> Rows:
+    """Return the rows of losses that count for some of the parameters only, with a mask `(n,)` for each."""
+    every, columns = [rows for rows, _ in found], []
+    for number in range(len(every[0].parts)):
+        pieces = []
+        for rows, mask in found:
+            counts = bool(mask.split(rows.sizes)[number].any())
+            zeros = rows.residuals.new_zeros(len(rows.residuals), rows.sizes[number])
+            pieces.append(rows.parts[number] if counts else Formed(zeros))
+        columns.append(joined(pieces))
+    r = torch.cat([rows.residuals for rows in every])
+    roots = tuple(root for rows in every for root in rows.roots)
+    return Rows(r, None, sum(rows.count for rows in every), tuple(columns), every[0].sizes, roots)
+
+
+def _of_processes(own: Rows, source: Source) -> Rows:
+    """Return the rows of all processes, one below the other: `R'R` is the mean of theirs. Factors travel, not rows."""
+    weight = math.sqrt(source.share)
+    r = _of_all(own.residuals, source)
+    if len(r) == len(own.residuals):
+        return own
+    parts = []
+    for part in own.parts:
+        are_factors = torch.cat(source.collect(r.new_tensor([isinstance(part, Factors)])))
+        if isinstance(part, Factors) and bool(are_factors.all()):
+            sides = source.collect(part.left * weight), source.collect(part.right)
+            parts.append(joined([Factors(left, right) for left, right in zip(*sides, strict=True)]))
+        else:
+            parts.append(Formed(torch.cat(source.collect(part.dense() * weight))))
+    count = int(torch.cat(source.collect(r.new_tensor([own.count]))).sum())
+    return Rows(r, None, count, tuple(parts), own.sizes, own.roots, source)
+
+
+def _of_all(values: Tensor, source: Source | None) -> Tensor:
+    """Return the values of all processes, one after the other, each weighted by the root of its process's share."""
+    return values if source is None else torch.cat(source.collect(values * math.sqrt(source.share)))
 
 
 class RowsError(RuntimeError):
@@ -257,7 +372,7 @@ def _rooted(
     return group, Root(tuple(z.number for z in members), group.index, _root(kept[group.columns]))
 
 
-# Relative error of a product with the blocks of a Hessian above which it has entries beside them.
+# Relative error of products above which they are those of another matrix.
 _CLOSE = 1e-4
 
 
