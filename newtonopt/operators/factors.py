@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from newtonopt.vectors.memory import check_room
+
 # Rows of a block of `R R'`: blocks of 128 took 1.3 times as long, and blocks of 1024, which leave the cache, 1.4 times.
 _BLOCK = 192
+_REMEDY = "Use fewer samples, or HessianFree, which needs products alone."
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +44,10 @@ class Factors:
                 left = torch.mm(self.left[a, i], self.left[b, j].T, out=one[:size].view(shape))
                 right = torch.mm(self.right[a, i], self.right[b, j].T, out=other[:size].view(shape))
                 out[i, j].addcmul_(left, right, value=weight)
+
+    def ordered(self, order: Tensor) -> Factors:
+        """Return the rows of these numbers."""
+        return Factors(self.left[:, order], self.right[:, order])
 
     def squares(self) -> Tensor:
         """Return the rows' squared norms, `(m,)`."""
@@ -73,6 +80,10 @@ class Formed:
         for i in range(0, len(self.rows), 4 * _BLOCK):
             stop = min(i + 4 * _BLOCK, len(self.rows))
             out[i:stop, :stop].addmm_(self.rows[i:stop], self.rows[:stop].T, alpha=weight)
+
+    def ordered(self, order: Tensor) -> Formed:
+        """Return the rows of these numbers."""
+        return Formed(self.rows[order])
 
     def squares(self) -> Tensor:
         """Return the rows' squared norms, `(m,)`."""
@@ -147,6 +158,7 @@ class Gathered:
             p, q = widths.pop()
             if s * s * (p + q) < p * q:
                 return self._factors(m, s, p, q, like)
+        check_room(m * self.size, like.dtype, like.device, f"{m} rows of a parameter of {self.size} entries", _REMEDY)
         rows = like.new_zeros(m, self.size)
         for first, left, right in self.outers:
             rows[first : first + len(left)] += torch.einsum("ntp,ntq->npq", left, right).flatten(1)

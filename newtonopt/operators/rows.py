@@ -83,7 +83,14 @@ class Rows:
     def parameter_gram(self) -> Tensor:
         """Return `R'R`, `(n, n)`."""
         rows = self.dense()
-        return rows.T @ rows
+        n = rows.shape[1]
+        out = rows.new_empty(n, n)
+        for first in range(0, n, _COLUMNS):
+            stop = min(first + _COLUMNS, n)
+            # The other half is the transpose.
+            torch.mm(rows[:, first:stop].T, rows[:, :stop], out=out[first:stop, :stop])
+            out[:first, first:stop] = out[first:stop, :first].T
+        return out
 
     def dense(self) -> Tensor:
         """Return `R`, `(m, n)`."""
@@ -96,6 +103,10 @@ class Rows:
     def weigh(self, tangents: Mapping[int, Tensor]) -> Tensor:
         """Return `S't`, `(m,)`, for changes `t` of this process's outputs, by their numbers."""
         return _of_all(torch.cat([root.weigh(tangents) for root in self.roots]), self.source)
+
+
+# Columns of `R'R` formed at once.
+_COLUMNS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,25 +154,34 @@ class Root:
 
 
 @torch.no_grad()
-def jacobian_rows(evaluation: Evaluation) -> Tensor:
-    """Return the outputs' Jacobian, `(m, n)`, of an evaluation whose graph is kept, a row for each of their entries.
+def jacobian_rows(evaluation: Evaluation) -> Rows:
+    """Return the rows of the outputs' Jacobian, `R = J`, of an evaluation whose graph is kept.
+
+    The rows are the entries of this process's outputs, each flattened, in the order of the outputs. There are no
+    residuals: these are zero.
 
     Raises:
+        RuntimeError: No output was recorded, or the evaluation was freed.
         RowsError: Samples are not independent.
+        MemoryError: The rows would not fit in memory.
     """
+    check_outputs(evaluation)
     _, outputs = evaluation.graph
-    m = sum(z.tensor.numel() for z in outputs)
-    J = evaluation.gradient.new_zeros(m, evaluation.gradient.numel())
-    first = 0
+    gathered = [Gathered(p.numel()) for p in evaluation.params]
+    roots, order, first = [], [], 0
     for z in outputs:
         group = _separated([z], evaluation, lambda index: True)
-        gathered = [Gathered(p.numel()) for p in evaluation.params]
-        units = torch.eye(group.columns, dtype=J.dtype, device=J.device)
-        group.gather(units.expand(group.count, -1, -1), None, gathered, 0)
-        found = torch.cat([part.rows(z.tensor.numel(), J).dense() for part in gathered], 1)
-        J[first + group.index.T.reshape(-1)] = found
+        units = torch.eye(group.columns, dtype=evaluation.gradient.dtype, device=z.tensor.device)
+        roots.append(Root((z.number,), group.index, units.expand(group.count, -1, -1)))
+        group.gather(roots[-1].blocks, None, gathered, first)
+        order.append(first + group.index.T.reshape(-1).argsort())
         first += z.tensor.numel()
-    return J
+    r = evaluation.gradient.new_zeros(first)
+    parts = tuple(found.rows(first, r) for found in gathered)
+    rows = Rows(r, None, first, parts, tuple(p.numel() for p in evaluation.params), tuple(roots))
+    _check_products(rows, evaluation)
+    numbers = torch.cat(order)
+    return replace(rows, parts=tuple(part.ordered(numbers) for part in parts), roots=())
 
 
 @torch.no_grad()
@@ -200,8 +220,7 @@ def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
     """Return the rows of this process's outputs, checked."""
     if evaluation.parts:
         return _of_parts([(_own_rows(part, most, seed), mask) for part, mask in evaluation.parts])
-    if not evaluation.output_sizes:
-        raise RuntimeError(evaluation.recording.advice)
+    check_outputs(evaluation)
     loss, outputs = evaluation.graph
     slopes = _slopes(loss, outputs)
     groups = [_rooted(loss, outputs, members, evaluation) for members in _coupled(loss, outputs)]
@@ -222,11 +241,13 @@ def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
     r = torch.cat(residuals)
     parts = tuple(found.rows(len(r), r) for found in gathered)
     rows = Rows(r, None, count, parts, tuple(p.numel() for p in evaluation.params), tuple(roots))
-    _check(rows, evaluation)
+    _check_products(rows, evaluation)
+    if count == len(r) and not evaluation.leaves_outputs_out():
+        _check_gradient(rows, evaluation, slopes)
     return rows
 
 
-def _check(rows: Rows, evaluation: Evaluation) -> None:
+def _check_products(rows: Rows, evaluation: Evaluation) -> None:
     """Compare products of the rows with those by autograd, once per optimizer.
 
     Raises:
@@ -239,26 +260,55 @@ def _check(rows: Rows, evaluation: Evaluation) -> None:
     eps = coarsest([loss.grad_fn], evaluation.coarse_eps)
     generator = torch.Generator().manual_seed(0)
     u, v = normals(rows.residuals, generator), normals(evaluation.gradient, generator)
-    along = {z.number: torch.zeros_like(z.tensor) for z in outputs}
-    first = 0
-    for root in rows.roots:
-        size = math.prod(root.shape)
-        along.update(root.spread(u[first : first + size], {z.number: z.tensor for z in outputs}))
-        first += size
-    pulled = flatten(grad(tensors, params, list(along.values()), keep=True), params)
-    error = _difference(rows.pull(u), pulled)
-    cost = 1
+    along = _spread(rows, u, outputs)
+    pulled = flatten(grad(tensors, params, [along[z.number] for z in outputs], keep=True), params)
+    error, cost = _difference(rows.pull(u), pulled), 1
     if not look_through(loss, tensors, eps).is_foreign:
         # Forms `J v` by a second differentiation, which may be wrong where the graph holds foreign code.
-        pushed = dict(zip(along, push_of(tensors, params)(v), strict=True))
+        pushed = dict(zip([z.number for z in outputs], push_of(tensors, params)(v), strict=True))
         error, cost = max(error, _difference(rows.push(v), rows.weigh(pushed))), 4
-    if not error <= max(_CLOSE, math.sqrt(eps)):
-        raise RowsError(
-            f"The rows of the Jacobian were compared with autograd's products and differ from them, by {error:.2g} "
-            "of their norm: an operation of the model treats samples in a way that newtonopt does not know. Use "
-            "HessianFree, which needs products alone."
-        )
+    if not error <= _tolerance(eps):
+        raise RowsError(_OTHER.format("products with a random vector", error))
     evaluation.standing.judge("rows", Verdict(Manner("cached"), "", 0.0, cost))
+
+
+def _check_gradient(rows: Rows, evaluation: Evaluation, slopes: Mapping[int, Tensor]) -> None:
+    """Compare `R'r` with the gradient in every step, for samples may be coupled in another way than in the first.
+
+    Raises:
+        RowsError: They differ.
+    """
+    loss, outputs = evaluation.graph
+    reached = _spread(rows, rows.residuals, outputs)
+    if any(_difference(reached[number], slope) > _CLOSE for number, slope in slopes.items()):
+        return  # slopes outside the range of `S` are no part of `R'r`
+    gradient, eps = evaluation.recording.gradient, coarsest([loss.grad_fn], evaluation.coarse_eps)
+    # Terms that cancel, as near a minimum, are rounded before.
+    terms = float(rows.squares().sum().sqrt()) * float(rows.residuals.norm())
+    error = float((rows.pull(rows.residuals) - gradient).norm())
+    if error > _tolerance(eps) * float(gradient.norm()) + 1e4 * eps * terms:
+        raise RowsError(_OTHER.format("the gradient", error / float(gradient.norm())))
+
+
+def _spread(rows: Rows, u: Tensor, outputs: Sequence[Output]) -> dict[int, Tensor]:
+    """Return `S u` by the outputs' numbers, zero where there is no row."""
+    like = {z.number: z.tensor for z in outputs}
+    pieces = u.split([math.prod(root.shape) for root in rows.roots])
+    found = {number: torch.zeros_like(z) for number, z in like.items()}
+    for root, piece in zip(rows.roots, pieces, strict=True):
+        found.update(root.spread(piece, like))
+    return found
+
+
+def _tolerance(eps: float) -> float:
+    """Return the relative difference of products that is rounding."""
+    return max(_CLOSE, math.sqrt(eps))
+
+
+_OTHER = (
+    "The rows of the Jacobian differ from autograd's derivatives, {} by {:.2g} of its norm: an operation of the model "
+    "treats samples in a way that newtonopt does not know. Use HessianFree, which needs products alone."
+)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
@@ -302,6 +352,13 @@ def _of_processes(own: Rows, source: Source) -> Rows:
 def _of_all(values: Tensor, source: Source | None) -> Tensor:
     """Return the values of all processes, one after the other, each weighted by the root of its process's share."""
     return values if source is None else torch.cat(source.collect(values * math.sqrt(source.share)))
+
+
+def check_outputs(evaluation: Evaluation) -> None:
+    """Raise a RuntimeError if the closure has no recorded outputs, or the evaluation was freed."""
+    evaluation.check_alive()
+    if not evaluation.output_sizes:
+        raise RuntimeError(evaluation.recording.advice)
 
 
 class RowsError(RuntimeError):
