@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from newtonopt import evaluate, gauss_newton, mark_outputs
+from newtonopt.autodiff import samples
 from newtonopt.autodiff.gradients import grad
 from newtonopt.closure.evaluation import Evaluation
 from newtonopt.operators.factors import Factors, Formed
@@ -818,6 +819,13 @@ def test_rows_are_those_of_autograd(name: str) -> None:
     check(PROBLEMS[name]())
 
 
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_rows_without_passes_back_through_a_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks may be passed through once for each row; this shows the way that large ones take."""
+    monkeypatch.setattr(samples, "_LARGER", 3)
+    check(PROBLEMS[name]())
+
+
 # Precision.
 
 
@@ -1034,7 +1042,7 @@ def test_a_hook_on_a_result_acts_on_every_row() -> None:
 def test_a_hook_on_a_parameter_is_refused() -> None:
     """It acts on the sum over samples, which rows do not form."""
     model = network(3, 2)
-    handle = model[2].weight.register_hook(lambda g: 2 * g)
+    handle = model[4].weight.register_hook(lambda g: 2 * g)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         evaluation = evaluate(lambda: F.mse_loss(model(X), Y), model.parameters())
