@@ -494,6 +494,10 @@ class Group:
             gathered: The rows by parameter.
             first: Number of the first row.
         """
+        with differentiable_kernels():  # for checkpoints, which compute again what a node has saved
+            self._gather(blocks, chosen, gathered, first)
+
+    def _gather(self, blocks: Tensor, chosen: Tensor | None, gathered: Sequence[Gathered], first: int) -> None:
         rows = blocks.shape[0]
         place = None
         if chosen is not None:
@@ -507,8 +511,7 @@ class Group:
                 scale = blocks[:, 0, j] / (weights if chosen is None else weights[chosen])
             for use, gradients in zip(self.uses, along, strict=True):
                 if any(g is not None for g in gradients):
-                    with differentiable_kernels():  # for checkpoints, which compute again what a node has saved
-                        contribution = contribution_of(use, gradients)
+                    contribution = contribution_of(use, gradients)
                     if place is not None:
                         contribution = replace(contribution, samples=place[contribution.samples])
                     self._add(contribution, use, scale, gathered, first + j * rows)
