@@ -539,7 +539,7 @@ class Group:
             right = right * scale[:, None, None]
             gathered[route.number].add_outer(first, *((right, left) if route.is_transposed else (left, right)))
             return
-        whole = dense(contribution, len(scale)).to(scale.dtype) * scale[:, None]
+        whole = dense(contribution, len(scale)) * scale[:, None]  # complex where the operand is
         if route is None:
             for number, rows in _pulled(use.target, whole, self.leaves):
                 gathered[number].add_formed(first, rows)
@@ -684,4 +684,4 @@ def _pulled(target: Edge, rows: Tensor, leaves: Mapping[Node, int]) -> Iterator[
         if any(g is not None for g in column):
             like = next(g for g in column if g is not None)
             stacked = torch.stack([torch.zeros_like(like) if g is None else g for g in column])
-            yield leaves[leaf], stacked.reshape(len(rows), -1).to(rows.dtype)
+            yield leaves[leaf], stacked.reshape(len(rows), -1)
