@@ -189,7 +189,8 @@ def residual_rows(evaluation: Evaluation, most: int | None = None, seed: int = 0
     if source is None:
         rows = _own_rows(evaluation, most, seed)
     else:
-        rows = _of_processes(source.together(lambda: _own_rows(evaluation, most, seed)), source)
+        own = None if most is None else max(1, round(most * source.share))
+        rows = _of_processes(source.together(lambda: _own_rows(evaluation, own, seed)), source)
     rest, size = evaluation.data_gradient - rows.pull(rows.residuals), float(evaluation.data_gradient.norm())
     # Terms of the gradient that cancel are rounded before.
     rounding = _ORDER * torch.finfo(rest.dtype).eps * (rows.terms() + size)
