@@ -306,7 +306,7 @@ def jacobian(evaluation: Evaluation) -> LinearOperator:
 
     def whole() -> Tensor | None:
         try:
-            return jacobian_rows(evaluation).dense() if evaluation.form == "cached" else None
+            return jacobian_rows(evaluation).dense()
         except RowsError:
             return None
 
