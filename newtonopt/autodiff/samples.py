@@ -97,7 +97,7 @@ class Use:
 
 
 def labels_at(samples: Samples, edges: Sequence[Edge]) -> list[Labelled | None]:
-    """Return the gradients at these edges with their samples' numbers; None where there is no gradient or a mixture.
+    """Return the gradients at these edges with their samples' numbers; None where there is a mixture.
 
     The gradients are taken along `weights_of(samples)`.
     """
@@ -117,11 +117,20 @@ def labels_at(samples: Samples, edges: Sequence[Edge]) -> list[Labelled | None]:
                 exponent = None if two is None else _digits(one, two, radix)
                 found[i] = None if exponent is None else label.add_(exponent, alpha=radix**digit)
     return [
-        None
-        if g is None or label is None or bool((label >= samples.count).any())
+        _nothing(edge)
+        if g is None
+        else None
+        if label is None or bool((label >= samples.count).any())
         else Labelled(g, label.masked_fill_(g.abs() <= _least(g.dtype, radix), -1))
-        for g, label in zip(base, found, strict=True)
+        for edge, g, label in zip(edges, base, found, strict=True)
     ]
+
+
+def _nothing(edge: Edge) -> Labelled:
+    """Return a zero gradient, for an edge to which an operation hands none."""
+    of = edge[0]._input_metadata[edge[1]]
+    zeros = torch.zeros((), dtype=of.dtype, device=of.device).expand(of.shape)
+    return Labelled(zeros, torch.full((), -1, device=of.device).expand(of.shape))
 
 
 def weights_of(samples: Samples) -> Tensor:
