@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from newtonopt.autodiff.gradients import grad
-from newtonopt.autodiff.graph import coarsest
+from newtonopt.autodiff.graph import Graph, look_through
 from newtonopt.closure.evaluation import Evaluation
 from newtonopt.closure.losses import Output
 from newtonopt.operators.products import curve_of
@@ -33,7 +33,7 @@ class Head:
         outputs: The recorded outputs that have entries.
         slopes: The loss's gradient by them, by their numbers.
         curve: `t -> H_L t`, in the outputs.
-        eps: Rounding unit of the coarsest dtype in the whole graph.
+        graph: Parts of the whole graph that may make a derivative wrong.
         like: A vector of the dtype of flat vectors.
     """
 
@@ -41,7 +41,7 @@ class Head:
     outputs: tuple[Output, ...]
     slopes: Mapping[int, Tensor]
     curve: Callable[[Sequence[Tensor]], list[Tensor]]
-    eps: float
+    graph: Graph
     like: Tensor
 
     @classmethod
@@ -53,8 +53,8 @@ class Head:
         pairs = zip(outputs, found, strict=True)
         slopes = {z.number: torch.zeros_like(z.tensor) if g is None else g for z, g in pairs}
         curve = curve_of(loss, outputs) if outputs else lambda pushed: []
-        eps = coarsest([loss.grad_fn], evaluation.coarse_eps)
-        return cls(loss, outputs, slopes, curve, eps, evaluation.gradient)
+        graph = look_through(loss, [z.tensor for z in outputs], evaluation.coarse_eps)
+        return cls(loss, outputs, slopes, curve, graph, evaluation.gradient)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -91,7 +91,7 @@ class Head:
         v = normals(found.new_zeros(n * k), torch.Generator().manual_seed(0))
         expected, bent = torch.einsum("nij,nj->ni", found, v[index]), self._curved(members, v)[index]
         size = expected.abs().sum(1) + found.abs().amax((1, 2))
-        close = (bent - expected).abs().sum(1) <= _ORDER * k * self.eps * size
+        close = (bent - expected).abs().sum(1) <= _ORDER * k * self.graph.eps * size
         return found if bool(close.all()) else None
 
     def _curved(self, members: Sequence[Output], flat: Tensor) -> Tensor:

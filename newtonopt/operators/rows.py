@@ -23,7 +23,7 @@ from torch.autograd.graph import Node
 
 from newtonopt.autodiff.contributions import Contribution, Outer, by_sample, contribution_of, dense
 from newtonopt.autodiff.gradients import NoSecondDerivativeError, differentiable_kernels, grad
-from newtonopt.autodiff.graph import bytes_handed_on, look_through
+from newtonopt.autodiff.graph import bytes_handed_on
 from newtonopt.autodiff.routes import cost_behind, leaves_of, pulled_back, route_to
 from newtonopt.autodiff.samples import Samples, Use, uses_of, weights_of
 from newtonopt.closure.evaluation import Evaluation, Manner, Source, Verdict
@@ -154,7 +154,7 @@ def jacobian_rows(evaluation: Evaluation) -> Rows:
     check_rows(evaluation)
     if evaluation.parts:
         raise RowsError("Losses count for some of the parameters only")
-    head, gathered = Head.of(evaluation), [Gathered(p.shape) for p in evaluation.params]
+    head, gathered = _head(evaluation), [Gathered(p.shape) for p in evaluation.params]
     roots, order, first = [], [], 0
     for z in head.outputs:
         group = _separated([z], evaluation.params, lambda index: True)
@@ -206,7 +206,9 @@ def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
     check_rows(evaluation)
     if evaluation.parts:
         return _of_parts([(_own_rows(part, most, seed), mask) for part, mask in evaluation.parts])
-    head, gathered = Head.of(evaluation), [Gathered(p.shape) for p in evaluation.params]
+    head, gathered = _head(evaluation), [Gathered(p.shape) for p in evaluation.params]
+    if head.graph.heads:
+        raise RowsError(head.graph.named("The loss's second derivative cannot be trusted, for it is computed by "))
     groups = [_rooted(members, head, evaluation.params) for members in head.groups()] if head.outputs else []
     count = sum(math.prod(root.shape) for _, root in groups)
     generator = torch.Generator().manual_seed(seed)
@@ -226,6 +228,13 @@ def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
     if count == first and not evaluation.leaves_outputs_out():
         _check_gradient(rows, evaluation, head)
     return rows
+
+
+def _head(evaluation: Evaluation) -> Head:
+    head = Head.of(evaluation)
+    if head.graph.is_nested:
+        raise RowsError("The model computes with nested tensors")
+    return head
 
 
 def _rows(residuals: Tensor, count: int, gathered: Sequence[Gathered], roots: Sequence[Root]) -> Rows:
@@ -280,11 +289,11 @@ def _check_products(rows: Rows, evaluation: Evaluation, head: Head) -> None:
     pulled = flatten(grad(tensors, params, [along[z.number] for z in head.outputs], keep=True), params)
     error, cost = _difference(rows.pull(u), pulled), 1
     # Autograd forms `J v` by a second differentiation, which may be missing, or wrong where the graph has foreign code.
-    if not look_through(head.loss, tensors, head.eps).is_foreign:
+    if not head.graph.is_foreign:
         with suppress(NoSecondDerivativeError):
             pushed = dict(zip(along, push_of(tensors, params)(v), strict=True))
             error, cost = max(error, _difference(rows.push(v), rows.weigh(pushed))), 4
-    if not error <= _tolerance(head.eps):
+    if not error <= _tolerance(head.graph.eps):
         raise RowsError(_OTHER.format("products with a random vector", error))
     evaluation.standing.judge("rows", Verdict(Manner("cached"), "", 0.0, cost))
 
@@ -295,12 +304,12 @@ def _check_gradient(rows: Rows, evaluation: Evaluation, head: Head) -> None:
     Raises:
         RowsError: They differ.
     """
-    reached, close = _spread(rows, rows.residuals, head), _tolerance(head.eps)
+    reached, close = _spread(rows, rows.residuals, head), _tolerance(head.graph.eps)
     if any(_difference(reached[number], slope) > close for number, slope in head.slopes.items()):
         return  # slopes outside the range of `S` are no part of `R'r`
     gradient = evaluation.recording.gradient
     error = float((rows.pull(rows.residuals) - gradient).norm())
-    if error > close * float(gradient.norm()) + 1e4 * head.eps * rows.terms():
+    if error > close * float(gradient.norm()) + 1e4 * head.graph.eps * rows.terms():
         raise RowsError(_OTHER.format("the gradient", error / float(gradient.norm())))
 
 
