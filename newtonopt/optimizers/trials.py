@@ -35,6 +35,8 @@ class Outcome:
         accepted: Whether the step is to be taken.
         trials: Number of evaluations of the loss.
         refusal: Why the step is rejected, in words.
+        acceleration: Length of the step's second-order part over that of its first; NaN (default) without one.
+        ends: Whether no shorter step is worth a trial. Default False.
     """
 
     step: Tensor
@@ -45,6 +47,8 @@ class Outcome:
     accepted: bool
     trials: int
     refusal: str
+    acceleration: float = math.nan
+    ends: bool = False
 
 
 def reported(report: StepReport, proposal: Proposal[Any], outcome: Outcome, trials: int) -> StepReport:
@@ -57,6 +61,9 @@ def reported(report: StepReport, proposal: Proposal[Any], outcome: Outcome, tria
         first_ratio=outcome.first_ratio,
         iterations=proposal.iterations,
         products=proposal.products,
+        rows=proposal.rows,
+        solve=proposal.solve,
+        acceleration=outcome.acceleration,
         trials=trials,
         step_norm=float(outcome.step.norm()) if outcome.accepted else 0.0,
         accepted=outcome.accepted,
