@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -157,6 +158,12 @@ def _foreign(node: Any) -> str | None:
 
 # Rounding unit of TensorFloat-32, in which cuDNN convolves by default.
 _TF32 = 2.0**-11
+
+
+def kind_of(node: Node) -> str:
+    """Return torch's name for the operation of a node; empty for a custom Function, which may have any name."""
+    match = re.fullmatch(r"(\w+?)Backward\d+", node.name())
+    return "Copy" if node.name() == "torch::autograd::CopyBackwards" else match[1] if match else ""
 
 
 def notes(node: Any) -> dict[str, Any]:
