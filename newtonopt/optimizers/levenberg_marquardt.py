@@ -18,13 +18,13 @@ from newtonopt.closure.objective import Objective
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.operators.products import displaced_outputs
 from newtonopt.operators.rows import Rows, residual_rows
-from newtonopt.optimizers.model import Proposal, QuadraticModel, Shorter
+from newtonopt.optimizers.model import Bend, Proposal, QuadraticModel, Shorter
 from newtonopt.optimizers.newton import NewtonOptimizer, unrounded
 from newtonopt.optimizers.rules import reduction_ratio
 from newtonopt.optimizers.settings import ELSEWHERE, check_choices
 from newtonopt.optimizers.state import State, tensor
-from newtonopt.optimizers.trials import Outcome
-from newtonopt.solvers.least_squares import Equations, in_parameters, in_samples, orthogonal
+from newtonopt.optimizers.trials import TOO_HIGH, Outcome
+from newtonopt.solvers.least_squares import Equations, Metric, Solve, in_parameters, in_samples, metric, orthogonal
 from newtonopt.solvers.solution import Iterate
 from newtonopt.vectors.sharded import is_sharded
 
@@ -36,6 +36,8 @@ _LONGEST, _SHORTEST = 1.5, 0.1
 _SHORTENING, _SHORTENINGS = 0.4, 2
 # Least part of the predicted decrease by which the loss must fall.
 _LEAST = 1e-4
+# A second-order part up to this share of the first is small.
+_SMALL = 0.1
 # Columns up to which the least-squares problem is solved by orthogonal factors.
 _FEW = 256
 
@@ -71,6 +73,7 @@ class LevenbergMarquardt(NewtonOptimizer[LevenbergMarquardtState]):
         weight_decay: float = 0.0,
         products: Products = "auto",
         solve: Literal["auto", "samples", "parameters"] = "auto",
+        scaling: float = 0.5,
         acceleration: bool = True,
         momentum: float = 0.0,
         rows: int = 10_000,
@@ -115,7 +118,8 @@ class LevenbergMarquardt(NewtonOptimizer[LevenbergMarquardtState]):
         A = LinearOperator(product, model.curvature.shape, model.gradient, psd=True)
         exact = replace(model, curvature=A, evaluation=None)
         # 2b. The matrix, which serves all dampings of this step.
-        equations, solve = self._equations(rows, decay)
+        M = metric(rows, decay, settings["scaling"])
+        equations, solve = self._equations(rows, M)
         # The gradient's part in the range of R', and the rest of it.
         r, outside = rows.residuals, rows.remainder
         if model.gradient is not evaluation.gradient:
@@ -124,16 +128,16 @@ class LevenbergMarquardt(NewtonOptimizer[LevenbergMarquardtState]):
             pull = evaluation.gradient - evaluation.data_gradient
             outside = pull if outside is None else outside + pull
         displaced = displaced_outputs(evaluation) if settings["acceleration"] else None
-        again = _Again(exact, rows, equations, solve, r, outside, displaced, settings["momentum"])
+        again = _Again(exact, rows, equations, M, solve, r, outside, displaced, settings["momentum"])
         return again.at(state)
 
-    def _equations(self, rows: Rows, decay: float | Tensor) -> tuple[Equations, str]:
+    def _equations(self, rows: Rows, M: Metric) -> tuple[Equations, str]:
         (m, n), solve = rows.shape, self._settings["solve"]
         if solve == "samples" or (solve == "auto" and m <= n and n > _FEW):
-            return in_samples(rows, decay), "samples"
+            return in_samples(rows, M), "samples"
         if n <= _FEW:
-            return orthogonal(rows, decay), "parameters"
-        return in_parameters(rows, decay), "parameters"
+            return orthogonal(rows, M), "parameters"
+        return in_parameters(rows, M), "parameters"
 
     def _try(
         self,
@@ -142,36 +146,15 @@ class LevenbergMarquardt(NewtonOptimizer[LevenbergMarquardtState]):
         proposal: Proposal[LevenbergMarquardtState],
         state: LevenbergMarquardtState,
     ) -> tuple[Outcome, LevenbergMarquardtState]:
-        # 3a. The geodesic acceleration a.
-        v = proposal.steps[0].step
-        a = None if proposal.acceleration is None else proposal.acceleration()
-        line = model.through(proposal.steps[0])
-        share = math.nan
-        if a is not None:
-            share = float(a.norm()) / (float(v.norm()) or 1.0)
-            if not math.isfinite(share):
-                a, share = None, math.nan
-        # 3b. Along t v + t^2 a / 2.
-        t = 1.0 if a is None else max(min(1.0, _LONGEST / (2 * share) if share else 1.0), _SHORTEST)
-        shortened = t < 1.0
-        ratio = -math.inf
-        for count in range(1 + _SHORTENINGS):
-            step = t * v if a is None else t * v + (0.5 * t * t) * a
-            predicted = line.decrease(t)
-            loss = objective.loss_at(step)
-            ratio = reduction_ratio(model.loss, loss, predicted, model.eps)
-            first = ratio if count == 0 else first
-            if predicted > 0.0 and ratio >= _LEAST:
-                break
-            if count < _SHORTENINGS:
-                t *= _SHORTENING
-        accepted = predicted > 0.0 and ratio >= _LEAST
-        smooth = state.smooth and first > 0.9 and not share > 0.1
-        outcome = Outcome(
-            step, predicted, loss, ratio, first, accepted, count + 1, "no trial decreased the loss enough", share
+        # 3. Along the geodesic.
+        bend = None if proposal.bend is None else proposal.bend()
+        outcome, t = along_geodesic(objective, model, proposal.steps[0], bend)
+        state = replace(
+            state,
+            shortened=t < 1.0,
+            smooth=state.smooth and outcome.first_ratio > 0.9 and not outcome.acceleration > _SMALL,
         )
-        last = (step if accepted else None) if self._settings["momentum"] else None
-        return outcome, replace(state, shortened=shortened, smooth=smooth, last=last)
+        return outcome, replace(state, last=outcome.step if outcome.accepted and self._settings["momentum"] else None)
 
     def _next_control(self, state: LevenbergMarquardtState, ratio: float, length: float) -> float:
         if ratio < 0.25:
@@ -181,6 +164,32 @@ class LevenbergMarquardt(NewtonOptimizer[LevenbergMarquardtState]):
         return state.control
 
 
+def along_geodesic(
+    objective: Objective, model: QuadraticModel, proposed: Iterate, bend: Bend | None
+) -> tuple[Outcome, float]:
+    """Try `t v + t^2 a / 2`, with a shorter `t` where the loss does not fall; return the outcome and the first `t`.
+
+    The decrease predicted is that of `t v`: the second-order part makes up for the model's error there, and would be
+    taken for an error of its own (Transtrum & Sethna 2012).
+    """
+    v, line = proposed.step, model.through(proposed)
+    # 3a. As far as the second-order part is at most 3/4 of the first.
+    first = t = 1.0 if bend is None else max(min(1.0, _LONGEST / max(2 * bend.share, _LONGEST)), _SHORTEST)
+    ratios: list[float] = []
+    while True:
+        # 3b. The loss there.
+        step = t * v if bend is None else t * v + (0.5 * t * t) * bend.acceleration
+        predicted, loss = line.decrease(t), objective.loss_at(step)
+        ratios.append(reduction_ratio(model.loss, loss, predicted, model.eps) if predicted > 0.0 else -math.inf)
+        accepted = ratios[-1] >= _LEAST
+        if accepted or len(ratios) > _SHORTENINGS:
+            break
+        # 3c. Shorter, on the same factor.
+        t *= _SHORTENING
+    share = math.nan if bend is None else bend.share
+    return Outcome(step, predicted, loss, ratios[-1], ratios[0], accepted, len(ratios), TOO_HIGH, share), first
+
+
 @dataclass(frozen=True)
 class _Again(Shorter[LevenbergMarquardtState]):
     """Steps with other dampings, from the same matrix."""
@@ -188,6 +197,7 @@ class _Again(Shorter[LevenbergMarquardtState]):
     model: QuadraticModel
     rows: Rows
     equations: Equations
+    metric: Metric
     name: str
     r: Tensor
     outside: Tensor | None
@@ -197,13 +207,13 @@ class _Again(Shorter[LevenbergMarquardtState]):
     def at(self, state: LevenbergMarquardtState) -> Proposal[LevenbergMarquardtState]:
         """Return the step with the state's damping."""
         rows, model = self.rows, self.model
-        size = self.equations.size or 1.0
         # The damping is not lowered below the rounding of the matrix.
-        relative = max(state.control, 4 * torch.finfo(model.gradient.dtype).eps)
-        solve = self.equations.factored(relative * size)
-        while solve is None and relative < 1.0:
+        largest = self.equations.largest
+        relative = max(state.control, 4 * torch.finfo(model.gradient.dtype).eps * largest)
+        solve = self.equations.factored(relative)
+        while solve is None and relative < largest:
             relative *= 10
-            solve = self.equations.factored(relative * size)
+            solve = self.equations.factored(relative)
         if solve is None:
             raise FloatingPointError("The matrix is not finite.")
         state = replace(state, control=relative)
@@ -217,7 +227,7 @@ class _Again(Shorter[LevenbergMarquardtState]):
         if not bool(v.isfinite().all()):
             raise FloatingPointError("The step is not finite.")
         step = model.rates * v
-        bend = functools.partial(self._acceleration, solve, step) if self.displaced is not None else None
+        bend = functools.partial(self._bend, solve, step) if self.displaced is not None else None
         return Proposal(
             [Iterate(step, model.decrease(step))],
             state,
@@ -227,17 +237,21 @@ class _Again(Shorter[LevenbergMarquardtState]):
             shorter=self,
             rows=rows.shape[0],
             solve=self.name,
-            acceleration=bend,
+            bend=bend,
         )
 
-    def _acceleration(self, solve: Any, step: Tensor) -> Tensor | None:
+    def _bend(self, solve: Solve, v: Tensor) -> Bend | None:
+        """Return the geodesic acceleration along `v` (Transtrum & Sethna 2012, eq. 16)."""
         assert self.displaced is not None
-        change = self.displaced(_H * step)
+        change = self.displaced(_H * v)
         if change is None:
             return None
-        with unrounded(step):
-            bent = (2 / _H) * (self.rows.weigh(change).to(step.dtype) / _H - self.rows.push(step))
+        with unrounded(v):
+            # The second directional derivative of the residuals, 2 / h ((r(theta + h v) - r(theta)) / h - R v).
+            bent = (2 / _H) * (self.rows.weigh(change).to(v.dtype) / _H - self.rows.push(v))
             a = solve(bent, None)
             if isinstance(self.model.rates, Tensor):
                 a = a * (self.model.rates > 0)
-            return a if bool(a.isfinite().all()) else None
+            C = self.metric.spread
+            share = float((C * a * a).sum().sqrt()) / (float((C * v * v).sum().sqrt()) or 1.0)
+        return Bend(a, share) if math.isfinite(share) else None

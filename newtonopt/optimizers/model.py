@@ -135,6 +135,19 @@ def with_more_damping(iterate: Iterate, damping: float) -> Iterate:
 
 
 @dataclass(frozen=True)
+class Bend:
+    """The second-order part of a step `v`: the path is `t v + t^2 a / 2`.
+
+    Attributes:
+        acceleration: `a`, `(n,)`.
+        share: `|a| / |v|`, in the norm that bounds the step.
+    """
+
+    acceleration: Tensor
+    share: float
+
+
+@dataclass(frozen=True)
 class Proposal(Generic[S]):
     """Steps to try, best first.
 
@@ -151,8 +164,8 @@ class Proposal(Generic[S]):
         shorter: Makes a shorter proposal if this one is rejected; None if there is none.
         rows: Number of rows of the matrix that was solved with; zero (default) where it was known by its products.
         solve: The equations that were solved, "samples" or "parameters"; empty (default) where none were.
-        acceleration: Computes the second-order part of the first step, `(n,)`, by a forward pass; None if there is
-            none. Default None: the optimizer has none.
+        bend: Computes the first step's second-order part by a forward pass; None if there is none. Default None: the
+            optimizer has none.
     """
 
     steps: Sequence[Iterate]
@@ -166,7 +179,7 @@ class Proposal(Generic[S]):
     shorter: Shorter[S] | None = None
     rows: int = 0
     solve: str = ""
-    acceleration: Callable[[], Tensor | None] | None = None
+    bend: Callable[[], Bend | None] | None = None
 
 
 class Shorter(ABC, Generic[S]):

@@ -1,11 +1,10 @@
 """Damped least squares, solved exactly: one matrix, several dampings, several right-hand sides.
 
-The minimiser of `|R s + r|^2 / 2 + u's + s'(D + damping I)s / 2` with a diagonal `D`, by one of three factorisations:
+The minimiser of `|R s + r|^2 / 2 + u's + s'(D + damping C)s / 2`, `C` and `D` diagonal, by one of three factorisations:
 
-- `SampleEquations`: Cholesky of `R (D + damping I)^-1 R' + I`, `(m, m)`, for fewer rows than columns.
-- `ParameterEquations`: Cholesky of `R'R + D + damping I`, `(n, n)`, for fewer columns than rows.
-- `OrthogonalEquations`: QR of `R` with the roots of `D + damping I` below it, for few columns: it squares no condition
-  number.
+- `in_samples`: Cholesky of `R (D + damping C)^-1 R' + I`, `(m, m)`, for fewer rows than columns.
+- `in_parameters`: Cholesky of `R'R + D + damping C`, `(n, n)`, for fewer columns than rows.
+- `orthogonal`: QR of `R` above the root of `D + damping C`, for few columns: it squares no condition number.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from torch import Tensor
 
 # From `r`, `(m,)`, and `u`, `(n,)` or None for zero, to the minimiser, `(n,)`.
 Solve = Callable[[Tensor, Tensor | None], Tensor]
+# Weights of a parameter tensor's entries: a number, or the factors `(p,)` and `(q,)` of an outer product; None: ones.
+Weight = float | tuple[Tensor, Tensor | None]
 
 
 class Matrix(Protocol):
@@ -43,8 +44,12 @@ class Matrix(Protocol):
         """Return `R'u`."""
         ...
 
-    def gram(self, weights: Sequence[float] | None = None) -> Tensor:
-        """Return `R W R'`, `W` a number for each parameter tensor (None: one)."""
+    def gram(self, weights: Sequence[Weight] | None = None, out: Tensor | None = None) -> Tensor:
+        """Return `R W R'`, `W` the weights of each parameter tensor (None: ones), in `out` if it is given."""
+        ...
+
+    def column_squares(self) -> Sequence[tuple[Tensor, Tensor | None]]:
+        """Return the columns' squared norms: of each tensor the sums over its rows and its columns, or themselves."""
         ...
 
     def parameter_gram(self) -> Tensor:
@@ -56,13 +61,99 @@ class Matrix(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """The diagonal `M = D + damping C`.
+
+    Attributes:
+        decay: `D`, a number for each parameter tensor.
+        scale: `C`, the weights of each tensor's entries.
+        sizes: Number of entries of each tensor.
+        like: A vector of the matrix's dtype and device.
+    """
+
+    decay: tuple[float, ...]
+    scale: tuple[Weight, ...]
+    sizes: tuple[int, ...]
+    like: Tensor
+
+    @property
+    def spread(self) -> Tensor:
+        """`C`, `(n,)`."""
+        return torch.cat([_entries(c, size, self.like) for c, size in zip(self.scale, self.sizes, strict=True)])
+
+    def at(self, damping: float) -> Tensor:
+        """Return `M`, `(n,)`."""
+        pieces = [self.like.new_full((size,), d) for d, size in zip(self.decay, self.sizes, strict=True)]
+        return torch.cat(pieces) + damping * self.spread
+
+    def inverse(self, damping: float) -> list[Weight]:
+        """Return `damping M^-1` as weights; tensors with a decay have one number in `C`."""
+        return [_inverse(d, c, damping) for d, c in zip(self.decay, self.scale, strict=True)]
+
+    @property
+    def is_free(self) -> bool:
+        """Whether there is no decay, so that `damping M^-1` is the same for all dampings."""
+        return not any(self.decay)
+
+
+def metric(matrix: Matrix, decay: float | Tensor, power: float) -> Metric:
+    """Return the diagonal to be added, with `C` the columns' mean squares to a power, in units of their mean.
+
+    A matrix of parameters has the outer product of the means over its rows and columns, whose inverse weighs the
+    factors of `R R'` at no cost; where there is decay, its mean alone.
+
+    Args:
+        matrix: `R`.
+        decay: `D`, one number or its diagonal `(n,)`, constant for each parameter tensor.
+        power: Zero for `C` in proportion to the identity, one for Marquardt's.
+    """
+    sizes, squares = tuple(matrix.sizes), matrix.column_squares()
+    total = sum(float(left.sum()) for left, _ in squares)
+    usual = total / sum(sizes) or 1.0
+    if isinstance(decay, Tensor):
+        decays = tuple(float(piece[0]) for piece in decay.split(list(sizes)))
+    else:
+        decays = (decay,) * len(sizes)
+    scale = tuple(_scale(*one, d, usual, power) for one, d in zip(squares, decays, strict=True))
+    return Metric(decays, scale, sizes, squares[0][0])
+
+
+def _scale(left: Tensor, right: Tensor | None, decay: float, usual: float, power: float) -> Weight:
+    """Return `C` for one tensor from the sums of its columns' squares."""
+    count = left.numel() * (1 if right is None else right.numel())
+    mean = float(left.sum()) / count
+    if decay or power == 0.0 or mean <= _LEAST * usual:
+        return float(usual * max(mean / usual, _LEAST) ** power)
+    rows = usual * (left / (usual * (1 if right is None else right.numel()))).clamp(min=_LEAST) ** power
+    return rows, None if right is None else (right / (mean * left.numel())).clamp(min=_LEAST) ** power
+
+
+# Least square of a column in units of the mean.
+_LEAST = 1e-12
+
+
+def _entries(weight: Weight, size: int, like: Tensor) -> Tensor:
+    if not isinstance(weight, tuple):
+        return like.new_full((size,), weight)
+    left, right = weight
+    return left if right is None else torch.outer(left, right).reshape(-1)
+
+
+def _inverse(decay: float, scale: Weight, damping: float) -> Weight:
+    if not isinstance(scale, tuple):
+        return damping / (decay + damping * scale)
+    left, right = scale
+    return 1 / left, None if right is None else 1 / right
+
+
 class Equations(ABC):
-    """The normal equations `(R'R + D + damping I) s = -(R'r + u)` in one of their forms."""
+    """The normal equations `(R'R + M) s = -(R'r + u)`, `M = D + damping C`, in one of their forms."""
 
     @property
     @abstractmethod
-    def size(self) -> float:
-        """Trace of `R'R`, which is that of `R R'`: the sum of the eigenvalues."""
+    def largest(self) -> float:
+        """Size of the largest entry of the matrix, in units of `C`: a damping below its rounding has no effect."""
 
     @abstractmethod
     def factored(self, damping: float) -> Solve | None:
@@ -71,45 +162,40 @@ class Equations(ABC):
 
 @dataclass(frozen=True, eq=False)
 class SampleEquations(Equations):
-    """The equations in the rows: `s = -M^-1 (u + R'y)`, `(R M^-1 R' + I) y = r - R M^-1 u`, `M = D + damping I`.
+    """The equations in the rows: `s = -M^-1 (u + R'y)`, `(R M^-1 R' + I) y = r - R M^-1 u`.
 
-    The part of the step that `r` asks for lies in the range of `R'` and needs no division by a small damping, so that
-    it loses no digits. The part for `u` is Woodbury's.
+    The part of the step that `r` asks for lies in the range of `M^-1 R'`, and no small damping divides it, so that it
+    loses no digits. The part for `u` is Woodbury's.
 
     Attributes:
         matrix: `R`.
-        decay: `D`, one number or its diagonal `(n,)`.
-        grams: `R_k R_k'` for each distinct number in `D`, `R_k` the columns with that number, with that number.
+        metric: `M`.
+        gram: `R C^-1 R'`, which serves all dampings; None where there is decay.
     """
 
     matrix: Matrix
-    decay: float | Tensor
-    grams: tuple[tuple[float, Tensor], ...]
+    metric: Metric
+    gram: Tensor | None
 
     @property
-    def size(self) -> float:
-        """Trace of `R R'`."""
-        return sum(float(gram.diagonal().sum()) for _, gram in self.grams)
+    def largest(self) -> float:
+        """Largest diagonal entry of `R C^-1 R'`."""
+        return 1.0 if self.gram is None else float(self.gram.diagonal().max())
 
     def factored(self, damping: float) -> Solve | None:
-        """Return the solver by the Cholesky factor of `c (R M^-1 R' + I)`, `c` the least entry of `M`."""
-        least = min(number for number, _ in self.grams) + damping
-        (number, gram), *others = self.grams
-        K = gram.clone() if not others else gram * (least / (number + damping))
-        for number, gram in others:
-            K += gram * (least / (number + damping))
-        K.diagonal().add_(least)
+        """Return the solver by the Cholesky factor of `damping (R M^-1 R' + I)`."""
+        weights = self.metric.inverse(damping)
+        K = self.matrix.gram(weights) if self.gram is None else self.gram.clone()
+        K.diagonal().add_(damping)
         factor, failed = torch.linalg.cholesky_ex(K)
-        if bool(failed) or not bool(factor.isfinite().all()):
+        if bool(failed):
             return None
-        M, matrix = self.decay + damping, self.matrix
+        M, matrix = self.metric.at(damping), self.matrix
 
         def solve(r: Tensor, u: Tensor | None) -> Tensor:
-            outside = None if u is None else u / M
-            right = r if outside is None else r - matrix.push(outside)
-            inside = matrix.pull(torch.cholesky_solve(right.unsqueeze(1), factor).squeeze(1))
-            inside = inside * (least / M) if others else inside
-            return -inside if outside is None else -inside - outside
+            right = r if u is None else r - matrix.push(u / M)
+            y = matrix.pull(torch.cholesky_solve(right.unsqueeze(1), factor).squeeze(1)) * damping
+            return -(y if u is None else y + u) / M
 
         return solve
 
@@ -120,84 +206,81 @@ class ParameterEquations(Equations):
 
     Attributes:
         matrix: `R`.
-        decay: `D`, one number or its diagonal `(n,)`.
+        metric: `M`.
         gram: `R'R`.
     """
 
     matrix: Matrix
-    decay: float | Tensor
+    metric: Metric
     gram: Tensor
 
     @property
-    def size(self) -> float:
-        """Trace of `R'R`."""
-        return float(self.gram.diagonal().sum())
+    def largest(self) -> float:
+        """Largest diagonal entry of `C^-1 R'R`."""
+        return float((self.gram.diagonal() / self.metric.spread).max())
 
     def factored(self, damping: float) -> Solve | None:
-        """Return the solver by the Cholesky factor of `R'R + D + damping I`."""
+        """Return the solver by the Cholesky factor of `c (R'R + M) c`, whose diagonal is one."""
         G = self.gram.clone()
-        G.diagonal().add_(self.decay + damping)
-        factor, failed = torch.linalg.cholesky_ex(G)
-        if bool(failed) or not bool(factor.isfinite().all()):
+        G.diagonal().add_(self.metric.at(damping))
+        c = G.diagonal().rsqrt()
+        factor, failed = torch.linalg.cholesky_ex(G.mul_(c[:, None]).mul_(c))
+        if bool(failed):
             return None
         matrix = self.matrix
 
         def solve(r: Tensor, u: Tensor | None) -> Tensor:
             right = matrix.pull(r) if u is None else matrix.pull(r) + u
-            return -torch.cholesky_solve(right.unsqueeze(1), factor).squeeze(1)
+            return -c * torch.cholesky_solve((c * right).unsqueeze(1), factor).squeeze(1)
 
         return solve
 
 
 @dataclass(frozen=True, eq=False)
 class OrthogonalEquations(Equations):
-    """The least-squares problem itself: `R` above the root of `M = D + damping I`, `r` above `M^-1/2 u`.
+    """The least-squares problem itself: `R` above the root of `M`, `r` above `M^-1/2 u`.
 
     Attributes:
         basis: `Q` of `R = Q T`, with orthonormal columns.
         triangle: `T`.
-        decay: `D`, one number or its diagonal `(n,)`.
+        metric: `M`.
     """
 
     basis: Tensor
     triangle: Tensor
-    decay: float | Tensor
+    metric: Metric
 
     @property
-    def size(self) -> float:
-        """Trace of `R'R`."""
-        return float(self.triangle.square().sum())
+    def largest(self) -> float:
+        """Largest diagonal entry of `C^-1 R'R`."""
+        return float((self.triangle.square().sum(0) / self.metric.spread).max())
 
     def factored(self, damping: float) -> Solve | None:
         """Return the solver by the QR factors of `T` above the root of `M`."""
-        T = self.triangle
-        roots = (T.new_zeros(T.shape[1]) + self.decay + damping).sqrt()
-        Q, upper = torch.linalg.qr(torch.cat([T, roots.diag()]))
-        if not bool(upper.isfinite().all()):
-            return None
+        roots = self.metric.at(damping).sqrt()
+        T, n = self.triangle / roots, len(roots)
+        Q, upper = torch.linalg.qr(torch.cat([T, torch.eye(n, dtype=T.dtype, device=T.device)]))
 
         def solve(r: Tensor, u: Tensor | None) -> Tensor:
             below = torch.zeros_like(roots) if u is None else u / roots
             right = Q.T @ torch.cat([self.basis.T @ r, below])
-            return -torch.linalg.solve_triangular(upper, right.unsqueeze(1), upper=True).squeeze(1)
+            solution: Tensor = torch.linalg.solve_triangular(upper, right.unsqueeze(1), upper=True).squeeze(1)
+            return -solution / roots
 
         return solve
 
 
-def in_samples(matrix: Matrix, decay: float | Tensor) -> SampleEquations:
-    """Return the equations in the rows: one Gram matrix for each distinct number in the decay."""
-    if not isinstance(decay, Tensor):
-        return SampleEquations(matrix, decay, ((decay, matrix.gram()),))
-    numbers = [float(piece[0]) for piece in decay.split(list(matrix.sizes))]
-    grams = [(d, matrix.gram([float(d == own) for own in numbers])) for d in dict.fromkeys(numbers)]
-    return SampleEquations(matrix, decay, tuple(grams))
+def in_samples(matrix: Matrix, metric: Metric) -> SampleEquations:
+    """Return the equations in the rows."""
+    return SampleEquations(matrix, metric, matrix.gram(metric.inverse(1.0)) if metric.is_free else None)
 
 
-def in_parameters(matrix: Matrix, decay: float | Tensor) -> ParameterEquations:
+def in_parameters(matrix: Matrix, metric: Metric) -> ParameterEquations:
     """Return the equations in the columns."""
-    return ParameterEquations(matrix, decay, matrix.parameter_gram())
+    return ParameterEquations(matrix, metric, matrix.parameter_gram())
 
 
-def orthogonal(matrix: Matrix, decay: float | Tensor) -> OrthogonalEquations:
+def orthogonal(matrix: Matrix, metric: Metric) -> OrthogonalEquations:
     """Return the least-squares problem, with `R` reduced to its triangular factor."""
-    return OrthogonalEquations(*torch.linalg.qr(matrix.dense()), decay)
+    basis, triangle = torch.linalg.qr(matrix.dense())
+    return OrthogonalEquations(basis, triangle, metric)
