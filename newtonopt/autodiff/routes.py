@@ -7,7 +7,7 @@ weight norm). Rows at the operand are put in the parameter's order, or pulled ba
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from newtonopt.autodiff.gradients import grad
-from newtonopt.autodiff.graph import behind, kind_of
+from newtonopt.autodiff.graph import behind, bytes_handed_on, kind_of
 from newtonopt.autodiff.samples import Edge
 
 
@@ -42,15 +42,11 @@ class Route:
 
 def route_to(target: Edge, leaves: Mapping[Node, int]) -> Route | None:
     """Return the way to the one parameter whose entries an operand holds; None if there is none."""
-    node: Node | None = target[0]
-    passed: list[Node] = []
-    while node is not None and node not in leaves:
-        if kind_of(node) not in _VIEWS or len(node.next_functions) != 1:
-            return None
-        passed.append(node)
-        node = node.next_functions[0][0]
-    if node is None:
+    passed = _views_before(target[0], leaves)
+    if passed is None:
         return None
+    node = passed[-1].next_functions[0][0] if passed else target[0]
+    assert node is not None
     number = leaves[node]
     kinds = [kind_of(one) for one in passed]
     if set(kinds) <= {"T"}:
@@ -70,6 +66,23 @@ def route_to(target: Edge, leaves: Mapping[Node, int]) -> Route | None:
     return Route(number, False, order)
 
 
+def _views_before(start: Node, leaves: Container[Node]) -> list[Node] | None:
+    """Return the views through which an operand shows one of the leaves; None if it is no view of one."""
+    node: Node | None = start
+    passed: list[Node] = []
+    while node is not None and node not in leaves:
+        if kind_of(node) not in _VIEWS or len(node.next_functions) != 1:
+            return None
+        passed.append(node)
+        node = node.next_functions[0][0]
+    return None if node is None else passed
+
+
+def cost_behind(target: Edge, leaves: Container[Node]) -> int:
+    """Return the bytes of the gradients in a pass from an operand back to the parameters; zero for views of one."""
+    return 0 if _views_before(target[0], leaves) is not None else bytes_handed_on([target[0]])
+
+
 def _device_of(leaf: Any) -> torch.device:
     device: torch.device = leaf.variable.device
     return device
@@ -85,13 +98,19 @@ def pulled_back(target: Edge, rows: Tensor, leaves: Mapping[Node, int]) -> Itera
     met = [leaf for leaf in behind(node) if leaf in leaves]
     start: Any = GradientEdge(node, number)
     ends: Any = [GradientEdge(leaf, 0) for leaf in met]
-    along = [rows.view(len(rows), *of.shape).to(of.dtype)]
-    try:
-        found = grad([start], ends, along, keep=True, batched=True)
-    except Exception:  # an operation allows no batches, or the error comes again
-        singly = [grad([start], ends, [row], keep=True) for row in along[0]]
-        columns = [[g for g in column if g is not None] for column in zip(*singly, strict=True)]
-        found = tuple(torch.stack(column) if column else None for column in columns)
-    for leaf, g in zip(met, found, strict=True):
-        if g is not None:
-            yield leaves[leaf], g.reshape(len(rows), -1)
+    parts = []
+    for some in rows.split(max(1, _BATCH_BYTES // max(1, bytes_handed_on([node])))):
+        along = some.view(len(some), *of.shape).to(of.dtype)
+        try:
+            parts.append(grad([start], ends, [along], keep=True, batched=True))
+        except Exception:  # an operation allows no batches, or the error comes again
+            singly = [grad([start], ends, [row], keep=True) for row in along]
+            columns = [[g for g in column if g is not None] for column in zip(*singly, strict=True)]
+            parts.append(tuple(torch.stack(column) if column else None for column in columns))
+    for leaf, pieces in zip(met, zip(*parts, strict=True), strict=True):
+        if pieces and pieces[0] is not None:
+            yield leaves[leaf], torch.cat([piece for piece in pieces if piece is not None]).reshape(len(rows), -1)
+
+
+# Bytes that the gradients of a batch of rows may take.
+_BATCH_BYTES = 2**27

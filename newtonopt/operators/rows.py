@@ -23,9 +23,9 @@ from torch.autograd.graph import Node
 
 from newtonopt.autodiff.contributions import Contribution, Outer, by_sample, contribution_of, dense
 from newtonopt.autodiff.gradients import NoSecondDerivativeError, differentiable_kernels, grad
-from newtonopt.autodiff.graph import look_through
-from newtonopt.autodiff.routes import leaves_of, pulled_back, route_to
-from newtonopt.autodiff.samples import CoupledError, Samples, Use, uses_of, weights_of
+from newtonopt.autodiff.graph import bytes_handed_on, look_through
+from newtonopt.autodiff.routes import cost_behind, leaves_of, pulled_back, route_to
+from newtonopt.autodiff.samples import Samples, Use, uses_of, weights_of
 from newtonopt.closure.evaluation import Evaluation, Manner, Source, Verdict
 from newtonopt.closure.losses import Output
 from newtonopt.operators.factors import Factors, Formed, Gathered, Weight, gram, joined
@@ -497,17 +497,24 @@ def _separated(members: Sequence[Output], params: Sequence[Tensor], is_independe
     """
     tensors = tuple(z.tensor for z in members)
     leaves = leaves_of(params)
-    operation = ""
+    whole, best, least, operation = bytes_handed_on([z.grad_fn for z in tensors]), None, float(_MOST_PASSES), ""
     for index in _groupings(tensors):
         samples = Samples(tensors, index)
-        if samples.columns > _MOST_PASSES:
+        if samples.columns > least:
             break
         if not is_independent(index):
             continue
-        try:
-            return Group(samples, tuple(uses_of(samples, list(leaves))), leaves)
-        except CoupledError as error:
-            operation = operation or error.operation
+        group = Group(samples, tuple(uses_of(samples, list(leaves))), leaves)
+        targets = {use.target: use for use in group.uses}
+        behind = {use: cost_behind(target, leaves) for target, use in targets.items()}
+        # Each column takes a pass, and each row one from where samples mix back to the parameters.
+        passes = samples.columns + index.numel() * sum(behind.values()) / whole
+        if passes <= least:
+            best, least = group, passes
+        elif not operation:
+            operation = max(behind, key=lambda use: behind[use]).node.name()
+    if best is not None:
+        return best
     size = sum(z.numel() for z in tensors)
     why = f"the operation {operation} couples samples" if operation else "the loss couples its samples"
     raise RowsError(
