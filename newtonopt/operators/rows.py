@@ -214,12 +214,14 @@ def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
     generator = torch.Generator().manual_seed(seed)
     residuals, roots, first = [evaluation.gradient.new_zeros(0)], [], 0
     for group, root in groups:
-        chosen = None
+        chosen, r = None, root.residuals(head.slopes)
         if most is not None and count > most:
             kept = max(1, round(group.count * most / count))
             chosen = torch.randperm(group.count, generator=generator)[:kept].to(head.loss.device)
-            root = root.only(chosen)
-        residuals.append(root.residuals(head.slopes))
+            # Weighted, `R'R` and `R'r` of the chosen rows have the expectation of those of all.
+            weight = math.sqrt(group.count / kept)
+            root, r = root.only(chosen, weight), weight * r[:, chosen]
+        residuals.append(r.reshape(-1))
         group.gather(root.blocks, chosen, gathered, first)
         roots.append(root)
         first += math.prod(root.shape)
@@ -349,7 +351,7 @@ def _of_parts(found: Sequence[tuple[Rows, Tensor]]) -> Rows:
         for rows, mask in found:
             counts = bool(mask.split(rows.sizes)[number].any())
             zeros = rows.residuals.new_zeros(len(rows.residuals), size)
-            pieces.append(rows.parts[number] if counts else Formed(zeros))
+            pieces.append(rows.parts[number] if counts else Formed(zeros, rows.parts[number].height))
         columns.append(joined(pieces))
     r = torch.cat([rows.residuals for rows in every])
     roots = tuple(root for rows in every for root in rows.roots)
@@ -368,7 +370,7 @@ def _of_processes(own: Rows, source: Source) -> Rows:
             sides = source.collect(part.left * weight), source.collect(part.right)
             parts.append(joined([Factors(left, right) for left, right in zip(*sides, strict=True)]))
         else:
-            parts.append(Formed(torch.cat(source.collect(part.dense() * weight))))
+            parts.append(Formed(torch.cat(source.collect(part.dense() * weight)), part.height))
     count = int(torch.cat(source.collect(r.new_tensor([own.count]))).sum())
     return Rows(r, None, count, tuple(parts), own.shapes, own.roots, source)
 
