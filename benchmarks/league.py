@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from training import Run
 
 OURS = "LevenbergMarquardt"
-FAMILY = (OURS, "LevenbergMarquardt+momentum", "HessianFree")
+MOMENTUM = "LevenbergMarquardt+momentum"
+FAMILY = (OURS, MOMENTUM, "HessianFree")
 TINY, LARGE = 1e-6, 0.1  # a smaller loss and a larger error make a solution spurious
 
 
@@ -124,6 +125,12 @@ def markdown(league: League) -> str:
     for title, last in (("Loss", _last_loss), ("Error", _last_error)):
         lines += ["", f"{title} at the end, median over the seeds (in brackets: divided by {OURS}'s)", ""]
         lines += _table(league, last)
+    for entry in league.entries:
+        if entry.run.failure:
+            lines += [
+                "",
+                f"{entry.run.contender}, {entry.equation}, seed {entry.run.seed}, ended early: {entry.run.failure}",
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -193,7 +200,7 @@ def draw(league: League, curve: Callable[[Run], list[float]], label: str) -> Fig
     for panel in panels[len(equations) :]:
         panel.set_axis_off()
     for equation, panel in zip(equations, panels, strict=False):
-        for index, method in enumerate(league.methods):
+        for index, method in enumerate(league.settings):
             runs = league.runs(equation, method)
             for run in runs if len(runs) > 1 else []:
                 panel.plot(run.seconds, curve(run), color=f"C{index}", linewidth=0.6, alpha=0.5)
@@ -201,10 +208,8 @@ def draw(league: League, curve: Callable[[Run], list[float]], label: str) -> Fig
                 medians = [middle(values) for values in zip(*map(curve, runs), strict=True)]
                 width = 2.6 if method == OURS else 1.5
                 panel.plot(runs[0].seconds, medians, color=f"C{index}", linewidth=width, label=method)
-        panel.set(title=equation, yscale="log")
+        panel.set(title=equation, yscale="log", xlabel="processor time (s)", ylabel=label)
         panel.grid(alpha=0.25)
-    figure.supxlabel("processor time (s)", fontsize="medium")
-    figure.supylabel(label, fontsize="medium")
     named = {name: line for panel in panels for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=5, frameon=False)
     return figure

@@ -110,12 +110,10 @@ def _open(path: Path, seconds: float, resume: bool) -> League:
 def tasks(equations: Sequence[str] | None, methods: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Task]:
     """Return the runs in an order that makes early results useful: first seed 0 of each equation, all its methods."""
     wanted = {name: seeds or SEEDS.get(name, (0,)) for name in equations or EQUATIONS}
-    found = [
-        (name, method, seed)
-        for name, some in wanted.items()
-        for method in methods or [name for name, method in METHODS.items() if method.by_default]
-        for seed in some
-    ]
+    found = []
+    for name, some in wanted.items():
+        usual = [m for m, it in METHODS.items() if it.by_default or (it.for_new_points and ALL[name].anew)]
+        found += [(name, method, seed) for method in methods or usual for seed in some]
     first = {name: some[0] for name, some in wanted.items()}
     return sorted(found, key=lambda task: task[2] != first[task[0]])
 

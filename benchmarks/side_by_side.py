@@ -75,8 +75,10 @@ def main(name: str, problem: Callable[[int], Problem], error_name: str, args: ar
     if runs:
         settings = {"options": options, "seconds": args.seconds, "clock": args.clock, "jobs": args.jobs}
         write(name, runs, left_out, error_name, settings, args.output)
-    if len(runs) < len(work):
-        sys.exit("\n".join(f"{label} failed: {e!r}" for label, e in outcomes.items() if isinstance(e, BaseException)))
+    failures = {label: repr(e) for label, e in outcomes.items() if isinstance(e, BaseException)}
+    failures |= {f"{run.contender}, seed {run.seed}": run.failure for run in runs if run.failure}
+    if failures:
+        sys.exit("\n".join(f"{label} failed: {text}" for label, text in failures.items()))
 
 
 def _contenders(methods: Sequence[str], options: dict[str, Any], rates: Sequence[float]) -> list[Contender]:

@@ -83,6 +83,7 @@ class Run:
     seconds: list[float]
     loss: list[float]
     error: list[float]
+    failure: str = ""  # error of the step that ended the run early; from there on the values stand still
 
 
 def train(
@@ -109,24 +110,27 @@ def train(
     params = list(task.model.parameters())
     grid = [seconds * index / GRID for index in range(GRID + 1)]
     measured = [_measure(task)]
-    steps, elapsed, wall, processor = 0, 0.0, 0.0, 0.0
+    steps, elapsed, wall, processor, failure = 0, 0.0, 0.0, 0.0, ""
     for until, begin in contender.phases:
         step = begin(task)
-        while elapsed < until * seconds:
+        while elapsed < until * seconds and not failure:
             held = [param.detach().clone() for param in params]
             wall_start, processor_start = time.perf_counter(), time.process_time()
             task.draw()
-            step()
+            try:
+                step()
+            except (ArithmeticError, RuntimeError, ValueError) as error:
+                failure = f"{type(error).__name__}: {error}".split("\n")[0]
             wall += time.perf_counter() - wall_start
             processor += time.process_time() - processor_start
             elapsed = wall if clock == "wall" else processor
             steps += 1
-            due = sum(point <= elapsed for point in grid) - len(measured)
-            if due > 0:
-                measured += due * [_measure_at(task, params, held)]
+            due = len(grid) if failure else sum(point <= elapsed for point in grid)
+            if due > len(measured):
+                measured += (due - len(measured)) * [_measure_at(task, params, held)]
                 report((contender.name, seed, len(measured) - 1, *measured[-1]))
     losses, errors = map(list, zip(*measured, strict=True))
-    return Run(contender.name, contender.method, seed, steps, processor / wall, grid, losses, errors)
+    return Run(contender.name, contender.method, seed, steps, processor / wall, grid, losses, errors, failure)
 
 
 @dataclass(frozen=True)

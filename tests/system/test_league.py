@@ -27,7 +27,10 @@ def programs() -> SimpleNamespace:
     sys.path.insert(0, str(BENCHMARKS))
     try:
         return SimpleNamespace(
-            **{name: importlib.import_module(name) for name in ("equations", "references", "league", "peers", "pinn")}
+            **{
+                name: importlib.import_module(name)
+                for name in ("equations", "references", "training", "league", "peers", "pinn")
+            }
         )
     finally:
         sys.path.remove(str(BENCHMARKS))
@@ -154,6 +157,29 @@ def test_a_missing_package_is_named(programs: SimpleNamespace) -> None:
     adam = programs.peers.METHODS["Adam"]
     assert adam.missing is None
     assert replace(adam, package="no-such-package").missing.startswith("no-such-package is not installed")
+
+
+def test_momentum_is_tried_where_points_are_drawn_anew(programs: SimpleNamespace) -> None:
+    tasks = programs.pinn.tasks(["wave", "poisson-5d"], None, None)
+    assert [name for name, method, _ in tasks if method == programs.league.MOMENTUM] == ["poisson-5d"]
+    assert [name for name, method, _ in tasks if method == programs.league.OURS] == ["wave", "poisson-5d"]
+
+
+def test_an_error_ends_a_run_where_it_stood(programs: SimpleNamespace) -> None:
+    def begin(task: object) -> object:
+        def step() -> None:
+            for param in task.model.parameters():  # type: ignore[attr-defined]
+                param.data.zero_()
+            raise ZeroDivisionError("boom\nand more")
+
+        return step
+
+    contender = programs.training.Contender("broken", ((0.5, begin), (1.0, begin)), "broken")
+    problem = programs.equations.EQUATIONS["poisson-2d"].problem
+    made = programs.training.train(problem, contender, 0, 1.0, "processor", lambda message: None)
+    assert made.failure == "ZeroDivisionError: boom" and made.steps == 1
+    assert made.loss == [problem(0).loss().item()] * 21 and made.error == [problem(0).error()] * 21
+    assert len(made.seconds) == 21
 
 
 @pytest.mark.slow
