@@ -99,12 +99,14 @@ def _open(path: Path, seconds: float, resume: bool) -> League:
     if not resume:
         sys.exit(f"{path} exists. Add --resume to complete it, or choose another file with --output.")
     old = League.load(path)
-    if (old.machine, old.versions, old.seconds) != (new.machine, new.versions, new.seconds):
+    # A package that is missing now, or was then, changes nothing about the runs that the file has.
+    updated = [name for name in old.versions if new.versions.get(name, old.versions[name]) != old.versions[name]]
+    if (old.machine, old.seconds) != (new.machine, new.seconds) or updated:
         sys.exit(
             f"The runs in {path} were made under other conditions ({old.machine}, {old.versions}, {old.seconds:g} s). "
             "Choose another file with --output."
         )
-    return old
+    return replace(old, versions={**old.versions, **new.versions})
 
 
 def tasks(equations: Sequence[str] | None, methods: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Task]:
