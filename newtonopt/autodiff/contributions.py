@@ -68,7 +68,8 @@ def contribution_of(use: Use, gradients: Sequence[Tensor | None]) -> Contributio
         gradients: Gradients of the operation's results, along any values; None where there is none.
     """
     node: Any = use.node
-    shape = torch.Size(use.target[0]._input_metadata[use.target[1]].shape)
+    operand = use.target[0]._input_metadata[use.target[1]]
+    shape = torch.Size(operand.shape)
     g, labels = gradients[0], use.results[0]
     if len(gradients) == 1 and g is not None and labels is not None and not g.is_complex():
         if node is use.target[0]:
@@ -78,7 +79,7 @@ def contribution_of(use: Use, gradients: Sequence[Tensor | None]) -> Contributio
         if found is not None:
             return found
     samples = [None if one is None else one.samples for one in use.results]
-    return _by_node(node, use.slot, gradients, samples, shape)
+    return _by_node(node, use.slot, gradients, samples, shape, operand.dtype)
 
 
 # Matrix products.
@@ -188,6 +189,8 @@ def _mul(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.Size) ->
 
 
 def _div(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.Size) -> Contribution | None:
+    if node.name() not in ("DivBackward0", "DivBackward1"):
+        return None  # a rounded quotient, which has another derivative
     inverse = g / node._saved_other
     return _spread(inverse if slot == 0 else -inverse * (node._saved_self / node._saved_other), samples, shape)
 
@@ -260,7 +263,12 @@ _RULES: dict[str, Callable[[Any, int, Tensor, Tensor, torch.Size], Contribution 
 
 
 def _by_node(
-    node: Any, slot: int, gradients: Sequence[Tensor | None], samples: Sequence[Tensor | None], shape: torch.Size
+    node: Any,
+    slot: int,
+    gradients: Sequence[Tensor | None],
+    samples: Sequence[Tensor | None],
+    shape: torch.Size,
+    dtype: torch.dtype,
 ) -> Contribution:
     """Return the contributions by the operation's own derivative.
 
@@ -273,7 +281,7 @@ def _by_node(
     if len(given) == 1 and whole is not None and whole.shape == g.shape != shape:
         return _spread(whole, numbers, shape)
     count = max(int(s.max()) for _, s in given) + 1
-    rows = g.new_zeros(count, math.prod(shape))
+    rows = g.new_zeros(count, math.prod(shape), dtype=dtype)
     for number, row in enumerate(rows):
         along = [
             None if one is None or s is None else torch.where(s == number, one, 0)

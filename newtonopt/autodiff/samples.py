@@ -1,9 +1,9 @@
 """Samples of a gradient: which sample of an output each entry of a gradient inside its graph belongs to.
 
 The outputs' entries are grouped into samples. A gradient is linear in the cotangent, and multiplying by a power of two
-does not round. So the graph is differentiated along ones, and again along `2^digit` of each sample's number: an entry
-that belongs to one sample comes out multiplied by that power, and the exponents spell its number. An entry to which
-several samples contribute comes out as something else, and is a *mixture*.
+does not round. So the graph is differentiated along random weights, and again along these times `2^digit` of each
+sample's number: an entry that belongs to one sample comes out multiplied by that power, and the exponents spell its
+number. An entry to which several samples contribute comes out as something else, and is a *mixture*.
 
 A walk from the outputs then finds where the samples end. A `Use` is an operation whose result has entries of single
 samples while one of its operands is a mixture: a layer and its weight, or a layer and the batch's mean.
@@ -66,8 +66,8 @@ class Labelled:
     """A gradient with the number of the sample that each entry belongs to.
 
     Attributes:
-        gradient: The gradient along the weights of `Labels`.
-        samples: Numbers of the samples, shaped as the gradient; -1 where the gradient is zero.
+        gradient: The gradient along `weights_of` the samples.
+        samples: Numbers of the samples, shaped as the gradient; -1 where the gradient is zero or nearly underflows.
     """
 
     gradient: Tensor
@@ -99,12 +99,13 @@ class Use:
 def labels_at(samples: Samples, edges: Sequence[Edge]) -> list[Labelled | None]:
     """Return the gradients at these edges with their samples' numbers; None where there is no gradient or a mixture.
 
-    The gradients are taken along ones if a sample has one entry, else along random weights, the same for all samples.
+    The gradients are taken along `weights_of(samples)`.
     """
-    weights = column_weights(samples)
+    if not edges:
+        return []
+    weights = weights_of(samples)
     base = samples.gradients(weights, edges)
-    eps = max(torch.finfo(z.dtype).eps for z in samples.outputs)
-    radix, digits = _radix(samples.count, eps)
+    radix, digits = _radix(samples)
     numbers = torch.arange(samples.count, device=weights.device)
     found: list[Tensor | None] = [None if g is None else torch.zeros_like(g, dtype=torch.long) for g in base]
     for digit in range(digits):
@@ -113,54 +114,92 @@ def labels_at(samples: Samples, edges: Sequence[Edge]) -> list[Labelled | None]:
         scaled = samples.gradients(torch.ldexp(weights, exponents[:, None]), edges)
         for i, (one, two, label) in enumerate(zip(base, scaled, found, strict=True)):
             if one is not None and label is not None:
-                exponent = None if two is None else _exponents(one, two, eps)
-                found[i] = None if exponent is None else label.add_(exponent + radix // 2, alpha=radix**digit)
+                exponent = None if two is None else _digits(one, two, radix)
+                found[i] = None if exponent is None else label.add_(exponent, alpha=radix**digit)
     return [
-        None if g is None or label is None else Labelled(g, label.masked_fill_(g == 0, -1))
+        None
+        if g is None or label is None or bool((label >= samples.count).any())
+        else Labelled(g, label.masked_fill_(g.abs() <= _least(g.dtype, radix), -1))
         for g, label in zip(base, found, strict=True)
     ]
 
 
-def column_weights(samples: Samples) -> Tensor:
-    """Return the weights of the entries of a sample, `(samples, columns)`: ones, or random ones for several."""
+def weights_of(samples: Samples) -> Tensor:
+    """Return the random weights along which samples are told apart, `(samples, columns)`, of either sign, from 1 to 2.
+
+    Along ones a sum over samples could be a power of two, and look like an entry of one sample.
+    """
     like = samples.outputs[0]
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if samples.columns == 1:
-        return torch.ones(samples.index.shape, dtype=dtype, device=like.device)
     generator = torch.Generator().manual_seed(0)
-    row = torch.randn(samples.columns, generator=generator, dtype=dtype).to(like.device)
-    return row.expand(samples.index.shape)
+    drawn = torch.rand(samples.index.shape, generator=generator, dtype=torch.float64) * 2 - 1
+    return (drawn + torch.copysign(torch.ones_like(drawn), drawn)).to(dtype).to(like.device)
 
 
-def _radix(count: int, eps: float) -> tuple[int, int]:
-    """Return how many exponents a pass may use, and the number of passes that number so many samples."""
-    most = 1001 if eps < 1e-12 else 61
+def _radix(samples: Samples) -> tuple[int, int]:
+    """Return how many exponents a pass may use, and the number of passes that number the samples."""
+    nodes = behind([z.grad_fn for z in samples.outputs])
+    dtypes = {of.dtype for node in nodes for of in node._input_metadata if of.dtype.is_floating_point}
+    most = min((_EXPONENTS.get(dtype, 61) for dtype in dtypes), default=61)
+    count = samples.count
     digits = max(0, math.ceil(math.log(count) / math.log(most) - 1e-9))
     radix = math.ceil(count ** (1 / digits) - 1e-9) if digits else 1
     return radix if radix**digits >= count else radix + 1, digits
 
 
-def _exponents(one: Tensor, two: Tensor, eps: float) -> Tensor | None:
-    """Return `log2(two / one)`, zero where both are zero; None if an entry is not multiplied by a power of two."""
-    kind, bits = _INTEGERS.get(one.dtype, (None, 0))
-    if kind is not None and one.is_contiguous() and two.is_contiguous():
+# Exponents in a pass, by the coarsest dtype in the graph: half of its range or less.
+_EXPONENTS = {torch.float64: 1001, torch.float16: 9}
+
+
+def _digits(one: Tensor, two: Tensor, radix: int) -> Tensor | None:
+    """Return `log2(two / one)` plus half the radix, zero where both are zero; None if an entry is a mixture."""
+    if one.is_complex():
+        real, imaginary = (_digits(a, b, radix) for a, b in ((one.real, two.real), (one.imag, two.imag)))
+        if real is None or imaginary is None:
+            return None
+        both = (one.real != 0) & (one.imag != 0)
+        if bool((both & (real != imaginary)).any()):
+            return None
+        return torch.where(one.real != 0, real, imaginary)
+    least = _least(one.dtype, radix)
+    exponent = _exponents(one, two, least)
+    if exponent is None:
+        return None
+    digit = (exponent + radix // 2).masked_fill_(one.abs() <= least, 0)
+    return digit if bool(((digit >= 0) & (digit < radix)).all()) else None
+
+
+def _least(dtype: torch.dtype, radix: int) -> float:
+    """Return the size up to which a number is taken for zero, for times the smallest power it is no normal number."""
+    return torch.finfo(dtype).tiny * 2.0 ** (radix // 2) if radix > 1 else 0.0
+
+
+def _exponents(one: Tensor, two: Tensor, least: float) -> Tensor | None:
+    """Return `log2(two / one)`, anything where `one` is below `least`, which underflows; None if one is no integer."""
+    kind, bits = _INTEGERS[one.dtype]
+    if one.is_contiguous() and two.is_contiguous():
         # The exponent stands above the mantissa in a number's bits, and mantissas are equal.
         difference = two.view(kind) - one.view(kind)
         exponent = difference >> bits
         if torch.equal(exponent << bits, difference):
             return exponent.long()
     # Kernels that add in another order the second time round differently.
-    zero = one == 0
-    ratio = torch.where(zero, two + 1, two / one).to(torch.float64)
+    small = one.abs() <= least
+    ratio = torch.where(small, 1.0, two / one).to(torch.float64)
     exponent = torch.frexp(ratio * (1 + 1e-3))[1].long() - 1
-    close = (torch.ldexp(ratio, -exponent) - 1).abs() <= _ORDER * eps
+    close = (torch.ldexp(ratio, -exponent) - 1).abs() <= min(_ORDER * torch.finfo(one.dtype).eps, _COARSEST)
     return exponent if bool(close.all()) else None
 
 
 # Integers of the size of a number, and the bits of its mantissa.
-_INTEGERS = {torch.float64: (torch.int64, 52), torch.float32: (torch.int32, 23)}
-# How many rounding units a sum may differ by that was added in another order.
-_ORDER = 256
+_INTEGERS = {
+    torch.float64: (torch.int64, 52),
+    torch.float32: (torch.int32, 23),
+    torch.bfloat16: (torch.int16, 7),
+    torch.float16: (torch.int16, 10),
+}
+# How many rounding units a sum may differ by that was added in another order, and the most that this may be.
+_ORDER, _COARSEST = 256, 0.01
 
 
 # Where the samples end.
@@ -190,7 +229,8 @@ def uses_of(samples: Samples, leaves: Sequence[Node]) -> list[Use]:
     edges = dict.fromkeys(edge for edge in starts if edge[0] in live)
     edges.update(dict.fromkeys((n, i) for node in live for n, i in node.next_functions if n is not None and n in live))
     labelled = dict(zip(edges, labels_at(samples, list(edges)), strict=True))
-    mixed = {node for (node, _), found in labelled.items() if found is None}
+    # Whatever is behind a mixture enters through it as a whole.
+    mixed = set(behind({node for (node, _), found in labelled.items() if found is None})) & live
     uses: list[Use] = []
     waiting = list(dict.fromkeys(node for node, _ in starts if node in live))
     seen = set(waiting)

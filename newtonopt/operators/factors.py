@@ -8,7 +8,8 @@ formed, and all products are small matrix products (Goodfellow 2015, arXiv 1510.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,8 @@ from newtonopt.vectors.memory import check_room
 
 # Rows of a block of `R R'`: blocks of 128 took 1.3 times as long, and blocks of 1024, which leave the cache, 1.4 times.
 _BLOCK = 192
+# Rows whose inner products with all before are formed at once.
+_WIDE = 1024
 _REMEDY = "Use fewer samples, or HessianFree, which needs products alone."
 
 
@@ -36,14 +39,12 @@ class Factors:
     def gram(self, out: Tensor, weight: float) -> None:
         """Add `weight` times the rows' inner products to the lower half of `out`, `(m, m)`, block by block."""
         one, other = out.new_empty(_BLOCK * _BLOCK), out.new_empty(_BLOCK * _BLOCK)
-        blocks = [range(*slice(first, first + _BLOCK).indices(len(out))) for first in range(0, len(out), _BLOCK)]
-        for rows, columns in ((rows, columns) for rows in blocks for columns in blocks if columns.start <= rows.start):
-            i, j, shape = slice(rows.start, rows.stop), slice(columns.start, columns.stop), (len(rows), len(columns))
-            size = len(rows) * len(columns)
+        for i, j in _lower_blocks(len(out)):
+            block = out[i, j]
             for a, b in itertools.product(range(len(self.left)), repeat=2):
-                left = torch.mm(self.left[a, i], self.left[b, j].T, out=one[:size].view(shape))
-                right = torch.mm(self.right[a, i], self.right[b, j].T, out=other[:size].view(shape))
-                out[i, j].addcmul_(left, right, value=weight)
+                left = torch.mm(self.left[a, i], self.left[b, j].T, out=one[: block.numel()].view(block.shape))
+                right = torch.mm(self.right[a, i], self.right[b, j].T, out=other[: block.numel()].view(block.shape))
+                block.addcmul_(left, right, value=weight)
 
     def ordered(self, order: Tensor) -> Factors:
         """Return the rows of these numbers."""
@@ -74,12 +75,6 @@ class Formed:
     """Rows as they are, `(m, size)`."""
 
     rows: Tensor
-
-    def gram(self, out: Tensor, weight: float) -> None:
-        """Add `weight` times the rows' inner products to the lower half of `out`, `(m, m)`, block by block."""
-        for i in range(0, len(self.rows), 4 * _BLOCK):
-            stop = min(i + 4 * _BLOCK, len(self.rows))
-            out[i:stop, :stop].addmm_(self.rows[i:stop], self.rows[:stop].T, alpha=weight)
 
     def ordered(self, order: Tensor) -> Formed:
         """Return the rows of these numbers."""
@@ -179,8 +174,27 @@ class Gathered:
 
 def gram(parts: Sequence[Factors | Formed], weights: Sequence[float], out: Tensor) -> Tensor:
     """Return the rows' inner products `(m, m)`, each parameter's times its weight; `out` is overwritten."""
-    out.zero_()
+    formed = [
+        math.sqrt(weight) * part.rows
+        for part, weight in zip(parts, weights, strict=True)
+        if isinstance(part, Formed) and weight != 0.0
+    ]
+    rows = torch.cat([out.new_empty(len(out), 0), *formed], 1)
+    for first in range(0, len(out), _WIDE):
+        stop = min(first + _WIDE, len(out))
+        torch.mm(rows[first:stop], rows[:stop].T, out=out[first:stop, :stop])
     for part, weight in zip(parts, weights, strict=True):
-        if weight != 0.0:
+        if isinstance(part, Factors) and weight != 0.0:
             part.gram(out, weight)
-    return out.tril_().add_(out.tril(-1).T)
+    for i, j in _lower_blocks(len(out)):
+        if i == j:
+            out[i, i].copy_(out[i, i].tril() + out[i, i].tril(-1).T)
+        else:
+            out[j, i] = out[i, j].T
+    return out
+
+
+def _lower_blocks(m: int) -> Iterator[tuple[slice, slice]]:
+    """Yield the blocks of a matrix `(m, m)` on the diagonal and below it."""
+    blocks = [slice(first, min(first + _BLOCK, m)) for first in range(0, m, _BLOCK)]
+    return ((i, j) for i in blocks for j in blocks if j.start <= i.start)

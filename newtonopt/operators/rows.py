@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from newtonopt.autodiff.contributions import Contribution, Outer, by_sample, contribution_of, dense
-from newtonopt.autodiff.gradients import grad
+from newtonopt.autodiff.gradients import differentiable_kernels, grad
 from newtonopt.autodiff.graph import behind, coarsest, kind_of, look_through
-from newtonopt.autodiff.samples import CoupledError, Edge, Samples, Use, uses_of
+from newtonopt.autodiff.samples import CoupledError, Edge, Samples, Use, uses_of, weights_of
 from newtonopt.closure.evaluation import Evaluation, Manner, Source, Verdict
 from newtonopt.closure.losses import Output
 from newtonopt.operators.factors import Factors, Formed, Gathered, gram, joined
@@ -166,7 +166,7 @@ def jacobian_rows(evaluation: Evaluation) -> Rows:
         MemoryError: The rows would not fit in memory.
     """
     check_outputs(evaluation)
-    _, outputs = evaluation.graph
+    outputs = [z for z in evaluation.graph[1] if z.tensor.numel()]
     gathered = [Gathered(p.numel()) for p in evaluation.params]
     roots, order, first = [], [], 0
     for z in outputs:
@@ -221,7 +221,7 @@ def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
     if evaluation.parts:
         return _of_parts([(_own_rows(part, most, seed), mask) for part, mask in evaluation.parts])
     check_outputs(evaluation)
-    loss, outputs = evaluation.graph
+    loss, outputs = evaluation.graph[0], [z for z in evaluation.graph[1] if z.tensor.numel()]
     slopes = _slopes(loss, outputs)
     groups = [_rooted(loss, outputs, members, evaluation) for members in _coupled(loss, outputs)]
     count = sum(math.prod(root.shape) for _, root in groups)
@@ -238,7 +238,7 @@ def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
         group.gather(root.blocks, chosen, gathered, first)
         roots.append(root)
         first += math.prod(root.shape)
-    r = torch.cat(residuals)
+    r = torch.cat(residuals) if residuals else evaluation.gradient.new_zeros(0)
     parts = tuple(found.rows(len(r), r) for found in gathered)
     rows = Rows(r, None, count, parts, tuple(p.numel() for p in evaluation.params), tuple(roots))
     _check_products(rows, evaluation)
@@ -255,7 +255,7 @@ def _check_products(rows: Rows, evaluation: Evaluation) -> None:
     """
     if evaluation.standing.verdicts.get("rows") is not None:
         return
-    loss, outputs = evaluation.graph
+    loss, outputs = evaluation.graph[0], [z for z in evaluation.graph[1] if z.tensor.numel()]
     tensors, params = [z.tensor for z in outputs], evaluation.params
     eps = coarsest([loss.grad_fn], evaluation.coarse_eps)
     generator = torch.Generator().manual_seed(0)
@@ -280,9 +280,10 @@ def _check_gradient(rows: Rows, evaluation: Evaluation, slopes: Mapping[int, Ten
     """
     loss, outputs = evaluation.graph
     reached = _spread(rows, rows.residuals, outputs)
-    if any(_difference(reached[number], slope) > _CLOSE for number, slope in slopes.items()):
+    eps = coarsest([loss.grad_fn], evaluation.coarse_eps)
+    if any(_difference(reached[number], slope) > _tolerance(eps) for number, slope in slopes.items()):
         return  # slopes outside the range of `S` are no part of `R'r`
-    gradient, eps = evaluation.recording.gradient, coarsest([loss.grad_fn], evaluation.coarse_eps)
+    gradient = evaluation.recording.gradient
     # Terms that cancel, as near a minimum, are rounded before.
     terms = float(rows.squares().sum().sqrt()) * float(rows.residuals.norm())
     error = float((rows.pull(rows.residuals) - gradient).norm())
@@ -302,7 +303,7 @@ def _spread(rows: Rows, u: Tensor, outputs: Sequence[Output]) -> dict[int, Tenso
 
 def _tolerance(eps: float) -> float:
     """Return the relative difference of products that is rounding."""
-    return max(_CLOSE, math.sqrt(eps))
+    return min(math.sqrt(eps), 0.1)
 
 
 _OTHER = (
@@ -413,9 +414,10 @@ def _rooted(
             unit[index[:, c]] = 1
             found[:, :, c] = curved(unit)[index]
         v = normals(found.new_zeros(n * k), torch.Generator().manual_seed(0))
-        expected = torch.einsum("nij,nj->ni", found, v[index])
-        error = (curved(v)[index] - expected).abs().max()
-        return found if float(error) <= _CLOSE * float(expected.abs().max()) else None
+        expected, bent = torch.einsum("nij,nj->ni", found, v[index]), curved(v)[index]
+        size = expected.abs().sum(1) + found.abs().amax((1, 2))
+        close = (bent - expected).abs().sum(1) <= _ORDER * k * evaluation.coarse_eps * size
+        return found if bool(close.all()) else None
 
     kept: dict[int, Tensor] = {}
 
@@ -427,10 +429,6 @@ def _rooted(
 
     group = _separated(members, evaluation, is_independent)
     return group, Root(tuple(z.number for z in members), group.index, _root(kept[group.columns]))
-
-
-# Relative error of products above which they are those of another matrix.
-_CLOSE = 1e-4
 
 
 def _root(blocks: Tensor) -> Tensor:
@@ -496,15 +494,21 @@ class Group:
             gathered: The rows by parameter.
             first: Number of the first row.
         """
+        with differentiable_kernels():  # for checkpoints, which compute again what a node has saved
+            self._gather(blocks, chosen, gathered, first)
+
+    def _gather(self, blocks: Tensor, chosen: Tensor | None, gathered: Sequence[Gathered], first: int) -> None:
         rows = blocks.shape[0]
         place = None
         if chosen is not None:
             place = torch.full((self.count + 1,), -1, device=chosen.device)
             place[chosen] = torch.arange(rows, device=chosen.device)
-        for j in range(blocks.shape[2]):
+        for j in range(blocks.shape[2]) if self.uses else ():
             scale, along = blocks.new_ones(rows), self._along(blocks[:, :, j], chosen)
             if self.columns == 1:
-                scale = blocks[:, 0, j]
+                # Known along random weights: gradients are linear in the cotangent, sample by sample.
+                weights = weights_of(self.samples)[:, 0].to(blocks.dtype)
+                scale = blocks[:, 0, j] / (weights if chosen is None else weights[chosen])
             for use, gradients in zip(self.uses, along, strict=True):
                 if any(g is not None for g in gradients):
                     contribution = contribution_of(use, gradients)
@@ -515,7 +519,7 @@ class Group:
     def _along(self, values: Tensor, chosen: Tensor | None) -> list[list[Tensor | None]]:
         """Return the gradients of each use's results along these values, `(samples, columns)`.
 
-        If a sample has one entry they are returned along ones: gradients are linear in the cotangent, sample by sample.
+        If a sample has one entry they are those along `weights_of(self.samples)`.
         """
         if self.columns == 1:
             return [[None if one is None else one.gradient for one in use.results] for use in self.uses]
@@ -535,7 +539,7 @@ class Group:
             right = right * scale[:, None, None]
             gathered[route.number].add_outer(first, *((right, left) if route.is_transposed else (left, right)))
             return
-        whole = dense(contribution, len(scale)).to(scale.dtype) * scale[:, None]
+        whole = dense(contribution, len(scale)) * scale[:, None]  # complex where the operand is
         if route is None:
             for number, rows in _pulled(use.target, whole, self.leaves):
                 gathered[number].add_formed(first, rows)
@@ -680,4 +684,4 @@ def _pulled(target: Edge, rows: Tensor, leaves: Mapping[Node, int]) -> Iterator[
         if any(g is not None for g in column):
             like = next(g for g in column if g is not None)
             stacked = torch.stack([torch.zeros_like(like) if g is None else g for g in column])
-            yield leaves[leaf], stacked.reshape(len(rows), -1).to(rows.dtype)
+            yield leaves[leaf], stacked.reshape(len(rows), -1)
