@@ -277,23 +277,44 @@ def _by_node(
     """
     given = [(g, s) for g, s in zip(gradients, samples, strict=True) if g is not None and s is not None]
     g, numbers = given[0]
-    whole = _operand(node(*gradients), slot)
-    if len(given) == 1 and whole is not None and whole.shape == g.shape != shape:
-        return _spread(whole, numbers, shape)
     count = max(int(s.max()) for _, s in given) + 1
+    if len(given) == 1 and kind_of(node):
+        whole = _derivative(node, slot, gradients)
+        if whole is not None and whole.shape == g.shape != shape:
+            # Pointwise derivatives of numbers times powers of two are multiplied by the same powers.
+            powers = numbers.remainder(_POWERS)
+            scaled = _derivative(node, slot, [None if one is None else torch.ldexp(one, powers) for one in gradients])
+            if scaled is not None and torch.equal(scaled, torch.ldexp(whole, powers)):
+                return _spread(whole, numbers, shape)
     rows = g.new_zeros(count, math.prod(shape), dtype=dtype)
     for number, row in enumerate(rows):
         along = [
             None if one is None or s is None else torch.where(s == number, one, 0)
             for one, s in zip(gradients, samples, strict=True)
         ]
-        found = _operand(node(*along), slot)
+        found = _derivative(node, slot, along)
         if found is not None:
             row.copy_(found.sum_to_size(shape).reshape(-1))
     return Whole(rows, torch.arange(count, device=g.device))
 
 
-def _operand(found: Any, slot: int) -> Tensor | None:
+# Powers of two by which samples are told apart: a prime number of them, for samples often come in multiples of two.
+_POWERS = 7
+
+
+def _derivative(node: Any, slot: int, gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """Return an operation's own derivative by one of its operands; None where it has none."""
+    metadata = node._input_metadata
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        # A Function in Python returns a gradient for each argument, and takes zeros for what has no gradient.
+        of = zip(metadata, gradients, strict=True)
+        given = [torch.zeros(m.shape, dtype=m.dtype, device=m.device) if g is None else g for m, g in of]
+        arguments = [number for number, needed in enumerate(node.needs_input_grad) if needed]
+        operands = [number for number, (following, _) in enumerate(node.next_functions) if following is not None]
+        found = node.apply(*given)
+        slot = arguments[operands.index(slot)]
+    else:
+        found = node(*gradients)
     one: Tensor | None = found[slot] if isinstance(found, tuple) else found
     return one
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from newtonopt.autodiff.gradients import Gradients, grad
-from newtonopt.autodiff.graph import behind, bytes_handed_on
+from newtonopt.autodiff.graph import behind
 
 # A node, and the number of one of its results.
 Edge = tuple[Node, int]
@@ -97,7 +97,7 @@ class Use:
 
 
 def labels_at(samples: Samples, edges: Sequence[Edge]) -> list[Labelled | None]:
-    """Return the gradients at these edges with their samples' numbers; None where there is no gradient or a mixture.
+    """Return the gradients at these edges with their samples' numbers; None where there is a mixture.
 
     The gradients are taken along `weights_of(samples)`.
     """
@@ -117,11 +117,20 @@ def labels_at(samples: Samples, edges: Sequence[Edge]) -> list[Labelled | None]:
                 exponent = None if two is None else _digits(one, two, radix)
                 found[i] = None if exponent is None else label.add_(exponent, alpha=radix**digit)
     return [
-        None
-        if g is None or label is None or bool((label >= samples.count).any())
+        _nothing(edge)
+        if g is None
+        else None
+        if label is None or bool((label >= samples.count).any())
         else Labelled(g, label.masked_fill_(g.abs() <= _least(g.dtype, radix), -1))
-        for g, label in zip(base, found, strict=True)
+        for edge, g, label in zip(edges, base, found, strict=True)
     ]
+
+
+def _nothing(edge: Edge) -> Labelled:
+    """Return a zero gradient, for an edge to which an operation hands none."""
+    of = edge[0]._input_metadata[edge[1]]
+    zeros = torch.zeros((), dtype=of.dtype, device=of.device).expand(of.shape)
+    return Labelled(zeros, torch.full((), -1, device=of.device).expand(of.shape))
 
 
 def weights_of(samples: Samples) -> Tensor:
@@ -218,11 +227,7 @@ class CoupledError(Exception):
 
 
 def uses_of(samples: Samples, leaves: Sequence[Node]) -> list[Use]:
-    """Return the uses through which these leaves, the parameters' nodes, enter the outputs.
-
-    Raises:
-        CoupledError: Samples mix before the parameters are reached.
-    """
+    """Return the uses through which these leaves, the parameters' nodes, enter the outputs."""
     goals = set(leaves)
     starts = [_edge_of(z) for z in samples.outputs]
     live = _leading_to([node for node, _ in starts], goals)
@@ -249,23 +254,7 @@ def uses_of(samples: Samples, leaves: Sequence[Node]) -> list[Use]:
             elif following in live and following not in seen:
                 seen.add(following)
                 waiting.append(following)
-    for found in uses:
-        _check_small(found, goals)
     return uses
-
-
-def _check_small(use: Use, leaves: set[Node]) -> None:
-    """Raise a CoupledError if what is behind an operand is more than a function of the parameters alone."""
-    if use.target[0] in leaves:
-        return
-    nodes = set(behind(use.target[0]))
-    own = sum(math.prod(of.shape) * of.dtype.itemsize for n in nodes & leaves for of in n._input_metadata)
-    if any(not n.next_functions and n not in leaves for n in nodes) or bytes_handed_on(nodes) > _LARGER * own:
-        raise CoupledError(use.node.name())
-
-
-# How many times as much as the parameters themselves a function of parameters alone may take, such as a weight norm.
-_LARGER = 64
 
 
 def _edge_of(z: Tensor) -> Edge:

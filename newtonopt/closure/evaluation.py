@@ -522,6 +522,11 @@ class Source(Protocol):
         ...
 
     @property
+    def is_alone(self) -> bool:
+        """Whether there is no other process."""
+        ...
+
+    @property
     def share(self) -> float:
         """Weight of this process in the mean over the processes."""
         ...

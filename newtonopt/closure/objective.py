@@ -353,6 +353,11 @@ class Objective:
         return self._processes.together(compute)
 
     @property
+    def is_alone(self) -> bool:
+        """Whether there is no other process."""
+        return self._processes.count == 1
+
+    @property
     def share(self) -> float:
         """Weight of this process in the mean over the processes."""
         return 1.0 if self._processes.count == 1 else float(self._shares[self._processes.rank])

@@ -24,6 +24,10 @@ _WIDE = 1024
 _REMEDY = "Use fewer samples, or HessianFree, which needs products alone."
 
 
+# Weights of a parameter's entries: a number, or the factors `(p,)` and `(q,)` of an outer product; None: ones.
+Weight = float | tuple[Tensor, Tensor | None]
+
+
 @dataclass(frozen=True, eq=False)
 class Factors:
     """Rows `sum over a of outer(left[a], right[a])`, flattened.
@@ -36,15 +40,30 @@ class Factors:
     left: Tensor
     right: Tensor
 
-    def gram(self, out: Tensor, weight: float) -> None:
-        """Add `weight` times the rows' inner products to the lower half of `out`, `(m, m)`, block by block."""
+    def gram(self, out: Tensor) -> None:
+        """Add the rows' inner products to the lower half of `out`, `(m, m)`, block by block."""
         one, other = out.new_empty(_BLOCK * _BLOCK), out.new_empty(_BLOCK * _BLOCK)
         for i, j in _lower_blocks(len(out)):
             block = out[i, j]
             for a, b in itertools.product(range(len(self.left)), repeat=2):
                 left = torch.mm(self.left[a, i], self.left[b, j].T, out=one[: block.numel()].view(block.shape))
                 right = torch.mm(self.right[a, i], self.right[b, j].T, out=other[: block.numel()].view(block.shape))
-                block.addcmul_(left, right, value=weight)
+                block.addcmul_(left, right)
+
+    def scaled(self, weight: Weight) -> Factors:
+        """Return the rows times the roots of the weights, column by column."""
+        if isinstance(weight, tuple):
+            left, right = weight
+            return Factors(self.left * left.sqrt(), self.right if right is None else self.right * right.sqrt())
+        return Factors(self.left * math.sqrt(weight), self.right)
+
+    def column_squares(self, is_matrix: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the sums of the columns' squares over rows `(p,)` and columns `(q,)` of the parameter."""
+        left, right = self.left.new_zeros(self.left.shape[2]), self.right.new_zeros(self.right.shape[2])
+        for a, b in itertools.product(range(len(self.left)), repeat=2):
+            left += (self.right[a] * self.right[b]).sum(1) @ (self.left[a] * self.left[b])
+            right += (self.left[a] * self.left[b]).sum(1) @ (self.right[a] * self.right[b])
+        return left, right
 
     def ordered(self, order: Tensor) -> Factors:
         """Return the rows of these numbers."""
@@ -72,13 +91,35 @@ class Factors:
 
 @dataclass(frozen=True, eq=False)
 class Formed:
-    """Rows as they are, `(m, size)`."""
+    """Rows as they are.
+
+    Attributes:
+        rows: `(m, size)`.
+        height: First dimension `p` of the parameter.
+    """
 
     rows: Tensor
+    height: int = 1
+
+    def scaled(self, weight: Weight) -> Formed:
+        """Return the rows times the roots of the weights, column by column."""
+        if not isinstance(weight, tuple):
+            return Formed(self.rows * math.sqrt(weight), self.height)
+        left, right = weight
+        whole = left if right is None else torch.outer(left, right).reshape(-1)
+        return Formed(self.rows * whole.sqrt(), self.height)
+
+    def column_squares(self, is_matrix: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the sums of the columns' squares over rows `(p,)` and columns `(q,)` of the parameter."""
+        squares = self.rows.square().sum(0)
+        if not is_matrix:
+            return squares, None
+        matrix = squares.view(self.height, -1)
+        return matrix.sum(1), matrix.sum(0)
 
     def ordered(self, order: Tensor) -> Formed:
         """Return the rows of these numbers."""
-        return Formed(self.rows[order])
+        return Formed(self.rows[order], self.height)
 
     def squares(self) -> Tensor:
         """Return the rows' squared norms, `(m,)`."""
@@ -103,7 +144,8 @@ def joined(parts: Sequence[Factors | Formed]) -> Factors | Formed:
         return parts[0]
     factors = [part for part in parts if isinstance(part, Factors)]
     if len(factors) < len(parts) or len({(f.left.shape[2], f.right.shape[2]) for f in factors}) > 1:
-        return Formed(torch.cat([part.dense() for part in parts]))
+        height = next(part.height for part in parts if isinstance(part, Formed)) if len(factors) < len(parts) else 1
+        return Formed(torch.cat([part.dense() for part in parts]), height)
     s = max(len(part.left) for part in factors)
     left, right = (
         torch.cat([torch.cat([f, f.new_zeros(s - len(f), *f.shape[1:])]) for f in side], 1)
@@ -117,12 +159,12 @@ class Gathered:
     """Parts of the rows of one parameter, as they are found.
 
     Attributes:
-        size: Number of entries of the parameter.
+        shape: Shape of the parameter.
         outers: First row and factors `(rows, times, p)`, `(rows, times, q)`.
         formed: First row and rows `(rows, size)`.
     """
 
-    size: int
+    shape: torch.Size
     outers: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
     formed: list[tuple[int, Tensor]] = field(default_factory=list)
 
@@ -149,17 +191,17 @@ class Gathered:
             times[first] = times.get(first, 0) + left.shape[1]
         widths = {(left.shape[2], right.shape[2]) for _, left, right in self.outers}
         s = max(times.values(), default=0)
-        if len(widths) == 1 and not self.formed:
-            p, q = widths.pop()
-            if s * s * (p + q) < p * q:
-                return self._factors(m, s, p, q, like)
-        check_room(m * self.size, like.dtype, like.device, f"{m} rows of a parameter of {self.size} entries", _REMEDY)
-        rows = like.new_zeros(m, self.size)
+        p = self.shape[0] if self.shape else 1
+        size, q = math.prod(self.shape), math.prod(self.shape[1:])
+        if widths == {(p, q)} and not self.formed and s * s * (p + q) < size:
+            return self._factors(m, s, p, q, like)
+        check_room(m * size, like.dtype, like.device, f"{m} rows of a parameter of {size} entries", _REMEDY)
+        rows = like.new_zeros(m, size)
         for first, left, right in self.outers:
             rows[first : first + len(left)] += torch.einsum("ntp,ntq->npq", left, right).flatten(1)
         for first, part in self.formed:
             rows[first : first + len(part)] += part
-        return Formed(rows)
+        return Formed(rows, p)
 
     def _factors(self, m: int, s: int, p: int, q: int, like: Tensor) -> Factors:
         left, right = like.new_zeros(s, m, p), like.new_zeros(s, m, q)
@@ -172,25 +214,17 @@ class Gathered:
         return Factors(left, right)
 
 
-def gram(parts: Sequence[Factors | Formed], weights: Sequence[float], out: Tensor) -> Tensor:
-    """Return the rows' inner products `(m, m)`, each parameter's times its weight; `out` is overwritten."""
-    formed = [
-        math.sqrt(weight) * part.rows
-        for part, weight in zip(parts, weights, strict=True)
-        if isinstance(part, Formed) and weight != 0.0
-    ]
-    rows = torch.cat([out.new_empty(len(out), 0), *formed], 1)
+def gram(parts: Sequence[Factors | Formed], out: Tensor) -> Tensor:
+    """Return the rows' inner products, `(m, m)`; `out` is overwritten."""
+    rows = torch.cat([out.new_empty(len(out), 0), *(part.rows for part in parts if isinstance(part, Formed))], 1)
     for first in range(0, len(out), _WIDE):
         stop = min(first + _WIDE, len(out))
         torch.mm(rows[first:stop], rows[:stop].T, out=out[first:stop, :stop])
-    for part, weight in zip(parts, weights, strict=True):
-        if isinstance(part, Factors) and weight != 0.0:
-            part.gram(out, weight)
+    for part in parts:
+        if isinstance(part, Factors):
+            part.gram(out)
     for i, j in _lower_blocks(len(out)):
-        if i == j:
-            out[i, i].copy_(out[i, i].tril() + out[i, i].tril(-1).T)
-        else:
-            out[j, i] = out[i, j].T
+        out[j, i] = out[i, j].tril() + out[i, j].tril(-1).T if i == j else out[i, j].T
     return out
 
 

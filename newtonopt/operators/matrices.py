@@ -165,7 +165,7 @@ def _from_rows(evaluation: Evaluation) -> Tensor | None:
 
 
 # Entries of a sample's output from which on products form a Gauss-Newton matrix in less time than rows.
-_WIDEST = 8
+_WIDEST = 16
 
 
 def _symmetric(
@@ -306,7 +306,7 @@ def jacobian(evaluation: Evaluation) -> LinearOperator:
 
     def whole() -> Tensor | None:
         try:
-            return jacobian_rows(evaluation).dense() if evaluation.form == "cached" else None
+            return jacobian_rows(evaluation).dense()
         except RowsError:
             return None
 

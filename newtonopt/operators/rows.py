@@ -14,23 +14,27 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
 from newtonopt.autodiff.contributions import Contribution, Outer, by_sample, contribution_of, dense
-from newtonopt.autodiff.gradients import differentiable_kernels, grad
-from newtonopt.autodiff.graph import behind, coarsest, kind_of, look_through
-from newtonopt.autodiff.samples import CoupledError, Edge, Samples, Use, uses_of, weights_of
+from newtonopt.autodiff.gradients import NoSecondDerivativeError, differentiable_kernels, grad
+from newtonopt.autodiff.graph import bytes_handed_on, look_through
+from newtonopt.autodiff.routes import cost_behind, leaves_of, pulled_back, route_to
+from newtonopt.autodiff.samples import Samples, Use, uses_of, weights_of
 from newtonopt.closure.evaluation import Evaluation, Manner, Source, Verdict
 from newtonopt.closure.losses import Output
-from newtonopt.operators.factors import Factors, Formed, Gathered, gram, joined
-from newtonopt.operators.products import curve_of, push_of
-from newtonopt.vectors.flat import flat_dtype, flatten
+from newtonopt.operators.factors import Factors, Formed, Gathered, Weight, gram, joined
+from newtonopt.operators.products import push_of
+from newtonopt.operators.roots import Head, Root, root_of
+from newtonopt.vectors.flat import flatten
+from newtonopt.vectors.memory import check_room
 from newtonopt.vectors.random import normals
+from newtonopt.vectors.sharded import is_sharded
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +46,7 @@ class Rows:
         remainder: `g - R'r`, `(n,)`: the part of the gradient outside the rows' range; None if it is rounding.
         count: Number of rows of the whole loss: more than `m` if rows were chosen at random.
         parts: The rows by parameter.
-        sizes: Number of entries of each parameter.
+        shapes: Shapes of the parameters.
         roots: `S'` by outputs, for this process's.
         source: The closure's source, which knows the other processes; None: there are none.
     """
@@ -51,9 +55,14 @@ class Rows:
     remainder: Tensor | None
     count: int
     parts: tuple[Factors | Formed, ...]
-    sizes: tuple[int, ...]
+    shapes: tuple[torch.Size, ...]
     roots: tuple[Root, ...]
     source: Source | None = None
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of entries of each parameter."""
+        return [math.prod(shape) for shape in self.shapes]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,16 +78,24 @@ class Rows:
         """Return `R'u`, `(n,)`."""
         return torch.cat([part.pull(u) for part in self.parts])
 
-    def gram(self, weights: Sequence[float] | None = None, out: Tensor | None = None) -> Tensor:
+    def gram(self, weights: Sequence[Weight] | None = None, out: Tensor | None = None) -> Tensor:
         """Return `R W R'`, `(m, m)`.
 
         Args:
-            weights: `W`, one number for each parameter tensor; None (default): ones.
+            weights: `W`: for each parameter tensor a number, or `w = outer(left, right)` of shape `(p, q)`, with `p`
+                its first dimension, or `(left, None)` for a vector; None (default): ones.
             out: Memory for the result, overwritten; None (default): new memory.
         """
         m = self.residuals.numel()
-        out = self.residuals.new_empty(m, m) if out is None else out
-        return gram(self.parts, [1.0] * len(self.parts) if weights is None else weights, out)
+        if out is None:
+            remedy = "Choose fewer of the rows, or use HessianFree, which needs products alone."
+            check_room(2 * m * m, self.residuals.dtype, self.residuals.device, f"A {m} x {m} matrix", remedy)
+            out = self.residuals.new_empty(m, m)
+        scaled = [
+            part if w == 1.0 else part.scaled(w)
+            for part, w in zip(self.parts, weights or [1.0] * len(self.parts), strict=True)
+        ]
+        return gram(scaled, out)
 
     def parameter_gram(self) -> Tensor:
         """Return `R'R`, `(n, n)`."""
@@ -100,6 +117,19 @@ class Rows:
         """Return the squared norms of the rows, `(m,)`: the diagonal of `R R'`."""
         return torch.stack([part.squares() for part in self.parts]).sum(0)
 
+    def column_squares(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
+        """Return the squared norms of the columns, summed up, for each parameter tensor.
+
+        Returns:
+            For a parameter of shape `(p, ...)` with `p q` entries, the sums over each row of that `p x q` matrix,
+            `(p,)`, and over each column, `(q,)`; for a vector or a number the squared norms themselves, and None.
+        """
+        return tuple(part.column_squares(len(shape) > 1) for part, shape in zip(self.parts, self.shapes, strict=True))
+
+    def terms(self) -> float:
+        """Return `|R|_F |r|`: the size of the terms that `R'r` adds up."""
+        return float(self.squares().sum().sqrt()) * float(self.residuals.norm())
+
     def weigh(self, tangents: Mapping[int, Tensor]) -> Tensor:
         """Return `S't`, `(m,)`, for changes `t` of this process's outputs, by their numbers."""
         return _of_all(torch.cat([root.weigh(tangents) for root in self.roots]), self.source)
@@ -107,50 +137,6 @@ class Rows:
 
 # Columns of `R'R` formed at once.
 _COLUMNS = 1024
-
-
-@dataclass(frozen=True, eq=False)
-class Root:
-    """`S` for outputs whose samples are independent: a block `(columns, rank)` for each sample.
-
-    Attributes:
-        numbers: Numbers of the outputs.
-        index: The samples' entries among those of these outputs, `(samples, columns)`.
-        blocks: `(samples, columns, rank)`.
-    """
-
-    numbers: tuple[int, ...]
-    index: Tensor
-    blocks: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rank and number of samples."""
-        return self.blocks.shape[2], self.blocks.shape[0]
-
-    def weigh(self, tangents: Mapping[int, Tensor]) -> Tensor:
-        """Return `S't`, the rows of a rank after each other, `(rank samples,)`."""
-        flat = torch.cat([tangents[number].reshape(-1) for number in self.numbers]).to(self.blocks.dtype)
-        return torch.einsum("nc,ncr->rn", flat[self.index], self.blocks).reshape(-1)
-
-    def spread(self, u: Tensor, like: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Return `S u` for `u` of `(rank samples,)`, by the outputs' numbers and shaped as these."""
-        flat = u.new_zeros(sum(like[number].numel() for number in self.numbers))
-        flat[self.index.reshape(-1)] = torch.einsum("rn,ncr->nc", u.view(self.shape), self.blocks).reshape(-1)
-        pieces = flat.split([like[number].numel() for number in self.numbers])
-        pairs = zip(self.numbers, pieces, strict=True)
-        return {number: piece.view(like[number].shape).to(like[number].dtype) for number, piece in pairs}
-
-    def residuals(self, slopes: Mapping[int, Tensor]) -> Tensor:
-        """Return the least `r` for which `S r` is nearest to the loss's slopes by the outputs, `(rank samples,)`."""
-        # The columns of a block are orthogonal.
-        squares = self.blocks.square().sum(1).T.reshape(-1)
-        return torch.where(squares > 0, self.weigh(slopes) / squares, 0)
-
-    def only(self, chosen: Tensor) -> Root:
-        """Return the blocks of these samples alone, weighted up."""
-        weight = math.sqrt(len(self.blocks) / len(chosen))
-        return Root(self.numbers, self.index[chosen], weight * self.blocks[chosen])
 
 
 @torch.no_grad()
@@ -162,26 +148,25 @@ def jacobian_rows(evaluation: Evaluation) -> Rows:
 
     Raises:
         RuntimeError: No output was recorded, or the evaluation was freed.
-        RowsError: Samples are not independent.
+        RowsError: Samples are not independent, or the graph was not kept.
         MemoryError: The rows would not fit in memory.
     """
-    check_outputs(evaluation)
-    outputs = [z for z in evaluation.graph[1] if z.tensor.numel()]
-    gathered = [Gathered(p.numel()) for p in evaluation.params]
+    check_rows(evaluation)
+    if evaluation.parts:
+        raise RowsError("Losses count for some of the parameters only")
+    head, gathered = Head.of(evaluation), [Gathered(p.shape) for p in evaluation.params]
     roots, order, first = [], [], 0
-    for z in outputs:
-        group = _separated([z], evaluation, lambda index: True)
+    for z in head.outputs:
+        group = _separated([z], evaluation.params, lambda index: True)
         units = torch.eye(group.columns, dtype=evaluation.gradient.dtype, device=z.tensor.device)
         roots.append(Root((z.number,), group.index, units.expand(group.count, -1, -1)))
         group.gather(roots[-1].blocks, None, gathered, first)
         order.append(first + group.index.T.reshape(-1).argsort())
         first += z.tensor.numel()
-    r = evaluation.gradient.new_zeros(first)
-    parts = tuple(found.rows(first, r) for found in gathered)
-    rows = Rows(r, None, first, parts, tuple(p.numel() for p in evaluation.params), tuple(roots))
-    _check_products(rows, evaluation)
-    numbers = torch.cat(order)
-    return replace(rows, parts=tuple(part.ordered(numbers) for part in parts), roots=())
+    rows = _rows(evaluation.gradient.new_zeros(first), first, gathered, roots)
+    _check_products(rows, evaluation, head)
+    numbers = torch.cat([torch.arange(0, device=evaluation.gradient.device), *order])
+    return replace(rows, parts=tuple(part.ordered(numbers) for part in rows.parts), roots=())
 
 
 @torch.no_grad()
@@ -197,18 +182,18 @@ def residual_rows(evaluation: Evaluation, most: int | None = None, seed: int = 0
 
     Raises:
         RuntimeError: No output was recorded, or the evaluation was freed.
-        RowsError: Samples are not independent, or a loss is not convex in its outputs.
+        RowsError: Samples are not independent, a loss is not convex in its outputs, or the graph was not kept.
         MemoryError: The rows would not fit in memory.
     """
     source = evaluation.source
     if source is None:
         rows = _own_rows(evaluation, most, seed)
     else:
-        rows = _of_processes(source.together(lambda: _own_rows(evaluation, most, seed)), source)
-    rest = evaluation.data_gradient - rows.pull(rows.residuals)
-    eps, size = torch.finfo(rest.dtype).eps, float(evaluation.data_gradient.norm())
+        own = None if most is None else max(1, round(most * source.share))
+        rows = _of_processes(source.together(lambda: _own_rows(evaluation, own, seed)), source)
+    rest, size = evaluation.data_gradient - rows.pull(rows.residuals), float(evaluation.data_gradient.norm())
     # Terms of the gradient that cancel are rounded before.
-    rounding = _ORDER * eps * (float(rows.squares().sum().sqrt()) * float(rows.residuals.norm()) + size)
+    rounding = _ORDER * torch.finfo(rest.dtype).eps * (rows.terms() + size)
     return rows if float(rest.norm()) <= rounding else replace(rows, remainder=rest)
 
 
@@ -218,84 +203,111 @@ _ORDER = 64
 
 def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
     """Return the rows of this process's outputs, checked."""
+    check_rows(evaluation)
     if evaluation.parts:
         return _of_parts([(_own_rows(part, most, seed), mask) for part, mask in evaluation.parts])
-    check_outputs(evaluation)
-    loss, outputs = evaluation.graph[0], [z for z in evaluation.graph[1] if z.tensor.numel()]
-    slopes = _slopes(loss, outputs)
-    groups = [_rooted(loss, outputs, members, evaluation) for members in _coupled(loss, outputs)]
+    head, gathered = Head.of(evaluation), [Gathered(p.shape) for p in evaluation.params]
+    groups = [_rooted(members, head, evaluation.params) for members in head.groups()] if head.outputs else []
     count = sum(math.prod(root.shape) for _, root in groups)
     generator = torch.Generator().manual_seed(seed)
-    gathered = [Gathered(p.numel()) for p in evaluation.params]
-    residuals, roots, first = [], [], 0
+    residuals, roots, first = [evaluation.gradient.new_zeros(0)], [], 0
     for group, root in groups:
         chosen = None
         if most is not None and count > most:
             kept = max(1, round(group.count * most / count))
-            chosen = torch.randperm(group.count, generator=generator)[:kept].to(loss.device)
+            chosen = torch.randperm(group.count, generator=generator)[:kept].to(head.loss.device)
             root = root.only(chosen)
-        residuals.append(root.residuals(slopes))
+        residuals.append(root.residuals(head.slopes))
         group.gather(root.blocks, chosen, gathered, first)
         roots.append(root)
         first += math.prod(root.shape)
-    r = torch.cat(residuals) if residuals else evaluation.gradient.new_zeros(0)
-    parts = tuple(found.rows(len(r), r) for found in gathered)
-    rows = Rows(r, None, count, parts, tuple(p.numel() for p in evaluation.params), tuple(roots))
-    _check_products(rows, evaluation)
-    if count == len(r) and not evaluation.leaves_outputs_out():
-        _check_gradient(rows, evaluation, slopes)
+    rows = _rows(torch.cat(residuals), count, gathered, roots)
+    _check_products(rows, evaluation, head)
+    if count == first and not evaluation.leaves_outputs_out():
+        _check_gradient(rows, evaluation, head)
     return rows
 
 
-def _check_products(rows: Rows, evaluation: Evaluation) -> None:
+def _rows(residuals: Tensor, count: int, gathered: Sequence[Gathered], roots: Sequence[Root]) -> Rows:
+    parts = tuple(found.rows(len(residuals), residuals) for found in gathered)
+    return Rows(residuals, None, count, parts, tuple(found.shape for found in gathered), tuple(roots))
+
+
+def check_rows(evaluation: Evaluation) -> None:
+    """Raise an error if an evaluation has no rows: it was freed, keeps no graph, or has no recorded outputs."""
+    evaluation.check_alive()
+    if is_sharded(evaluation.params):
+        raise RowsError("The parameters are sharded")
+    if evaluation.form != "cached":
+        raise RowsError(f"Products are {evaluation.form}, so that no graph is kept", 'Use products="cached" or "auto".')
+    evaluation.check_unchanged()
+    check_outputs(evaluation)
+
+
+def check_outputs(evaluation: Evaluation) -> None:
+    """Raise a RuntimeError if the closure has no recorded outputs."""
+    if not evaluation.parts and not evaluation.output_sizes:
+        raise RuntimeError(evaluation.recording.advice)
+
+
+class RowsError(RuntimeError):
+    """The rows of the Jacobian cannot be formed.
+
+    Attributes:
+        reason: Why, without a full stop.
+    """
+
+    def __init__(self, reason: str, remedy: str = "Use HessianFree, which needs products alone.") -> None:
+        super().__init__(f"{reason}, so the rows of the Jacobian are not available. {remedy}")
+        self.reason = reason
+
+
+# The checks.
+
+
+def _check_products(rows: Rows, evaluation: Evaluation, head: Head) -> None:
     """Compare products of the rows with those by autograd, once per optimizer.
 
     Raises:
         RowsError: They differ.
     """
-    if evaluation.standing.verdicts.get("rows") is not None:
+    if evaluation.standing.verdicts.get("rows") is not None or not rows.roots:
         return
-    loss, outputs = evaluation.graph[0], [z for z in evaluation.graph[1] if z.tensor.numel()]
-    tensors, params = [z.tensor for z in outputs], evaluation.params
-    eps = coarsest([loss.grad_fn], evaluation.coarse_eps)
+    tensors, params = head.tensors, evaluation.params
     generator = torch.Generator().manual_seed(0)
     u, v = normals(rows.residuals, generator), normals(evaluation.gradient, generator)
-    along = _spread(rows, u, outputs)
-    pulled = flatten(grad(tensors, params, [along[z.number] for z in outputs], keep=True), params)
+    along = _spread(rows, u, head)
+    pulled = flatten(grad(tensors, params, [along[z.number] for z in head.outputs], keep=True), params)
     error, cost = _difference(rows.pull(u), pulled), 1
-    if not look_through(loss, tensors, eps).is_foreign:
-        # Forms `J v` by a second differentiation, which may be wrong where the graph holds foreign code.
-        pushed = dict(zip([z.number for z in outputs], push_of(tensors, params)(v), strict=True))
-        error, cost = max(error, _difference(rows.push(v), rows.weigh(pushed))), 4
-    if not error <= _tolerance(eps):
+    # Autograd forms `J v` by a second differentiation, which may be missing, or wrong where the graph has foreign code.
+    if not look_through(head.loss, tensors, head.eps).is_foreign:
+        with suppress(NoSecondDerivativeError):
+            pushed = dict(zip(along, push_of(tensors, params)(v), strict=True))
+            error, cost = max(error, _difference(rows.push(v), rows.weigh(pushed))), 4
+    if not error <= _tolerance(head.eps):
         raise RowsError(_OTHER.format("products with a random vector", error))
     evaluation.standing.judge("rows", Verdict(Manner("cached"), "", 0.0, cost))
 
 
-def _check_gradient(rows: Rows, evaluation: Evaluation, slopes: Mapping[int, Tensor]) -> None:
+def _check_gradient(rows: Rows, evaluation: Evaluation, head: Head) -> None:
     """Compare `R'r` with the gradient in every step, for samples may be coupled in another way than in the first.
 
     Raises:
         RowsError: They differ.
     """
-    loss, outputs = evaluation.graph
-    reached = _spread(rows, rows.residuals, outputs)
-    eps = coarsest([loss.grad_fn], evaluation.coarse_eps)
-    if any(_difference(reached[number], slope) > _tolerance(eps) for number, slope in slopes.items()):
+    reached, close = _spread(rows, rows.residuals, head), _tolerance(head.eps)
+    if any(_difference(reached[number], slope) > close for number, slope in head.slopes.items()):
         return  # slopes outside the range of `S` are no part of `R'r`
     gradient = evaluation.recording.gradient
-    # Terms that cancel, as near a minimum, are rounded before.
-    terms = float(rows.squares().sum().sqrt()) * float(rows.residuals.norm())
     error = float((rows.pull(rows.residuals) - gradient).norm())
-    if error > _tolerance(eps) * float(gradient.norm()) + 1e4 * eps * terms:
+    if error > close * float(gradient.norm()) + 1e4 * head.eps * rows.terms():
         raise RowsError(_OTHER.format("the gradient", error / float(gradient.norm())))
 
 
-def _spread(rows: Rows, u: Tensor, outputs: Sequence[Output]) -> dict[int, Tensor]:
-    """Return `S u` by the outputs' numbers, zero where there is no row."""
-    like = {z.number: z.tensor for z in outputs}
-    pieces = u.split([math.prod(root.shape) for root in rows.roots])
-    found = {number: torch.zeros_like(z) for number, z in like.items()}
+def _spread(rows: Rows, u: Tensor, head: Head) -> dict[int, Tensor]:
+    """Return `S u` by the outputs' numbers."""
+    pieces, like = u.split([math.prod(root.shape) for root in rows.roots]), {z.number: z.tensor for z in head.outputs}
+    found: dict[int, Tensor] = {z.number: torch.zeros_like(z.tensor) for z in head.outputs}
     for root, piece in zip(rows.roots, pieces, strict=True):
         found.update(root.spread(piece, like))
     return found
@@ -306,38 +318,40 @@ def _tolerance(eps: float) -> float:
     return min(math.sqrt(eps), 0.1)
 
 
-_OTHER = (
-    "The rows of the Jacobian differ from autograd's derivatives, {} by {:.2g} of its norm: an operation of the model "
-    "treats samples in a way that newtonopt does not know. Use HessianFree, which needs products alone."
-)
-
-
 def _difference(a: Tensor, b: Tensor) -> float:
     size = float(b.norm())
     return float((a - b).norm()) / size if size else float(a.norm())
 
 
+_OTHER = (
+    "Rows differ from autograd's derivatives, {} by {:.2g} of its norm: an operation of the model treats samples in a "
+    "way that newtonopt does not know"
+)
+
+
+# Rows of several losses, and of several processes.
+
+
 def _of_parts(found: Sequence[tuple[Rows, Tensor]]) -> Rows:
     """Return the rows of losses that count for some of the parameters only, with a mask `(n,)` for each."""
     every, columns = [rows for rows, _ in found], []
-    for number in range(len(every[0].parts)):
+    for number, size in enumerate(every[0].sizes):
         pieces = []
         for rows, mask in found:
             counts = bool(mask.split(rows.sizes)[number].any())
-            zeros = rows.residuals.new_zeros(len(rows.residuals), rows.sizes[number])
+            zeros = rows.residuals.new_zeros(len(rows.residuals), size)
             pieces.append(rows.parts[number] if counts else Formed(zeros))
         columns.append(joined(pieces))
     r = torch.cat([rows.residuals for rows in every])
     roots = tuple(root for rows in every for root in rows.roots)
-    return Rows(r, None, sum(rows.count for rows in every), tuple(columns), every[0].sizes, roots)
+    return Rows(r, None, sum(rows.count for rows in every), tuple(columns), every[0].shapes, roots)
 
 
 def _of_processes(own: Rows, source: Source) -> Rows:
     """Return the rows of all processes, one below the other: `R'R` is the mean of theirs. Factors travel, not rows."""
-    weight = math.sqrt(source.share)
-    r = _of_all(own.residuals, source)
-    if len(r) == len(own.residuals):
+    if source.is_alone:
         return own
+    weight, r = math.sqrt(source.share), _of_all(own.residuals, source)
     parts = []
     for part in own.parts:
         are_factors = torch.cat(source.collect(r.new_tensor([isinstance(part, Factors)])))
@@ -347,7 +361,7 @@ def _of_processes(own: Rows, source: Source) -> Rows:
         else:
             parts.append(Formed(torch.cat(source.collect(part.dense() * weight))))
     count = int(torch.cat(source.collect(r.new_tensor([own.count]))).sum())
-    return Rows(r, None, count, tuple(parts), own.sizes, own.roots, source)
+    return Rows(r, None, count, tuple(parts), own.shapes, own.roots, source)
 
 
 def _of_all(values: Tensor, source: Source | None) -> Tensor:
@@ -355,105 +369,25 @@ def _of_all(values: Tensor, source: Source | None) -> Tensor:
     return values if source is None else torch.cat(source.collect(values * math.sqrt(source.share)))
 
 
-def check_outputs(evaluation: Evaluation) -> None:
-    """Raise a RuntimeError if the closure has no recorded outputs, or the evaluation was freed."""
-    evaluation.check_alive()
-    if not evaluation.output_sizes:
-        raise RuntimeError(evaluation.recording.advice)
+# Samples and their rows.
 
 
-class RowsError(RuntimeError):
-    """The rows of the Jacobian cannot be formed."""
-
-
-# The loss by the outputs.
-
-
-def _slopes(loss: Tensor, outputs: Sequence[Output]) -> dict[int, Tensor]:
-    found = grad(loss, [z.tensor for z in outputs], keep=True)
-    pairs = zip(outputs, found, strict=True)
-    return {z.number: torch.zeros_like(z.tensor) if g is None else g for z, g in pairs}
-
-
-def _coupled(loss: Tensor, outputs: Sequence[Output]) -> list[list[Output]]:
-    """Return the outputs in groups: the loss's Hessian couples no output with one of another group."""
-    curve = curve_of(loss, outputs)
-    groups: list[set[int]] = []
-    for i, z in enumerate(outputs):
-        along = [torch.zeros_like(other.tensor) for other in outputs]
-        flat = z.tensor.detach().reshape(-1)
-        along[i] = normals(flat, torch.Generator().manual_seed(i)).view(z.tensor.shape)
-        touched = {j for j, bent in enumerate(curve(along)) if bool((bent != 0).any())} | {i}
-        joined = touched.union(*(group for group in groups if group & touched))
-        groups = [*(group for group in groups if not group & touched), joined]
-    return [[outputs[i] for i in sorted(group)] for group in sorted(groups, key=min)]
-
-
-def _rooted(
-    loss: Tensor, outputs: Sequence[Output], members: Sequence[Output], evaluation: Evaluation
-) -> tuple[Group, Root]:
+def _rooted(members: Sequence[Output], head: Head, params: Sequence[Tensor]) -> tuple[Group, Root]:
     """Return a group of outputs with samples that neither the network nor the loss couples, and the loss's root."""
-    curve, own = curve_of(loss, outputs), {z.number for z in members}
-    dtype = flat_dtype(evaluation.params)
-
-    def curved(flat: Tensor) -> Tensor:
-        pieces = dict(zip([z.number for z in members], flat.split([z.tensor.numel() for z in members]), strict=True))
-        along = [
-            pieces[z.number].view(z.tensor.shape).to(z.tensor.dtype) if z.number in own else torch.zeros_like(z.tensor)
-            for z in outputs
-        ]
-        bent = {z.number: t for z, t in zip(outputs, curve(along), strict=True)}
-        return torch.cat([bent[z.number].reshape(-1) for z in members]).to(dtype)
-
-    def blocks(index: Tensor) -> Tensor | None:
-        """Return the blocks of the Hessian, `(samples, columns, columns)`; None if it has entries beside them."""
-        n, k = index.shape
-        found = evaluation.gradient.new_zeros(n, k, k)
-        for c in range(k):
-            unit = found.new_zeros(n * k)
-            unit[index[:, c]] = 1
-            found[:, :, c] = curved(unit)[index]
-        v = normals(found.new_zeros(n * k), torch.Generator().manual_seed(0))
-        expected, bent = torch.einsum("nij,nj->ni", found, v[index]), curved(v)[index]
-        size = expected.abs().sum(1) + found.abs().amax((1, 2))
-        close = (bent - expected).abs().sum(1) <= _ORDER * k * evaluation.coarse_eps * size
-        return found if bool(close.all()) else None
-
-    kept: dict[int, Tensor] = {}
+    blocks: dict[int, Tensor] = {}
 
     def is_independent(index: Tensor) -> bool:
-        found = blocks(index)
-        if found is not None:
-            kept[index.shape[1]] = found
+        found = head.blocks(members, index)
+        blocks.update({} if found is None else {index.shape[1]: found})
         return found is not None
 
-    group = _separated(members, evaluation, is_independent)
-    return group, Root(tuple(z.number for z in members), group.index, _root(kept[group.columns]))
-
-
-def _root(blocks: Tensor) -> Tensor:
-    """Return `S` with `S S'` the blocks, `(samples, columns, rank)`; the columns of a block are orthogonal.
-
-    Raises:
-        RowsError: A block has a negative eigenvalue.
-    """
-    values, vectors = torch.linalg.eigh(0.5 * (blocks + blocks.mT))
-    largest = values.abs().amax(1, keepdim=True)
-    rounding = largest * values.shape[1] * torch.finfo(values.dtype).eps
-    if bool((values < -4 * rounding).any()):
+    group = _separated(members, params, is_independent)
+    root = root_of(blocks[group.columns])
+    if root is None:
         raise RowsError(
-            "The loss is not convex in its outputs, so the Gauss-Newton matrix has no rows. Use HessianFree with "
-            'curvature="hessian", or NewtonCG.'
+            "The loss is not convex in its outputs", 'Use HessianFree with curvature="hessian", or NewtonCG.'
         )
-    roots = torch.where(values > rounding, values, 0).sqrt()
-    used = (roots > 0).any(0)
-    # A loss that is flat here keeps one row.
-    used[-1] = True
-    root: Tensor = (vectors * roots[:, None, :])[:, :, used]
-    return root
-
-
-# The samples of the outputs.
+    return group, Root(tuple(z.number for z in members), group.index, root)
 
 
 @dataclass(frozen=True, eq=False)
@@ -533,7 +467,7 @@ class Group:
         self, contribution: Contribution, use: Use, scale: Tensor, gathered: Sequence[Gathered], first: int
     ) -> None:
         """Add the rows of one use, sample `i` times `scale[i]`, `(samples,)`, from the row `first` on."""
-        route = _route(use.target, self.leaves)
+        route = route_to(use.target, self.leaves)
         if isinstance(contribution, Outer) and route is not None and route.order is None:
             left, right = (factor.to(scale.dtype) for factor in by_sample(contribution, len(scale)))
             right = right * scale[:, None, None]
@@ -541,7 +475,7 @@ class Group:
             return
         whole = dense(contribution, len(scale)) * scale[:, None]  # complex where the operand is
         if route is None:
-            for number, rows in _pulled(use.target, whole, self.leaves):
+            for number, rows in pulled_back(use.target, whole, self.leaves):
                 gathered[number].add_formed(first, rows)
             return
         if route.is_transposed:
@@ -550,40 +484,41 @@ class Group:
         gathered[route.number].add_formed(first, whole if route.order is None else whole[:, route.order])
 
 
-def leaves_of(params: Sequence[Tensor]) -> dict[Node, int]:
-    """Return the number of each parameter by its node, at which its gradient is accumulated."""
-    return {torch.autograd.graph.get_gradient_edge(p).node: number for number, p in enumerate(params)}
-
-
-def _separated(members: Sequence[Output], evaluation: Evaluation, is_independent: Callable[[Tensor], bool]) -> Group:
+def _separated(members: Sequence[Output], params: Sequence[Tensor], is_independent: Callable[[Tensor], bool]) -> Group:
     """Return outputs with the samples that take the fewest passes.
 
     Args:
         members: The outputs.
-        evaluation: The evaluation.
+        params: The parameters.
         is_independent: Whether samples with these entries may be taken for independent as far as the loss goes.
 
     Raises:
         RowsError: There are none, or too many passes would be needed.
     """
     tensors = tuple(z.tensor for z in members)
-    leaves = leaves_of(evaluation.params)
-    operation = ""
+    leaves = leaves_of(params)
+    whole, best, least, operation = bytes_handed_on([z.grad_fn for z in tensors]), None, float(_MOST_PASSES), ""
     for index in _groupings(tensors):
         samples = Samples(tensors, index)
-        if samples.columns > _MOST_PASSES:
+        if samples.columns > least:
             break
         if not is_independent(index):
             continue
-        try:
-            return Group(samples, tuple(uses_of(samples, list(leaves))), leaves)
-        except CoupledError as error:
-            operation = operation or error.operation
+        group = Group(samples, tuple(uses_of(samples, list(leaves))), leaves)
+        targets = {use.target: use for use in group.uses}
+        behind = {use: cost_behind(target, leaves) for target, use in targets.items()}
+        # Each column takes a pass, and each row one from where samples mix back to the parameters.
+        passes = samples.columns + index.numel() * sum(behind.values()) / whole
+        if passes <= least:
+            best, least = group, passes
+        elif not operation:
+            operation = max(behind, key=lambda use: behind[use]).node.name()
+    if best is not None:
+        return best
     size = sum(z.numel() for z in tensors)
     why = f"the operation {operation} couples samples" if operation else "the loss couples its samples"
     raise RowsError(
-        f"The rows of the Jacobian would take {size} backward passes, one for each of the outputs' entries, for {why}. "
-        f"More than {_MOST_PASSES} are not made. Use HessianFree, which needs products alone."
+        f"For {why}, one backward pass for each of {size} outputs would be needed, and at most {_MOST_PASSES} are made"
     )
 
 
@@ -611,77 +546,3 @@ def _groupings(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
             moved = [n.movedim(kept, tuple(order)).reshape(samples, -1) for n in numbers]
             found.append(torch.cat(moved, 1))
     yield from sorted(found, key=lambda index: index.shape[1])
-
-
-# From an operand to the parameters behind it.
-
-
-@dataclass(frozen=True, eq=False)
-class Route:
-    """A way from an operand to the parameter that it is a view of.
-
-    Attributes:
-        number: Number of the parameter.
-        is_transposed: Whether the operand is the parameter's transpose.
-        order: Number of the operand's entry for each of the parameter's; None: in order.
-    """
-
-    number: int
-    is_transposed: bool = False
-    order: Tensor | None = None
-
-
-def _route(target: Edge, leaves: Mapping[Node, int]) -> Route | None:
-    """Return the way to the one parameter whose entries an operand holds; None if there is none."""
-    node: Node | None = target[0]
-    passed: list[Node] = []
-    while node is not None and node not in leaves:
-        if kind_of(node) not in _VIEWS or len(node.next_functions) != 1:
-            return None
-        passed.append(node)
-        node = node.next_functions[0][0]
-    if node is None:
-        return None
-    number = leaves[node]
-    kinds = [kind_of(one) for one in passed]
-    if set(kinds) <= {"T"}:
-        return Route(number, len(kinds) % 2 == 1)
-    shape = target[0]._input_metadata[target[1]].shape
-    count = torch.arange(math.prod(shape), dtype=torch.float64, device=_device_of(node))
-    moved: Any = count.view(shape)
-    for one in passed:
-        step: Any = one
-        moved = step(moved)
-        moved = moved[0] if isinstance(moved, tuple) else moved
-    order = moved.reshape(-1).long()
-    if torch.equal(order, count.long()):
-        return Route(number)
-    if len(shape) == 2 and torch.equal(order, count.long().view(shape).T.reshape(-1)):
-        return Route(number, True)
-    return Route(number, False, order)
-
-
-def _device_of(leaf: Any) -> torch.device:
-    device: torch.device = leaf.variable.device
-    return device
-
-
-_VIEWS = frozenset({"Alias", "Permute", "ReshapeAlias", "Squeeze", "T", "Transpose", "UnsafeView", "Unsqueeze", "View"})
-
-
-def _pulled(target: Edge, rows: Tensor, leaves: Mapping[Node, int]) -> Iterator[tuple[int, Tensor]]:
-    """Yield the numbers of the parameters behind an operand and the rows pulled back to them, `(rows, size)`."""
-    node, number = target
-    of = node._input_metadata[number]
-    met = [leaf for leaf in behind(node) if leaf in leaves]
-    start: Any = GradientEdge(node, number)
-    ends: Any = [GradientEdge(leaf, 0) for leaf in met]
-    pulled: list[list[Tensor | None]] = []
-    for row in rows:
-        along = [row.view(of.shape).to(of.dtype)]
-        pulled.append(list(grad([start], ends, along, keep=True)))
-    for leaf, column in zip(met, zip(*pulled, strict=True), strict=True):
-        if any(g is not None for g in column):
-            like = next(g for g in column if g is not None)
-            stacked = torch.stack([torch.zeros_like(like) if g is None else g for g in column])
-            yield leaves[leaf], stacked.reshape(len(rows), -1)
