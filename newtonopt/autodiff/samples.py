@@ -214,18 +214,6 @@ _ORDER, _COARSEST = 256, 0.01
 # Where the samples end.
 
 
-class CoupledError(Exception):
-    """An operation mixes samples, which then share more than parameters.
-
-    Attributes:
-        operation: Torch's name for the operation's node.
-    """
-
-    def __init__(self, operation: str) -> None:
-        super().__init__(operation)
-        self.operation = operation
-
-
 def uses_of(samples: Samples, leaves: Sequence[Node]) -> list[Use]:
     """Return the uses through which these leaves, the parameters' nodes, enter the outputs."""
     goals = set(leaves)
