@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from newtonopt.autodiff.contributions import Contribution, Outer, by_sample, contribution_of, dense
 from newtonopt.autodiff.gradients import NoSecondDerivativeError, differentiable_kernels, grad
@@ -471,7 +471,8 @@ class Group:
         whole = values.new_zeros(self.index.shape)
         whole[slice(None) if chosen is None else chosen] = values
         edges = list(dict.fromkeys(edge for use in self.uses for edge in use.edges))
-        found = dict(zip(edges, self.samples.gradients(whole, edges), strict=True))
+        by = [GradientEdge(*edge) for edge in edges]
+        found = dict(zip(edges, self.samples.gradients(whole, by), strict=True))
         return [[found[edge] for edge in use.edges] for use in self.uses]
 
     def _add(
@@ -508,7 +509,7 @@ def _separated(members: Sequence[Output], params: Sequence[Tensor], is_independe
     """
     tensors = tuple(z.tensor for z in members)
     leaves = leaves_of(params)
-    whole, best, least, operation = bytes_handed_on([z.grad_fn for z in tensors]), None, float(_MOST_PASSES), ""
+    best, least, operation = None, float(_MOST_PASSES), ""
     for index in _groupings(tensors):
         samples = Samples(tensors, index)
         if samples.columns > least:
@@ -519,7 +520,9 @@ def _separated(members: Sequence[Output], params: Sequence[Tensor], is_independe
         targets = {use.target: use for use in group.uses}
         behind = {use: cost_behind(target, leaves) for target, use in targets.items()}
         # Each column takes a pass, and each row one from where samples mix back to the parameters.
-        passes = samples.columns + index.numel() * sum(behind.values()) / whole
+        passes = float(samples.columns)
+        if any(behind.values()):
+            passes += index.numel() * sum(behind.values()) / bytes_handed_on([z.grad_fn for z in tensors])
         if passes <= least:
             best, least = group, passes
         elif not operation:
