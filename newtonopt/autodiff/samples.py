@@ -92,9 +92,9 @@ class Use:
     results: tuple[Labelled | None, ...]
 
     @property
-    def edges(self) -> list[Edge]:
+    def edges(self) -> list[GradientEdge]:
         """The operation's results."""
-        return [(self.node, number) for number in range(len(self.results))]
+        return [GradientEdge(self.node, number) for number in range(len(self.results))]
 
 
 def labels_at(samples: Samples, edges: Sequence[Edge]) -> list[Labelled | None]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
 from newtonopt.autodiff.contributions import Contribution, Outer, by_sample, contribution_of, dense
 from newtonopt.autodiff.gradients import NoSecondDerivativeError, differentiable_kernels, grad
@@ -190,7 +190,11 @@ def residual_rows(evaluation: Evaluation, most: int | None = None, seed: int = 0
         rows = _own_rows(evaluation, most, seed)
     else:
         own = None if most is None else max(1, round(most * source.share))
-        rows = _of_processes(source.together(lambda: _own_rows(evaluation, own, seed)), source)
+        found = source.together(lambda: _attempt(evaluation, own, seed))
+        if not agreed(source, isinstance(found, Rows), evaluation.gradient):
+            raise found if isinstance(found, RowsError) else RowsError("Another process has none")
+        assert isinstance(found, Rows)
+        rows = _of_processes(found, source)
     rest, size = evaluation.data_gradient - rows.pull(rows.residuals), float(evaluation.data_gradient.norm())
     # Terms of the gradient that cancel are rounded before.
     rounding = _ORDER * torch.finfo(rest.dtype).eps * (rows.terms() + size)
@@ -199,6 +203,18 @@ def residual_rows(evaluation: Evaluation, most: int | None = None, seed: int = 0
 
 # How many rounding units a gradient may be off by, relative to its terms.
 _ORDER = 64
+
+
+def _attempt(evaluation: Evaluation, most: int | None, seed: int) -> Rows | RowsError:
+    try:
+        return _own_rows(evaluation, most, seed)
+    except RowsError as error:
+        return error
+
+
+def agreed(source: Source | None, answer: bool, like: Tensor) -> bool:
+    """Return whether all processes answer yes."""
+    return answer if source is None else bool(torch.cat(source.collect(like.new_tensor([answer]))).all())
 
 
 def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
@@ -471,8 +487,7 @@ class Group:
         whole = values.new_zeros(self.index.shape)
         whole[slice(None) if chosen is None else chosen] = values
         edges = list(dict.fromkeys(edge for use in self.uses for edge in use.edges))
-        by = [GradientEdge(*edge) for edge in edges]
-        found = dict(zip(edges, self.samples.gradients(whole, by), strict=True))
+        found = dict(zip(edges, self.samples.gradients(whole, edges), strict=True))
         return [[found[edge] for edge in use.edges] for use in self.uses]
 
     def _add(

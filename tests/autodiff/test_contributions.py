@@ -344,7 +344,7 @@ def test_contributions_are_each_samples_gradient(name: str) -> None:
     found = torch.zeros(M, sum(p.numel() for p in params), dtype=torch.float64)
     for use in uses_in(z, params):
         with torch.no_grad():
-            contribution = contribution_of(use, samples_of(z).gradients(values, [GradientEdge(*edge) for edge in use.edges]))
+            contribution = contribution_of(use, samples_of(z).gradients(values, use.edges))
             rows = dense(contribution, M)
         found += rows_behind(use, rows, params)
     along = [torch.where(torch.arange(M)[:, None] == i, values, 0).view(z.shape) for i in range(M)]
@@ -358,7 +358,13 @@ def parts_of(name: str) -> list[tuple[str, Contribution]]:
     z, params = built(name)
     ones, samples, uses = torch.ones(M, z.numel() // M, dtype=torch.float64), samples_of(z), uses_in(z, params)
     with torch.no_grad():
-        return [(kind_of(use.node), contribution_of(use, samples.gradients(ones, [GradientEdge(*edge) for edge in use.edges]))) for use in uses]
+        return [
+            (
+                kind_of(use.node),
+                contribution_of(use, samples.gradients(ones, use.edges)),
+            )
+            for use in uses
+        ]
 
 
 @pytest.mark.parametrize(
@@ -435,6 +441,9 @@ def test_a_module_with_a_padding_row_gives_it_nothing() -> None:
     z = torch.sin(layer(INDEX)).flatten(1)
     (use,) = uses_in(z, [layer.weight])
     with torch.no_grad():
-        found = contribution_of(use, samples_of(z).gradients(torch.ones(M, 9, dtype=torch.float64), [GradientEdge(*edge) for edge in use.edges]))
+        found = contribution_of(
+            use,
+            samples_of(z).gradients(torch.ones(M, 9, dtype=torch.float64), use.edges),
+        )
         rows = dense(found, M).view(M, 4, 3)
     assert not bool(rows[:, 0].any()) and bool(rows[:, 1:].any())
