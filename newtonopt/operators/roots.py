@@ -6,7 +6,6 @@ loss couples, `Head.blocks` the Hessian's block of each sample, and `root_of` it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -136,14 +135,13 @@ class Root:
         return {number: piece.view(like[number].shape).to(like[number].dtype) for number, piece in pairs}
 
     def residuals(self, slopes: Mapping[int, Tensor]) -> Tensor:
-        """Return the least `r` for which `S r` is nearest to the loss's slopes by the outputs, `(rank samples,)`."""
+        """Return the least `r` for which `S r` is nearest to the loss's slopes by the outputs, `(rank, samples)`."""
         # The columns of a block are orthogonal.
-        squares = self.blocks.square().sum(1).T.reshape(-1)
-        return torch.where(squares > 0, self.weigh(slopes) / squares, 0)
+        squares = self.blocks.square().sum(1).T
+        return torch.where(squares > 0, self.weigh(slopes).view(self.shape) / squares, 0)
 
-    def only(self, chosen: Tensor) -> Root:
-        """Return the blocks of these samples alone, weighted up."""
-        weight = math.sqrt(len(self.blocks) / len(chosen))
+    def only(self, chosen: Tensor, weight: float) -> Root:
+        """Return the blocks of these samples alone, times a weight."""
         return Root(self.numbers, self.index[chosen], weight * self.blocks[chosen])
 
 
