@@ -19,9 +19,6 @@ from newtonopt.closure.losses import Output
 from newtonopt.operators.products import curve_of
 from newtonopt.vectors.random import normals
 
-# How many rounding units a product may be off by, relative to its terms.
-_ORDER = 64
-
 
 @dataclass(frozen=True, eq=False)
 class Head:
@@ -34,6 +31,7 @@ class Head:
         curve: `t -> H_L t`, in the outputs.
         graph: Parts of the whole graph that may make a derivative wrong.
         like: A vector of the dtype of flat vectors.
+        is_convex: Whether the loss is known to be convex in the outputs.
     """
 
     loss: Tensor
@@ -42,6 +40,7 @@ class Head:
     curve: Callable[[Sequence[Tensor]], list[Tensor]]
     graph: Graph
     like: Tensor
+    is_convex: bool
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> Head:
@@ -53,7 +52,7 @@ class Head:
         slopes = {z.number: torch.zeros_like(z.tensor) if g is None else g for z, g in pairs}
         curve = curve_of(loss, outputs) if outputs else lambda pushed: []
         graph = look_through(loss, [z.tensor for z in outputs], evaluation.coarse_eps)
-        return cls(loss, outputs, slopes, curve, graph, evaluation.gradient)
+        return cls(loss, outputs, slopes, curve, graph, evaluation.gradient, evaluation.recording.convex)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -82,16 +81,22 @@ class Head:
             index: The samples' entries among those of the group, `(samples, columns)`.
         """
         n, k = index.shape
-        found = self.like.new_zeros(n, k, k)
+        v = normals(self.like.new_zeros(n * k), torch.Generator().manual_seed(0)).view(n, k)
+        numbers = torch.arange(n, device=index.device)
+        for bit in range((n - 1).bit_length()):
+            # Any two samples differ in a bit of their numbers. Without an entry that couples them, a product along
+            # those with the bit is zero at the others, without rounding.
+            has = (numbers >> bit & 1).bool()
+            flat = v.new_zeros(n * k)
+            flat[index[has]] = v[has]
+            if bool((self._curved(members, flat)[index[~has]] != 0).any()):
+                return None
+        found = v.new_zeros(n, k, k)
         for c in range(k):
             unit = found.new_zeros(n * k)
             unit[index[:, c]] = 1
             found[:, :, c] = self._curved(members, unit)[index]
-        v = normals(found.new_zeros(n * k), torch.Generator().manual_seed(0))
-        expected, bent = torch.einsum("nij,nj->ni", found, v[index]), self._curved(members, v)[index]
-        size = expected.abs().sum(1) + found.abs().amax((1, 2))
-        close = (bent - expected).abs().sum(1) <= _ORDER * k * self.graph.eps * size
-        return found if bool(close.all()) else None
+        return found
 
     def _curved(self, members: Sequence[Output], flat: Tensor) -> Tensor:
         """Return the product with the Hessian in the entries of a group of outputs."""
@@ -145,13 +150,18 @@ class Root:
         return Root(self.numbers, self.index[chosen], weight * self.blocks[chosen])
 
 
-def root_of(blocks: Tensor) -> Tensor | None:
-    """Return `S` with `S S'` the blocks, `(samples, columns, rank)`, orthogonal columns; None if one is indefinite."""
-    if blocks.shape[1] == 1:
-        return blocks.sqrt() if bool((blocks >= 0).all()) else None
+def root_of(blocks: Tensor, is_convex: bool) -> Tensor | None:
+    """Return `S` with `S S'` the blocks, `(samples, columns, rank)`, orthogonal columns; None if one is indefinite.
+
+    Args:
+        blocks: `(samples, columns, columns)`.
+        is_convex: Whether the loss is known to be convex, so that negative eigenvalues are rounding. A confident
+            classifier's blocks are differences of numbers that are far larger.
+    """
     values, vectors = torch.linalg.eigh(0.5 * (blocks + blocks.mT))
-    rounding = values.abs().amax(1, keepdim=True) * values.shape[1] * torch.finfo(values.dtype).eps
-    if bool((values < -4 * rounding).any()):
+    size = values.abs().amax(1, keepdim=True)
+    rounding = size * values.shape[1] * torch.finfo(values.dtype).eps
+    if not is_convex and bool((values < -4 * rounding.max()).any()):
         return None
     roots = torch.where(values > rounding, values, 0).sqrt()
     used = (roots > 0).any(0)

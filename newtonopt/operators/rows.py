@@ -409,7 +409,7 @@ def _rooted(members: Sequence[Output], head: Head, params: Sequence[Tensor]) -> 
         return found is not None
 
     group = _separated(members, params, is_independent)
-    root = root_of(blocks[group.columns])
+    root = root_of(blocks[group.columns], head.is_convex)
     if root is None:
         raise RowsError(
             "The loss is not convex in its outputs", 'Use HessianFree with curvature="hessian", or NewtonCG.'
