@@ -145,13 +145,17 @@ class Root:
         return Root(self.numbers, self.index[chosen], weight * self.blocks[chosen])
 
 
-def root_of(blocks: Tensor) -> Tensor | None:
-    """Return `S` with `S S'` the blocks, `(samples, columns, rank)`, orthogonal columns; None if one is indefinite."""
-    if blocks.shape[1] == 1:
-        return blocks.sqrt() if bool((blocks >= 0).all()) else None
-    values, vectors = torch.linalg.eigh(0.5 * (blocks + blocks.mT))
+def root_of(blocks: Tensor, *, is_convex: bool) -> Tensor | None:
+    """Return `S` with `S S'` the blocks, `(samples, columns, rank)`, orthogonal columns; None if one is indefinite.
+
+    Args:
+        blocks: `(samples, columns, columns)`.
+        is_convex: Whether the loss is known to be convex, so that negative eigenvalues are rounding, as those of a
+            saturated softmax are.
+    """
+    values, vectors = torch.linalg.eigh(0.5 * (blocks + blocks.mT)) if blocks.shape[1] > 1 else _of_numbers(blocks)
     rounding = values.abs().amax(1, keepdim=True) * values.shape[1] * torch.finfo(values.dtype).eps
-    if bool((values < -4 * rounding).any()):
+    if not is_convex and bool((values < -4 * rounding).any()):
         return None
     roots = torch.where(values > rounding, values, 0).sqrt()
     used = (roots > 0).any(0)
@@ -159,3 +163,7 @@ def root_of(blocks: Tensor) -> Tensor | None:
     used[-1] = True
     root: Tensor = (vectors * roots[:, None, :])[:, :, used]
     return root
+
+
+def _of_numbers(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    return blocks[:, 0], torch.ones_like(blocks)
