@@ -110,12 +110,14 @@ class Graph:
         heads: Whether there are some between the loss and its outputs.
         has_hooks: Whether hooks may change gradients.
         eps: Rounding unit of the coarsest precision in it.
+        is_nested: Whether there are nested tensors. Default False.
     """
 
     functions: tuple[str, ...]
     heads: bool
     has_hooks: bool
     eps: float
+    is_nested: bool = False
 
     @property
     def is_foreign(self) -> bool:
@@ -143,7 +145,8 @@ def look_through(loss: Tensor, outputs: Iterable[Tensor], eps: float) -> Graph:
         eps = max(eps, _TF32)
     barrier = {z.grad_fn for z in outputs if z.grad_fn is not None}
     heads = bool(functions and barrier) and reaches(loss.grad_fn, lambda node: _foreign(node) is not None, barrier)
-    return Graph(functions, heads, hooked, eps)
+    is_nested = any(of.is_nested_tensor for node in nodes for of in node._input_metadata)
+    return Graph(functions, heads, hooked, eps, is_nested)
 
 
 def _foreign(node: Any) -> str | None:

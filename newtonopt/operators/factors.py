@@ -40,6 +40,11 @@ class Factors:
     left: Tensor
     right: Tensor
 
+    @property
+    def height(self) -> int:
+        """First dimension of the parameter."""
+        return self.left.shape[2]
+
     def gram(self, out: Tensor) -> None:
         """Add the rows' inner products to the lower half of `out`, `(m, m)`, block by block."""
         one, other = out.new_empty(_BLOCK * _BLOCK), out.new_empty(_BLOCK * _BLOCK)
@@ -144,7 +149,7 @@ def joined(parts: Sequence[Factors | Formed]) -> Factors | Formed:
         return parts[0]
     factors = [part for part in parts if isinstance(part, Factors)]
     if len(factors) < len(parts) or len({(f.left.shape[2], f.right.shape[2]) for f in factors}) > 1:
-        height = next(part.height for part in parts if isinstance(part, Formed)) if len(factors) < len(parts) else 1
+        height = parts[0].height
         return Formed(torch.cat([part.dense() for part in parts]), height)
     s = max(len(part.left) for part in factors)
     left, right = (

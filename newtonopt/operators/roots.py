@@ -6,7 +6,6 @@ loss couples, `Head.blocks` the Hessian's block of each sample, and `root_of` it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from newtonopt.autodiff.gradients import grad
-from newtonopt.autodiff.graph import coarsest
+from newtonopt.autodiff.graph import Graph, look_through
 from newtonopt.closure.evaluation import Evaluation
 from newtonopt.closure.losses import Output
 from newtonopt.operators.products import curve_of
@@ -33,7 +32,7 @@ class Head:
         outputs: The recorded outputs that have entries.
         slopes: The loss's gradient by them, by their numbers.
         curve: `t -> H_L t`, in the outputs.
-        eps: Rounding unit of the coarsest dtype in the whole graph.
+        graph: Parts of the whole graph that may make a derivative wrong.
         like: A vector of the dtype of flat vectors.
     """
 
@@ -41,7 +40,7 @@ class Head:
     outputs: tuple[Output, ...]
     slopes: Mapping[int, Tensor]
     curve: Callable[[Sequence[Tensor]], list[Tensor]]
-    eps: float
+    graph: Graph
     like: Tensor
 
     @classmethod
@@ -53,8 +52,8 @@ class Head:
         pairs = zip(outputs, found, strict=True)
         slopes = {z.number: torch.zeros_like(z.tensor) if g is None else g for z, g in pairs}
         curve = curve_of(loss, outputs) if outputs else lambda pushed: []
-        eps = coarsest([loss.grad_fn], evaluation.coarse_eps)
-        return cls(loss, outputs, slopes, curve, eps, evaluation.gradient)
+        graph = look_through(loss, [z.tensor for z in outputs], evaluation.coarse_eps)
+        return cls(loss, outputs, slopes, curve, graph, evaluation.gradient)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -91,7 +90,7 @@ class Head:
         v = normals(found.new_zeros(n * k), torch.Generator().manual_seed(0))
         expected, bent = torch.einsum("nij,nj->ni", found, v[index]), self._curved(members, v)[index]
         size = expected.abs().sum(1) + found.abs().amax((1, 2))
-        close = (bent - expected).abs().sum(1) <= _ORDER * k * self.eps * size
+        close = (bent - expected).abs().sum(1) <= _ORDER * k * self.graph.eps * size
         return found if bool(close.all()) else None
 
     def _curved(self, members: Sequence[Output], flat: Tensor) -> Tensor:
@@ -136,14 +135,13 @@ class Root:
         return {number: piece.view(like[number].shape).to(like[number].dtype) for number, piece in pairs}
 
     def residuals(self, slopes: Mapping[int, Tensor]) -> Tensor:
-        """Return the least `r` for which `S r` is nearest to the loss's slopes by the outputs, `(rank samples,)`."""
+        """Return the least `r` for which `S r` is nearest to the loss's slopes by the outputs, `(rank, samples)`."""
         # The columns of a block are orthogonal.
-        squares = self.blocks.square().sum(1).T.reshape(-1)
-        return torch.where(squares > 0, self.weigh(slopes) / squares, 0)
+        squares = self.blocks.square().sum(1).T
+        return torch.where(squares > 0, self.weigh(slopes).view(self.shape) / squares, 0)
 
-    def only(self, chosen: Tensor) -> Root:
-        """Return the blocks of these samples alone, weighted up."""
-        weight = math.sqrt(len(self.blocks) / len(chosen))
+    def only(self, chosen: Tensor, weight: float) -> Root:
+        """Return the blocks of these samples alone, times a weight."""
         return Root(self.numbers, self.index[chosen], weight * self.blocks[chosen])
 
 

@@ -23,7 +23,7 @@ from torch.autograd.graph import Node
 
 from newtonopt.autodiff.contributions import Contribution, Outer, by_sample, contribution_of, dense
 from newtonopt.autodiff.gradients import NoSecondDerivativeError, differentiable_kernels, grad
-from newtonopt.autodiff.graph import bytes_handed_on, look_through
+from newtonopt.autodiff.graph import bytes_handed_on
 from newtonopt.autodiff.routes import cost_behind, leaves_of, pulled_back, route_to
 from newtonopt.autodiff.samples import Samples, Use, uses_of, weights_of
 from newtonopt.closure.evaluation import Evaluation, Manner, Source, Verdict
@@ -154,7 +154,7 @@ def jacobian_rows(evaluation: Evaluation) -> Rows:
     check_rows(evaluation)
     if evaluation.parts:
         raise RowsError("Losses count for some of the parameters only")
-    head, gathered = Head.of(evaluation), [Gathered(p.shape) for p in evaluation.params]
+    head, gathered = _head(evaluation), [Gathered(p.shape) for p in evaluation.params]
     roots, order, first = [], [], 0
     for z in head.outputs:
         group = _separated([z], evaluation.params, lambda index: True)
@@ -190,7 +190,11 @@ def residual_rows(evaluation: Evaluation, most: int | None = None, seed: int = 0
         rows = _own_rows(evaluation, most, seed)
     else:
         own = None if most is None else max(1, round(most * source.share))
-        rows = _of_processes(source.together(lambda: _own_rows(evaluation, own, seed)), source)
+        found = source.together(lambda: _attempt(evaluation, own, seed))
+        if not agreed(source, isinstance(found, Rows), evaluation.gradient):
+            raise found if isinstance(found, RowsError) else RowsError("Another process has none")
+        assert isinstance(found, Rows)
+        rows = _of_processes(found, source)
     rest, size = evaluation.data_gradient - rows.pull(rows.residuals), float(evaluation.data_gradient.norm())
     # Terms of the gradient that cancel are rounded before.
     rounding = _ORDER * torch.finfo(rest.dtype).eps * (rows.terms() + size)
@@ -201,23 +205,39 @@ def residual_rows(evaluation: Evaluation, most: int | None = None, seed: int = 0
 _ORDER = 64
 
 
+def _attempt(evaluation: Evaluation, most: int | None, seed: int) -> Rows | RowsError:
+    try:
+        return _own_rows(evaluation, most, seed)
+    except RowsError as error:
+        return error
+
+
+def agreed(source: Source | None, answer: bool, like: Tensor) -> bool:
+    """Return whether all processes answer yes."""
+    return answer if source is None else bool(torch.cat(source.collect(like.new_tensor([answer]))).all())
+
+
 def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
     """Return the rows of this process's outputs, checked."""
     check_rows(evaluation)
     if evaluation.parts:
         return _of_parts([(_own_rows(part, most, seed), mask) for part, mask in evaluation.parts])
-    head, gathered = Head.of(evaluation), [Gathered(p.shape) for p in evaluation.params]
+    head, gathered = _head(evaluation), [Gathered(p.shape) for p in evaluation.params]
+    if head.graph.heads:
+        raise RowsError(head.graph.named("The loss's second derivative cannot be trusted, for it is computed by "))
     groups = [_rooted(members, head, evaluation.params) for members in head.groups()] if head.outputs else []
     count = sum(math.prod(root.shape) for _, root in groups)
     generator = torch.Generator().manual_seed(seed)
     residuals, roots, first = [evaluation.gradient.new_zeros(0)], [], 0
     for group, root in groups:
-        chosen = None
+        chosen, r = None, root.residuals(head.slopes)
         if most is not None and count > most:
             kept = max(1, round(group.count * most / count))
             chosen = torch.randperm(group.count, generator=generator)[:kept].to(head.loss.device)
-            root = root.only(chosen)
-        residuals.append(root.residuals(head.slopes))
+            # Weighted, `R'R` and `R'r` of the chosen rows have the expectation of those of all.
+            weight = math.sqrt(group.count / kept)
+            root, r = root.only(chosen, weight), weight * r[:, chosen]
+        residuals.append(r.reshape(-1))
         group.gather(root.blocks, chosen, gathered, first)
         roots.append(root)
         first += math.prod(root.shape)
@@ -226,6 +246,13 @@ def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
     if count == first and not evaluation.leaves_outputs_out():
         _check_gradient(rows, evaluation, head)
     return rows
+
+
+def _head(evaluation: Evaluation) -> Head:
+    head = Head.of(evaluation)
+    if head.graph.is_nested:
+        raise RowsError("The model computes with nested tensors")
+    return head
 
 
 def _rows(residuals: Tensor, count: int, gathered: Sequence[Gathered], roots: Sequence[Root]) -> Rows:
@@ -280,11 +307,11 @@ def _check_products(rows: Rows, evaluation: Evaluation, head: Head) -> None:
     pulled = flatten(grad(tensors, params, [along[z.number] for z in head.outputs], keep=True), params)
     error, cost = _difference(rows.pull(u), pulled), 1
     # Autograd forms `J v` by a second differentiation, which may be missing, or wrong where the graph has foreign code.
-    if not look_through(head.loss, tensors, head.eps).is_foreign:
+    if not head.graph.is_foreign:
         with suppress(NoSecondDerivativeError):
             pushed = dict(zip(along, push_of(tensors, params)(v), strict=True))
             error, cost = max(error, _difference(rows.push(v), rows.weigh(pushed))), 4
-    if not error <= _tolerance(head.eps):
+    if not error <= _tolerance(head.graph.eps):
         raise RowsError(_OTHER.format("products with a random vector", error))
     evaluation.standing.judge("rows", Verdict(Manner("cached"), "", 0.0, cost))
 
@@ -295,12 +322,12 @@ def _check_gradient(rows: Rows, evaluation: Evaluation, head: Head) -> None:
     Raises:
         RowsError: They differ.
     """
-    reached, close = _spread(rows, rows.residuals, head), _tolerance(head.eps)
+    reached, close = _spread(rows, rows.residuals, head), _tolerance(head.graph.eps)
     if any(_difference(reached[number], slope) > close for number, slope in head.slopes.items()):
         return  # slopes outside the range of `S` are no part of `R'r`
     gradient = evaluation.recording.gradient
     error = float((rows.pull(rows.residuals) - gradient).norm())
-    if error > close * float(gradient.norm()) + 1e4 * head.eps * rows.terms():
+    if error > close * float(gradient.norm()) + 1e4 * head.graph.eps * rows.terms():
         raise RowsError(_OTHER.format("the gradient", error / float(gradient.norm())))
 
 
@@ -340,7 +367,7 @@ def _of_parts(found: Sequence[tuple[Rows, Tensor]]) -> Rows:
         for rows, mask in found:
             counts = bool(mask.split(rows.sizes)[number].any())
             zeros = rows.residuals.new_zeros(len(rows.residuals), size)
-            pieces.append(rows.parts[number] if counts else Formed(zeros))
+            pieces.append(rows.parts[number] if counts else Formed(zeros, rows.parts[number].height))
         columns.append(joined(pieces))
     r = torch.cat([rows.residuals for rows in every])
     roots = tuple(root for rows in every for root in rows.roots)
@@ -359,7 +386,7 @@ def _of_processes(own: Rows, source: Source) -> Rows:
             sides = source.collect(part.left * weight), source.collect(part.right)
             parts.append(joined([Factors(left, right) for left, right in zip(*sides, strict=True)]))
         else:
-            parts.append(Formed(torch.cat(source.collect(part.dense() * weight))))
+            parts.append(Formed(torch.cat(source.collect(part.dense() * weight)), part.height))
     count = int(torch.cat(source.collect(r.new_tensor([own.count]))).sum())
     return Rows(r, None, count, tuple(parts), own.shapes, own.roots, source)
 
@@ -497,7 +524,7 @@ def _separated(members: Sequence[Output], params: Sequence[Tensor], is_independe
     """
     tensors = tuple(z.tensor for z in members)
     leaves = leaves_of(params)
-    whole, best, least, operation = bytes_handed_on([z.grad_fn for z in tensors]), None, float(_MOST_PASSES), ""
+    best, least, operation = None, float(_MOST_PASSES), ""
     for index in _groupings(tensors):
         samples = Samples(tensors, index)
         if samples.columns > least:
@@ -508,7 +535,9 @@ def _separated(members: Sequence[Output], params: Sequence[Tensor], is_independe
         targets = {use.target: use for use in group.uses}
         behind = {use: cost_behind(target, leaves) for target, use in targets.items()}
         # Each column takes a pass, and each row one from where samples mix back to the parameters.
-        passes = samples.columns + index.numel() * sum(behind.values()) / whole
+        passes = float(samples.columns)
+        if any(behind.values()):
+            passes += index.numel() * sum(behind.values()) / bytes_handed_on([z.grad_fn for z in tensors])
         if passes <= least:
             best, least = group, passes
         elif not operation:
