@@ -235,7 +235,7 @@ def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
         chosen, r = None, root.residuals(head.slopes)
         if most is not None and count > most:
             kept = max(1, round(group.count * most / count))
-            chosen = torch.randperm(group.count, generator=generator)[:kept].to(head.loss.device)
+            chosen = torch.randperm(group.count, generator=generator, device="cpu")[:kept].to(head.loss.device)
             # Weighted, `R'R` and `R'r` of the chosen rows have the expectation of those of all.
             weight = math.sqrt(group.count / kept)
             root, r = root.only(chosen, weight), weight * r[:, chosen]
