@@ -71,7 +71,8 @@ def contribution_of(use: Use, gradients: Sequence[Tensor | None]) -> Contributio
     operand = use.target[0]._input_metadata[use.target[1]]
     shape = torch.Size(operand.shape)
     g, labels = gradients[0], use.results[0]
-    if len(gradients) == 1 and g is not None and labels is not None and not g.is_complex():
+    alone = all(other is None for other in gradients[1:])
+    if alone and g is not None and labels is not None and not g.is_complex():
         if node is use.target[0]:
             return _spread(g, labels.samples, shape)
         rule = _RULES.get(kind_of(node))
@@ -142,8 +143,18 @@ _AT_ONCE = 256
 def _convolution(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.Size) -> Contribution | None:
     if slot == 2:
         return _spread(g.movedim(1, -1), samples.movedim(1, -1), shape)
+    return _kernel(node, g, node._saved_input, samples) if slot == 1 else None
+
+
+def _convolution_backward(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.Size) -> Contribution | None:
+    # The gradient by the input is bilinear in that by the result and in the kernel, as the convolution itself is.
+    return _kernel(node, node._saved_grad_output, g, samples) if slot == 2 else None
+
+
+def _kernel(node: Any, out: Tensor, given: Tensor, samples: Tensor) -> Contribution | None:
+    """Return the contributions to a kernel, for the gradient `out` of a convolution of `given`."""
     rows = common(samples)
-    if slot != 1 or rows is None:
+    if rows is None:
         return None
     weight = node._saved_weight
     places = (node._saved_stride, node._saved_padding, node._saved_dilation)
@@ -153,7 +164,7 @@ def _convolution(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.
         gradient: Tensor = torch.ops.aten.convolution_backward(out[None], given[None], weight, None, *settings)[1]
         return gradient
 
-    values = torch.func.vmap(of_one, chunk_size=_AT_ONCE)(g, node._saved_input)
+    values = torch.func.vmap(of_one, chunk_size=_AT_ONCE)(out, given)
     return Whole(values.reshape(len(values), -1), rows)
 
 
@@ -165,6 +176,21 @@ def _embedding(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.Si
     index = torch.arange(math.prod(shape), device=g.device).view(shape)[rows]
     values = torch.where((rows == padding)[..., None], 0, g)
     return Spread(values.reshape(-1), samples.reshape(-1), index.reshape(-1), math.prod(shape))
+
+
+def _embedding_bag(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.Size) -> Contribution | None:
+    is_sum, is_mean = node._saved_mode == 0, node._saved_mode == 1
+    plain = node._saved_per_sample_weights is None and not (node._saved_scale_grad_by_freq or node._saved_sparse)
+    if slot != 0 or not plain or not (is_sum or is_mean):
+        return None
+    words, offsets = node._saved_indices.reshape(-1), node._saved_offsets.contiguous()
+    bags = torch.searchsorted(offsets, torch.arange(len(words), device=g.device, dtype=offsets.dtype), right=True) - 1
+    counts = (words != node._saved_padding_idx).to(g.dtype)
+    if is_mean:
+        counts = counts / counts.new_zeros(len(offsets)).index_add(0, bags, counts).clamp(min=1)[bags]
+    index = torch.arange(math.prod(shape), device=g.device).view(shape)[words]
+    values = g[bags] * counts[:, None]
+    return Spread(values.reshape(-1), samples[bags].reshape(-1), index.reshape(-1), math.prod(shape))
 
 
 def _index(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.Size) -> Contribution | None:
@@ -213,6 +239,19 @@ def _layer_norm(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.S
     return _spread(g * normal, samples, shape) if slot == 1 else None
 
 
+def _layer_norm_backward(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.Size) -> Contribution | None:
+    if slot == 5:
+        return _spread(torch.zeros_like(g), samples, shape)  # the input's gradient does not depend on the bias
+    dims = tuple(range(-len(node._saved_normalized_shape), 0))
+    owners = samples.amax(dims, keepdim=True).expand_as(samples)
+    if slot != 4 or bool(((samples != owners) & (samples >= 0)).any()):
+        return None
+    # With x the normalised input: dx = rstd (w dy - mean(w dy) - x mean(x w dy)), and so the derivative by w along g.
+    normal = (node._saved_input - node._saved_mean) * node._saved_rstd
+    centred = g - g.mean(dims, keepdim=True) - normal * (g * normal).mean(dims, keepdim=True)
+    return _spread(node._saved_grad_out * node._saved_rstd * centred, owners, shape)
+
+
 def _group_norm(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.Size) -> Contribution | None:
     if slot == 2:
         return _spread(g.movedim(1, -1), samples.movedim(1, -1), shape)
@@ -245,7 +284,9 @@ _RULES: dict[str, Callable[[Any, int, Tensor, Tensor, torch.Size], Contribution 
     "Mv": _mv,
     "Dot": _dot,
     "Convolution": _convolution,
+    "ConvolutionBackward": _convolution_backward,
     "Embedding": _embedding,
+    "EmbeddingBag": _embedding_bag,
     "Index": _index,
     "Add": _add,
     "Sub": _sub,
@@ -254,6 +295,7 @@ _RULES: dict[str, Callable[[Any, int, Tensor, Tensor, torch.Size], Contribution 
     "Expand": _expand,
     "PreluKernel": _prelu,
     "NativeLayerNorm": _layer_norm,
+    "NativeLayerNormBackward": _layer_norm_backward,
     "NativeGroupNorm": _group_norm,
     "NativeBatchNorm": _batch_norm,
 }

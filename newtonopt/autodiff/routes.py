@@ -105,11 +105,15 @@ def pulled_back(target: Edge, rows: Tensor, leaves: Mapping[Node, int]) -> Itera
             parts.append(grad([start], ends, [along], keep=True, batched=True))
         except Exception:  # an operation allows no batches, or the error comes again
             singly = [grad([start], ends, [row], keep=True) for row in along]
-            columns = [[g for g in column if g is not None] for column in zip(*singly, strict=True)]
-            parts.append(tuple(torch.stack(column) if column else None for column in columns))
+            parts.append(tuple(_stacked(column) for column in zip(*singly, strict=True)))
     for leaf, pieces in zip(met, zip(*parts, strict=True), strict=True):
-        if pieces and pieces[0] is not None:
+        if all(piece is not None for piece in pieces):
             yield leaves[leaf], torch.cat([piece for piece in pieces if piece is not None]).reshape(len(rows), -1)
+
+
+def _stacked(gradients: Sequence[Tensor | None]) -> Tensor | None:
+    like = next((g for g in gradients if g is not None), None)
+    return None if like is None else torch.stack([torch.zeros_like(like) if g is None else g for g in gradients])
 
 
 # Bytes that the gradients of a batch of rows may take.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,10 +56,10 @@ class Samples:
         pieces = flat.split([z.numel() for z in self.outputs])
         return [piece.view(z.shape).to(z.dtype) for piece, z in zip(pieces, self.outputs, strict=True)]
 
-    def gradients(self, values: Tensor, edges: Sequence[Edge]) -> Gradients:
+    def gradients(self, values: Tensor, edges: Sequence[GradientEdge]) -> Gradients:
         """Return the gradients at these edges along values `(samples, columns)`; None where there is none."""
-        by: list[object] = [GradientEdge(*edge) for edge in edges]
-        return grad(self.outputs, by, self.cotangents(values), keep=True)  # type: ignore[arg-type]
+        by: Any = edges
+        return grad(self.outputs, by, self.cotangents(values), keep=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +92,9 @@ class Use:
     results: tuple[Labelled | None, ...]
 
     @property
-    def edges(self) -> list[Edge]:
+    def edges(self) -> list[GradientEdge]:
         """The operation's results."""
-        return [(self.node, number) for number in range(len(self.results))]
+        return [GradientEdge(self.node, number) for number in range(len(self.results))]
 
 
 def labels_at(samples: Samples, edges: Sequence[Edge]) -> list[Labelled | None]:
@@ -103,15 +104,15 @@ def labels_at(samples: Samples, edges: Sequence[Edge]) -> list[Labelled | None]:
     """
     if not edges:
         return []
-    weights = weights_of(samples)
-    base = samples.gradients(weights, edges)
+    weights, by = weights_of(samples), [GradientEdge(*edge) for edge in edges]
+    base = samples.gradients(weights, by)
     radix, digits = _radix(samples)
     numbers = torch.arange(samples.count, device=weights.device)
     found: list[Tensor | None] = [None if g is None else torch.zeros_like(g, dtype=torch.long) for g in base]
     for digit in range(digits):
         # Exponents around zero leave the most room on both sides.
         exponents = numbers // radix**digit % radix - radix // 2
-        scaled = samples.gradients(torch.ldexp(weights, exponents[:, None]), edges)
+        scaled = samples.gradients(torch.ldexp(weights, exponents[:, None]), by)
         for i, (one, two, label) in enumerate(zip(base, scaled, found, strict=True)):
             if one is not None and label is not None:
                 exponent = None if two is None else _digits(one, two, radix)
@@ -212,18 +213,6 @@ _ORDER, _COARSEST = 256, 0.01
 
 
 # Where the samples end.
-
-
-class CoupledError(Exception):
-    """An operation mixes samples, which then share more than parameters.
-
-    Attributes:
-        operation: Torch's name for the operation's node.
-    """
-
-    def __init__(self, operation: str) -> None:
-        super().__init__(operation)
-        self.operation = operation
 
 
 def uses_of(samples: Samples, leaves: Sequence[Node]) -> list[Use]:

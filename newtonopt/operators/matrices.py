@@ -19,7 +19,7 @@ from newtonopt.closure.evaluation import Evaluation, Manner, Matrix, decays
 from newtonopt.operators import products
 from newtonopt.operators.linear_operator import LinearOperator, Product, Trust
 from newtonopt.operators.products import one_by_one
-from newtonopt.operators.rows import RowsError, check_outputs, jacobian_rows, residual_rows
+from newtonopt.operators.rows import RowsError, agreed, check_outputs, jacobian_rows, residual_rows
 from newtonopt.operators.verification import Finding, Vouched, examine_gauss_newton, examine_hessian, examine_jacobian
 from newtonopt.vectors.flat import flatten, local_pieces, unflatten
 from newtonopt.vectors.memory import fits
@@ -156,7 +156,8 @@ def _from_rows(evaluation: Evaluation) -> Tensor | None:
     sizes = [(z.tensor.numel(), len(z.tensor) if z.tensor.dim() else 1) for z in evaluation.graph[1]]
     entries, samples = sum(size for size, _ in sizes), sum(count for _, count in sizes)
     like = evaluation.gradient
-    if entries > _WIDEST * samples or not fits(2 * entries * like.numel(), like.dtype, like.device):
+    pays = entries <= _WIDEST * samples and fits(2 * entries * like.numel(), like.dtype, like.device)
+    if not agreed(evaluation.source, pays, like):
         return None
     try:
         return residual_rows(evaluation).parameter_gram()

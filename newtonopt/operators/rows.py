@@ -190,7 +190,11 @@ def residual_rows(evaluation: Evaluation, most: int | None = None, seed: int = 0
         rows = _own_rows(evaluation, most, seed)
     else:
         own = None if most is None else max(1, round(most * source.share))
-        rows = _of_processes(source.together(lambda: _own_rows(evaluation, own, seed)), source)
+        found = source.together(lambda: _attempt(evaluation, own, seed))
+        if not agreed(source, isinstance(found, Rows), evaluation.gradient):
+            raise found if isinstance(found, RowsError) else RowsError("Another process has none")
+        assert isinstance(found, Rows)
+        rows = _of_processes(found, source)
     rest, size = evaluation.data_gradient - rows.pull(rows.residuals), float(evaluation.data_gradient.norm())
     # Terms of the gradient that cancel are rounded before.
     rounding = _ORDER * torch.finfo(rest.dtype).eps * (rows.terms() + size)
@@ -199,6 +203,18 @@ def residual_rows(evaluation: Evaluation, most: int | None = None, seed: int = 0
 
 # How many rounding units a gradient may be off by, relative to its terms.
 _ORDER = 64
+
+
+def _attempt(evaluation: Evaluation, most: int | None, seed: int) -> Rows | RowsError:
+    try:
+        return _own_rows(evaluation, most, seed)
+    except RowsError as error:
+        return error
+
+
+def agreed(source: Source | None, answer: bool, like: Tensor) -> bool:
+    """Return whether all processes answer yes."""
+    return answer if source is None else bool(torch.cat(source.collect(like.new_tensor([answer]))).all())
 
 
 def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
@@ -508,7 +524,7 @@ def _separated(members: Sequence[Output], params: Sequence[Tensor], is_independe
     """
     tensors = tuple(z.tensor for z in members)
     leaves = leaves_of(params)
-    whole, best, least, operation = bytes_handed_on([z.grad_fn for z in tensors]), None, float(_MOST_PASSES), ""
+    best, least, operation = None, float(_MOST_PASSES), ""
     for index in _groupings(tensors):
         samples = Samples(tensors, index)
         if samples.columns > least:
@@ -519,7 +535,9 @@ def _separated(members: Sequence[Output], params: Sequence[Tensor], is_independe
         targets = {use.target: use for use in group.uses}
         behind = {use: cost_behind(target, leaves) for target, use in targets.items()}
         # Each column takes a pass, and each row one from where samples mix back to the parameters.
-        passes = samples.columns + index.numel() * sum(behind.values()) / whole
+        passes = float(samples.columns)
+        if any(behind.values()):
+            passes += index.numel() * sum(behind.values()) / bytes_handed_on([z.grad_fn for z in tensors])
         if passes <= least:
             best, least = group, passes
         elif not operation:

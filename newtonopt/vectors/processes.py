@@ -106,7 +106,7 @@ class Processes:
         sizes = [torch.Size(other.tolist()) for other in shapes]
         # Collective calls take tensors of one size: the shorter ones are filled up.
         most = max(size.numel() for size in sizes)
-        own = self._like.new_zeros(most)
+        own = tensor.new_zeros(most, device=self._like.device)
         own[: tensor.numel()] = tensor.reshape(-1)
         found = [torch.empty_like(own) for _ in range(self.count)]
         dist.all_gather(found, own)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from newtonopt.autodiff import contributions as module
 from newtonopt.autodiff.contributions import Contribution, Outer, Spread, Whole, by_sample, contribution_of, dense
 from newtonopt.autodiff.graph import kind_of
 from newtonopt.autodiff.samples import Samples, Use, uses_of
@@ -21,6 +22,13 @@ def numbers(*shape: int, shift: float = 0.0) -> Tensor:
     """Return numbers without a pattern, between -1 and 1, the same in each run."""
     count = torch.Size(shape).numel()
     return torch.sin(torch.arange(1, count + 1, dtype=torch.float64) ** 2 + shift).view(shape)
+
+
+def slope(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return the gradient of the sum of a function by its argument, with its graph."""
+    y = x.detach().requires_grad_()
+    (g,) = torch.autograd.grad(f(y).sum(), y, create_graph=True)
+    return g
 
 
 # An operation of samples `(M, ...)` and parameters of these shapes; the result has the samples in its first dimension.
@@ -118,6 +126,31 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "embedding bag": (lambda x, w: F.embedding_bag(INDEX, w, mode="sum") * x[:, None], (), ((4, 3),)),
     "embedding bag mean": (lambda x, w: F.embedding_bag(INDEX, w, mode="mean") * x[:, None], (), ((4, 3),)),
+    "embedding bag with padding": (
+        lambda x, w: F.embedding_bag(INDEX, w, mode="mean", padding_idx=0) * x[:, None],
+        (),
+        ((4, 3),),
+    ),
+    "embedding bag of different lengths": (
+        lambda x, w: F.embedding_bag(INDEX.reshape(-1), w, torch.tensor([0, 2, 2, 7, 11]), mode="mean") * x[:, None],
+        (),
+        ((4, 3),),
+    ),
+    "embedding bag with its end": (
+        lambda x, w: (
+            F.embedding_bag(
+                INDEX.reshape(-1), w, torch.tensor([0, 2, 2, 7, 11, 15]), mode="sum", include_last_offset=True
+            )
+            * x[:, None]
+        ),
+        (),
+        ((4, 3),),
+    ),
+    "embedding bag with weights": (
+        lambda x, w: F.embedding_bag(INDEX, w, per_sample_weights=x, mode="sum"),
+        (3,),
+        ((4, 3),),
+    ),
     "embedding bag max": (lambda x, w: F.embedding_bag(INDEX, w, mode="max") * x[:, None], (), ((4, 3),)),
     "embedding of the sample's number": (lambda x, w: F.embedding(torch.arange(M), w) * x, (3,), ((M, 3),)),
     "tied embedding": (lambda x, w: F.linear((F.embedding(INDEX, w) * x[:, None, None]).tanh(), w), (), ((4, 3),)),
@@ -212,6 +245,44 @@ OPERATIONS: dict[str, Operation] = {
         (3, 2, 2),
         ((3,), (3,)),
     ),
+    # Derivatives by the samples, whose own derivatives by the parameters are taken.
+    "derivative of a linear layer": (
+        lambda x, w, b: slope(lambda y: F.linear(y, w, b).tanh(), x),
+        (3,),
+        ((4, 3), (4,)),
+    ),
+    "derivative of a convolution": (
+        lambda x, w: slope(lambda y: F.conv2d(y, w, stride=2, groups=2).tanh(), x),
+        (4, 4, 5),
+        ((4, 2, 2, 2),),
+    ),
+    "derivative of a transposed convolution": (
+        lambda x, w, b: slope(lambda y: F.conv_transpose1d(y, w, b, stride=2).tanh(), x),
+        (2, 4),
+        ((2, 3, 3), (3,)),
+    ),
+    "derivative of a layer norm": (
+        lambda x, w, b: slope(lambda y: F.layer_norm(y, (3,), w, b).tanh(), x),
+        (2, 3),
+        ((3,), (3,)),
+    ),
+    "derivative of a layer norm of two dimensions": (
+        lambda x, w: slope(lambda y: F.layer_norm(y, (2, 3), w).tanh(), x),
+        (2, 3),
+        ((2, 3),),
+    ),
+    "derivative of a group norm": (
+        lambda x, w, b: slope(lambda y: F.group_norm(y, 2, w, b).tanh(), x),
+        (4, 3),
+        ((4,), (4,)),
+    ),
+    "derivative of a batch norm in eval mode": (
+        lambda x, w, b: slope(lambda y: F.batch_norm(y, numbers(3), numbers(3).abs() + 1, w, b).tanh(), x),
+        (3, 2),
+        ((3,), (3,)),
+    ),
+    "derivative of a PReLU": (lambda x, w: slope(lambda y: F.prelu(y, w) ** 2, x), (3, 4), ((3,),)),
+    "derivative of an RMS norm": (lambda x, w: slope(lambda y: F.rms_norm(y, (3,), w).tanh(), x), (2, 3), ((3,),)),
     # Complex arithmetic inside.
     "complex scale": (
         lambda x, w: torch.view_as_real(torch.fft.rfft(x) * torch.view_as_complex(w)).flatten(1),
@@ -287,7 +358,13 @@ def parts_of(name: str) -> list[tuple[str, Contribution]]:
     z, params = built(name)
     ones, samples, uses = torch.ones(M, z.numel() // M, dtype=torch.float64), samples_of(z), uses_in(z, params)
     with torch.no_grad():
-        return [(kind_of(use.node), contribution_of(use, samples.gradients(ones, use.edges))) for use in uses]
+        return [
+            (
+                kind_of(use.node),
+                contribution_of(use, samples.gradients(ones, use.edges)),
+            )
+            for use in uses
+        ]
 
 
 @pytest.mark.parametrize(
@@ -297,17 +374,33 @@ def parts_of(name: str) -> list[tuple[str, Contribution]]:
         ("linear of sequences", {"Addmm": [Outer, Whole]}),
         ("matmul", {"Mm": [Outer]}),
         ("matmul with the parameter on the left", {"Mm": [Outer]}),
+        ("bmm with a weight of each head", {"Bmm": [Whole]}),
+        ("mv with a matrix", {"Mv": [Whole] * M}),
+        ("dot", {"Dot": [Whole] * M}),
         ("conv2d groups", {"Convolution": [Whole, Whole]}),
-        ("embedding", {"Embedding": [Spread]}),
+        ("conv transposed 2d", {"Convolution": [Whole, Whole]}),
+        ("embedding with padding", {"Embedding": [Spread]}),
+        ("embedding bag with padding", {"EmbeddingBag": [Spread]}),
+        ("index", {"Index": [Spread]}),
         ("bias", {"Add": [Whole]}),
+        ("bias of a channel", {"Add": [Spread]}),
+        ("subtraction", {"Sub": [Whole]}),
         ("scale", {"Mul": [Whole]}),
+        ("scale of a number", {"Mul": [Whole]}),
+        ("division straight", {"Div": [Whole]}),
+        ("expanded parameter", {"Expand": [Whole]}),
         ("layer norm", {"NativeLayerNorm": [Whole, Whole]}),
+        ("group norm of images", {"NativeGroupNorm": [Whole, Whole]}),
         ("batch norm in eval mode", {"NativeBatchNorm": [Whole, Whole]}),
+        ("prelu", {"PreluKernel": [Spread]}),
+        ("derivative of a convolution", {"ConvolutionBackward": [Whole], "Convolution": [Whole]}),
+        ("derivative of a layer norm", {"NativeLayerNormBackward": [Whole, Whole], "NativeLayerNorm": [Whole, Whole]}),
     ],
 )
 def test_an_operation_with_a_rule_is_not_differentiated_sample_by_sample(
-    name: str, kinds: dict[str, Sequence[type]]
+    name: str, kinds: dict[str, Sequence[type]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delattr(module, "_by_node")
     found: dict[str, list[type]] = {}
     for kind, contribution in parts_of(name):
         found.setdefault(kind, []).append(type(contribution))
@@ -348,6 +441,9 @@ def test_a_module_with_a_padding_row_gives_it_nothing() -> None:
     z = torch.sin(layer(INDEX)).flatten(1)
     (use,) = uses_in(z, [layer.weight])
     with torch.no_grad():
-        found = contribution_of(use, samples_of(z).gradients(torch.ones(M, 9, dtype=torch.float64), use.edges))
+        found = contribution_of(
+            use,
+            samples_of(z).gradients(torch.ones(M, 9, dtype=torch.float64), use.edges),
+        )
         rows = dense(found, M).view(M, 4, 3)
     assert not bool(rows[:, 0].any()) and bool(rows[:, 1:].any())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
 from newtonopt.autodiff.graph import behind, kind_of
-from newtonopt.autodiff.samples import CoupledError, Edge, Samples, labels_at, uses_of, weights_of
+from newtonopt.autodiff.samples import Edge, Samples, labels_at, uses_of, weights_of
 
 D = torch.float64
 
@@ -221,18 +221,19 @@ def test_an_operand_behind_another_one_counts_once() -> None:
 @pytest.mark.parametrize(
     ("mix", "operation"),
     [
-        (lambda h: h - h.mean(0), "SubBackward0"),
-        (lambda h: h.softmax(0), "SoftmaxBackward0"),
-        (lambda h: torch.nn.functional.batch_norm(h, None, None, training=True), "NativeBatchNormBackward0"),
-        (lambda h: (h @ h.T).sum(1), "MmBackward0"),
+        (lambda h: h - h.mean(0), "Sub"),
+        (lambda h: h.softmax(0), "Softmax"),
+        (lambda h: torch.nn.functional.batch_norm(h, None, None, training=True), "NativeBatchNorm"),
+        (lambda h: (h @ h.T).sum(1), "Mm"),
     ],
 )
-def test_mixed_samples_are_said(mix: Callable[[Tensor], Tensor], operation: str) -> None:
+def test_an_operation_that_mixes_samples_is_a_use_of_what_is_before(
+    mix: Callable[[Tensor], Tensor], operation: str
+) -> None:
     w = numbers(3, 2).requires_grad_()
-    z = mix(numbers(400, 3) @ w)
-    with pytest.raises(CoupledError) as caught:
-        uses_of(samples_of(z), [get_gradient_edge(w).node])
-    assert caught.value.operation == operation
+    found = uses_in(mix(numbers(400, 3) @ w), [w])
+    assert {kind for kind, _, _ in found} == {operation}
+    assert "Mm" in {target for _, _, target in found}
 
 
 def test_several_outputs_of_one_sample() -> None:
@@ -240,8 +241,8 @@ def test_several_outputs_of_one_sample() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     z = model(numbers(300, 3))
     entries = Samples((z,), torch.arange(z.numel())[:, None])
-    with pytest.raises(CoupledError, match="AddmmBackward0"):
-        uses_in(z, list(model.parameters()), entries)
+    found = uses_in(z, list(model.parameters()), entries)
+    assert found == [("Addmm", 0, ""), ("Addmm", 1, "Tanh"), ("Addmm", 2, "T")]
     assert len(uses_in(z, list(model.parameters()))) == 4
 
 
