@@ -941,6 +941,32 @@ def test_a_loss_that_is_not_convex_is_refused() -> None:
         residual_rows(evaluation)
 
 
+def test_losses_of_some_of_the_parameters() -> None:
+    """Two losses, each of which is differentiated by a part of the parameters: their rows are zero at the others."""
+    first, second = network(3, 2, width=20), network(2, 1, width=20)
+
+    def closure() -> Tensor:
+        h = first(X)
+        one, two = F.mse_loss(h, Y), F.mse_loss(second(h), Y[:, :1])
+        one.backward(inputs=list(first.parameters()), retain_graph=True)
+        two.backward(inputs=list(second.parameters()))
+        return one.detach() + two.detach()
+
+    params = [*first.parameters(), *second.parameters()]
+    evaluation = evaluate(closure, params)
+    assert len(evaluation.parts) == 2
+    rows, size = residual_rows(evaluation), sum(p.numel() for p in first.parameters())
+    R, G = rows.dense(), gauss_newton_by_products(evaluation)
+    assert error(R.T @ R, G) <= 1e-10
+    assert not bool(R[:14, size:].any()) and not bool(R[14:, :size].any())
+    assert error(rows.pull(rows.residuals), evaluation.gradient) <= 1e-10
+    for squares, p, columns in zip(rows.column_squares(), params, R.split(rows.sizes, 1), strict=True):
+        left, right = squares
+        true = columns.square().sum(0).view(p.shape)
+        torch.testing.assert_close(left, true.sum(1) if p.dim() == 2 else true)
+        assert (right is None) == (p.dim() == 1)
+
+
 # Chosen rows, residuals and the part of the gradient outside their range.
 
 
@@ -949,10 +975,11 @@ def test_chosen_rows_are_rows_weighted_up() -> None:
     evaluation = evaluate(lambda: F.mse_loss(model(X), Y[:, :1]), model.parameters())
     every, some = residual_rows(evaluation), residual_rows(evaluation, most=3, seed=1)
     assert some.shape[0] == 3 and some.count == 7
-    # Each of the rows is one of all, times the root of 7/3.
+    # Each of the rows is one of all, times the root of 7/3, and so is its residual.
     distance = torch.cdist((3 / 7) ** 0.5 * some.dense(), every.dense())
     assert float(distance.min(1).values.max()) <= 1e-10 * float(every.dense().norm())
     assert len(set(distance.argmin(1).tolist())) == 3
+    torch.testing.assert_close((3 / 7) ** 0.5 * some.residuals, every.residuals[distance.argmin(1)])
     assert not torch.equal(residual_rows(evaluation, most=3, seed=2).residuals, some.residuals)
 
 
