@@ -204,7 +204,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    console = Console()
+    console = Console(width=140)
     every, ways = [], []
     for name in args.spectra:
         every.append(spectra(SPECTRA[name](), args.rounds))

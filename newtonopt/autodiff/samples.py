@@ -142,7 +142,7 @@ def weights_of(samples: Samples) -> Tensor:
     like = samples.outputs[0]
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.rand(samples.index.shape, generator=generator, dtype=torch.float64) * 2 - 1
+    drawn = torch.rand(samples.index.shape, generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
     return (drawn + torch.copysign(torch.ones_like(drawn), drawn)).to(dtype).to(like.device)
 
 

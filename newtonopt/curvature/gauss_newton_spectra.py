@@ -110,7 +110,7 @@ class ExactSpectrum:
         (axes,) = panels(ax, 1)
         nonzero = self.nonzero
         errors = self.errors[: len(nonzero)]
-        numbers = torch.arange(1, len(nonzero) + 1)
+        numbers = torch.arange(1, len(nonzero) + 1, device="cpu")
         if len(nonzero):
             axes.semilogy(numbers.numpy(), nonzero.numpy(), color="C0", linewidth=1.5, marker=".", markersize=3)
             low = 0.3 * float(nonzero.min())

@@ -31,7 +31,6 @@ class Head:
         curve: `t -> H_L t`, in the outputs.
         graph: Parts of the whole graph that may make a derivative wrong.
         like: A vector of the dtype of flat vectors.
-        is_convex: Whether the loss is known to be convex in the outputs.
     """
 
     loss: Tensor
@@ -40,7 +39,6 @@ class Head:
     curve: Callable[[Sequence[Tensor]], list[Tensor]]
     graph: Graph
     like: Tensor
-    is_convex: bool
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> Head:
@@ -52,7 +50,7 @@ class Head:
         slopes = {z.number: torch.zeros_like(z.tensor) if g is None else g for z, g in pairs}
         curve = curve_of(loss, outputs) if outputs else lambda pushed: []
         graph = look_through(loss, [z.tensor for z in outputs], evaluation.coarse_eps)
-        return cls(loss, outputs, slopes, curve, graph, evaluation.gradient, evaluation.recording.convex)
+        return cls(loss, outputs, slopes, curve, graph, evaluation.gradient)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -150,18 +148,17 @@ class Root:
         return Root(self.numbers, self.index[chosen], weight * self.blocks[chosen])
 
 
-def root_of(blocks: Tensor, is_convex: bool) -> Tensor | None:
+def root_of(blocks: Tensor, *, is_convex: bool) -> Tensor | None:
     """Return `S` with `S S'` the blocks, `(samples, columns, rank)`, orthogonal columns; None if one is indefinite.
 
     Args:
         blocks: `(samples, columns, columns)`.
-        is_convex: Whether the loss is known to be convex, so that negative eigenvalues are rounding. A confident
-            classifier's blocks are differences of numbers that are far larger.
+        is_convex: Whether the loss is known to be convex, so that negative eigenvalues are rounding, as those of a
+            saturated softmax are.
     """
-    values, vectors = torch.linalg.eigh(0.5 * (blocks + blocks.mT))
-    size = values.abs().amax(1, keepdim=True)
-    rounding = size * values.shape[1] * torch.finfo(values.dtype).eps
-    if not is_convex and bool((values < -4 * rounding.max()).any()):
+    values, vectors = torch.linalg.eigh(0.5 * (blocks + blocks.mT)) if blocks.shape[1] > 1 else _of_numbers(blocks)
+    rounding = values.abs().amax(1, keepdim=True) * values.shape[1] * torch.finfo(values.dtype).eps
+    if not is_convex and bool((values < -4 * rounding).any()):
         return None
     roots = torch.where(values > rounding, values, 0).sqrt()
     used = (roots > 0).any(0)
@@ -169,3 +166,7 @@ def root_of(blocks: Tensor, is_convex: bool) -> Tensor | None:
     used[-1] = True
     root: Tensor = (vectors * roots[:, None, :])[:, :, used]
     return root
+
+
+def _of_numbers(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    return blocks[:, 0], torch.ones_like(blocks)

@@ -225,7 +225,9 @@ def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
     head, gathered = _head(evaluation), [Gathered(p.shape) for p in evaluation.params]
     if head.graph.heads:
         raise RowsError(head.graph.named("The loss's second derivative cannot be trusted, for it is computed by "))
-    groups = [_rooted(members, head, evaluation.params) for members in head.groups()] if head.outputs else []
+    is_convex, groups = evaluation.recording.convex, []
+    for members in head.groups() if head.outputs else ():
+        groups.append(_rooted(members, head, evaluation.params, is_convex=is_convex))
     count = sum(math.prod(root.shape) for _, root in groups)
     generator = torch.Generator().manual_seed(seed)
     residuals, roots, first = [evaluation.gradient.new_zeros(0)], [], 0
@@ -233,7 +235,7 @@ def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
         chosen, r = None, root.residuals(head.slopes)
         if most is not None and count > most:
             kept = max(1, round(group.count * most / count))
-            chosen = torch.randperm(group.count, generator=generator)[:kept].to(head.loss.device)
+            chosen = torch.randperm(group.count, generator=generator, device="cpu")[:kept].to(head.loss.device)
             # Weighted, `R'R` and `R'r` of the chosen rows have the expectation of those of all.
             weight = math.sqrt(group.count / kept)
             root, r = root.only(chosen, weight), weight * r[:, chosen]
@@ -399,7 +401,7 @@ def _of_all(values: Tensor, source: Source | None) -> Tensor:
 # Samples and their rows.
 
 
-def _rooted(members: Sequence[Output], head: Head, params: Sequence[Tensor]) -> tuple[Group, Root]:
+def _rooted(members: Sequence[Output], head: Head, params: Sequence[Tensor], *, is_convex: bool) -> tuple[Group, Root]:
     """Return a group of outputs with samples that neither the network nor the loss couples, and the loss's root."""
     blocks: dict[int, Tensor] = {}
 
@@ -409,7 +411,7 @@ def _rooted(members: Sequence[Output], head: Head, params: Sequence[Tensor]) -> 
         return found is not None
 
     group = _separated(members, params, is_independent)
-    root = root_of(blocks[group.columns], head.is_convex)
+    root = root_of(blocks[group.columns], is_convex=is_convex)
     if root is None:
         raise RowsError(
             "The loss is not convex in its outputs", 'Use HessianFree with curvature="hessian", or NewtonCG.'
@@ -524,7 +526,7 @@ def _separated(members: Sequence[Output], params: Sequence[Tensor], is_independe
     """
     tensors = tuple(z.tensor for z in members)
     leaves = leaves_of(params)
-    best, least, operation = None, float(_MOST_PASSES), ""
+    best, least, refused, operation = None, float(_MOST_PASSES), math.inf, ""
     for index in _groupings(tensors):
         samples = Samples(tensors, index)
         if samples.columns > least:
@@ -540,8 +542,8 @@ def _separated(members: Sequence[Output], params: Sequence[Tensor], is_independe
             passes += index.numel() * sum(behind.values()) / bytes_handed_on([z.grad_fn for z in tensors])
         if passes <= least:
             best, least = group, passes
-        elif not operation:
-            operation = max(behind, key=lambda use: behind[use]).node.name()
+        elif passes < refused:
+            refused, operation = passes, max(behind, key=lambda use: behind[use]).node.name()
     if best is not None:
         return best
     size = sum(z.numel() for z in tensors)

@@ -72,7 +72,7 @@ def test_roots_are_those_of_the_hessian(name: str) -> None:
     index = torch.arange(28).view(7, 4)
     blocks = head.blocks(members, index)
     assert blocks is not None
-    found = root_of(blocks, head.is_convex)
+    found = root_of(blocks, is_convex=False)
     assert found is not None
     root = Root((members[0].number,), index, found)
     S = whole(root, 28)
@@ -105,7 +105,7 @@ def test_confident_predictions_have_roots(name: str, scale: float) -> None:
         (members,) = head.groups()
         blocks = head.blocks(members, torch.arange(28).view(7, 4))
     assert blocks is not None
-    S = root_of(blocks, head.is_convex or name == "marked")
+    S = root_of(blocks, is_convex=True)
     assert S is not None
     true = torch.stack([H[i : i + 4, i : i + 4] for i in range(0, 28, 4)])
     assert float((S @ S.mT - true).norm()) <= 1e-12 * float(true.norm()) + 1e-15
@@ -142,10 +142,10 @@ def test_outputs_are_grouped_by_what_the_loss_couples() -> None:
 
 def test_a_root_has_no_columns_that_are_zero_for_all_samples() -> None:
     blocks = torch.diag_embed(torch.tensor([[0.0, 4.0, 0.0], [0.0, 0.0, 9.0]], dtype=D))
-    found = root_of(blocks, False)
+    found = root_of(blocks, is_convex=False)
     assert found is not None and found.shape == (2, 3, 1)
     torch.testing.assert_close(found @ found.mT, blocks)
-    flat = root_of(torch.zeros(2, 3, 3, dtype=D), False)
+    flat = root_of(torch.zeros(2, 3, 3, dtype=D), is_convex=False)
     assert flat is not None and flat.shape == (2, 3, 1) and not bool(flat.any())
 
 
@@ -154,12 +154,12 @@ def test_rounding_is_no_negative_curvature() -> None:
     p = numbers(5, 6).softmax(1)
     blocks = torch.diag_embed(p) - p[:, :, None] * p[:, None]
     unit = torch.eye(6, dtype=D)
-    found = root_of(blocks - 2e-16 * unit, False)
+    found = root_of(blocks - 2e-16 * unit, is_convex=False)
     assert found is not None and found.shape == (5, 6, 5)
-    assert root_of(blocks - 1e-6 * unit, False) is None
-    assert root_of(torch.tensor([[[1.0]], [[-1.0]]], dtype=D), False) is None
+    assert root_of(blocks - 1e-6 * unit, is_convex=False) is None
+    assert root_of(torch.tensor([[[1.0]], [[-1.0]]], dtype=D), is_convex=False) is None
     # Of a loss that is known to be convex, negative eigenvalues are rounding, whatever their size.
-    clipped = root_of(blocks - 1e-6 * unit, True)
+    clipped = root_of(blocks - 1e-6 * unit, is_convex=True)
     assert clipped is not None
     assert float((clipped @ clipped.mT - blocks).norm()) <= 1e-5
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from newtonopt import HessianFree, evaluate, gauss_newton, hessian
 from newtonopt.closure.evaluation import Products
-from newtonopt.curvature import Density, Layers, LossSlice, Trace, measure
+from newtonopt.curvature import Density, GaussNewtonSpectrum, Layers, LossSlice, Trace, measure
 from newtonopt.solvers.cg import conjugate_gradients
 
 
@@ -88,7 +88,8 @@ def test_every_optimizer_steps_as_on_the_cpu(name: str, device: str) -> None:
 def test_measurements_are_those_on_the_cpu(model: str, device: str) -> None:
     case = build(model, "cross_entropy")
     there = moved(case, device)
-    settings: dict[str, Any] = {"measurements": [Trace(), Density(), LossSlice(), Layers()], "max_products": 60}
+    further = [Trace(), Density(), LossSlice(), Layers(), GaussNewtonSpectrum()]
+    settings: dict[str, Any] = {"measurements": further, "max_products": 60}
     one, other = (measure(c.closure, list(c.model.named_parameters()), **settings) for c in (case, there))
     assert one.keys() == other.keys()
     for tag in one.keys() - {"curvature/seconds", "curvature/products", "curvature/converged"}:
@@ -184,7 +185,7 @@ def test_a_default_device_of_the_user_does_not_matter(name: str, elsewhere: Exit
 def test_a_default_device_of_the_user_does_not_matter_to_measurements(products: Products, elsewhere: ExitStack) -> None:
     with torch.device("cpu"):
         case = build("mlp", "mse")
-    everything: dict[str, Any] = {"measurements": [Trace(), Density(), LossSlice(), Layers()]}
+    everything: dict[str, Any] = {"measurements": [Trace(), Density(), LossSlice(), Layers(), GaussNewtonSpectrum()]}
 
     def values() -> dict[str, float]:
         named = list(case.model.named_parameters())

@@ -20,6 +20,8 @@ from newtonopt.curvature.measurements.measurement import (
     UnmeasurableError,
     View,
 )
+from newtonopt.operators.matrices import gauss_newton
+from newtonopt.operators.rows import RowsError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,7 +91,9 @@ class GaussNewtonSpectrum(Measurement[ExactSpectrum]):
         if evaluation.form != "cached":
             raise UnmeasurableError('The rows of the Jacobian need the graph. Write products="cached".')
         n = evaluation.gradient.numel()
-        m = sum(evaluation.output_sizes.values()) or n
+        own = evaluation.gradient.new_tensor([sum(evaluation.output_sizes.values()) or n], dtype=torch.float64)
+        # Counted over all processes, which must come to the same decision.
+        m = int(torch.cat(view.objective.collect(own)).sum())
         small, large = min(m, n), max(m, n)
         if small > self.max_size:
             raise UnmeasurableError(
@@ -99,8 +103,12 @@ class GaussNewtonSpectrum(Measurement[ExactSpectrum]):
         if not view.has_time((large * small**2 + 4 * small**3) / _SPEED):
             return None
         try:
+            gauss_newton(evaluation)
+        except RuntimeError as error:  # no output is known, or the loss is linear in it
+            raise UnmeasurableError(str(error)) from error
+        try:
             return gauss_newton_spectrum(evaluation)
-        except (RuntimeError, MemoryError) as error:  # samples are coupled, no output is known, or rows do not fit
+        except (RowsError, MemoryError) as error:
             raise UnmeasurableError(str(error)) from error
 
     def values(self, result: ExactSpectrum) -> dict[str, float]:
