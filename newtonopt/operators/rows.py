@@ -24,7 +24,7 @@ from torch.autograd.graph import Node
 from newtonopt.autodiff.contributions import Contribution, Outer, by_sample, contribution_of, dense
 from newtonopt.autodiff.gradients import NoSecondDerivativeError, differentiable_kernels, grad
 from newtonopt.autodiff.graph import bytes_handed_on
-from newtonopt.autodiff.routes import cost_behind, leaves_of, pulled_back, route_to
+from newtonopt.autodiff.routes import cost_behind, leaves_of, pulled_back, route_to, viewed
 from newtonopt.autodiff.samples import Samples, Use, uses_of, weights_of
 from newtonopt.closure.evaluation import Evaluation, Manner, Source, Verdict
 from newtonopt.closure.losses import Output
@@ -558,22 +558,33 @@ _MOST_PASSES = 512
 
 
 def _groupings(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield entries grouped into samples, `(samples, columns)`, by some of their dimensions, fewest columns first."""
-    shapes = {z.shape for z in tensors}
+    """Yield entries grouped into samples, `(samples, columns)`, by some of their dimensions, fewest columns first.
+
+    Dimensions are those of the outputs, and those of tensors that the outputs are views of, as logits of sequences that
+    were flattened for a loss.
+    """
     offsets = [0]
     for z in tensors:
         offsets.append(offsets[-1] + z.numel())
     total = torch.arange(offsets[-1], device=tensors[0].device)
     numbers = [total[a:b].view(z.shape) for z, a, b in zip(tensors, offsets[:-1], offsets[1:], strict=True)]
-    sizes = dict(enumerate(tensors[0].shape)) if len(shapes) == 1 else {}
-    if not sizes and len({z.shape[:1] for z in tensors}) == 1 and tensors[0].dim():
-        numbers, sizes = [n.reshape(len(n), -1) for n in numbers], {0: tensors[0].shape[0]}
+    before = [
+        number[order] for number, order in zip([n.reshape(-1) for n in numbers], map(viewed, tensors), strict=True)
+    ]
+    found = list(_by_dimensions(numbers))
+    if [n.shape for n in before] != [n.shape for n in numbers]:
+        found.extend(_by_dimensions(before))
+    yield from sorted(found, key=lambda index: index.shape[1])
+
+
+def _by_dimensions(numbers: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the entries with these numbers grouped by some of the dimensions, `(samples, columns)`."""
+    sizes = dict(enumerate(numbers[0].shape)) if len({n.shape for n in numbers}) == 1 else {}
+    if not sizes and len({n.shape[:1] for n in numbers}) == 1 and numbers[0].dim():
+        numbers, sizes = [n.reshape(len(n), -1) for n in numbers], {0: numbers[0].shape[0]}
     dims = [dim for dim, size in sizes.items() if size > 1]
-    found = []
     for count in range(len(dims) + 1):
         for kept in itertools.combinations(dims, count):
             samples = math.prod(sizes[dim] for dim in kept)
-            order = range(len(kept))
-            moved = [n.movedim(kept, tuple(order)).reshape(samples, -1) for n in numbers]
-            found.append(torch.cat(moved, 1))
-    yield from sorted(found, key=lambda index: index.shape[1])
+            moved = [n.movedim(kept, tuple(range(len(kept)))).reshape(samples, -1) for n in numbers]
+            yield torch.cat(moved, 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from newtonopt.autodiff.routes import cost_behind, leaves_of, pulled_back, route_to
+from newtonopt.autodiff.routes import cost_behind, leaves_of, pulled_back, route_to, viewed
 from newtonopt.autodiff.samples import Edge
 
 D = torch.float64
@@ -44,9 +44,10 @@ VIEWS: dict[str, View] = {
     "view": lambda w: w.view(2, 6),
     "flat": lambda w: w.reshape(-1),
     "view of a transpose": lambda w: w.T.unsqueeze(0),
+    "reshaped transpose, which is a clone": lambda w: w.T.reshape(2, 6),
     "three dimensions permuted": lambda w: w.view(3, 2, 2).permute(2, 0, 1),
     "unsqueezed": lambda w: w[:, None].squeeze(1),
-    "detached sum": lambda w: w.view_as(w),
+    "view as": lambda w: w.view_as(w),
 }
 
 
@@ -86,6 +87,17 @@ def test_other_functions_have_no_route(function: View) -> None:
     operand = edge_of(function(w))
     assert route_to(operand, leaves_of([w])) is None
     assert cost_behind(operand, leaves_of([w])) > 0
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_entries_of_a_view_in_the_order_of_what_it_shows(name: str) -> None:
+    w = numbers(3, 4).requires_grad_()
+    h = w * 1
+    z = VIEWS[name](h)
+    found = viewed(z)
+    assert found.shape == h.shape and torch.equal(z.reshape(-1)[found], h)
+    part = h[1:]
+    assert torch.equal(viewed(part), torch.arange(8).view(2, 4))
 
 
 def test_another_parameter_has_no_route() -> None:

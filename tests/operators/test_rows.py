@@ -830,6 +830,21 @@ def test_rows_by_passes_back_from_where_samples_mix(name: str, monkeypatch: pyte
     check(PROBLEMS[name]())
 
 
+# Outputs that are views.
+
+
+@pytest.mark.parametrize(
+    "flat", [lambda z: z.flatten(), lambda z: z.flatten(0, 1), lambda z: z.squeeze(2).T.reshape(-1)]
+)
+def test_sequences_flattened_for_a_loss_are_samples(flat: Callable[[Tensor], Tensor]) -> None:
+    """Positions of a sequence are coupled, and there are too many outputs to take a pass for each."""
+    module = nn.Sequential(nn.LSTM(2, 3, batch_first=True), First(), nn.Linear(3, 1)).double()
+    x = numbers(110, 5, 2)
+    problem = (lambda: (lambda z: F.mse_loss(flat(z), numbers(*flat(z).shape)))(module(x)), list(module.parameters()))
+    _, rows = check(problem)
+    assert rows.roots[0].index.shape == (110, 5)
+
+
 # Precision.
 
 
