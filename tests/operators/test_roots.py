@@ -113,7 +113,12 @@ def test_confident_predictions_have_roots(name: str, scale: float) -> None:
 
 @pytest.mark.parametrize("weight", [1.0, 1e-3, 1e-6, 1e-9])
 def test_entries_beside_the_blocks_are_seen_however_small(weight: float) -> None:
-    for couple in (lambda z: z.mean() ** 2, lambda z: (z[0] * z[5]).sum() ** 2, lambda z: z[3:].sum() ** 2):
+    for couple in (
+        lambda z: z.mean() ** 2,
+        lambda z: (z[0] * z[5]).sum() ** 2,
+        lambda z: (z[2] * z[6]).sum() ** 2,
+        lambda z: z[3:].sum() ** 2,
+    ):
 
         def loss(z: Tensor, couple: Loss = couple) -> Tensor:
             marked = mark_outputs(z)
