@@ -73,7 +73,7 @@ def test_roots_are_those_of_the_hessian(name: str) -> None:
     index = torch.arange(28).view(7, 4)
     blocks = head.blocks(members, index)
     assert blocks is not None
-    found = root_of(blocks)
+    found = root_of(blocks, is_convex=True)
     assert found is not None
     root = Root((members[0].number,), index, found)
     S = whole(root, 28)
@@ -128,10 +128,10 @@ def test_outputs_are_grouped_by_what_the_loss_couples() -> None:
 
 def test_a_root_has_no_columns_that_are_zero_for_all_samples() -> None:
     blocks = torch.diag_embed(torch.tensor([[0.0, 4.0, 0.0], [0.0, 0.0, 9.0]], dtype=D))
-    found = root_of(blocks)
+    found = root_of(blocks, is_convex=False)
     assert found is not None and found.shape == (2, 3, 1)
     torch.testing.assert_close(found @ found.mT, blocks)
-    flat = root_of(torch.zeros(2, 3, 3, dtype=D))
+    flat = root_of(torch.zeros(2, 3, 3, dtype=D), is_convex=False)
     assert flat is not None and flat.shape == (2, 3, 1) and not bool(flat.any())
 
 
@@ -140,10 +140,10 @@ def test_rounding_is_no_negative_curvature() -> None:
     p = numbers(5, 6).softmax(1)
     blocks = torch.diag_embed(p) - p[:, :, None] * p[:, None]
     slightly = blocks - 2e-16 * torch.eye(6, dtype=D)
-    found = root_of(slightly)
+    found = root_of(slightly, is_convex=False)
     assert found is not None and found.shape == (5, 6, 5)
-    assert root_of(blocks - 1e-6 * torch.eye(6, dtype=D)) is None
-    assert root_of(torch.tensor([[[1.0]], [[-1.0]]], dtype=D)) is None
+    assert root_of(blocks - 1e-6 * torch.eye(6, dtype=D), is_convex=False) is None
+    assert root_of(torch.tensor([[[1.0]], [[-1.0]]], dtype=D), is_convex=False) is None
 
 
 def test_chosen_samples_are_weighted_up() -> None:
@@ -151,3 +151,11 @@ def test_chosen_samples_are_weighted_up() -> None:
     chosen = root.only(torch.tensor([2, 0]), 3.0)
     assert torch.equal(chosen.index, torch.tensor([[4, 5], [0, 1]]))
     torch.testing.assert_close(chosen.blocks, 3.0 * root.blocks[[2, 0]])
+
+
+def test_negative_curvature_of_a_convex_loss_is_rounding() -> None:
+    blocks = torch.diag_embed(torch.tensor([[1.0, -1e-6, 4.0]], dtype=D))
+    assert root_of(blocks, is_convex=False) is None
+    found = root_of(blocks, is_convex=True)
+    assert found is not None
+    torch.testing.assert_close(found @ found.mT, torch.diag_embed(torch.tensor([[1.0, 0.0, 4.0]], dtype=D)))
