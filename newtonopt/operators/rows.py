@@ -547,10 +547,8 @@ def _separated(members: Sequence[Output], params: Sequence[Tensor], is_independe
     if best is not None:
         return best
     size = sum(z.numel() for z in tensors)
-    why = f"the operation {operation} couples samples" if operation else "the loss couples its samples"
-    raise RowsError(
-        f"For {why}, one backward pass for each of {size} outputs would be needed, and at most {_MOST_PASSES} are made"
-    )
+    why = f"The operation {operation} couples samples" if operation else "The loss couples its samples"
+    raise RowsError(f"{why}, and {size} backward passes, one for each output, are more than {_MOST_PASSES}")
 
 
 # Backward passes for one group of outputs at most.

@@ -923,7 +923,7 @@ def coupled(m: int) -> dict[str, Problem]:
 def test_many_coupled_samples_are_refused(operation: str) -> None:
     closure, params = coupled(4000)[operation]
     evaluation = evaluate(closure, params)
-    with pytest.raises(RowsError, match=f"the operation {operation} couples samples.*HessianFree"):
+    with pytest.raises(RowsError, match=f"The operation {operation} couples samples.*HessianFree"):
         residual_rows(evaluation)
 
 
@@ -936,7 +936,7 @@ def test_a_loss_that_couples_many_outputs_is_refused() -> None:
         return (z**2).mean() + 1e-6 * z.mean() ** 2
 
     evaluation = evaluate(closure, [w])
-    with pytest.raises(RowsError, match="the loss couples its samples"):
+    with pytest.raises(RowsError, match="The loss couples its samples"):
         residual_rows(evaluation)
 
 
