@@ -166,6 +166,7 @@ class Proposal(Generic[S]):
         solve: The equations that were solved, "samples" or "parameters"; empty (default) where none were.
         bend: Computes the first step's second-order part by a forward pass; None if there is none. Default None: the
             optimizer has none.
+        noise: Rounding of the loss: a smaller decrease is not to be seen. Default 0.
     """
 
     steps: Sequence[Iterate]
@@ -180,6 +181,7 @@ class Proposal(Generic[S]):
     rows: int = 0
     solve: str = ""
     bend: Callable[[], Bend | None] | None = None
+    noise: float = 0.0
 
 
 class Shorter(ABC, Generic[S]):

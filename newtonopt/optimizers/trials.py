@@ -35,7 +35,7 @@ class Outcome:
         accepted: Whether the step is to be taken.
         trials: Number of evaluations of the loss.
         refusal: Why the step is rejected, in words.
-        acceleration: Length of the step's second-order part over that of its first; NaN (default) without one.
+        acceleration: Length of the step's second-order part over that of its first; zero (default) without one.
         ends: Whether no shorter step is worth a trial. Default False.
     """
 
@@ -47,7 +47,7 @@ class Outcome:
     accepted: bool
     trials: int
     refusal: str
-    acceleration: float = math.nan
+    acceleration: float = 0.0
     ends: bool = False
 
 

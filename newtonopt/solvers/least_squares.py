@@ -91,10 +91,14 @@ class Metric:
         """Return `damping M^-1` as weights; tensors with a decay have one number in `C`."""
         return [_inverse(d, c, damping) for d, c in zip(self.decay, self.scale, strict=True)]
 
+    def norm(self, v: Tensor) -> float:
+        """Return the root of `v'Cv`."""
+        return float((self.spread * v * v).sum().sqrt())
+
     @property
-    def is_free(self) -> bool:
-        """Whether there is no decay, so that `damping M^-1` is the same for all dampings."""
-        return not any(self.decay)
+    def decays(self) -> bool:
+        """Whether there is decay; without it `damping M^-1` is the same for all dampings."""
+        return any(self.decay)
 
 
 def metric(matrix: Matrix, decay: float | Tensor, power: float) -> Metric:
@@ -147,8 +151,15 @@ def _inverse(decay: float, scale: Weight, damping: float) -> Weight:
     return 1 / left, None if right is None else 1 / right
 
 
+@dataclass(frozen=True, eq=False)
 class Equations(ABC):
-    """The normal equations `(R'R + M) s = -(R'r + u)`, `M = D + damping C`, in one of their forms."""
+    """The normal equations `(R'R + M) s = -(R'r + u)`, `M = D + damping C`, in one of their forms.
+
+    Attributes:
+        metric: `M`.
+    """
+
+    metric: Metric
 
     @property
     @abstractmethod
@@ -169,12 +180,10 @@ class SampleEquations(Equations):
 
     Attributes:
         matrix: `R`.
-        metric: `M`.
         gram: `R C^-1 R'`, which serves all dampings; None where there is decay.
     """
 
     matrix: Matrix
-    metric: Metric
     gram: Tensor | None
 
     @property
@@ -206,12 +215,10 @@ class ParameterEquations(Equations):
 
     Attributes:
         matrix: `R`.
-        metric: `M`.
         gram: `R'R`.
     """
 
     matrix: Matrix
-    metric: Metric
     gram: Tensor
 
     @property
@@ -243,12 +250,10 @@ class OrthogonalEquations(Equations):
     Attributes:
         basis: `Q` of `R = Q T`, with orthonormal columns.
         triangle: `T`.
-        metric: `M`.
     """
 
     basis: Tensor
     triangle: Tensor
-    metric: Metric
 
     @property
     def largest(self) -> float:
@@ -272,15 +277,15 @@ class OrthogonalEquations(Equations):
 
 def in_samples(matrix: Matrix, metric: Metric) -> SampleEquations:
     """Return the equations in the rows."""
-    return SampleEquations(matrix, metric, matrix.gram(metric.inverse(1.0)) if metric.is_free else None)
+    return SampleEquations(metric, matrix, matrix.gram(metric.inverse(1.0)) if not metric.decays else None)
 
 
 def in_parameters(matrix: Matrix, metric: Metric) -> ParameterEquations:
     """Return the equations in the columns."""
-    return ParameterEquations(matrix, metric, matrix.parameter_gram())
+    return ParameterEquations(metric, matrix, matrix.parameter_gram())
 
 
 def orthogonal(matrix: Matrix, metric: Metric) -> OrthogonalEquations:
     """Return the least-squares problem, with `R` reduced to its triangular factor."""
     basis, triangle = torch.linalg.qr(matrix.dense())
-    return OrthogonalEquations(basis, triangle, metric)
+    return OrthogonalEquations(metric, basis, triangle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from newtonopt.autodiff.contributions import Contribution, Outer, Spread, Whole,
 from newtonopt.autodiff.graph import kind_of
 from newtonopt.autodiff.samples import Samples, Use, uses_of
 
+Grouping = Literal["samples", "entries"]
 M = 5
 
 
@@ -227,6 +229,11 @@ OPERATIONS: dict[str, Operation] = {
     "kron": (lambda x, u, v: x @ torch.kron(u, v), (4,), ((2, 1), (2, 3))),
     "matrix exponential": (lambda x, w: x @ torch.matrix_exp(w - w.T), (3,), ((3, 3),)),
     "solve": (lambda x, w: torch.linalg.solve(w + 3 * torch.eye(3, dtype=w.dtype), x.T).T, (3,), ((3, 3),)),
+    "solve of several columns": (
+        lambda x, w: torch.linalg.solve(w + 3 * torch.eye(3, dtype=w.dtype), x),
+        (3, 3),
+        ((3, 3),),
+    ),
     # Normalisations.
     "layer norm": (lambda x, w, b: F.layer_norm(x, (3,), w, b), (2, 3), ((3,), (3,))),
     "layer norm of two dimensions": (lambda x, w, b: F.layer_norm(x, (2, 3), w, b), (2, 3), ((2, 3), (2, 3))),
@@ -297,9 +304,10 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-def samples_of(z: Tensor) -> Samples:
-    """Return the first dimension's entries as samples."""
-    return Samples((z,), torch.arange(z.numel()).view(len(z), -1))
+def samples_of(z: Tensor, by: Grouping = "samples") -> Samples:
+    """Return the first dimension's entries as samples, or each entry as a sample of its own."""
+    count = len(z) if by == "samples" else z.numel()
+    return Samples((z,), torch.arange(z.numel()).view(count, -1))
 
 
 def built(name: str) -> tuple[Tensor, list[Tensor]]:
@@ -310,8 +318,8 @@ def built(name: str) -> tuple[Tensor, list[Tensor]]:
     return torch.sin(operation(x, *params) + 0.3), params
 
 
-def uses_in(z: Tensor, params: Sequence[Tensor]) -> list[Use]:
-    return uses_of(samples_of(z), [torch.autograd.graph.get_gradient_edge(p).node for p in params])
+def uses_in(z: Tensor, params: Sequence[Tensor], by: Grouping = "samples") -> list[Use]:
+    return uses_of(samples_of(z, by), [torch.autograd.graph.get_gradient_edge(p).node for p in params])
 
 
 def rows_behind(use: Use, contributions: Tensor, params: Sequence[Tensor]) -> Tensor:
@@ -337,17 +345,20 @@ def worst(found: Tensor, true: Tensor) -> float:
     return float((found - true).norm(dim=1).max() / true.norm(dim=1).max())
 
 
+@pytest.mark.parametrize("by", ["samples", "entries"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_contributions_are_each_samples_gradient(name: str) -> None:
+def test_contributions_are_each_samples_gradient(name: str, by: Grouping) -> None:
     z, params = built(name)
-    values = numbers(M, z.numel() // M, shift=2.0)
-    found = torch.zeros(M, sum(p.numel() for p in params), dtype=torch.float64)
-    for use in uses_in(z, params):
+    samples = samples_of(z, by)
+    count = samples.count
+    values = numbers(count, samples.columns, shift=2.0)
+    found = torch.zeros(count, sum(p.numel() for p in params), dtype=torch.float64)
+    for use in uses_in(z, params, by):
         with torch.no_grad():
-            contribution = contribution_of(use, samples_of(z).gradients(values, use.edges))
-            rows = dense(contribution, M)
+            contribution = contribution_of(use, samples.gradients(values, use.edges))
+            rows = dense(contribution, count)
         found += rows_behind(use, rows, params)
-    along = [torch.where(torch.arange(M)[:, None] == i, values, 0).view(z.shape) for i in range(M)]
+    along = [torch.where(torch.arange(count)[:, None] == i, values, 0).view(z.shape) for i in range(count)]
     gradients = [torch.autograd.grad([z], params, [one], retain_graph=True) for one in along]
     true = torch.stack([torch.cat([g.reshape(-1) for g in one]) for one in gradients])
     assert worst(found, true) <= 1e-12
