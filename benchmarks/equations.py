@@ -162,14 +162,14 @@ def wave_solution(x: Tensor, t: Tensor, beta: float) -> Tensor:
 
 
 def burgers(seed: int) -> Problem:
-    """The problem with 1000 residual points at random, 128 initial points and 64 times on each edge.
+    """The problem with 1500 residual points at random, 128 initial points and 64 times on each edge.
 
-    Every fifth residual point has |x| < .01, where the shock stands: of 1000 points evenly spread too few do, and the
-    residual vanishes at all of them for wrong solutions too.
+    Every tenth residual point has |x| < .01, where the shock stands. Of 1000 points evenly spread too few do: the
+    residual then vanishes at all of them for wrong solutions too.
     """
     torch.manual_seed(seed)
     model = tanh_network()
-    inside = _Points(1000, (-1.0, 0.0), (1.0, 1.0), cubed=True)
+    inside = _Points(1500, (-1.0, 0.0), (1.0, 1.0), squared=True)
     initial = torch.cartesian_prod(_linspace(-1.0, 1.0, 128), _linspace(0.0, 0.0, 1))
     start = -torch.sin(pi * initial[:, :1])
     edges = torch.cat(_edges(-1.0, 1.0, 64))
@@ -441,9 +441,9 @@ class _Points:
         low: tuple[float, ...],
         high: tuple[float, ...],
         on_faces: bool = False,
-        cubed: bool = False,  # the first coordinate is the cube of a uniform one, and so often near zero
+        squared: bool = False,  # the first coordinate is the signed square of a uniform one, and so often near zero
     ) -> None:
-        self._count, self._on_faces, self._cubed = count, on_faces, cubed
+        self._count, self._on_faces, self._squared = count, on_faces, squared
         self._low, self._high = (torch.tensor(corner, dtype=torch.float64) for corner in (low, high))
         self.draw()
 
@@ -454,8 +454,8 @@ class _Points:
             faces = torch.randint(2 * len(self._low), (self._count, 1))
             points.scatter_(1, faces // 2, (faces % 2).double())
         points = self._low + points * (self._high - self._low)
-        if self._cubed:
-            points[:, 0] **= 3
+        if self._squared:
+            points[:, 0] *= points[:, 0].abs()
         self.columns = tuple(column.requires_grad_() for column in points.split(1, dim=1))
 
     def rows(self) -> Tensor:

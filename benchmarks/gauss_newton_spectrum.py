@@ -26,8 +26,8 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from equations import convection, wave
 from memory_setups import Setup, convolutional, perceptron
-from pinn import convection, wave
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -204,7 +204,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    console = Console()
+    console = Console(width=140)
     every, ways = [], []
     for name in args.spectra:
         every.append(spectra(SPECTRA[name](), args.rounds))

@@ -264,7 +264,21 @@ def _group_norm(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.S
     return _spread((g * normal).movedim(1, -1), samples.movedim(1, -1), shape)
 
 
-def _batch_norm(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.Size) -> Contribution | None:
+def _rms_norm(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.Size) -> Contribution | None:
+    """The kernel on CUDA; elsewhere the norm is computed by pointwise operations."""
+    return _spread(g * (node._saved_input * node._saved_result1), samples, shape) if slot == 1 else None
+
+
+def _native_batch_norm(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.Size) -> Contribution | None:
+    return _batch_norm(node, node._saved_eps, slot, g, samples, shape)
+
+
+def _vendors_batch_norm(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.Size) -> Contribution | None:
+    """The kernels of cuDNN and MIOpen, which take images on a GPU."""
+    return _batch_norm(node, node._saved_epsilon, slot, g, samples, shape)
+
+
+def _batch_norm(node: Any, eps: float, slot: int, g: Tensor, samples: Tensor, shape: torch.Size) -> Contribution | None:
     if slot == 2:
         return _spread(g.movedim(1, -1), samples.movedim(1, -1), shape)
     if slot == 0:
@@ -272,7 +286,7 @@ def _batch_norm(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.S
     if node._saved_training:
         mean, rstd = node._saved_result1, node._saved_result2
     else:
-        mean, rstd = node._saved_running_mean, (node._saved_running_var + node._saved_eps).rsqrt()
+        mean, rstd = node._saved_running_mean, (node._saved_running_var + eps).rsqrt()
     normal = (node._saved_input.movedim(1, -1) - mean) * rstd
     return _spread(g.movedim(1, -1) * normal, samples.movedim(1, -1), shape)
 
@@ -297,7 +311,10 @@ _RULES: dict[str, Callable[[Any, int, Tensor, Tensor, torch.Size], Contribution 
     "NativeLayerNorm": _layer_norm,
     "NativeLayerNormBackward": _layer_norm_backward,
     "NativeGroupNorm": _group_norm,
-    "NativeBatchNorm": _batch_norm,
+    "NativeBatchNorm": _native_batch_norm,
+    "CudnnBatchNorm": _vendors_batch_norm,
+    "MiopenBatchNorm": _vendors_batch_norm,
+    "FusedRmsNorm": _rms_norm,
 }
 
 

@@ -78,6 +78,15 @@ def _views_before(start: Node, leaves: Container[Node]) -> list[Node] | None:
     return None if node is None else passed
 
 
+def viewed(z: Tensor) -> Tensor:
+    """Return the numbers of a tensor's entries, arranged as in the tensor that it is a view of."""
+    node: Any = z.grad_fn
+    numbers = torch.arange(z.numel(), dtype=torch.float64, device=z.device).view(z.shape)
+    while node is not None and kind_of(node) in _VIEWS and len(node.next_functions) == 1:
+        numbers, node = node(numbers), node.next_functions[0][0]
+    return numbers.long()
+
+
 def cost_behind(target: Edge, leaves: Container[Node]) -> int:
     """Return the bytes of the gradients in a pass from an operand back to the parameters; zero for views of one."""
     return 0 if _views_before(target[0], leaves) is not None else bytes_handed_on([target[0]])
@@ -88,7 +97,10 @@ def _device_of(leaf: Any) -> torch.device:
     return device
 
 
-_VIEWS = frozenset({"Alias", "Permute", "ReshapeAlias", "Squeeze", "T", "Transpose", "UnsafeView", "Unsqueeze", "View"})
+# A clone is a view as far as numbers go.
+_VIEWS = frozenset(
+    {"Alias", "Clone", "Permute", "ReshapeAlias", "Squeeze", "T", "Transpose", "UnsafeView", "Unsqueeze", "View"}
+)
 
 
 def pulled_back(target: Edge, rows: Tensor, leaves: Mapping[Node, int]) -> Iterator[tuple[int, Tensor]]:

@@ -12,7 +12,8 @@ samples while one of its operands is a mixture: a layer and its weight, or a lay
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,19 @@ class Samples:
     def gradients(self, values: Tensor, edges: Sequence[GradientEdge]) -> Gradients:
         """Return the gradients at these edges along values `(samples, columns)`; None where there is none."""
         by: Any = edges
-        return grad(self.outputs, by, self.cotangents(values), keep=True)
+        with _deterministic_convolutions():
+            return grad(self.outputs, by, self.cotangents(values), keep=True)
+
+
+@contextmanager
+def _deterministic_convolutions() -> Iterator[None]:
+    """Let cuDNN add in the same order each time, for entries are compared bit by bit."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +155,7 @@ def weights_of(samples: Samples) -> Tensor:
     like = samples.outputs[0]
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.rand(samples.index.shape, generator=generator, dtype=torch.float64) * 2 - 1
+    drawn = torch.rand(samples.index.shape, generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
     return (drawn + torch.copysign(torch.ones_like(drawn), drawn)).to(dtype).to(like.device)
 
 

@@ -19,6 +19,8 @@ from newtonopt.vectors.memory import check_room
 
 # Rows of a block of `R R'`: blocks of 128 took 1.3 times as long, and blocks of 1024, which leave the cache, 1.4 times.
 _BLOCK = 192
+# On a GPU launching a kernel takes as long as a small block, and there is no cache to stay in.
+_GPU_BLOCK = 2048
 # Rows whose inner products with all before are formed at once.
 _WIDE = 1024
 _REMEDY = "Use fewer samples, or HessianFree, which needs products alone."
@@ -47,8 +49,9 @@ class Factors:
 
     def gram(self, out: Tensor) -> None:
         """Add the rows' inner products to the lower half of `out`, `(m, m)`, block by block."""
-        one, other = out.new_empty(_BLOCK * _BLOCK), out.new_empty(_BLOCK * _BLOCK)
-        for i, j in _lower_blocks(len(out)):
+        size = min(_block_of(out), len(out))
+        one, other = out.new_empty(size * size), out.new_empty(size * size)
+        for i, j in _lower_blocks(out):
             block = out[i, j]
             for a, b in itertools.product(range(len(self.left)), repeat=2):
                 left = torch.mm(self.left[a, i], self.left[b, j].T, out=one[: block.numel()].view(block.shape))
@@ -228,12 +231,17 @@ def gram(parts: Sequence[Factors | Formed], out: Tensor) -> Tensor:
     for part in parts:
         if isinstance(part, Factors):
             part.gram(out)
-    for i, j in _lower_blocks(len(out)):
+    for i, j in _lower_blocks(out):
         out[j, i] = out[i, j].tril() + out[i, j].tril(-1).T if i == j else out[i, j].T
     return out
 
 
-def _lower_blocks(m: int) -> Iterator[tuple[slice, slice]]:
+def _block_of(out: Tensor) -> int:
+    return _BLOCK if out.device.type == "cpu" else _GPU_BLOCK
+
+
+def _lower_blocks(out: Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield the blocks of a matrix `(m, m)` on the diagonal and below it."""
-    blocks = [slice(first, min(first + _BLOCK, m)) for first in range(0, m, _BLOCK)]
+    m, size = len(out), _block_of(out)
+    blocks = [slice(first, min(first + size, m)) for first in range(0, m, size)]
     return ((i, j) for i in blocks for j in blocks if j.start <= i.start)

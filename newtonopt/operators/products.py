@@ -148,7 +148,7 @@ def _squared_roots(loss: Tensor, outputs: Sequence[Output]) -> dict[int, Tensor]
     edges: Any = [GradientEdge(root.node, 0) for root in roots.values()]
     slopes = grad_with_graph(loss, edges)
     with torch.enable_grad():
-        total = sum((slope.sum() for slope in slopes if slope is not None), torch.zeros((), dtype=loss.dtype))
+        total = sum((slope.sum() for slope in slopes if slope is not None), loss.new_zeros(()))
     bends = grad(total, edges, keep=True) if total.requires_grad else (None,) * len(edges)
     scales = {}
     for (i, root), bend in zip(roots.items(), bends, strict=True):

@@ -19,9 +19,6 @@ from newtonopt.closure.losses import Output
 from newtonopt.operators.products import curve_of
 from newtonopt.vectors.random import normals
 
-# How many rounding units a product may be off by, relative to its terms.
-_ORDER = 64
-
 
 @dataclass(frozen=True, eq=False)
 class Head:
@@ -82,16 +79,22 @@ class Head:
             index: The samples' entries among those of the group, `(samples, columns)`.
         """
         n, k = index.shape
-        found = self.like.new_zeros(n, k, k)
+        v = normals(self.like.new_zeros(n * k), torch.Generator().manual_seed(0)).view(n, k)
+        numbers = torch.arange(n, device=index.device)
+        for bit in range((n - 1).bit_length()):
+            # Any two samples differ in a bit of their numbers. Without an entry that couples them, a product along
+            # those with the bit is zero at the others, without rounding.
+            has = (numbers >> bit & 1).bool()
+            flat = v.new_zeros(n * k)
+            flat[index[has]] = v[has]
+            if bool((self._curved(members, flat)[index[~has]] != 0).any()):
+                return None
+        found = v.new_zeros(n, k, k)
         for c in range(k):
             unit = found.new_zeros(n * k)
             unit[index[:, c]] = 1
             found[:, :, c] = self._curved(members, unit)[index]
-        v = normals(found.new_zeros(n * k), torch.Generator().manual_seed(0))
-        expected, bent = torch.einsum("nij,nj->ni", found, v[index]), self._curved(members, v)[index]
-        size = expected.abs().sum(1) + found.abs().amax((1, 2))
-        close = (bent - expected).abs().sum(1) <= _ORDER * k * self.graph.eps * size
-        return found if bool(close.all()) else None
+        return found
 
     def _curved(self, members: Sequence[Output], flat: Tensor) -> Tensor:
         """Return the product with the Hessian in the entries of a group of outputs."""
@@ -145,13 +148,17 @@ class Root:
         return Root(self.numbers, self.index[chosen], weight * self.blocks[chosen])
 
 
-def root_of(blocks: Tensor) -> Tensor | None:
-    """Return `S` with `S S'` the blocks, `(samples, columns, rank)`, orthogonal columns; None if one is indefinite."""
-    if blocks.shape[1] == 1:
-        return blocks.sqrt() if bool((blocks >= 0).all()) else None
-    values, vectors = torch.linalg.eigh(0.5 * (blocks + blocks.mT))
+def root_of(blocks: Tensor, *, is_convex: bool) -> Tensor | None:
+    """Return `S` with `S S'` the blocks, `(samples, columns, rank)`, orthogonal columns; None if one is indefinite.
+
+    Args:
+        blocks: `(samples, columns, columns)`.
+        is_convex: Whether the loss is known to be convex, so that negative eigenvalues are rounding, as those of a
+            saturated softmax are.
+    """
+    values, vectors = torch.linalg.eigh(0.5 * (blocks + blocks.mT)) if blocks.shape[1] > 1 else _of_numbers(blocks)
     rounding = values.abs().amax(1, keepdim=True) * values.shape[1] * torch.finfo(values.dtype).eps
-    if bool((values < -4 * rounding).any()):
+    if not is_convex and bool((values < -4 * rounding).any()):
         return None
     roots = torch.where(values > rounding, values, 0).sqrt()
     used = (roots > 0).any(0)
@@ -159,3 +166,7 @@ def root_of(blocks: Tensor) -> Tensor | None:
     used[-1] = True
     root: Tensor = (vectors * roots[:, None, :])[:, :, used]
     return root
+
+
+def _of_numbers(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    return blocks[:, 0], torch.ones_like(blocks)

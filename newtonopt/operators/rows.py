@@ -24,7 +24,7 @@ from torch.autograd.graph import Node
 from newtonopt.autodiff.contributions import Contribution, Outer, by_sample, contribution_of, dense
 from newtonopt.autodiff.gradients import NoSecondDerivativeError, differentiable_kernels, grad
 from newtonopt.autodiff.graph import bytes_handed_on
-from newtonopt.autodiff.routes import cost_behind, leaves_of, pulled_back, route_to
+from newtonopt.autodiff.routes import cost_behind, leaves_of, pulled_back, route_to, viewed
 from newtonopt.autodiff.samples import Samples, Use, uses_of, weights_of
 from newtonopt.closure.evaluation import Evaluation, Manner, Source, Verdict
 from newtonopt.closure.losses import Output
@@ -225,7 +225,9 @@ def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
     head, gathered = _head(evaluation), [Gathered(p.shape) for p in evaluation.params]
     if head.graph.heads:
         raise RowsError(head.graph.named("The loss's second derivative cannot be trusted, for it is computed by "))
-    groups = [_rooted(members, head, evaluation.params) for members in head.groups()] if head.outputs else []
+    is_convex, groups = evaluation.recording.convex, []
+    for members in head.groups() if head.outputs else ():
+        groups.append(_rooted(members, head, evaluation.params, is_convex=is_convex))
     count = sum(math.prod(root.shape) for _, root in groups)
     generator = torch.Generator().manual_seed(seed)
     residuals, roots, first = [evaluation.gradient.new_zeros(0)], [], 0
@@ -233,7 +235,7 @@ def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
         chosen, r = None, root.residuals(head.slopes)
         if most is not None and count > most:
             kept = max(1, round(group.count * most / count))
-            chosen = torch.randperm(group.count, generator=generator)[:kept].to(head.loss.device)
+            chosen = torch.randperm(group.count, generator=generator, device="cpu")[:kept].to(head.loss.device)
             # Weighted, `R'R` and `R'r` of the chosen rows have the expectation of those of all.
             weight = math.sqrt(group.count / kept)
             root, r = root.only(chosen, weight), weight * r[:, chosen]
@@ -399,7 +401,7 @@ def _of_all(values: Tensor, source: Source | None) -> Tensor:
 # Samples and their rows.
 
 
-def _rooted(members: Sequence[Output], head: Head, params: Sequence[Tensor]) -> tuple[Group, Root]:
+def _rooted(members: Sequence[Output], head: Head, params: Sequence[Tensor], *, is_convex: bool) -> tuple[Group, Root]:
     """Return a group of outputs with samples that neither the network nor the loss couples, and the loss's root."""
     blocks: dict[int, Tensor] = {}
 
@@ -409,7 +411,7 @@ def _rooted(members: Sequence[Output], head: Head, params: Sequence[Tensor]) -> 
         return found is not None
 
     group = _separated(members, params, is_independent)
-    root = root_of(blocks[group.columns])
+    root = root_of(blocks[group.columns], is_convex=is_convex)
     if root is None:
         raise RowsError(
             "The loss is not convex in its outputs", 'Use HessianFree with curvature="hessian", or NewtonCG.'
@@ -524,7 +526,7 @@ def _separated(members: Sequence[Output], params: Sequence[Tensor], is_independe
     """
     tensors = tuple(z.tensor for z in members)
     leaves = leaves_of(params)
-    best, least, operation = None, float(_MOST_PASSES), ""
+    best, least, refused, operation = None, float(_MOST_PASSES), math.inf, ""
     for index in _groupings(tensors):
         samples = Samples(tensors, index)
         if samples.columns > least:
@@ -540,15 +542,13 @@ def _separated(members: Sequence[Output], params: Sequence[Tensor], is_independe
             passes += index.numel() * sum(behind.values()) / bytes_handed_on([z.grad_fn for z in tensors])
         if passes <= least:
             best, least = group, passes
-        elif not operation:
-            operation = max(behind, key=lambda use: behind[use]).node.name()
+        elif passes < refused:
+            refused, operation = passes, max(behind, key=lambda use: behind[use]).node.name()
     if best is not None:
         return best
     size = sum(z.numel() for z in tensors)
-    why = f"the operation {operation} couples samples" if operation else "the loss couples its samples"
-    raise RowsError(
-        f"For {why}, one backward pass for each of {size} outputs would be needed, and at most {_MOST_PASSES} are made"
-    )
+    why = f"The operation {operation} couples samples" if operation else "The loss couples its samples"
+    raise RowsError(f"{why}, and {size} backward passes, one for each output, are more than {_MOST_PASSES}")
 
 
 # Backward passes for one group of outputs at most.
@@ -556,22 +556,33 @@ _MOST_PASSES = 512
 
 
 def _groupings(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield entries grouped into samples, `(samples, columns)`, by some of their dimensions, fewest columns first."""
-    shapes = {z.shape for z in tensors}
+    """Yield entries grouped into samples, `(samples, columns)`, by some of their dimensions, fewest columns first.
+
+    Dimensions are those of the outputs, and those of tensors that the outputs are views of, as logits of sequences that
+    were flattened for a loss.
+    """
     offsets = [0]
     for z in tensors:
         offsets.append(offsets[-1] + z.numel())
     total = torch.arange(offsets[-1], device=tensors[0].device)
     numbers = [total[a:b].view(z.shape) for z, a, b in zip(tensors, offsets[:-1], offsets[1:], strict=True)]
-    sizes = dict(enumerate(tensors[0].shape)) if len(shapes) == 1 else {}
-    if not sizes and len({z.shape[:1] for z in tensors}) == 1 and tensors[0].dim():
-        numbers, sizes = [n.reshape(len(n), -1) for n in numbers], {0: tensors[0].shape[0]}
+    before = [
+        number[order] for number, order in zip([n.reshape(-1) for n in numbers], map(viewed, tensors), strict=True)
+    ]
+    found = list(_by_dimensions(numbers))
+    if [n.shape for n in before] != [n.shape for n in numbers]:
+        found.extend(_by_dimensions(before))
+    yield from sorted(found, key=lambda index: index.shape[1])
+
+
+def _by_dimensions(numbers: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the entries with these numbers grouped by some of the dimensions, `(samples, columns)`."""
+    sizes = dict(enumerate(numbers[0].shape)) if len({n.shape for n in numbers}) == 1 else {}
+    if not sizes and len({n.shape[:1] for n in numbers}) == 1 and numbers[0].dim():
+        numbers, sizes = [n.reshape(len(n), -1) for n in numbers], {0: numbers[0].shape[0]}
     dims = [dim for dim, size in sizes.items() if size > 1]
-    found = []
     for count in range(len(dims) + 1):
         for kept in itertools.combinations(dims, count):
             samples = math.prod(sizes[dim] for dim in kept)
-            order = range(len(kept))
-            moved = [n.movedim(kept, tuple(order)).reshape(samples, -1) for n in numbers]
-            found.append(torch.cat(moved, 1))
-    yield from sorted(found, key=lambda index: index.shape[1])
+            moved = [n.movedim(kept, tuple(range(len(kept)))).reshape(samples, -1) for n in numbers]
+            yield torch.cat(moved, 1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import DEVICES
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
@@ -15,6 +18,7 @@ from newtonopt.autodiff.contributions import Contribution, Outer, Spread, Whole,
 from newtonopt.autodiff.graph import kind_of
 from newtonopt.autodiff.samples import Samples, Use, uses_of
 
+Grouping = Literal["samples", "entries"]
 M = 5
 
 
@@ -227,6 +231,11 @@ OPERATIONS: dict[str, Operation] = {
     "kron": (lambda x, u, v: x @ torch.kron(u, v), (4,), ((2, 1), (2, 3))),
     "matrix exponential": (lambda x, w: x @ torch.matrix_exp(w - w.T), (3,), ((3, 3),)),
     "solve": (lambda x, w: torch.linalg.solve(w + 3 * torch.eye(3, dtype=w.dtype), x.T).T, (3,), ((3, 3),)),
+    "solve of several columns": (
+        lambda x, w: torch.linalg.solve(w + 3 * torch.eye(3, dtype=w.dtype), x),
+        (3, 3),
+        ((3, 3),),
+    ),
     # Normalisations.
     "layer norm": (lambda x, w, b: F.layer_norm(x, (3,), w, b), (2, 3), ((3,), (3,))),
     "layer norm of two dimensions": (lambda x, w, b: F.layer_norm(x, (2, 3), w, b), (2, 3), ((2, 3), (2, 3))),
@@ -297,9 +306,10 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-def samples_of(z: Tensor) -> Samples:
-    """Return the first dimension's entries as samples."""
-    return Samples((z,), torch.arange(z.numel()).view(len(z), -1))
+def samples_of(z: Tensor, by: Grouping = "samples") -> Samples:
+    """Return the first dimension's entries as samples, or each entry as a sample of its own."""
+    count = len(z) if by == "samples" else z.numel()
+    return Samples((z,), torch.arange(z.numel()).view(count, -1))
 
 
 def built(name: str) -> tuple[Tensor, list[Tensor]]:
@@ -310,8 +320,8 @@ def built(name: str) -> tuple[Tensor, list[Tensor]]:
     return torch.sin(operation(x, *params) + 0.3), params
 
 
-def uses_in(z: Tensor, params: Sequence[Tensor]) -> list[Use]:
-    return uses_of(samples_of(z), [torch.autograd.graph.get_gradient_edge(p).node for p in params])
+def uses_in(z: Tensor, params: Sequence[Tensor], by: Grouping = "samples") -> list[Use]:
+    return uses_of(samples_of(z, by), [torch.autograd.graph.get_gradient_edge(p).node for p in params])
 
 
 def rows_behind(use: Use, contributions: Tensor, params: Sequence[Tensor]) -> Tensor:
@@ -337,20 +347,71 @@ def worst(found: Tensor, true: Tensor) -> float:
     return float((found - true).norm(dim=1).max() / true.norm(dim=1).max())
 
 
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Build the operations on a device."""
+    monkeypatch.setitem(globals(), "INDEX", INDEX.to(request.param))
+    with torch.device(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("by", ["samples", "entries"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_contributions_are_each_samples_gradient(name: str) -> None:
+def test_contributions_are_each_samples_gradient(name: str, by: Grouping) -> None:
     z, params = built(name)
-    values = numbers(M, z.numel() // M, shift=2.0)
-    found = torch.zeros(M, sum(p.numel() for p in params), dtype=torch.float64)
-    for use in uses_in(z, params):
+    samples = samples_of(z, by)
+    count = samples.count
+    values = numbers(count, samples.columns, shift=2.0)
+    found = torch.zeros(count, sum(p.numel() for p in params), dtype=torch.float64)
+    for use in uses_in(z, params, by):
         with torch.no_grad():
-            contribution = contribution_of(use, samples_of(z).gradients(values, use.edges))
-            rows = dense(contribution, M)
+            contribution = contribution_of(use, samples.gradients(values, use.edges))
+            rows = dense(contribution, count)
         found += rows_behind(use, rows, params)
-    along = [torch.where(torch.arange(M)[:, None] == i, values, 0).view(z.shape) for i in range(M)]
+    along = [torch.where(torch.arange(count)[:, None] == i, values, 0).view(z.shape) for i in range(count)]
     gradients = [torch.autograd.grad([z], params, [one], retain_graph=True) for one in along]
     true = torch.stack([torch.cat([g.reshape(-1) for g in one]) for one in gradients])
     assert worst(found, true) <= 1e-12
+
+
+@pytest.mark.parametrize("kind", ["CudnnBatchNorm", "MiopenBatchNorm", "FusedRmsNorm"])
+def test_kernels_that_only_a_gpu_has_contribute_as_the_cpus(kind: str) -> None:
+    """A stand-in with the fields that the kernel's node saves."""
+    x, mean, variance = numbers(M, 3), numbers(3, shift=1.0), numbers(3, shift=2.0).abs() + 1
+    w, b = (numbers(3, shift=shift).requires_grad_() for shift in (3.0, 4.0))
+    g, owners = numbers(M, 3, shift=5.0), torch.arange(M)[:, None].expand(M, 3)
+    if kind == "FusedRmsNorm":
+        z = F.rms_norm(x, (3,), w, eps=1e-2)
+        node = SimpleNamespace(_saved_input=x, _saved_result1=(x.square().mean(1, keepdim=True) + 1e-2).rsqrt())
+    else:
+        z = F.batch_norm(x, mean, variance, w, b, eps=1e-2)
+        saved = {"_saved_running_mean": mean, "_saved_running_var": variance, "_saved_epsilon": 1e-2}
+        node = SimpleNamespace(_saved_input=x, _saved_training=False, **saved)
+        assert type(z.grad_fn).__name__ == "NativeBatchNormBackward0"
+    rule = module._RULES[kind]
+    for slot, p in ((1, w), (2, b)):
+        contribution = rule(node, slot, g, owners, p.shape)
+        if kind == "FusedRmsNorm" and slot == 2:
+            assert contribution is None
+            continue
+        assert contribution is not None
+        true = torch.stack(
+            [torch.autograd.grad(one, p, along, retain_graph=True)[0] for one, along in zip(z, g, strict=True)]
+        )
+        torch.testing.assert_close(dense(contribution, M), true, rtol=1e-12, atol=1e-12)
+    assert rule(node, 0, g, owners, x.shape) is None
+
+
+@pytest.mark.parametrize("kind", ["CudnnBatchNorm", "MiopenBatchNorm", "FusedRmsNorm", "NativeBatchNorm"])
+def test_nodes_of_those_kernels_save_the_fields(kind: str) -> None:
+    names = {"FusedRmsNorm": ["input", "result1"], "NativeBatchNorm": ["input", "running_mean", "running_var", "eps"]}
+    node = getattr(torch._C._functions, f"{kind}Backward0", None)
+    if node is None:
+        pytest.skip(f"this torch has no {kind}")
+    for name in names.get(kind, ["input", "running_mean", "running_var", "epsilon", "training", "result1", "result2"]):
+        assert f"_saved_{name}" in vars(node)
 
 
 def parts_of(name: str) -> list[tuple[str, Contribution]]:

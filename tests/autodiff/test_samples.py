@@ -259,3 +259,15 @@ def test_labels_leave_the_graph() -> None:
         uses_in(z, list(model.parameters()))
     assert list(behind(z.grad_fn)) == before and all(p.grad is None for p in model.parameters())
     z.sum().backward()
+
+
+def test_convolutions_add_in_one_order_while_samples_are_told_apart() -> None:
+    x = torch.ones(3, 1, requires_grad=True)
+    z = x * 2
+    seen: list[bool] = []
+    z.register_hook(lambda g: seen.append(torch.backends.cudnn.deterministic))
+    before = torch.backends.cudnn.deterministic
+    samples = Samples((z,), torch.arange(3)[:, None])
+    samples.gradients(torch.ones(3, 1), [torch.autograd.graph.get_gradient_edge(x)])
+    assert seen == [True]
+    assert torch.backends.cudnn.deterministic is before

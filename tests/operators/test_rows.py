@@ -147,6 +147,10 @@ PROBLEMS |= {
     "cross entropy that ignores a class": of_outputs(4, lambda z: F.cross_entropy(z, LABELS, ignore_index=3)),
     "smoothed cross entropy": of_outputs(4, lambda z: F.cross_entropy(z, LABELS, label_smoothing=0.1)),
     "cross entropy of soft targets": of_outputs(4, lambda z: F.cross_entropy(z, soft(4))),
+    "confident classifier": of_outputs(4, lambda z: F.cross_entropy(50 * z, LABELS)),
+    "confident classifier of two classes": of_outputs(
+        1, lambda z: F.binary_cross_entropy_with_logits(200 * z, (Y[:, :1] > 0).double())
+    ),
     "nll": of_outputs(4, lambda z: F.nll_loss(z.log_softmax(1), LABELS)),
     "binary cross entropy": of_outputs(2, lambda z: F.binary_cross_entropy_with_logits(z, (Y > 0).double())),
     "weighted binary cross entropy": of_outputs(
@@ -826,6 +830,21 @@ def test_rows_by_passes_back_from_where_samples_mix(name: str, monkeypatch: pyte
     check(PROBLEMS[name]())
 
 
+# Outputs that are views.
+
+
+@pytest.mark.parametrize(
+    "flat", [lambda z: z.flatten(), lambda z: z.flatten(0, 1), lambda z: z.squeeze(2).T.reshape(-1)]
+)
+def test_sequences_flattened_for_a_loss_are_samples(flat: Callable[[Tensor], Tensor]) -> None:
+    """Positions of a sequence are coupled, and there are too many outputs to take a pass for each."""
+    module = nn.Sequential(nn.LSTM(2, 3, batch_first=True), First(), nn.Linear(3, 1)).double()
+    x = numbers(110, 5, 2)
+    problem = (lambda: (lambda z: F.mse_loss(flat(z), numbers(*flat(z).shape)))(module(x)), list(module.parameters()))
+    _, rows = check(problem)
+    assert rows.roots[0].index.shape == (110, 5)
+
+
 # Precision.
 
 
@@ -904,7 +923,7 @@ def coupled(m: int) -> dict[str, Problem]:
 def test_many_coupled_samples_are_refused(operation: str) -> None:
     closure, params = coupled(4000)[operation]
     evaluation = evaluate(closure, params)
-    with pytest.raises(RowsError, match=f"the operation {operation} couples samples.*HessianFree"):
+    with pytest.raises(RowsError, match=f"The operation {operation} couples samples.*HessianFree"):
         residual_rows(evaluation)
 
 
@@ -917,7 +936,7 @@ def test_a_loss_that_couples_many_outputs_is_refused() -> None:
         return (z**2).mean() + 1e-6 * z.mean() ** 2
 
     evaluation = evaluate(closure, [w])
-    with pytest.raises(RowsError, match="the loss couples its samples"):
+    with pytest.raises(RowsError, match="The loss couples its samples"):
         residual_rows(evaluation)
 
 
@@ -941,6 +960,32 @@ def test_a_loss_that_is_not_convex_is_refused() -> None:
         residual_rows(evaluation)
 
 
+def test_losses_of_some_of_the_parameters() -> None:
+    """Two losses, each of which is differentiated by a part of the parameters: their rows are zero at the others."""
+    first, second = network(3, 2, width=20), network(2, 1, width=20)
+
+    def closure() -> Tensor:
+        h = first(X)
+        one, two = F.mse_loss(h, Y), F.mse_loss(second(h), Y[:, :1])
+        one.backward(inputs=list(first.parameters()), retain_graph=True)
+        two.backward(inputs=list(second.parameters()))
+        return one.detach() + two.detach()
+
+    params = [*first.parameters(), *second.parameters()]
+    evaluation = evaluate(closure, params)
+    assert len(evaluation.parts) == 2
+    rows, size = residual_rows(evaluation), sum(p.numel() for p in first.parameters())
+    R, G = rows.dense(), gauss_newton_by_products(evaluation)
+    assert error(R.T @ R, G) <= 1e-10
+    assert not bool(R[:14, size:].any()) and not bool(R[14:, :size].any())
+    assert error(rows.pull(rows.residuals), evaluation.gradient) <= 1e-10
+    for squares, p, columns in zip(rows.column_squares(), params, R.split(rows.sizes, 1), strict=True):
+        left, right = squares
+        true = columns.square().sum(0).view(p.shape)
+        torch.testing.assert_close(left, true.sum(1) if p.dim() == 2 else true)
+        assert (right is None) == (p.dim() == 1)
+
+
 # Chosen rows, residuals and the part of the gradient outside their range.
 
 
@@ -949,10 +994,11 @@ def test_chosen_rows_are_rows_weighted_up() -> None:
     evaluation = evaluate(lambda: F.mse_loss(model(X), Y[:, :1]), model.parameters())
     every, some = residual_rows(evaluation), residual_rows(evaluation, most=3, seed=1)
     assert some.shape[0] == 3 and some.count == 7
-    # Each of the rows is one of all, times the root of 7/3.
+    # Each of the rows is one of all, times the root of 7/3, and so is its residual.
     distance = torch.cdist((3 / 7) ** 0.5 * some.dense(), every.dense())
     assert float(distance.min(1).values.max()) <= 1e-10 * float(every.dense().norm())
     assert len(set(distance.argmin(1).tolist())) == 3
+    torch.testing.assert_close((3 / 7) ** 0.5 * some.residuals, every.residuals[distance.argmin(1)])
     assert not torch.equal(residual_rows(evaluation, most=3, seed=2).residuals, some.residuals)
 
 

@@ -20,6 +20,8 @@ from newtonopt.curvature.measurements.measurement import (
     UnmeasurableError,
     View,
 )
+from newtonopt.operators.matrices import gauss_newton
+from newtonopt.operators.rows import RowsError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +31,7 @@ _SPEED = 5e9
 # Share of the largest eigenvalue that is the damping unless one is given.
 _SHARE = 1e-3
 _BARS = 60
+_OTHERS = ' Density() and Trace() with curvature="gauss_newton" take products alone.'
 
 
 @dataclass(frozen=True)
@@ -89,18 +92,27 @@ class GaussNewtonSpectrum(Measurement[ExactSpectrum]):
         if evaluation.form != "cached":
             raise UnmeasurableError('The rows of the Jacobian need the graph. Write products="cached".')
         n = evaluation.gradient.numel()
-        m = sum(evaluation.output_sizes.values()) or n
+        own = evaluation.gradient.new_tensor([sum(evaluation.output_sizes.values()) or n], dtype=torch.float64)
+        # Counted over all processes, which must come to the same decision.
+        m = int(torch.cat(view.objective.collect(own)).sum())
         small, large = min(m, n), max(m, n)
         if small > self.max_size:
             raise UnmeasurableError(
-                f"The smaller of {m} outputs and {n} parameters is above max_size={self.max_size}. Raise it, or take "
-                'Density() and Trace() with curvature="gauss_newton".'
+                f"The smaller of {m} outputs and {n} parameters is above max_size={self.max_size}.{_OTHERS}"
             )
         if not view.has_time((large * small**2 + 4 * small**3) / _SPEED):
             return None
         try:
+            gauss_newton(evaluation)
+        except RuntimeError as error:  # no output is known, or the loss is linear in it
+            raise UnmeasurableError(str(error)) from error
+        try:
             return gauss_newton_spectrum(evaluation)
-        except (RuntimeError, MemoryError) as error:  # samples are coupled, no output is known, or rows do not fit
+        except RowsError as error:
+            raise UnmeasurableError(
+                f"{error.reason}, so the rows of the Jacobian are not available.{_OTHERS}"
+            ) from error
+        except MemoryError as error:
             raise UnmeasurableError(str(error)) from error
 
     def values(self, result: ExactSpectrum) -> dict[str, float]:
