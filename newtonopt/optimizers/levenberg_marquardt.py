@@ -97,9 +97,9 @@ class LevenbergMarquardt(NewtonOptimizer[LevenbergMarquardtState]):
         momentum: Part of the last direction that the step begins with, from 0 to below 1 (SPRING: Goldshlager,
             Abrahamsen & Lin 2024), for batches that change from step to step. Default 0.
         rows: Number of rows of the matrix at most; of more, so many are chosen at random in each step, while gradient
-            and trials take all. Default 10,000: a matrix of 0.8 gigabytes in double precision.
-        max_trials: Number of dampings tried in a step, on one matrix, one or more. Default 5: another damping takes a
-            factorisation, another step the rows too.
+            and trials take all. Default 10000: a matrix of 0.8 gigabytes in double precision.
+        max_trials: Number of dampings tried in a step, on one matrix, one or more. Default 10: another damping takes
+            a factorisation, another step the rows too.
         min_damping: Lower bound, above zero. Default 1e-30: none in practice, for the damping is not lowered below four
             times the rounding of the matrix.
         max_damping: Upper bound. Default 1e12.
@@ -146,7 +146,7 @@ class LevenbergMarquardt(NewtonOptimizer[LevenbergMarquardtState]):
         acceleration: bool = True,
         momentum: float = 0.0,
         rows: int = 10_000,
-        max_trials: int = 5,
+        max_trials: int = 10,
         min_damping: float = 1e-30,
         max_damping: float = 1e12,
         tolerance_gradient: float = 0.0,
@@ -294,7 +294,7 @@ def along_geodesic(
         # A model that predicts a rise, by rounding or from some of the rows, tells nothing: the step is rejected.
         ratios.append(reduction_ratio(model.loss, loss, predicted, model.eps) if predicted > 0.0 else -math.inf)
         accepted = ratios[-1] >= _LEAST
-        drowned = not accepted and predicted <= _SEEN * proposal.noise and math.isfinite(loss)
+        drowned = not accepted and abs(predicted) <= _SEEN * proposal.noise and math.isfinite(loss)
         if accepted or drowned or len(ratios) > _SHORTENINGS:
             break
         t *= _SHORTENING
@@ -365,7 +365,7 @@ class _Again(Shorter[LevenbergMarquardtState]):
     def _factored(self, damping: float) -> tuple[Solve, float]:
         """Return the solver, and its damping: raised where the matrix, as it is rounded, would not be definite."""
         largest = self.equations.largest
-        damping = max(damping, 4 * torch.finfo(self.r.dtype).eps * largest)
+        damping = max(damping, self.equations.floor)
         while True:
             solve = self.equations.factored(damping)
             if solve is not None:

@@ -27,7 +27,8 @@ class StepReport:
         checks: Products and gradients of the call by which these products were checked: none after the first step.
         form: How products were formed: "cached", "streamed" or "finite_difference".
         rows: Rows of the matrix that the step was solved with; zero (default) for an optimizer without.
-        solve: The equations that were solved, "samples" or "parameters"; empty (default) for an optimizer without.
+        solve: The equations that were solved, "samples" or "parameters"; an empty string for an
+            optimizer without.
         acceleration: Length of the step's second-order part over that of its first; zero (default) without one.
         trials: Evaluations of the loss at trial points in the call, one forward pass each.
         step_norm: Euclidean length of the step taken; zero if it was rejected.

@@ -164,7 +164,12 @@ class Equations(ABC):
     @property
     @abstractmethod
     def largest(self) -> float:
-        """Size of the largest entry of the matrix, in units of `C`: a damping below its rounding has no effect."""
+        """Size of the largest entry of the matrix, in units of `C`."""
+
+    @property
+    def floor(self) -> float:
+        """Damping below which only rounding changes."""
+        return 4 * torch.finfo(self.metric.like.dtype).eps * self.largest
 
     @abstractmethod
     def factored(self, damping: float) -> Solve | None:
@@ -259,6 +264,11 @@ class OrthogonalEquations(Equations):
     def largest(self) -> float:
         """Largest diagonal entry of `C^-1 R'R`."""
         return float((self.triangle.square().sum(0) / self.metric.spread).max())
+
+    @property
+    def floor(self) -> float:
+        """Damping below which only rounding changes: the root of the damping is rounded, not the damping."""
+        return 4 * torch.finfo(self.metric.like.dtype).eps * super().floor
 
     def factored(self, damping: float) -> Solve | None:
         """Return the solver by the QR factors of `T` above the root of `M`."""
