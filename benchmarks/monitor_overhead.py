@@ -23,9 +23,10 @@ from memory_setups import Setup, convolutional, gpt
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from newtonopt.callbacks import CurvatureMonitor
+from newtonopt.callbacks import Budget, CurvatureMonitor
 
 EVERY, CERTIFY = 100, 10
+BUDGET = Budget(certify_every=3)  # in a round one measurement is certified, and two follow it
 NETWORKS: dict[str, Callable[[], Setup]] = {
     "conv": convolutional,
     "gpt": lambda: gpt(4, 128, 4, 64, batch=16, length=64),
@@ -125,7 +126,7 @@ def measure(name: str, rounds: int, every: int, clock: Callable[[], float]) -> t
     for _ in range(rounds):
         for monitor, settings in MONITORS.items():
             watch = Stopwatch(clock)
-            timed = Timed(times[monitor], clock, every_n_train_steps=every, certify_every=3, **settings)
+            timed = Timed(times[monitor], clock, every_n_train_steps=every, budget=BUDGET, **settings)
             train(NETWORKS[name](), 3 * every, [watch, timed])  # one certified, two followed
             steps += watch.steps
     return statistics.median(steps), times
