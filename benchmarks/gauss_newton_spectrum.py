@@ -26,8 +26,8 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from equations import convection, wave
 from memory_setups import Setup, convolutional, perceptron
-from pinn import convection, wave
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn

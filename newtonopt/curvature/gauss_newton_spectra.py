@@ -21,7 +21,7 @@ from newtonopt.closure.evaluation import Evaluation
 from newtonopt.curvature.drawing import figure_of, panels
 from newtonopt.operators.factors import Factors, Formed
 from newtonopt.operators.matrices import gauss_newton
-from newtonopt.operators.rows import Rows, residual_rows
+from newtonopt.operators.rows import Rows, RowsError, residual_rows
 from newtonopt.vectors.memory import check_room, fits
 
 if TYPE_CHECKING:
@@ -175,7 +175,10 @@ def gauss_newton_spectrum(evaluation: Evaluation, vectors: bool = False) -> Exac
     """
     check_flag("vectors", vectors)
     gauss_newton(evaluation)  # checks the evaluation, and warns of terms that the matrix leaves out
-    rows = residual_rows(evaluation)
+    try:
+        rows = residual_rows(evaluation)
+    except RowsError as error:
+        raise error if evaluation.form != "cached" else RowsError(error.reason, _BY_PRODUCTS) from error
     decay = evaluation.decay
     if isinstance(decay, Tensor) and bool((decay == decay[0]).all()):
         decay = float(decay[0])
@@ -205,7 +208,7 @@ def _errors(rows: Rows, squares: Tensor, from_products: bool) -> Tensor:
     if from_products:
         errors += len(squares) * torch.finfo(torch.float64).eps * squares[:1]
     # The root of a sample's output Hessian makes an error of eps in the Hessian one of sqrt(eps) in a row.
-    columns = max(root.blocks.shape[1] for root in rows.roots)
+    columns = max((root.blocks.shape[1] for root in rows.roots), default=1)
     if columns > 1:
         errors += _HESSIAN * columns * eps * squares[:1]
     return errors
@@ -213,6 +216,7 @@ def _errors(rows: Rows, squares: Tensor, from_products: bool) -> Tensor:
 
 # Rounding of a loss's Hessian by the outputs, in units of eps for each entry of a sample's outputs.
 _HESSIAN = 16
+_BY_PRODUCTS = "Use spectral_density(gauss_newton(evaluation)), which needs products alone."
 # Multiplications beyond those of sixteen triangles' for which the rows are still brought to a triangle: about a second.
 _CHEAP = 1e10
 # Rows, in units of the triangle's, that are added to it at once.
@@ -295,11 +299,10 @@ def _check_memory(rows: Rows, k: int, vectors: bool) -> None:
     """Raise a MemoryError if the triangle, or the rows for vectors, would not fit."""
     m, n = rows.shape
     device = rows.residuals.device
-    remedy = "Use spectral_density(gauss_newton(evaluation)), which takes products alone."
     if vectors:
         entries = 3 * n * max(m, k)
-        check_room(entries, torch.float64, device, f"Eigenvectors from {m} rows of {n} entries", remedy)
+        check_room(entries, torch.float64, device, f"Eigenvectors from {m} rows of {n} entries", _BY_PRODUCTS)
     else:
         # The triangle with a block of rows, their copy, and the singular values' workspace.
         entries = (2 * _BLOCK + 3) * k * k
-        check_room(entries, torch.float64, device, f"The spectrum of a {k} x {k} matrix", remedy)
+        check_room(entries, torch.float64, device, f"The spectrum of a {k} x {k} matrix", _BY_PRODUCTS)

@@ -186,8 +186,14 @@ def test_coupled_samples_are_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).double()
     inputs = torch.randn(600, 2, dtype=torch.float64)
     evaluation = evaluate(lambda: F.mse_loss(model(inputs), torch.zeros(600, 3).double()), model.parameters())
-    with pytest.raises(RowsError, match="BatchNorm"):
+    with pytest.raises(RowsError, match=r"BatchNorm.*Use spectral_density\(gauss_newton\(evaluation\)\)"):
         gauss_newton_spectrum(evaluation)
+
+
+def test_streamed_products_are_refused() -> None:
+    case = build("mlp", "mse")
+    with pytest.raises(RowsError, match='products="cached"'):
+        gauss_newton_spectrum(evaluate(case.closure, case.params, products="streamed"))
 
 
 def test_arguments_are_checked() -> None:

@@ -31,6 +31,7 @@ _SPEED = 5e9
 # Share of the largest eigenvalue that is the damping unless one is given.
 _SHARE = 1e-3
 _BARS = 60
+_OTHERS = ' Density() and Trace() with curvature="gauss_newton" take products alone.'
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ class GaussNewtonSpectrum(Measurement[ExactSpectrum]):
         small, large = min(m, n), max(m, n)
         if small > self.max_size:
             raise UnmeasurableError(
-                f"The smaller of {m} outputs and {n} parameters is above max_size={self.max_size}. Raise it, or take "
-                'Density() and Trace() with curvature="gauss_newton".'
+                f"The smaller of {m} outputs and {n} parameters is above max_size={self.max_size}.{_OTHERS}"
             )
         if not view.has_time((large * small**2 + 4 * small**3) / _SPEED):
             return None
@@ -108,7 +108,11 @@ class GaussNewtonSpectrum(Measurement[ExactSpectrum]):
             raise UnmeasurableError(str(error)) from error
         try:
             return gauss_newton_spectrum(evaluation)
-        except (RowsError, MemoryError) as error:
+        except RowsError as error:
+            raise UnmeasurableError(
+                f"{error.reason}, so the rows of the Jacobian are not available.{_OTHERS}"
+            ) from error
+        except MemoryError as error:
             raise UnmeasurableError(str(error)) from error
 
     def values(self, result: ExactSpectrum) -> dict[str, float]:
