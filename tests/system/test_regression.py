@@ -87,5 +87,5 @@ def test_a_file_that_lacks_observations_is_refused(
     lines = (BENCHMARKS / "nist" / "BoxBOD.dat").read_text().splitlines()
     (tmp_path / "BoxBOD.dat").write_text("\n".join(lines[:-1]) + "\n")
     monkeypatch.setattr(programs.nist, "FOLDER", tmp_path)
-    with pytest.raises(ValueError, match=r"BoxBOD\.dat must have 2 parameters and 6 observations\."):
+    with pytest.raises(ValueError, match=r"BoxBOD\.dat must have 2 parameters and 6 observations, got 2 and 5\."):
         programs.nist.read("BoxBOD")
