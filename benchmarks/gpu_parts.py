@@ -107,8 +107,8 @@ def products(where: Where, note: Note) -> None:
 
 def hessian_free(where: Where, note: Note) -> None:
     """Record loss and error on a grid of times, on the wall clock."""
-    from pinn import convection
-    from training import Contender, Message, Problem, train
+    from equations import convection
+    from training import Contender, Message, Problem, Stepping, train
 
     from newtonopt import HessianFree
 
@@ -119,7 +119,7 @@ def hessian_free(where: Where, note: Note) -> None:
         from autoencoder import digits_autoencoder
 
         problems["autoencoder"] = digits_autoencoder, 15.0
-    contender = Contender("HessianFree", ((1.0, HessianFree),), "HessianFree")
+    contender = Contender("HessianFree", ((1.0, Stepping(HessianFree)),), "HessianFree")
 
     def on_device(build: Callable[[int], Problem], seed: int) -> Problem:
         with torch.device(where.device):

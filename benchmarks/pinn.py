@@ -1,136 +1,129 @@
-"""Physics-informed networks: the Newton methods beside Adam and L-BFGS.
+"""The league table of physics-informed networks: `python benchmarks/pinn.py`.
 
-    convection  u_t + beta u_x = 0,  u(x, 0) = sin x,  u(0, t) = u(2 pi, t),  0 <= x <= 2 pi,  0 <= t <= 1
-    wave        u_tt = 4 u_xx,  u(x, 0) = sin(pi x) + sin(beta pi x) / 2,  u_t(x, 0) = 0,  u(0, t) = u(1, t) = 0
+Every method trains the same networks on the same points, each run in a process and on one thread of its own, for so
+many seconds of processor time. The default, 60 seconds, with three seeds on the two convection equations and one on
+the others, takes about two hours on one core; `--jobs 2` halves that. Each run is written to a JSON file when it
+ends, with the machine and the versions; tables and plots are drawn from that file.
 
-The solutions are sin(x - beta t), and sin(pi x) cos(2 pi t) + sin(beta pi x) cos(2 beta pi t) / 2. At beta = 30 and 5
-these are standard failure cases of first-order training (Rathore et al. 2024): the loss is small and the solution
-wrong, or the valley is too narrow to follow.
+    --output mine.json              all methods on all equations
+    --output mine.json --resume     go on after an interruption, or add more runs
+    --draw                          draw tables and plots of the committed file, without running
+    --spurious                      how often LevenbergMarquardt ends on a wrong solution, and what helps
+    --equations convection-30 --methods HessianFree Adam --seeds 0 --seconds 150 --output x.json
+
+Methods from other packages: `pip install -e .[benchmarks]`. What is not installed is left out.
 """
 
-from collections.abc import Callable
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from math import pi
+from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from training import Problem
+from equations import EQUATIONS, REMEDIES
+from league import OURS, Entry, League, commit, machine, markdown, spurious, write_pictures
+from peers import METHODS, versions
+from side_by_side import race
+from training import Run, train
+
+RESULTS = Path(__file__).parent / "results"
+SEEDS = {"convection-30": (0, 1, 2), "convection-50": (0, 1, 2)}  # the other equations have seed 0
+ALL = {**EQUATIONS, **REMEDIES}
+Task = tuple[str, str, int]  # equation, method, seed
 
 
-def convection(seed: int, beta: float) -> Problem:
-    """The problem in float64: 1000 residual points at random, 128 initial points, 64 boundary times.
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0, help="processor time of a run (default: 60)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2 for convection, 0 for the others")
+    parser.add_argument("--equations", nargs="+", choices=ALL, metavar="NAME", help=f"default: {' '.join(EQUATIONS)}")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"some of {', '.join(METHODS)}")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/pinn.json)")
+    parser.add_argument("--resume", action="store_true", help="add to the file and skip the runs that it has")
+    parser.add_argument("--draw", action="store_true", help="only draw tables and plots from the file")
+    parser.add_argument("--spurious", action="store_true", help=f"{OURS} on convection-30, seeds 0 to 9, and remedies")
+    args = parser.parse_args()
+    path = args.output or RESULTS / ("pinn_spurious.json" if args.spurious else "pinn.json")
+    if not args.draw:
+        _run(args, path)
+    league = League.load(path)
+    text = spurious(league) if args.spurious else markdown(league)
+    path.with_suffix(".md").write_text(text)
+    print(text)
+    if not args.spurious:
+        write_pictures(league, path)
 
-    Args:
-        seed: Seed of the weights and the residual points.
-        beta: Speed of the convection; the larger, the harder.
-    """
-    torch.manual_seed(seed)
-    model = tanh_network()
-    x, t = _random_points(1000, length=2 * pi)
-    initial = torch.cartesian_prod(_linspace(2 * pi, 128), _linspace(0.0, 1))
-    left, right = _edges(2 * pi, 64)
 
-    def loss() -> Tensor:
-        u = model(torch.cat([x, t], dim=1))
-        u_x, u_t = torch.autograd.grad(u.sum(), (x, t), create_graph=True)
-        return (
-            F.mse_loss(u_t + beta * u_x, torch.zeros_like(u))
-            + F.mse_loss(model(initial), initial[:, :1].sin())
-            + F.mse_loss(model(left), model(right))
+def _run(args: argparse.Namespace, path: Path) -> None:
+    wanted = spurious_tasks(args) if args.spurious else tasks(args.equations, args.methods, args.seeds)
+    methods = list(dict.fromkeys(method for _, method, _ in wanted))
+    left_out = {method: reason for method in methods if (reason := METHODS[method].missing)}
+    for method, reason in left_out.items():
+        print(f"{method} is left out: {reason}", file=sys.stderr)
+    league = _open(path, args.seconds, args.resume)
+    kept = {method: reason for method, reason in league.left_out.items() if method not in methods}
+    league = replace(
+        league,
+        formulas={name: equation.formula for name, equation in ALL.items()},
+        settings={name: method.setting for name, method in METHODS.items()},
+        left_out={**kept, **left_out},
+    )
+    league.save(path)
+    present = {entry.key for entry in league.entries}
+    work = {}
+    for name, method, seed in wanted:
+        for contender in () if method in left_out else METHODS[method].contenders:
+            if (name, contender.name, seed) not in present:
+                problem = ALL[name].problem
+                label = f"{name}, {contender.name}, seed {seed}"
+                work[label] = name, partial(train, problem, contender, seed, args.seconds, "processor")
+    here, failures = commit(), []
+    for label, outcome in race(path.stem, {label: run for label, (_, run) in work.items()}, args.jobs):
+        if isinstance(outcome, Run):
+            league = league.with_entry(Entry(work[label][0], here, outcome))
+            league.save(path)
+        else:
+            failures.append(f"{label} failed: {outcome!r}")
+    if failures:
+        print("\n".join(failures), file=sys.stderr)
+
+
+def _open(path: Path, seconds: float, resume: bool) -> League:
+    """Return the record at `path`, or a new one; end the program where the two do not fit together."""
+    new = League(machine(), versions(), seconds)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return new
+    if not resume:
+        sys.exit(f"{path} exists. Add --resume to complete it, or choose another file with --output.")
+    old = League.load(path)
+    # A package that is missing now, or was then, changes nothing about the runs that the file has.
+    updated = [name for name in old.versions if new.versions.get(name, old.versions[name]) != old.versions[name]]
+    if (old.machine, old.seconds) != (new.machine, new.seconds) or updated:
+        sys.exit(
+            f"The runs in {path} were made under other conditions ({old.machine}, {old.versions}, {old.seconds:g} s). "
+            "Choose another file with --output."
         )
-
-    return Problem(model, loss, _error(model, 2 * pi, lambda x, t: torch.sin(x - beta * t)))
-
-
-def wave(seed: int, beta: float) -> Problem:
-    """The problem in float64, points as for `convection`: second derivatives in space and time.
-
-    Args:
-        seed: Seed of the weights and the residual points.
-        beta: Frequency of the second part of the solution; the larger, the harder.
-    """
-    torch.manual_seed(seed)
-    model = tanh_network()
-    x, t = _random_points(1000, length=1.0)
-    places = _linspace(1.0, 128)[:, None]
-    start = torch.zeros_like(places).requires_grad_()
-    left, right = _edges(1.0, 64)
-
-    def exact(x: Tensor, t: Tensor) -> Tensor:
-        first = torch.sin(pi * x) * torch.cos(2 * pi * t)
-        return first + torch.sin(beta * pi * x) * torch.cos(2 * beta * pi * t) / 2
-
-    def loss() -> Tensor:
-        u = model(torch.cat([x, t], dim=1))
-        u_x, u_t = torch.autograd.grad(u.sum(), (x, t), create_graph=True)
-        (u_xx,) = torch.autograd.grad(u_x.sum(), x, create_graph=True)
-        (u_tt,) = torch.autograd.grad(u_t.sum(), t, create_graph=True)
-        initial = model(torch.cat([places, start], dim=1))
-        (speed,) = torch.autograd.grad(initial.sum(), start, create_graph=True)
-        edges = model(torch.cat([left, right]))
-        return (
-            F.mse_loss(u_tt - 4 * u_xx, torch.zeros_like(u))
-            + F.mse_loss(initial, exact(places, torch.zeros_like(places)))
-            + F.mse_loss(speed, torch.zeros_like(speed))
-            + F.mse_loss(edges, torch.zeros_like(edges))
-        )
-
-    return Problem(model, loss, _error(model, 1.0, exact))
+    return replace(old, versions={**old.versions, **new.versions})
 
 
-def tanh_network() -> nn.Sequential:
-    """A 2-40-40-40-1 network with tanh units, Xavier normal weights and zero biases, in float64."""
-    layers = [nn.Linear(2, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1)]
-    model = nn.Sequential(*layers).double()
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
-    return model
+def tasks(equations: Sequence[str] | None, methods: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Task]:
+    """Return the runs in an order that makes early results useful: first seed 0 of each equation, all its methods."""
+    wanted = {name: seeds or SEEDS.get(name, (0,)) for name in equations or EQUATIONS}
+    found = []
+    for name, some in wanted.items():
+        usual = [m for m, it in METHODS.items() if it.by_default or (it.for_new_points and ALL[name].anew)]
+        found += [(name, method, seed) for method in methods or usual for seed in some]
+    first = {name: some[0] for name, some in wanted.items()}
+    return sorted(found, key=lambda task: task[2] != first[task[0]])
 
 
-def _random_points(count: int, length: float) -> tuple[Tensor, Tensor]:
-    """Return `x` and `t`, a column each, uniform in `[0, length] x [0, 1]`, that require gradients."""
-    inside = torch.rand(count, 2, dtype=torch.float64) * torch.tensor([length, 1.0], dtype=torch.float64)
-    x, t = inside.chunk(2, dim=1)
-    return x.requires_grad_(), t.requires_grad_()
-
-
-def _edges(length: float, count: int) -> tuple[Tensor, Tensor]:
-    times = _linspace(1.0, count)
-    left, right = (torch.stack([torch.full_like(times, edge), times], dim=1) for edge in (0.0, length))
-    return left, right
-
-
-def _linspace(end: float, count: int) -> Tensor:
-    return torch.linspace(0.0, end, count, dtype=torch.float64)
-
-
-def _error(model: nn.Module, length: float, exact: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], float]:
-    """Return the relative L2 error on a grid of 128 places and 64 times."""
-    grid = torch.cartesian_prod(_linspace(length, 128), _linspace(1.0, 64))
-    solution = exact(grid[:, :1], grid[:, 1:])
-
-    @torch.no_grad()
-    def error() -> float:
-        return float((model(grid) - solution).norm() / solution.norm())
-
-    return error
-
-
-EQUATIONS = {"convection": (convection, [10.0, 30.0]), "wave": (wave, [5.0])}
+def spurious_tasks(args: argparse.Namespace) -> list[Task]:
+    names = args.equations or ["convection-30", *REMEDIES]
+    return [(name, OURS, seed) for name in names for seed in args.seeds or range(10)]
 
 
 if __name__ == "__main__":
-    from side_by_side import arguments, main
-
-    parser = arguments(__doc__)
-    parser.add_argument("--equation", choices=EQUATIONS, default="convection", help="default: convection")
-    parser.add_argument(
-        "--beta", type=float, nargs="+", help="one problem each (default: 10 30 for convection, 5 for wave)"
-    )
-    args = parser.parse_args()
-    equation, betas = EQUATIONS[args.equation]
-    for beta in args.beta or betas:
-        main(f"{args.equation}-{beta:g}", partial(equation, beta=beta), "relative L2 error", args)
+    main()

@@ -4,8 +4,8 @@ import argparse
 import ast
 import multiprocessing
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from functools import partial
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -15,8 +15,8 @@ import torch
 from comparison import OURS, write
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.optim import LBFGS, Adam
-from training import GRID, Contender, Message, Problem, Run, train
+from torch.optim import Adam
+from training import GRID, LBFGS_METHOD, Contender, Message, Problem, Report, Run, Stepping, train
 
 from newtonopt import CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton
 
@@ -25,10 +25,6 @@ _SPAWN = multiprocessing.get_context(
 )  # a fresh interpreter for each run, without the parent's threads and state
 
 _MEMBERS = {member.__name__: member for member in (HessianFree, NewtonCG, TrustRegionNewton, CubicNewton, DampedNewton)}
-# Twenty iterations a call, so that the clock is read often; without tolerances L-BFGS uses all its time.
-_lbfgs = partial(
-    LBFGS, history_size=100, max_iter=20, line_search_fn="strong_wolfe", tolerance_grad=0.0, tolerance_change=0.0
-)
 METHODS = (*_MEMBERS, "Adam", "L-BFGS", "Adam+L-BFGS")
 RATES = (
     3e-4,
@@ -69,12 +65,20 @@ def main(name: str, problem: Callable[[int], Problem], error_name: str, args: ar
     if size > DENSE and "DampedNewton" in args.methods:
         contenders = [contender for contender in contenders if contender.method != "DampedNewton"]
         left_out["DampedNewton"] = f"not run: {size} products and their matrix a step"
-    runs, failures = _run_all(name, problem, contenders, args)
+    work = {
+        f"{contender.name}, seed {seed}": partial(train, problem, contender, seed, args.seconds, args.clock)
+        for seed in args.seeds
+        for contender in contenders
+    }
+    outcomes = dict(race(name, work, args.jobs))
+    runs = [outcomes[label] for label in work if isinstance(outcomes[label], Run)]
     if runs:
         settings = {"options": options, "seconds": args.seconds, "clock": args.clock, "jobs": args.jobs}
         write(name, runs, left_out, error_name, settings, args.output)
+    failures = {label: repr(e) for label, e in outcomes.items() if isinstance(e, BaseException)}
+    failures |= {f"{run.contender}, seed {run.seed}": run.failure for run in runs if run.failure}
     if failures:
-        sys.exit("\n".join(failures))
+        sys.exit("\n".join(f"{label} failed: {text}" for label, text in failures.items()))
 
 
 def _contenders(methods: Sequence[str], options: dict[str, Any], rates: Sequence[float]) -> list[Contender]:
@@ -83,13 +87,14 @@ def _contenders(methods: Sequence[str], options: dict[str, Any], rates: Sequence
     for method in methods:
         if method in _MEMBERS:
             make = partial(_MEMBERS[method], **options) if method == OURS else _MEMBERS[method]
-            chosen.append(Contender(method, ((1.0, make),), method))
+            chosen.append(Contender(method, ((1.0, Stepping(make)),), method))
         elif method == "Adam":
-            chosen += [Contender(f"Adam {lr:g}", ((1.0, partial(Adam, lr=lr)),), method) for lr in rates]
+            chosen += [Contender(f"Adam {lr:g}", ((1.0, Stepping(partial(Adam, lr=lr))),), method) for lr in rates]
         elif method == "L-BFGS":
-            chosen.append(Contender(method, ((1.0, _lbfgs),), method))
+            chosen.append(Contender(method, ((1.0, LBFGS_METHOD),), method))
         else:
-            chosen.append(Contender(method, ((1 / 3, partial(Adam, lr=1e-3)), (1.0, _lbfgs)), method))
+            phases = (1 / 3, Stepping(partial(Adam, lr=1e-3))), (1.0, LBFGS_METHOD)
+            chosen.append(Contender(method, phases, method))
     return chosen
 
 
@@ -101,45 +106,56 @@ def _option(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _run_all(
-    title: str, problem: Callable[[int], Problem], contenders: Sequence[Contender], args: argparse.Namespace
-) -> tuple[list[Run], list[str]]:
-    messages: SimpleQueue[Message] = _SPAWN.SimpleQueue()
+def race(
+    title: str, work: Mapping[str, Callable[[Report], Run]], jobs: int
+) -> Iterator[tuple[str, Run | BaseException]]:
+    """Carry out runs, each in a process of its own, under a progress bar; yield each outcome as soon as it is there.
+
+    Args:
+        title: Text beside the bar.
+        work: The runs by their names, in the order in which they begin.
+        jobs: Runs at a time.
+
+    Yields:
+        The name of a run, and the run, or the error that ended it.
+    """
+    messages: SimpleQueue[tuple[str, Message]] = _SPAWN.SimpleQueue()
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with ThreadPoolExecutor(args.jobs) as threads, Progress(*columns, console=Console(stderr=True)) as progress:
-        futures = {
-            threads.submit(
-                _in_a_process, messages, partial(train, problem, contender, seed, args.seconds, args.clock)
-            ): f"{contender.name}, seed {seed}"
-            for seed in args.seeds
-            for contender in contenders
-        }
-        bar = progress.add_task(title, total=len(futures))
-        reached: dict[tuple[str, int], float] = {}
-        while wait(futures, timeout=0.2).not_done:
-            while not messages.empty():
-                name, seed, index, loss, _ = messages.get()
-                reached[name, seed] = index / GRID
-                text = f"{title}: {name}, seed {seed}: {loss:.1e}"
-                progress.update(bar, completed=sum(reached.values()), description=text)
-    failures = [f"{label} failed: {future.exception()!r}" for future, label in futures.items() if future.exception()]
-    return [future.result() for future in futures if not future.exception()], failures
+    threads, reached = ThreadPoolExecutor(jobs), dict.fromkeys(work, 0.0)
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(title, total=len(work))
+        futures = {threads.submit(_in_a_process, messages, name, run): name for name, run in work.items()}
+        unfinished = set(futures)
+        try:
+            while unfinished:
+                done, unfinished = wait(unfinished, timeout=0.2, return_when=FIRST_COMPLETED)
+                while not messages.empty():
+                    name, (_, _, index, loss, _) = messages.get()
+                    reached[name] = index / GRID
+                    text = f"{title}: {name}: {loss:.1e}"
+                    progress.update(bar, completed=sum(reached.values()), description=text)
+                for future in done:
+                    reached[futures[future]] = 1.0
+                    yield futures[future], future.exception() or future.result()
+        finally:
+            # After an interruption no further run begins.
+            threads.shutdown(cancel_futures=True)
 
 
-def _in_a_process(messages: "SimpleQueue[Message]", run: Callable[[Callable[[Message], None]], Run]) -> Run:
+def _in_a_process(messages: "SimpleQueue[tuple[str, Message]]", name: str, run: Callable[[Report], Run]) -> Run:
     # One pool for each run, so that a killed run takes no other with it.
     with ProcessPoolExecutor(1, _SPAWN, _start_worker, (messages,)) as pool:
-        return pool.submit(_run_in_worker, run).result()
+        return pool.submit(_run_in_worker, name, run).result()
 
 
-_report: Callable[[Message], None]  # set in each worker
+_send: Callable[[tuple[str, Message]], None]  # set in each worker
 
 
-def _start_worker(messages: "SimpleQueue[Message]") -> None:
-    global _report
+def _start_worker(messages: "SimpleQueue[tuple[str, Message]]") -> None:
+    global _send
     torch.set_num_threads(1)
-    _report = messages.put
+    _send = messages.put
 
 
-def _run_in_worker(run: Callable[[Callable[[Message], None]], Run]) -> Run:
-    return run(_report)
+def _run_in_worker(name: str, run: Callable[[Report], Run]) -> Run:
+    return run(lambda message: _send((name, message)))

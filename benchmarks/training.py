@@ -6,36 +6,68 @@ A value at time t belongs to the parameters at t, which are the parameters befor
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 GRID = 20  # measurements in a run, evenly spaced in time
 
 # Contender, seed, index on the time grid, loss, error.
 Message = tuple[str, int, int, float, float]
+Report = Callable[[Message], None]
+
+
+# A function of one point `(d,)`, such as the network or a derivative of it.
+Field = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A mean of squares `(residual(u, p) - target)^2` over points `p`, written for one point at a time.
+
+    `points` has shape (m, d), `targets` (m,); without targets they are zero.
+    """
+
+    points: Tensor
+    residual: Callable[[Field, Tensor], Tensor]
+    targets: Tensor | None = None
+
+
+def keep() -> None:
+    """Leave the data as they are."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A model, the loss that trains it, and the error that its user cares about."""
+    """A model, the loss that trains it, and the error that its user cares about.
+
+    `draw` is called before each step and renews the data of losses that are trained on changing data. `terms` says the
+    loss again, as a sum of terms with the data of this step, where the problem can.
+    """
 
     model: nn.Module
     loss: Callable[[], Tensor]
     error: Callable[[], float]
+    draw: Callable[[], None] = keep
+    terms: Callable[[], list[Term]] | None = None
+
+
+# Begins the training of a problem and returns a function that takes one step.
+Method = Callable[[Problem], Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One or several optimizers in turn; each phase lasts until its fraction of the time has passed.
+    """One or several methods in turn; each phase lasts until its fraction of the time has passed.
 
     Contenders of one method differ in a setting; the best of them stands for the method.
     """
 
     name: str
-    phases: tuple[tuple[float, Callable[[list[nn.Parameter]], Optimizer]], ...]
+    phases: tuple[tuple[float, Method], ...]
     method: str
 
 
@@ -51,6 +83,7 @@ class Run:
     seconds: list[float]
     loss: list[float]
     error: list[float]
+    failure: str = ""  # error of the step that ended the run early; from there on the values stand still
 
 
 def train(
@@ -59,7 +92,7 @@ def train(
     seed: int,
     seconds: float,
     clock: Literal["wall", "processor"],
-    report: Callable[[Message], None],
+    report: Report,
 ) -> Run:
     """Train for `seconds` of optimizer time; measure loss and error on the time grid, with the clock stopped.
 
@@ -77,34 +110,53 @@ def train(
     params = list(task.model.parameters())
     grid = [seconds * index / GRID for index in range(GRID + 1)]
     measured = [_measure(task)]
-    steps, elapsed, wall, processor = 0, 0.0, 0.0, 0.0
-    for until, make in contender.phases:
-        optimizer = make(params)
-        closure = _closure(optimizer, task.loss)
-        while elapsed < until * seconds:
+    steps, elapsed, wall, processor, failure = 0, 0.0, 0.0, 0.0, ""
+    for until, begin in contender.phases:
+        step = begin(task)
+        while elapsed < until * seconds and not failure:
             held = [param.detach().clone() for param in params]
             wall_start, processor_start = time.perf_counter(), time.process_time()
-            optimizer.step(closure)
+            task.draw()
+            try:
+                step()
+            except (ArithmeticError, RuntimeError, ValueError) as error:
+                failure = f"{type(error).__name__}: {error}".split("\n")[0]
             wall += time.perf_counter() - wall_start
             processor += time.process_time() - processor_start
             elapsed = wall if clock == "wall" else processor
             steps += 1
-            due = sum(point <= elapsed for point in grid) - len(measured)
-            if due > 0:
-                measured += due * [_measure_at(task, params, held)]
+            due = len(grid) if failure else sum(point <= elapsed for point in grid)
+            if due > len(measured):
+                measured += (due - len(measured)) * [_measure_at(task, params, held)]
                 report((contender.name, seed, len(measured) - 1, *measured[-1]))
     losses, errors = map(list, zip(*measured, strict=True))
-    return Run(contender.name, contender.method, seed, steps, processor / wall, grid, losses, errors)
+    return Run(contender.name, contender.method, seed, steps, processor / wall, grid, losses, errors, failure)
 
 
-def _closure(optimizer: Optimizer, loss: Callable[[], Tensor]) -> Callable[[], Any]:
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return value
+@dataclass(frozen=True)
+class Stepping:
+    """The method that hands an optimizer of torch's kind the usual closure: `Stepping(partial(Adam, lr=1e-3))`."""
 
-    return closure
+    make: Callable[[list[nn.Parameter]], Optimizer]
+
+    def __call__(self, task: Problem) -> Callable[[], object]:
+        optimizer = self.make(list(task.model.parameters()))
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            value = task.loss()
+            value.backward()
+            return value
+
+        return lambda: optimizer.step(closure)
+
+
+# Twenty iterations a call, so that the clock is read often; without tolerances L-BFGS uses all its time.
+LBFGS_METHOD = Stepping(
+    partial(
+        LBFGS, history_size=100, max_iter=20, line_search_fn="strong_wolfe", tolerance_grad=0.0, tolerance_change=0.0
+    )
+)
 
 
 def _measure(task: Problem) -> tuple[float, float]:

@@ -94,6 +94,7 @@ _ELSEWHERE = {
     **{name: f"Write budget=Budget({name}=...)." for name in Budget.__dataclass_fields__},
     "trace": "Write measurements=[Trace()].",
     "density": "Write measurements=[Density()].",
+    "gauss_newton": "Write measurements=[GaussNewtonSpectrum()].",
     "layers": "Write measurements=[Layers()].",
     "preconditioned": "Write measurements=[Preconditioned()].",
     "loss_slice": "Write measurements=[LossSlice()].",
@@ -123,8 +124,8 @@ class CurvatureMonitor(Callback):
         sharpness: "ball" (default): the worst loss increase at Euclidean distance up to 0.05; "adaptive_ball": the same
             with each step relative to its parameter's size (Kwon et al. 2021); "average": the mean increase at that
             distance; a `Sharpness`, for another radius; None: not measured.
-        measurements: Further measurements: `Layers`, `Preconditioned`, `Trace`, `Density`, `LossSlice`, or one of your
-            own.
+        measurements: Further measurements: `Layers`, `Preconditioned`, `Trace`, `Density`, `GaussNewtonSpectrum`,
+            `LossSlice`, or one of your own.
         every_n_epochs: Epochs between measurements, one or more, at the end of an epoch's last batch; None (default):
             by steps.
         at_start: Whether to measure before the first step as well, or as soon as the probe has all its batches. Then

@@ -21,7 +21,15 @@ from newtonopt.closure.objective import Objective, evaluate
 from newtonopt.closure.tap import mark_outputs
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.operators.matrices import gauss_newton, hessian, jacobian
-from newtonopt.optimizers import CubicNewton, DampedNewton, HessianFree, NewtonCG, StepReport, TrustRegionNewton
+from newtonopt.optimizers import (
+    CubicNewton,
+    DampedNewton,
+    HessianFree,
+    LevenbergMarquardt,
+    NewtonCG,
+    StepReport,
+    TrustRegionNewton,
+)
 
 __version__ = "0.1.0"
 
@@ -30,6 +38,7 @@ __all__ = [
     "DampedNewton",
     "Evaluation",
     "HessianFree",
+    "LevenbergMarquardt",
     "LinearOperator",
     "NewtonCG",
     "Objective",

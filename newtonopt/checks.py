@@ -165,6 +165,12 @@ def check_positive_share(name: str, value: object) -> None:
         raise ValueError(f"{name} must be above 0 and at most 1, got {shown(value)}.{_as_share(value)}{_plain(value)}")
 
 
+def check_up_to_one(name: str, value: object) -> None:
+    """Raise a ValueError if a value is not between 0 and 1, both included."""
+    if not _is_number(value) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be between 0 and 1, got {shown(value)}.{_as_share(value)}{_plain(value)}")
+
+
 def check_positive(name: str, value: object) -> None:
     """Raise a ValueError if a value is not positive and finite; True is no number."""
     if not _is_number(value) or not 0.0 < value < math.inf:

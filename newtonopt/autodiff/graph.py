@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,12 +110,14 @@ class Graph:
         heads: Whether there are some between the loss and its outputs.
         has_hooks: Whether hooks may change gradients.
         eps: Rounding unit of the coarsest precision in it.
+        is_nested: Whether there are nested tensors. Default False.
     """
 
     functions: tuple[str, ...]
     heads: bool
     has_hooks: bool
     eps: float
+    is_nested: bool = False
 
     @property
     def is_foreign(self) -> bool:
@@ -138,11 +141,12 @@ def look_through(loss: Tensor, outputs: Iterable[Tensor], eps: float) -> Graph:
     functions = tuple(dict.fromkeys(name for node in nodes if (name := _foreign(node)) is not None))
     hooked = any(node.name() == "BackwardHookFunctionBackward" for node in nodes)  # a module's full backward hooks
     eps = max([eps, *(unit for node in nodes for unit in _units(node))])
-    if loss.device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+    if loss.device.type == "cuda" and rounds_to_tf32(nodes):
         eps = max(eps, _TF32)
     barrier = {z.grad_fn for z in outputs if z.grad_fn is not None}
     heads = bool(functions and barrier) and reaches(loss.grad_fn, lambda node: _foreign(node) is not None, barrier)
-    return Graph(functions, heads, hooked, eps)
+    is_nested = any(of.is_nested_tensor for node in nodes for of in node._input_metadata)
+    return Graph(functions, heads, hooked, eps, is_nested)
 
 
 def _foreign(node: Any) -> str | None:
@@ -155,8 +159,30 @@ def _foreign(node: Any) -> str | None:
     return name if "CppNode" in name else None
 
 
-# Rounding unit of TensorFloat-32, in which cuDNN convolves by default.
+def rounds_to_tf32(nodes: Sequence[Node]) -> bool:
+    """Return whether a GPU may round float32 factors of the products or convolutions of these nodes to TensorFloat-32.
+
+    By default cuDNN convolves in it.
+    """
+    if not any(of.dtype == torch.float32 for node in nodes for of in node._input_metadata):
+        return False
+    try:
+        if torch.get_float32_matmul_precision() != "highest":
+            return True
+        convolves = any(kind_of(node).startswith(("Conv", "Cudnn")) for node in nodes)
+        return convolves and torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # several precisions were set, one for each kind of operation
+        return True
+
+
+# Rounding unit of TensorFloat-32.
 _TF32 = 2.0**-11
+
+
+def kind_of(node: Node) -> str:
+    """Return torch's name for the operation of a node; empty for a custom Function, which may have any name."""
+    match = re.fullmatch(r"(\w+?)Backward\d+", node.name())
+    return "Copy" if node.name() == "torch::autograd::CopyBackwards" else match[1] if match else ""
 
 
 def notes(node: Any) -> dict[str, Any]:

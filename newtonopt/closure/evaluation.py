@@ -24,7 +24,7 @@ from newtonopt.vectors.scaling import norm
 from newtonopt.vectors.sharded import Sharded, is_sharded
 
 Form = Literal["cached", "streamed", "finite_difference"]
-Matrix = Literal["hessian", "gauss_newton", "jacobian"]
+Matrix = Literal["hessian", "gauss_newton", "jacobian", "rows"]
 Products = Literal["auto", "cached", "streamed", "finite_difference"]
 Result = TypeVar("Result")
 
@@ -519,6 +519,20 @@ class Source(Protocol):
 
     def together(self, compute: Callable[[], Result]) -> Result:
         """Return this process's result, once all processes have computed theirs without an error."""
+        ...
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other process."""
+        ...
+
+    @property
+    def share(self) -> float:
+        """Weight of this process in the mean over the processes."""
+        ...
+
+    def collect(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all processes, in their order."""
         ...
 
 

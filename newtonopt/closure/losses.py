@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.weak import TensorWeakRef
 
-from newtonopt.autodiff.graph import all_behind, chained, first_met, notes, reached
+from newtonopt.autodiff.graph import all_behind, chained, first_met, kind_of, notes, reached
 from newtonopt.vectors.subclasses import plain
 
 # Functions of torch.nn.functional.
@@ -185,12 +184,6 @@ _ROOT = "newtonopt: root of a sum of squares"
 
 
 # The kinds of operations that a walk through a graph may pass.
-
-
-def kind_of(node: Node) -> str:
-    """Return torch's name for the operation of a node; empty for a custom Function, which may have any name."""
-    match = re.fullmatch(r"(\w+?)Backward\d+", node.name())
-    return "Copy" if node.name() == "torch::autograd::CopyBackwards" else match[1] if match else ""
 
 
 # Operations that return some entries of their operand, in another order or another dtype.

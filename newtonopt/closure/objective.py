@@ -352,6 +352,20 @@ class Objective:
         """Return this process's result, once all processes have computed theirs without an error."""
         return self._processes.together(compute)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other process."""
+        return self._processes.count == 1
+
+    @property
+    def share(self) -> float:
+        """Weight of this process in the mean over the processes."""
+        return 1.0 if self._processes.count == 1 else float(self._shares[self._processes.rank])
+
+    def collect(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all processes, in their order."""
+        return self._processes.collect(tensor)
+
     # Evaluations made of runs.
 
     def _record(self) -> Evaluation:

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils.weak import TensorWeakRef
 
-from newtonopt.closure.losses import ConvexNote, Output, RootNote, kind_of, own_view
+from newtonopt.autodiff.graph import kind_of
+from newtonopt.closure.losses import ConvexNote, Output, RootNote, own_view
 from newtonopt.vectors.subclasses import alike, is_wrapper, plain
 
 _Functions = frozenset[Callable[..., Any]]

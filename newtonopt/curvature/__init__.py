@@ -11,6 +11,8 @@ Measurements of a symmetric operator:
 Measurements at a point, that is of an `Evaluation`, a closure or an optimizer:
 
 - `critical_points`: `critical_point`. `along_gradient`: `gradient_curvature`.
+- `gauss_newton_spectra`: `gauss_newton_spectrum`, all eigenvalues from the rows of the Jacobian.
+- `tangent_kernels`: `neural_tangent_kernel`.
 - `stability`: `stability_threshold` and `preconditioned`, the two numbers of the edge of stability.
 - `ascent`: `sharpness`. `slices`: `loss_slice`.
 
@@ -30,8 +32,10 @@ from newtonopt.curvature.density import SpectralDensity, spectral_density
 from newtonopt.curvature.diagonal_blocks import blocks
 from newtonopt.curvature.effective_dimensions import EffectiveDimension, effective_dimension
 from newtonopt.curvature.eigenvalues.extreme import Eigenvalue, Spectrum, extreme_eigenvalues
+from newtonopt.curvature.gauss_newton_spectra import ExactSpectrum, gauss_newton_spectrum
 from newtonopt.curvature.measurements.density import Density
 from newtonopt.curvature.measurements.eigenvalues import ExtremeEigenvalues
+from newtonopt.curvature.measurements.gauss_newton import GaussNewtonSpectrum
 from newtonopt.curvature.measurements.gradient import AlongGradient
 from newtonopt.curvature.measurements.layers import Layers
 from newtonopt.curvature.measurements.loss_slice import LossSlice
@@ -51,6 +55,7 @@ from newtonopt.curvature.measurements.trace import Trace
 from newtonopt.curvature.measuring import measure
 from newtonopt.curvature.slices import LossSurface, loss_slice
 from newtonopt.curvature.stability import preconditioned, stability_threshold
+from newtonopt.curvature.tangent_kernels import neural_tangent_kernel
 from newtonopt.curvature.traces import Diagonal, FrobeniusNorm, TraceEstimate, diagonal, frobenius_norm, trace
 
 __all__ = [
@@ -61,8 +66,10 @@ __all__ = [
     "Diagonal",
     "EffectiveDimension",
     "Eigenvalue",
+    "ExactSpectrum",
     "ExtremeEigenvalues",
     "FrobeniusNorm",
+    "GaussNewtonSpectrum",
     "GradientCurvature",
     "Histogram",
     "Layers",
@@ -87,9 +94,11 @@ __all__ = [
     "effective_dimension",
     "extreme_eigenvalues",
     "frobenius_norm",
+    "gauss_newton_spectrum",
     "gradient_curvature",
     "loss_slice",
     "measure",
+    "neural_tangent_kernel",
     "preconditioned",
     "sharpness",
     "spectral_density",

@@ -57,6 +57,8 @@ class LinearOperator:
         psd: Whether the matrix is positive semi-definite by construction. Default False.
         transpose: Computes `A' u`; None (default) for a symmetric matrix.
         rows: Computes `A v` for each row `v` of `(k, columns)`; None (default): they are computed one by one.
+        whole: Forms the whole matrix where that is cheaper than by products, else returns None; None (default): it is
+            formed by products.
         trust: Returns how far the products can be trusted; None (default): they are exact.
         count: Counts the products; None (default): they are counted from zero.
 
@@ -86,11 +88,13 @@ class LinearOperator:
         psd: bool = False,
         transpose: Product | None = None,
         rows: Product | None = None,
+        whole: Callable[[], Tensor | None] | None = None,
         trust: Callable[[], Trust] | None = None,
         count: Count | None = None,
     ) -> None:
         self._product = product
         self._rows = rows
+        self._whole = whole
         self._transpose = transpose
         self._psd = psd
         self._trust = trust
@@ -123,8 +127,11 @@ class LinearOperator:
         if self._transpose is None:
             return self
         rows, columns = self.shape
-        transposed, own, like = self._transpose, self._product, self.like
-        return LinearOperator(transposed, (columns, rows), like, transpose=own, trust=self._trust, count=self._count)
+        transposed, own, like, whole = self._transpose, self._product, self.like, self._whole
+        turned = None if whole is None else lambda: None if (found := whole()) is None else found.T
+        return LinearOperator(
+            transposed, (columns, rows), like, transpose=own, whole=turned, trust=self._trust, count=self._count
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -151,9 +158,10 @@ class LinearOperator:
     def shift(self, c: float | Tensor) -> LinearOperator:
         """Return `A + c I`, or `A + diag(c)` for `c` of shape `(n,)`; it shares this operator's count of products."""
         psd = self._psd and bool((c.min() if isinstance(c, Tensor) else c) >= 0)
-        product, rows = self._product, self._rows
+        product, rows, whole = self._product, self._rows, self._whole
         shifted = None if rows is None else lambda V: _plus(rows(V), c, V)
-        return self._derived(lambda v: _plus(product(v), c, v), self.shape[0], psd, shifted)
+        moved = None if whole is None else lambda: _shifted(whole(), c)
+        return self._derived(lambda v: _plus(product(v), c, v), self.shape[0], psd, shifted, moved)
 
     def scale(self, d: Tensor) -> LinearOperator:
         """Return `D A D` with `D = diag(d)`, `d` of shape `(n,)`; it shares this operator's count of products."""
@@ -183,6 +191,8 @@ class LinearOperator:
     def dense(self) -> Tensor:
         """Return the whole matrix, for one product a column (a row if there are fewer), symmetrised if it is symmetric.
 
+        A Gauss-Newton matrix and a Jacobian are formed from the rows of all samples, where that takes less.
+
         Several products are formed at once where operations allow that, and a bar shows the progress of a long run.
         One product more compares each number of rows formed at once with a single one: where they differ, because an
         operation mixes the rows, all are formed one by one.
@@ -192,11 +202,13 @@ class LinearOperator:
             ValueError: The operator is sharded.
         """
         rows, columns = self.shape
-        if self._transpose is not None and rows < columns:
-            return self.T.dense().T
         self._check_kind(torch.empty(0))
         remedy = "Use products A @ v, which need only vectors."
         check_room(rows * columns, self.dtype, self.device, f"A {rows} x {columns} matrix", remedy)
+        if self._whole is not None and (whole := self._whole()) is not None:
+            return whole
+        if self._transpose is not None and rows < columns:
+            return self.T.dense().T
         transposed = torch.empty(columns, rows, dtype=self.dtype, device=self.device)
         at_once, checked = self._rows, {1}
         with progress(columns, "curvature matrix") as tick:
@@ -237,8 +249,17 @@ class LinearOperator:
                 "the evaluation, such as evaluation.gradient."
             )
 
-    def _derived(self, product: Product, n: int, psd: bool, rows: Product | None = None) -> LinearOperator:
-        return LinearOperator(product, (n, n), self.like, psd=psd, rows=rows, trust=self._trust, count=self._count)
+    def _derived(
+        self,
+        product: Product,
+        n: int,
+        psd: bool,
+        rows: Product | None = None,
+        whole: Callable[[], Tensor | None] | None = None,
+    ) -> LinearOperator:
+        return LinearOperator(
+            product, (n, n), self.like, psd=psd, rows=rows, whole=whole, trust=self._trust, count=self._count
+        )
 
     def __repr__(self) -> str:
         rows, columns = self.shape
@@ -252,6 +273,13 @@ def _symmetrised(matrix: Tensor) -> Tensor:
         row, column = matrix[first:last, first:], matrix[first:, first:last]
         row.copy_((row + column.T) / 2)
         column.copy_(row.T.clone())
+    return matrix
+
+
+def _shifted(matrix: Tensor | None, c: float | Tensor) -> Tensor | None:
+    """Add `c`, or the entries of `c`, to the diagonal in place."""
+    if matrix is not None:
+        matrix.diagonal().add_(c)
     return matrix
 
 

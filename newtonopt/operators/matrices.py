@@ -7,6 +7,7 @@ and `LinearOperator` gives them out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,8 +19,10 @@ from newtonopt.closure.evaluation import Evaluation, Manner, Matrix, decays
 from newtonopt.operators import products
 from newtonopt.operators.linear_operator import LinearOperator, Product, Trust
 from newtonopt.operators.products import one_by_one
+from newtonopt.operators.rows import RowsError, agreed, check_outputs, jacobian_rows, residual_rows
 from newtonopt.operators.verification import Finding, Vouched, examine_gauss_newton, examine_hessian, examine_jacobian
 from newtonopt.vectors.flat import flatten, local_pieces, unflatten
+from newtonopt.vectors.memory import fits
 from newtonopt.vectors.sharded import is_sharded
 
 # Builds the products of a manner.
@@ -142,7 +145,28 @@ def _gauss_newton(evaluation: Evaluation, number: int | None) -> LinearOperator:
         push = lambda m: _joined_push(evaluation, m)  # noqa: E731
         return examine_gauss_newton(evaluation, manner, whole, push, _pull(evaluation, manner))
 
-    return _symmetric(evaluation, "gauss_newton", form, examine, number, psd=evaluation.recording.convex)
+    whole = partial(_from_rows, evaluation) if number is None else None
+    return _symmetric(evaluation, "gauss_newton", form, examine, number, psd=evaluation.recording.convex, whole=whole)
+
+
+def _from_rows(evaluation: Evaluation) -> Tensor | None:
+    """Return the Gauss-Newton matrix `R'R`; None where products are cheaper or rows cannot be formed."""
+    if evaluation.form != "cached" or is_sharded(evaluation.params):
+        return None
+    sizes = [(z.tensor.numel(), len(z.tensor) if z.tensor.dim() else 1) for z in evaluation.graph[1]]
+    entries, samples = sum(size for size, _ in sizes), sum(count for _, count in sizes)
+    like = evaluation.gradient
+    pays = entries <= _WIDEST * samples and fits(2 * entries * like.numel(), like.dtype, like.device)
+    if not agreed(evaluation.source, pays, like):
+        return None
+    try:
+        return residual_rows(evaluation).parameter_gram()
+    except RowsError:
+        return None
+
+
+# Entries of a sample's output from which on products form a Gauss-Newton matrix in less time than rows.
+_WIDEST = 16
 
 
 def _symmetric(
@@ -153,6 +177,7 @@ def _symmetric(
     number: int | None,
     *,
     psd: bool,
+    whole: Callable[[], Tensor | None] | None = None,
 ) -> LinearOperator:
     """Return a symmetric matrix of an evaluation, with decay.
 
@@ -163,6 +188,7 @@ def _symmetric(
         examine: Examines products of a manner with the whole matrix.
         number: Number of the parameter whose block to return; None: the whole matrix.
         psd: Whether the matrix is positive semi-definite.
+        whole: Forms the whole matrix where that is cheaper than by products; None (default): it never is.
     """
     evaluation.check_finite()
     params, like, decay = evaluation.params, evaluation.gradient, evaluation.decay
@@ -177,11 +203,12 @@ def _symmetric(
         product = form(manner, number)
         return product if manner.form == "cached" else products.restricted(product, part, n)
 
-    whole = _Latest(lambda manner: form(manner, None))
-    product = Vouched(evaluation, matrix, whole if number is None else block, lambda m: examine(m, whole))
+    latest = _Latest(lambda manner: form(manner, None))
+    product = Vouched(evaluation, matrix, latest if number is None else block, lambda m: examine(m, latest))
     rows = product if evaluation.form == "cached" and not is_sharded(params) else None
     shape = (like.numel(), like.numel())
-    operator = LinearOperator(product, shape, like, psd=psd, rows=rows, trust=lambda: product.trust)
+    trust = lambda: product.trust  # noqa: E731
+    operator = LinearOperator(product, shape, like, psd=psd, rows=rows, whole=whole, trust=trust)
     return operator.shift(decay) if decays(decay) else operator
 
 
@@ -261,7 +288,7 @@ def jacobian(evaluation: Evaluation) -> LinearOperator:
     _check(evaluation)
     if evaluation.parts:
         return _stacked(evaluation)
-    _check_outputs(evaluation)
+    check_outputs(evaluation)
     if is_sharded(evaluation.params):
         raise NotImplementedError(
             "jacobian needs each process's own gradients, but gradients of sharded parameters are averaged over the "
@@ -277,7 +304,14 @@ def jacobian(evaluation: Evaluation) -> LinearOperator:
     )
     shape = (sum(evaluation.output_sizes.values()), evaluation.gradient.numel())
     pull = lambda u: _pull(evaluation, Manner(evaluation.form))(u)  # noqa: E731
-    return LinearOperator(push, shape, evaluation.gradient, transpose=pull, trust=lambda: push.trust)
+
+    def whole() -> Tensor | None:
+        try:
+            return jacobian_rows(evaluation).dense()
+        except RowsError:
+            return None
+
+    return LinearOperator(push, shape, evaluation.gradient, transpose=pull, whole=whole, trust=lambda: push.trust)
 
 
 def _push(evaluation: Evaluation, manner: Manner) -> products.Push:
@@ -319,19 +353,13 @@ def _check(evaluation: Evaluation) -> None:
     evaluation.check_alive()
 
 
-def _check_outputs(evaluation: Evaluation) -> None:
-    _check(evaluation)
-    if not evaluation.output_sizes:
-        raise RuntimeError(evaluation.recording.advice)
-
-
 def _check_gauss_newton(evaluation: Evaluation) -> None:
     _check(evaluation)
     for part, _ in evaluation.parts:
         _check_gauss_newton(part)
     if evaluation.parts:
         return
-    _check_outputs(evaluation)
+    check_outputs(evaluation)
     if evaluation.recording.linear_marks:
         raise RuntimeError(
             "The loss is linear in a tensor that was given to newtonopt.mark_outputs (the loss itself, or a penalty), "

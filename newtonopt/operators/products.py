@@ -23,6 +23,7 @@ from newtonopt.autodiff.gradients import Gradients, grad, grad_with_graph
 from newtonopt.autodiff.graph import bytes_handed_on, coarsest
 from newtonopt.closure.evaluation import SAME_FUNCTION, Evaluation, Source, eps_of, source_of
 from newtonopt.closure.losses import Output, Root
+from newtonopt.closure.objective import ParametersMovedError
 from newtonopt.closure.tap import LossTerm
 from newtonopt.operators.linear_operator import Product
 from newtonopt.vectors.flat import add_flat, flatten, flatten_rows, unflatten, unflatten_rows
@@ -146,7 +147,8 @@ def _squared_roots(loss: Tensor, outputs: Sequence[Output]) -> dict[int, Tensor]
         return {}
     edges: Any = [GradientEdge(root.node, 0) for root in roots.values()]
     slopes = grad_with_graph(loss, edges)
-    total = sum((slope.sum() for slope in slopes if slope is not None), torch.zeros((), dtype=loss.dtype))
+    with torch.enable_grad():
+        total = sum((slope.sum() for slope in slopes if slope is not None), loss.new_zeros(()))
     bends = grad(total, edges, keep=True) if total.requires_grad else (None,) * len(edges)
     scales = {}
     for (i, root), bend in zip(roots.items(), bends, strict=True):
@@ -362,6 +364,32 @@ def differenced_push(evaluation: Evaluation, length: float | None = None) -> Pus
         return {number: (z - below[number]) / (2 * h) for number, z in above.items()}
 
     return push
+
+
+def displaced_outputs(evaluation: Evaluation) -> Callable[[Tensor], dict[int, Tensor] | None]:
+    """Return `s -> z(theta + s) - z(theta)`, by the outputs' numbers: one forward pass, also after `free`.
+
+    It returns None where the closure moves the parameters, takes another code path or computes outputs of another shape
+    at `theta + s`.
+    """
+    source = source_of(evaluation)
+    here = {z.number: z.tensor.detach().clone() for z in evaluation.graph[1]}
+
+    def change(step: Tensor) -> dict[int, Tensor] | None:
+        def copied(term: LossTerm) -> dict[int, Tensor]:
+            return {z.number: z.tensor.detach().clone() for z in term.outputs}
+
+        def visit() -> dict[int, Tensor] | None:
+            try:
+                there = _joined(source.visit(copied, step, numbers=evaluation.output_sizes)[1])
+            except ParametersMovedError:
+                return None
+            same = {n: z.shape for n, z in here.items()} == {n: z.shape for n, z in there.items()}
+            return {n: there[n] - z for n, z in here.items()} if same else None
+
+        return source.together(visit)
+
+    return change
 
 
 def differenced_gauss_newton(evaluation: Evaluation, length: float | None = None) -> Product:

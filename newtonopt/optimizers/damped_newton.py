@@ -33,8 +33,9 @@ class DampedNewton(NewtonOptimizer[State]):
 
     Use it for models with a few hundred parameters, where it converges quadratically: a step costs `n` products, a few
     more that check those formed at once, and `n^2` numbers of memory, 0.2 s at n = 500 and 15 s at n = 5000 on a
-    processor core. Do not use it for larger ones, or with small noisy batches: `HessianFree` needs a fraction of the
-    products.
+    processor core. The Gauss-Newton matrix of a loss that is a sum over samples is formed from their gradients, without
+    products: 0.04 and 2 s with 1000 samples. Do not use it for larger ones, or with small noisy batches: `HessianFree`
+    needs a fraction of the products.
 
     It differs from the textbook (Nocedal & Wright 2006, sec. 3.4) in this: negative eigenvalues are replaced by their
     absolute values, which turns away from saddles; the damping adapts as in the Levenberg-Marquardt method, and a step
@@ -130,8 +131,12 @@ class DampedNewton(NewtonOptimizer[State]):
         check_decomposition(params, f"{less} HessianFree, which needs matrix-vector products only.", blocks=blocks)
 
     def _propose(self, model: QuadraticModel, state: State) -> Proposal[State]:
-        solver = functools.partial(_SOLVERS[self._settings["eigenvalues"]], eigh=functools.cache(torch.linalg.eigh))
-        A = model.curvature
+        A, eigenvalues = model.curvature, self._settings["eigenvalues"]
+        # Where no eigenvalue is negative but by rounding, absolute values are the eigenvalues themselves.
+        as_it_is = eigenvalues == "absolute" and A.psd
+        solver = functools.partial(
+            _SOLVERS["shifted" if as_it_is else eigenvalues], eigh=functools.cache(torch.linalg.eigh)
+        )
         # 2. The whole matrix, which judges the step too, and is at hand for further dampings without a product.
         if self._settings["blocks"] == "whole":
             matrix = finite_dense(A)

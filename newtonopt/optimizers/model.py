@@ -11,6 +11,7 @@ from typing import Generic
 import torch
 from torch import Tensor
 
+from newtonopt.closure.evaluation import Evaluation
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.optimizers.state import S
 from newtonopt.solvers.solution import Iterate
@@ -66,6 +67,7 @@ class QuadraticModel:
         eps: Rounding unit of the dtype in which the loss was computed.
         curvature: `A`. It keeps the graph alive; the default, used during trials, is a placeholder without one.
         blocks: Makes the diagonal blocks of `A`, one for each parameter. Default: there are none.
+        evaluation: The evaluation that `A` belongs to; None (default) during trials, when its graph is gone.
     """
 
     gradient: Tensor
@@ -74,6 +76,7 @@ class QuadraticModel:
     eps: float
     curvature: LinearOperator = _NO_CURVATURE
     blocks: Callable[[], Iterable[LinearOperator]] = _no_blocks
+    evaluation: Evaluation | None = None
 
     def decrease(self, step: Tensor) -> float:
         """Return the predicted decrease `-m(step)`, by one product."""
@@ -132,6 +135,19 @@ def with_more_damping(iterate: Iterate, damping: float) -> Iterate:
 
 
 @dataclass(frozen=True)
+class Bend:
+    """The second-order part of a step `v`: the path is `t v + t^2 a / 2`.
+
+    Attributes:
+        acceleration: `a`, `(n,)`.
+        share: `|a| / |v|`, in the norm that bounds the step.
+    """
+
+    acceleration: Tensor
+    share: float
+
+
+@dataclass(frozen=True)
 class Proposal(Generic[S]):
     """Steps to try, best first.
 
@@ -146,6 +162,11 @@ class Proposal(Generic[S]):
         follows_negative_curvature: Whether the first step follows negative curvature, so that going further may pay.
         leaves: Whether the first step escapes a critical point. Its length is then a guess, so more trials are allowed.
         shorter: Makes a shorter proposal if this one is rejected; None if there is none.
+        rows: Number of rows of the matrix that was solved with; zero (default) where it was known by its products.
+        solve: The equations that were solved, "samples" or "parameters"; empty (default) where none were.
+        bend: Computes the first step's second-order part by a forward pass; None if there is none. Default None: the
+            optimizer has none.
+        noise: Rounding of the loss: a smaller decrease is not to be seen. Default 0.
     """
 
     steps: Sequence[Iterate]
@@ -157,6 +178,10 @@ class Proposal(Generic[S]):
     follows_negative_curvature: bool = False
     leaves: bool = False
     shorter: Shorter[S] | None = None
+    rows: int = 0
+    solve: str = ""
+    bend: Callable[[], Bend | None] | None = None
+    noise: float = 0.0
 
 
 class Shorter(ABC, Generic[S]):

@@ -222,7 +222,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
             # 4. Judge it: the ratio of the step as it was proposed adapts the control.
             report = self._with_control(report, state)
             state = self._adapted(state, outcome.first_ratio, model, proposal)
-            if outcome.accepted or turns == 0 or proposal.shorter is None or self.control is None:
+            if outcome.accepted or outcome.ends or turns == 0 or proposal.shorter is None or self.control is None:
                 break
             # 2. Propose a shorter step under the tightened control, from what was computed for the first.
             try:
@@ -288,7 +288,7 @@ class NewtonOptimizer(torch.optim.Optimizer, ABC, Generic[S]):
             before = ", and no negative curvature was found here before" if searches else ""
             return Proposal([], state, place + before)
         blocks = lambda: diagonal_blocks(curved, self._settings["curvature"])  # noqa: E731
-        model = replace(model, curvature=self._curvature(curved), blocks=blocks)
+        model = replace(model, curvature=self._curvature(curved), blocks=blocks, evaluation=curved)
         if place is not None or (searches and is_stalled(state, loss)):
             away = leave(model, state, place or STALLED, self._length_along)
             if away.steps:

@@ -26,6 +26,9 @@ class StepReport:
         products: Curvature products of the call, those for the preconditioner included.
         checks: Products and gradients of the call by which these products were checked: none after the first step.
         form: How products were formed: "cached", "streamed" or "finite_difference".
+        rows: Rows of the matrix that the step was solved with; zero (default) for an optimizer without.
+        solve: The equations that were solved, "samples" or "parameters"; empty (default) for an optimizer without.
+        acceleration: Length of the step's second-order part over that of its first; zero (default) without one.
         trials: Evaluations of the loss at trial points in the call, one forward pass each.
         step_norm: Euclidean length of the step taken; zero if it was rejected.
         accepted: Whether the parameters moved in this step.
@@ -56,6 +59,9 @@ class StepReport:
     products: int = 0
     checks: int = 0
     form: str = "cached"
+    rows: int = 0
+    solve: str = ""
+    acceleration: float = 0.0
     trials: int = 0
     step_norm: float = 0.0
     accepted: bool = False

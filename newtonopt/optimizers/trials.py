@@ -15,7 +15,7 @@ from newtonopt.optimizers.report import StepReport
 from newtonopt.optimizers.state import S
 
 # Why backtracking and a Wolfe search reject a step.
-_TOO_HIGH = "no trial decreased the loss enough"
+TOO_HIGH = "no trial decreased the loss enough"
 # How often a step is halved before it is shortened faster.
 _HALVINGS = 10
 # How often a step whose length is a guess is changed at most.
@@ -35,6 +35,8 @@ class Outcome:
         accepted: Whether the step is to be taken.
         trials: Number of evaluations of the loss.
         refusal: Why the step is rejected, in words.
+        acceleration: Length of the step's second-order part over that of its first; zero (default) without one.
+        ends: Whether no shorter step is worth a trial. Default False.
     """
 
     step: Tensor
@@ -45,6 +47,8 @@ class Outcome:
     accepted: bool
     trials: int
     refusal: str
+    acceleration: float = 0.0
+    ends: bool = False
 
 
 def reported(report: StepReport, proposal: Proposal[Any], outcome: Outcome, trials: int) -> StepReport:
@@ -57,6 +61,9 @@ def reported(report: StepReport, proposal: Proposal[Any], outcome: Outcome, tria
         first_ratio=outcome.first_ratio,
         iterations=proposal.iterations,
         products=proposal.products,
+        rows=proposal.rows,
+        solve=proposal.solve,
+        acceleration=outcome.acceleration,
         trials=trials,
         step_norm=float(outcome.step.norm()) if outcome.accepted else 0.0,
         accepted=outcome.accepted,
@@ -125,7 +132,7 @@ def backtracking(objective: Objective, model: QuadraticModel, proposal: Proposal
     if t != 1.0:
         chosen = line.at(t)
         ratio = rules.reduction_ratio(loss, best, chosen.decrease, eps)
-    return Outcome(chosen.step, chosen.decrease, best, ratio, first_ratio, accepted, trials, _TOO_HIGH)
+    return Outcome(chosen.step, chosen.decrease, best, ratio, first_ratio, accepted, trials, TOO_HIGH)
 
 
 def strong_wolfe(objective: Objective, model: QuadraticModel, proposal: Proposal[Any], max_trials: int) -> Outcome:
@@ -142,4 +149,4 @@ def strong_wolfe(objective: Objective, model: QuadraticModel, proposal: Proposal
     t, value = (found.t, found.value) if accepted else (found.last, found.last_value)
     end = line.at(t)
     ratio = rules.reduction_ratio(model.loss, value, end.decrease, model.eps)
-    return Outcome(end.step, end.decrease, value, ratio, first_ratio, accepted, found.trials, _TOO_HIGH)
+    return Outcome(end.step, end.decrease, value, ratio, first_ratio, accepted, found.trials, TOO_HIGH)

@@ -96,6 +96,22 @@ class Processes:
         _pass_on(error, float(buffer[n]) != 0.0)
         return buffer[:n].view(like.shape)
 
+    def collect(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all processes, which may differ in shape but not in their number of dimensions."""
+        if self.count == 1:
+            return [tensor]
+        shape = torch.tensor(tensor.shape, device=self._like.device)
+        shapes = [torch.empty_like(shape) for _ in range(self.count)]
+        dist.all_gather(shapes, shape)
+        sizes = [torch.Size(other.tolist()) for other in shapes]
+        # Collective calls take tensors of one size: the shorter ones are filled up.
+        most = max(size.numel() for size in sizes)
+        own = tensor.new_zeros(most, device=self._like.device)
+        own[: tensor.numel()] = tensor.reshape(-1)
+        found = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(found, own)
+        return [one[: size.numel()].view(size).to(tensor.dtype) for one, size in zip(found, sizes, strict=True)]
+
     def first(self, vector: Tensor) -> Tensor:
         """Write the first process's vector `(n,)` over `vector` on all processes; return `vector`."""
         if self.count > 1:

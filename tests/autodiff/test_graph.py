@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from newtonopt.autodiff.graph import (
     notes,
     reached,
     reaches,
+    rounds_to_tf32,
 )
 
 
@@ -119,3 +121,33 @@ def test_saved_tensors_are_let_go_by_graph() -> None:
     with pytest.raises(RuntimeError, match="a second time after"):
         torch.autograd.grad(first, x)
     torch.testing.assert_close(torch.autograd.grad(second, x)[0], -x.detach().sin())
+
+
+@pytest.fixture
+def precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize(
+    ("dtype", "convolves", "matmul", "cudnn", "rounds"),
+    [
+        (torch.float32, False, "highest", True, False),
+        (torch.float32, True, "highest", True, True),
+        (torch.float32, True, "highest", False, False),
+        (torch.float32, False, "high", False, True),
+        (torch.float64, True, "high", True, False),
+    ],
+)
+def test_tensor_float_32_matters_to_float32_products_and_convolutions(
+    dtype: torch.dtype, convolves: bool, matmul: str, cudnn: bool, rounds: bool
+) -> None:
+    torch.backends.cudnn.allow_tf32 = cudnn
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn
+    layer = nn.Conv1d(2, 3, 2) if convolves else nn.Linear(4, 3)
+    loss = layer.to(dtype)(torch.ones(5, 2, 4, dtype=dtype)).sum()
+    assert rounds_to_tf32(list(behind(loss.grad_fn))) is rounds

@@ -39,7 +39,17 @@ from torch.func import functional_call
 
 from newtonopt import curvature
 from newtonopt.callbacks import Budget, CurvatureMonitor, Probe, StepMonitor
-from newtonopt.curvature import Density, Layers, LossSlice, Measurement, Preconditioned, Sharpness, Tag, Trace
+from newtonopt.curvature import (
+    Density,
+    GaussNewtonSpectrum,
+    Layers,
+    LossSlice,
+    Measurement,
+    Preconditioned,
+    Sharpness,
+    Tag,
+    Trace,
+)
 from newtonopt.curvature.measurements.measurement import COST_TAGS
 
 
@@ -216,7 +226,7 @@ def test_tags_reach_every_logger_and_the_trainer(tmp_path: Path) -> None:
 
 
 def test_the_manual_has_every_tag_and_no_other(tmp_path: Path) -> None:
-    further = [Preconditioned(), Layers(["layers.0.*"]), Trace(), Density(), LossSlice()]
+    further = [Preconditioned(), Layers(["layers.0.*"]), Trace(), Density(), GaussNewtonSpectrum(), LossSlice()]
     everything = {"bottom": 2, "sharpness": "average", "measurements": further, "every_n_epochs": 1}
     monitor = small_monitor(**everything, every_n_train_steps=None)
     trainer = quiet_trainer(max_epochs=1, callbacks=[monitor], logger=both_loggers(tmp_path))

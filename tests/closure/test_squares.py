@@ -166,7 +166,7 @@ def test_norms_of_exactly_zero_keep_their_curvature() -> None:
         lambda: torch.view_as_complex(theta).abs().square().sum(),
     ):
         G = gauss_newton(evaluate(loss, [theta])).dense()
-        assert torch.equal(G, 2 * torch.eye(6, dtype=torch.float64))
+        torch.testing.assert_close(G, 2 * torch.eye(6, dtype=torch.float64))
 
 
 def test_an_explicit_l2_term_is_part_of_the_matrix() -> None:

@@ -46,8 +46,10 @@ MAY_IMPORT = {package: KNOWS_ONLY.get(package, {*LAYERS[:number]}) for number, p
 PURE = {"newtonopt.optimizers.rules"}
 CALLBACKS_ONLY = {"lightning", "lightning_utilities", "tensorboard"}
 # What may import matplotlib, and only when a figure is asked for.
-DRAWERS = {f"newtonopt.curvature.{name}" for name in ("drawing", "density", "slices")}
-DRAWERS |= {f"newtonopt.curvature.measurements.{name}" for name in ("measurement", "density", "loss_slice")}
+DRAWERS = {f"newtonopt.curvature.{name}" for name in ("drawing", "density", "gauss_newton_spectra", "slices")}
+DRAWERS |= {
+    f"newtonopt.curvature.measurements.{name}" for name in ("measurement", "density", "gauss_newton", "loss_slice")
+}
 
 PROGRAMS = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 

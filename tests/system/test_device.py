@@ -15,9 +15,19 @@ from optimizer_db import OPTIMIZERS
 from problems import Case, build
 from torch import Tensor, nn
 
-from newtonopt import HessianFree, evaluate, gauss_newton, hessian
+from newtonopt import HessianFree, LevenbergMarquardt, evaluate, gauss_newton, hessian
 from newtonopt.closure.evaluation import Products
-from newtonopt.curvature import Density, Layers, LossSlice, Trace, measure
+from newtonopt.curvature import (
+    Density,
+    GaussNewtonSpectrum,
+    Layers,
+    LossSlice,
+    Trace,
+    gauss_newton_spectrum,
+    measure,
+    neural_tangent_kernel,
+)
+from newtonopt.operators.rows import residual_rows
 from newtonopt.solvers.cg import conjugate_gradients
 
 
@@ -88,7 +98,8 @@ def test_every_optimizer_steps_as_on_the_cpu(name: str, device: str) -> None:
 def test_measurements_are_those_on_the_cpu(model: str, device: str) -> None:
     case = build(model, "cross_entropy")
     there = moved(case, device)
-    settings: dict[str, Any] = {"measurements": [Trace(), Density(), LossSlice(), Layers()], "max_products": 60}
+    further = [Trace(), Density(), LossSlice(), Layers(), GaussNewtonSpectrum()]
+    settings: dict[str, Any] = {"measurements": further, "max_products": 60}
     one, other = (measure(c.closure, list(c.model.named_parameters()), **settings) for c in (case, there))
     assert one.keys() == other.keys()
     for tag in one.keys() - {"curvature/seconds", "curvature/products", "curvature/converged"}:
@@ -163,6 +174,106 @@ def test_random_numbers_of_the_device_are_drawn_again_and_put_back(products: Pro
     assert torch.equal(evaluation.loss, expected)
 
 
+def images() -> nn.Module:
+    """Return a network with the norms that have kernels of their own on a GPU, its statistics fixed."""
+    torch.manual_seed(0)
+    norms = nn.BatchNorm2d(4), nn.GroupNorm(2, 4)
+    layers = [nn.Conv2d(2, 4, 2), norms[0], nn.Tanh(), nn.Conv2d(4, 4, 2), norms[1], nn.Flatten(), nn.Linear(16, 6)]
+    model = nn.Sequential(*layers, nn.RMSNorm(6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 2)).double().eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.5)
+    nn.init.uniform_(norms[0].running_mean)
+    nn.init.uniform_(norms[0].running_var, 0.5, 2.0)
+    return model
+
+
+def rows_case(name: str) -> Case:
+    if name != "images":
+        return build(name, "cross_entropy")
+    y = torch.linspace(-1, 1, 12, dtype=torch.float64).view(6, 2)
+    x = torch.linspace(-1, 1, 6 * 2 * 16, dtype=torch.float64).sin().view(6, 2, 4, 4)
+    return Case(images(), x, lambda z: F.mse_loss(z, y))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model", ["images", "mlp", "conv", "words"])
+def test_rows_are_those_on_the_cpu(model: str, device: str) -> None:
+    case = rows_case(model)
+    there = moved(case, device)
+    R, other = (residual_rows(evaluate(c.closure, c.params)) for c in (case, there))
+    assert other.residuals.device.type == device
+    for product in ((lambda rows: rows.dense().T @ rows.residuals), (lambda rows: rows.parameter_gram())):
+        torch.testing.assert_close(product(other).cpu(), product(R), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(other.gram(), other.dense() @ other.dense().T, rtol=1e-9, atol=1e-9)
+    one, two = (gauss_newton_spectrum(evaluate(c.closure, c.params), vectors=True) for c in (case, there))
+    torch.testing.assert_close(two.values.cpu(), one.values, rtol=1e-8, atol=1e-8)
+    kernels = [neural_tangent_kernel(evaluate(c.closure, c.params)).cpu() for c in (case, there)]
+    torch.testing.assert_close(kernels[1], kernels[0], rtol=1e-9, atol=1e-9)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "samples": {"solve": "samples"},
+    "parameters": {"solve": "parameters", "weight_decay": 0.1},
+    "some rows": {"rows": 4, "solve": "samples"},
+    "momentum": {"momentum": 0.5},
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_levenberg_marquardt_steps_as_on_the_cpu(settings: str, device: str) -> None:
+    case = build("mlp", "mse")
+    there = moved(case, device)
+    here, other = (LevenbergMarquardt(c.params, **SETTINGS[settings]) for c in (case, there))
+    for _ in range(3):
+        here.step(case.closure)
+        other.step(there.closure)
+        assert other.last_step is not None and here.last_step is not None
+        assert (other.last_step.accepted, other.last_step.rows) == (here.last_step.accepted, here.last_step.rows)
+    other.load_state_dict(copy.deepcopy(other.state_dict()))
+    here.step(case.closure)
+    other.step(there.closure)
+    torch.testing.assert_close(there.flat().cpu(), case.flat(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_levenberg_marquardt_brings_only_scalars_back(device: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1)).double().to(device)
+    x, y = (torch.randn(64, n, dtype=torch.float64, device=device) for n in (8, 1))
+    optimizer = LevenbergMarquardt(model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with read_sizes(device) as sizes:
+        optimizer.step(closure)
+    assert sizes
+    assert max(sizes) <= 16
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_default_device_of_the_user_does_not_matter_to_rows(settings: str, elsewhere: ExitStack) -> None:
+    with torch.device("cpu"):
+        case = build("mlp", "mse")
+        alone = copy.deepcopy(case)
+    optimizer = LevenbergMarquardt(case.params, **SETTINGS[settings])
+    for _ in range(3):
+        optimizer.step(case.closure)
+    spectrum = gauss_newton_spectrum(evaluate(case.closure, case.params), vectors=True)
+    figures = spectrum.values, spectrum.vectors, neural_tangent_kernel(evaluate(case.closure, case.params))
+    elsewhere.close()
+    plain = LevenbergMarquardt(alone.params, **SETTINGS[settings])
+    for _ in range(3):
+        plain.step(alone.closure)
+    assert torch.equal(case.flat(), alone.flat())
+    assert all(t is not None and t.device.type == "cpu" and bool(t.isfinite().all()) for t in figures)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_default_device_of_the_user_does_not_matter(name: str, elsewhere: ExitStack) -> None:
     with torch.device("cpu"):
@@ -184,7 +295,7 @@ def test_a_default_device_of_the_user_does_not_matter(name: str, elsewhere: Exit
 def test_a_default_device_of_the_user_does_not_matter_to_measurements(products: Products, elsewhere: ExitStack) -> None:
     with torch.device("cpu"):
         case = build("mlp", "mse")
-    everything: dict[str, Any] = {"measurements": [Trace(), Density(), LossSlice(), Layers()]}
+    everything: dict[str, Any] = {"measurements": [Trace(), Density(), LossSlice(), Layers(), GaussNewtonSpectrum()]}
 
     def values() -> dict[str, float]:
         named = list(case.model.named_parameters())

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from newtonopt import HessianFree, Objective, evaluate, gauss_newton, hessian
+from newtonopt import HessianFree, Objective, curvature, evaluate, gauss_newton, hessian
 from newtonopt.callbacks import Budget, CurvatureMonitor
-from newtonopt.curvature import extreme_eigenvalues, sharpness
+from newtonopt.curvature import GaussNewtonSpectrum, extreme_eigenvalues, gauss_newton_spectrum, sharpness
 
 ROWS = 12
 CUTS = pytest.mark.parametrize("cut", [6, 4], ids=["halves", "unequal"])
@@ -285,12 +285,17 @@ def test_a_product_costs_one_all_reduce(products: Any) -> None:
             assert len(sizes) == 1, name
 
 
-def measure_curvature(rank: int, cut: int | None) -> tuple[float, float, float]:
+def measure_curvature(rank: int, cut: int | None) -> list[float]:
     problem = Problem(slice(None) if cut is None else part_of(rank, cut))
     params = list(problem.model.parameters())
     spectrum = extreme_eigenvalues(hessian(evaluate(problem.closure, params)), top=1, bottom=1)
     rise = sharpness(problem.closure, params).value
-    return spectrum.top[0].value, spectrum.bottom[0].value, rise
+    whole = gauss_newton_spectrum(evaluate(problem.closure, params))
+    found = curvature.measure(
+        problem.closure, params, measurements=[GaussNewtonSpectrum()], sharpness=None, max_seconds=60.0
+    )
+    assert found.read("gauss_newton_trace") == whole.trace
+    return [spectrum.top[0].value, spectrum.bottom[0].value, rise, whole.rank, *whole.values[:10].tolist()]
 
 
 def test_measurements_are_those_of_the_whole_batch() -> None:

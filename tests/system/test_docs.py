@@ -116,7 +116,7 @@ def test_the_program_of_a_page_converges(name: str) -> None:
     exec(program, names)
     optimizer = names["optimizer"]
     assert type(optimizer) is MEMBERS[name]
-    if name == "hessian_free":
+    if name in ("hessian_free", "levenberg_marquardt"):
         assert names["error"] < 1e-2
     else:
         assert optimizer.last_step.gradient_norm < 1e-6

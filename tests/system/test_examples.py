@@ -57,6 +57,14 @@ def test_the_plain_loop_logs_what_it_measures(tmp_path: Path, monkeypatch: pytes
     assert [event.value for event in events.Scalars("curvature/certified")] == [1.0, 0.0, 0.0]
 
 
+def test_a_physics_informed_network_is_trained_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    program = runpy.run_path(str(ROOT / "examples/convection.py"))
+    first = program["main"](beta=2.0, steps=2)
+    assert program["main"](beta=2.0, steps=30) < min(1e-2, first)
+    assert Path("convection.png").stat().st_size > 10_000
+
+
 def test_the_table_calls_bounds_what_is_certified_only() -> None:
     table_of = runpy.run_path(str(ROOT / "examples/digits.py"))["table_of"]
     for certified, heading in ((1.0, "bounds"), (0.0, "interval")):

@@ -39,6 +39,21 @@ def test_two_processes_exchange_in_closed_form() -> None:
         assert first.tolist() == [0.0] * 3
 
 
+def collect(rank: int) -> list[list[Tensor]]:
+    group = Processes(torch.zeros(3))
+    shapes = [(2, 3), (4, 1)] if rank == 0 else [(1, 5), (0, 2)]
+    return [group.collect(torch.full(shape, 1.1 + rank, dtype=torch.float64)) for shape in shapes]
+
+
+def test_two_processes_collect_tensors_of_other_shapes() -> None:
+    for found in run(collect):
+        assert [[tuple(t.shape) for t in tensors] for tensors in found] == [[(2, 3), (1, 5)], [(4, 1), (0, 2)]]
+        assert all(t.dtype == torch.float64 for tensors in found for t in tensors)
+        assert all(bool((t == 1.1 + rank).all()) for tensors in found for rank, t in enumerate(tensors))
+    alone = torch.ones(2)
+    assert Processes(alone).collect(alone)[0] is alone
+
+
 def fail(rank: int) -> list[str]:
     group, messages = Processes(torch.zeros(3)), []
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from newtonopt.checks import check_choice, check_positive, check_seed, check_share, check_whole, shown
-from newtonopt.closure.evaluation import Known, Products, Verdict, check_products
+from newtonopt.closure.evaluation import Evaluation, Known, Products, Verdict, check_products
 from newtonopt.closure.evaluation import Matrix as Checked
 from newtonopt.closure.objective import Objective
 from newtonopt.curvature.eigenvalues.extreme import Spectrum
@@ -274,12 +274,21 @@ class Clock:
         """Return how many products there is time for, `most` at most."""
         if self.limit is None:
             return most
-        left = torch.tensor(
-            (self.limit - (time.perf_counter() - self.began)) / self.product, dtype=torch.float64, device=self.device
-        )
+        return max(0, min(most, int(self._least((self.limit - self._spent()) / self.product))))
+
+    def has(self, seconds: float) -> bool:
+        """Return whether there are so many seconds left."""
+        return self.limit is None or self._least(self.limit - self._spent() - seconds) >= 0.0
+
+    def _spent(self) -> float:
+        return time.perf_counter() - self.began
+
+    def _least(self, value: float) -> float:
+        """Return the smallest value of all processes."""
+        least = torch.tensor(value, dtype=torch.float64, device=self.device)
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(left, dist.ReduceOp.MIN)
-        return max(0, min(most, int(left)))
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+        return float(least)
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,6 +311,7 @@ class View:
         weight: Weight of this process in the mean over several, as for `evaluate`.
         form: How further products are formed.
         operator: The curvature matrix; None once the graph behind it has been freed.
+        live: The evaluation that the matrix belongs to; None once its graph has been freed.
         taken: Results so far by the class of their measurement.
         reasons: Why there is nothing to measure, by the class of the measurement.
 
@@ -335,6 +345,7 @@ class View:
     weight: float | None
     form: Products
     operator: LinearOperator | None
+    live: Evaluation | None
     taken: dict[type, Any] = field(default_factory=dict)
     reasons: dict[type, str] = field(default_factory=dict)
 
@@ -346,8 +357,19 @@ class View:
             RuntimeError: The graph behind the matrix has been freed.
         """
         if self.operator is None:
-            raise RuntimeError("The matrix has been freed. Set uses_matrix = True in the class of the measurement.")
+            raise RuntimeError(_FREED.format("matrix"))
         return self.operator
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The evaluation at the point, with its graph, for a measurement that says `uses_matrix`.
+
+        Raises:
+            RuntimeError: The graph has been freed.
+        """
+        if self.live is None:
+            raise RuntimeError(_FREED.format("evaluation"))
+        return self.live
 
     @property
     def training(self) -> list[Optimizer]:
@@ -400,6 +422,10 @@ class View:
         """Return how many products (or gradients or losses) there is time for, `most` at most."""
         return self.clock.affordable(most)
 
+    def has_time(self, seconds: float) -> bool:
+        """Return whether there is that much time left."""
+        return self.clock.has(seconds)
+
     def affordable_for_whole_spectrum(self) -> int:
         """Return how many products a measurement of all eigenvalues may take: 100, `max_products` where that is more,
         and none where there is time for fewer than ten.
@@ -409,6 +435,7 @@ class View:
 
 
 _PENDING = object()
+_FREED = "The {} has been freed. Set uses_matrix = True in the class of the measurement."
 # Errors that a mistake in a measurement's class raises, and whose text does not name the class.
 _MISTAKES = (AssertionError, AttributeError, LookupError, TypeError, ZeroDivisionError)
 
@@ -572,6 +599,7 @@ def take(
         weight,
         plan.products,
         A,
+        evaluation,
     )
     # First what needs products, so that their graph can be freed before the loss is computed elsewhere.
     for measurement in plan.measurements:
@@ -581,7 +609,7 @@ def take(
     # A closure that has no second derivative now has none the next time.
     form: Products = "finite_difference" if evaluation.form == "finite_difference" else plan.products
     del A
-    view = replace(view, operator=None, form=form)
+    view = replace(view, operator=None, live=None, form=form)
     evaluation.free()
     for measurement in plan.measurements:
         view.take(measurement)
