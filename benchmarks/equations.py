@@ -407,8 +407,8 @@ EQUATIONS = {
 # The first equation with more points, and with points drawn anew: remedies for spurious solutions.
 REMEDIES = {
     "convection-30-more": Equation(
-        "u_t + 30 u_x = 0, 4000 points",
-        partial(convection, beta=30.0, count=4000),
+        "u_t + 30 u_x = 0, 2000 points",
+        partial(convection, beta=30.0, count=2000),
         EQUATIONS["convection-30"].solution,
     ),
     "convection-30-anew": Equation(
