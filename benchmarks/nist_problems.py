@@ -62,7 +62,8 @@ def read(name: str) -> Regression:
     y, *x = data.astype(float).T
     parameters, observations = (int(_one(rf"(\d+) {what}", text)) for what in ("Parameters", "Observations"))
     if table.shape != (parameters, 4) or len(y) != observations:
-        raise ValueError(f"{name}.dat must have {parameters} parameters and {observations} observations.")
+        read = f"{len(table)} and {len(y)}"
+        raise ValueError(f"{name}.dat must have {parameters} parameters and {observations} observations, got {read}.")
     return Regression(
         name=name,
         level=_one(r"(\w+) Level of Difficulty", text),
@@ -86,7 +87,7 @@ def digits(found: np.ndarray, certified: np.ndarray) -> float:
 def _one(pattern: str, text: str) -> str:
     found = re.search(pattern, text)
     if found is None:
-        raise ValueError(f"A file of NIST's must contain {pattern!r}.")
+        raise ValueError(f"A file of NIST's must contain {pattern}, got {text!r}.")
     return found[1]
 
 

@@ -18,13 +18,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch.optim import Adam
 from training import GRID, LBFGS_METHOD, Contender, Message, Problem, Report, Run, Stepping, train
 
-from newtonopt import CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton
+from newtonopt import CubicNewton, DampedNewton, HessianFree, LevenbergMarquardt, NewtonCG, TrustRegionNewton
 
 _SPAWN = multiprocessing.get_context(
     "spawn"
 )  # a fresh interpreter for each run, without the parent's threads and state
 
-_MEMBERS = {member.__name__: member for member in (HessianFree, NewtonCG, TrustRegionNewton, CubicNewton, DampedNewton)}
+_FAMILY = (HessianFree, LevenbergMarquardt, NewtonCG, TrustRegionNewton, CubicNewton, DampedNewton)
+_MEMBERS = {member.__name__: member for member in _FAMILY}
 METHODS = (*_MEMBERS, "Adam", "L-BFGS", "Adam+L-BFGS")
 RATES = (
     3e-4,

@@ -313,6 +313,8 @@ def _check_products(rows: Rows, evaluation: Evaluation, head: Head) -> None:
         with suppress(NoSecondDerivativeError):
             pushed = dict(zip(along, push_of(tensors, params)(v), strict=True))
             error, cost = max(error, _difference(rows.push(v), rows.weigh(pushed))), 4
+    if not math.isfinite(error):
+        raise FloatingPointError("The loss's second derivative by its outputs, or the rows, are not finite.")
     if not error <= _tolerance(head.graph.eps):
         raise RowsError(_OTHER.format("products with a random vector", error))
     evaluation.standing.judge("rows", Verdict(Manner("cached"), "", 0.0, cost))

@@ -1,14 +1,16 @@
-"""NIST's regression problems are read as NIST published them, and their models are the certified ones."""
+"""NIST's regression problems are read as NIST published them, and every method finds the certified parameters."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy
 import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -21,7 +23,9 @@ EXACT_FIT = "Lanczos1"
 def programs() -> SimpleNamespace:
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        return SimpleNamespace(nist=importlib.import_module("nist_problems"))
+        return SimpleNamespace(
+            nist=importlib.import_module("nist_problems"), regression=importlib.import_module("regression")
+        )
     finally:
         sys.path.remove(str(BENCHMARKS))
 
@@ -87,5 +91,43 @@ def test_a_file_that_lacks_observations_is_refused(
     lines = (BENCHMARKS / "nist" / "BoxBOD.dat").read_text().splitlines()
     (tmp_path / "BoxBOD.dat").write_text("\n".join(lines[:-1]) + "\n")
     monkeypatch.setattr(programs.nist, "FOLDER", tmp_path)
-    with pytest.raises(ValueError, match=r"BoxBOD\.dat must have 2 parameters and 6 observations\."):
+    with pytest.raises(ValueError, match=r"BoxBOD\.dat must have 2 parameters and 6 observations, got 2 and 5\."):
         programs.nist.read("BoxBOD")
+
+
+def test_every_method_finds_the_certified_parameters(
+    programs: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "regression.json"
+    monkeypatch.setattr(sys, "argv", ["regression.py", "--problems", "DanWood", "--output", str(output)])
+    programs.regression.main()
+    record = json.loads(output.read_text())
+    assert record["torch"] == torch.__version__
+    assert record["scipy"] == scipy.__version__
+    found = {(fit["start"], fit["method"]): fit for fit in record["fits"]}
+    assert found.keys() == {(start, method) for start in (1, 2) for method in programs.regression.METHODS}
+    for fit in found.values():
+        assert fit["digits"] > 6
+        assert fit["squares"] == pytest.approx(1.0, abs=1e-9)
+        assert 1 <= fit["steps"] < fit["evaluations"] < 1000
+    printed = capsys.readouterr().out
+    assert "DanWood, 2" in printed
+    assert printed.count("2 of 2") == len(programs.regression.METHODS)
+
+
+def test_the_best_fit_of_the_spectrum_is_a_minimum(programs: SimpleNamespace) -> None:
+    problem = programs.regression.spectrum()
+    assert problem.y.shape == (1000,)
+    x, y = torch.from_numpy(problem.x), torch.from_numpy(problem.y)
+
+    def half_squares(b: torch.Tensor) -> torch.Tensor:
+        return (problem.model(torch, x, *b) - y).square().sum() / 2
+
+    best = torch.from_numpy(problem.certified)
+    gradient, hessian = torch.func.grad(half_squares)(best), torch.func.hessian(half_squares)(best)
+    assert torch.linalg.eigvalsh(hessian).min() > 0
+    # The Newton step to the minimum is shorter than the seventh digit.
+    assert (torch.linalg.solve(hessian, gradient) / best).abs().max() < 1e-7
+    assert problem.squares == pytest.approx(1000 * 0.01**2, rel=0.2)
+    for start in problem.starts:
+        assert half_squares(torch.from_numpy(start)) > 10 * problem.squares
