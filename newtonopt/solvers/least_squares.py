@@ -185,22 +185,28 @@ class SampleEquations(Equations):
 
     Attributes:
         matrix: `R`.
-        gram: `R C^-1 R'`, which serves all dampings; None where there is decay.
+        gram: `R C^-1 R'`, which serves all dampings; None where there is decay. Each damping writes the diagonal anew,
+            in place: a copy of the matrix would take a twentieth of a step.
+        diagonal: Its diagonal without damping.
     """
 
     matrix: Matrix
     gram: Tensor | None
+    diagonal: Tensor | None
 
     @property
     def largest(self) -> float:
         """Largest diagonal entry of `R C^-1 R'`."""
-        return 1.0 if self.gram is None else float(self.gram.diagonal().max())
+        return 1.0 if self.diagonal is None else float(self.diagonal.max())
 
     def factored(self, damping: float) -> Solve | None:
         """Return the solver by the Cholesky factor of `damping (R M^-1 R' + I)`."""
-        weights = self.metric.inverse(damping)
-        K = self.matrix.gram(weights) if self.gram is None else self.gram.clone()
-        K.diagonal().add_(damping)
+        if self.gram is None or self.diagonal is None:
+            K = self.matrix.gram(self.metric.inverse(damping))
+            K.diagonal().add_(damping)
+        else:
+            K = self.gram
+            K.diagonal().copy_(self.diagonal + damping)
         factor, failed = torch.linalg.cholesky_ex(K)
         if bool(failed):
             return None
@@ -287,7 +293,8 @@ class OrthogonalEquations(Equations):
 
 def in_samples(matrix: Matrix, metric: Metric) -> SampleEquations:
     """Return the equations in the rows."""
-    return SampleEquations(metric, matrix, matrix.gram(metric.inverse(1.0)) if not metric.decays else None)
+    gram = None if metric.decays else matrix.gram(metric.inverse(1.0))
+    return SampleEquations(metric, matrix, gram, None if gram is None else gram.diagonal().clone())
 
 
 def in_parameters(matrix: Matrix, metric: Metric) -> ParameterEquations:
