@@ -68,11 +68,17 @@ def tests(where: Where, note: Note) -> None:
 def products(where: Where, note: Note) -> None:
     """Take median times of a training step's gradient, and of products on one evaluation."""
     import torch.nn.functional as F
-    from memory_setups import Setup, small_setups
+    from memory_setups import Setup, gpt, resnet, small_setups
 
     from newtonopt import evaluate, gauss_newton, hessian
 
-    repetitions = 2 if where.small else 20
+    # As large as ResNet-18, and as the smallest GPT-2.
+    large: list[Callable[[], Setup]] = [lambda: resnet(32), lambda: gpt(12, 768, 12, 50_257, batch=4, length=256)]
+    tiny: list[Callable[[], Setup]] = [
+        lambda: resnet(4, width=2, size=64, classes=5),
+        lambda: gpt(1, 8, 2, 16, batch=2, length=4),
+    ]
+    setups = [*small_setups()[:1], *tiny] if where.small else [*small_setups(), *large]
 
     def loss_of(setup: Setup) -> torch.Tensor:
         return F.cross_entropy(setup.model(setup.inputs).flatten(0, -2), setup.targets.flatten())
@@ -80,15 +86,16 @@ def products(where: Where, note: Note) -> None:
     def cost(action: Callable[[], Any]) -> dict[str, float]:
         for _ in range(2):
             action()
-        seconds = []
+        seconds: list[float] = []
         with peak_memory(where.device) as memory:
-            for _ in range(repetitions):
+            # Long actions are repeated less often.
+            while len(seconds) < 2 or (not where.small and len(seconds) < 20 and sum(seconds) < 1.0):
                 began = now(where.device)
                 action()
                 seconds.append(now(where.device) - began)
         return {"seconds": statistics.median(seconds), **memory}
 
-    for make in small_setups()[: 1 if where.small else None]:
+    for make in setups:
         setup = moved(make(), where.device)
         params = setup.parameters
         costs = {
@@ -106,34 +113,63 @@ def products(where: Where, note: Note) -> None:
 
 
 def hessian_free(where: Where, note: Note) -> None:
-    """Record loss and error on a grid of times, on the wall clock."""
-    from equations import convection
-    from training import Contender, Message, Problem, Stepping, train
+    """Record loss and error of an autoencoder on a grid of times, on the wall clock."""
+    from training import Contender, Stepping
 
     from newtonopt import HessianFree
 
-    problems: dict[str, tuple[Callable[[int], Problem], float]] = {
-        "convection, beta 30": (partial(convection, beta=30.0), 30.0),
+    if not importable("sklearn", note):
+        return
+    from autoencoder import digits_autoencoder
+
+    optimizer = partial(HessianFree, **({"preconditioner": None, "max_iterations": 3} if where.small else {}))
+    contender = Contender("HessianFree", ((1.0, Stepping(optimizer)),), "HessianFree")
+    curve("autoencoder", digits_autoencoder, contender, 0.5 if where.small else 15.0, where, note)
+
+
+def levenberg_marquardt(where: Where, note: Note) -> None:
+    """Record loss and error of two physics-informed networks in float64 with both optimizers, on the wall clock."""
+    from equations import EQUATIONS, HORIZONS, ON_A_GPU, convection, poisson
+    from training import Contender, Stepping
+
+    from newtonopt import HessianFree, LevenbergMarquardt
+
+    equations: dict[str, tuple[Callable[[int], Any], float]] = {
+        "convection-30": (EQUATIONS["convection-30"].problem, 20.0),
+        "poisson-5d-large": (ON_A_GPU["poisson-5d-large"].problem, 40.0),
     }
-    if importable("sklearn", note):
-        from autoencoder import digits_autoencoder
+    if where.small:
+        few = partial(poisson, dimensions=5, widths=(8,), count=30, edge_count=10, anew=True)
+        equations = {"convection-30": (partial(convection, beta=30.0, count=30), 0.3), "poisson-5d-large": (few, 0.3)}
+    for name, (problem, seconds) in equations.items():
+        horizon = HORIZONS.get(name)
+        for optimizer in (LevenbergMarquardt, HessianFree):
+            contender = Contender(optimizer.__name__, ((1.0, Stepping(optimizer)),), optimizer.__name__)
+            title = f"{name}, {optimizer.__name__}"
+            curve(title, problem, contender, seconds, where, note, horizon)
 
-        problems["autoencoder"] = digits_autoencoder, 15.0
-    contender = Contender("HessianFree", ((1.0, Stepping(HessianFree)),), "HessianFree")
 
-    def on_device(build: Callable[[int], Problem], seed: int) -> Problem:
-        with torch.device(where.device):
-            return build(seed)
+def curve(
+    name: str,
+    problem: Callable[[int], Any],
+    contender: Any,
+    seconds: float,
+    where: Where,
+    note: Note,
+    horizon: float | None = None,
+) -> None:
+    """Note loss and error on a grid of times, and what the error would be at a later time, the horizon."""
+    from training import Message, extrapolated, on_device, train
 
-    for name, (build, seconds) in problems.items():
-        so_far: list[Message] = []
+    so_far: list[Message] = []
 
-        def report(message: Message, name: str = name, so_far: list[Message] = so_far) -> None:
-            so_far.append(message)
-            note(name, {"so far": so_far})
+    def report(message: Message) -> None:
+        so_far.append(message)
+        note(name, {"so far": so_far})
 
-        run = train(partial(on_device, build), contender, 0, 0.5 if where.small else seconds, "wall", report)
-        note(name, asdict(run))
+    run = train(partial(on_device, problem, where.device), contender, 0, seconds, "wall", report)
+    later = {} if horizon is None else {"horizon": horizon, "error there, extrapolated": extrapolated(run, horizon)}
+    note(name, {**asdict(run), **later})
 
 
 def lightning(where: Where, note: Note) -> None:
@@ -199,6 +235,88 @@ def lightning(where: Where, note: Note) -> None:
                 "logged": monitored["logged"],
             },
         )
+
+
+def monitor(where: Where, note: Note) -> None:
+    """Time steps of a GPT in bf16-mixed, and measurements between them: certified ones and those that follow one."""
+    from memory_setups import gpt
+    from monitor_overhead import BUDGET, CERTIFY, EVERY, MONITORS, Stopwatch, Timed, Times, overhead, train
+
+    def small() -> Any:
+        return gpt(2, 16, 2, 32, batch=2, length=8)
+
+    def large() -> Any:
+        return gpt(12, 768, 12, 50_257, batch=8, length=256)
+
+    clock = partial(now, where.device)
+    # Steps between two measurements: a measurement's cost does not depend on them, and the overhead is that of EVERY.
+    apart = 2 if where.small else 10
+    for name, settings in MONITORS.items():
+        setup = moved((small if where.small else large)(), where.device)
+        times, watch = Times(), Stopwatch(clock)
+        # A certified measurement, two that follow it, and once more; the first round warms up.
+        timed = Timed(times, clock, every_n_train_steps=apart, budget=BUDGET, **settings)
+        accelerator = "gpu" if where.device == "cuda" else "cpu"
+        train(setup, 6 * apart, [watch, timed], accelerator, "bf16-mixed")
+        step = statistics.median(watch.steps)
+        followed, certified = statistics.median(times.followed[2:]), times.certified[-1]
+        note(
+            name,
+            {
+                "parameters": setup.count,
+                "step": step,
+                "followed": followed,
+                "certified": certified,
+                "products": {kind: times.products[key] for kind, key in (("followed", 0.0), ("certified", 1.0))},
+                "every": EVERY,
+                "one certified in": CERTIFY,
+                "overhead": overhead(followed / step, certified / step, EVERY),
+            },
+        )
+
+
+def billion(where: Where, note: Note) -> None:
+    """Certify the largest eigenvalue of the Hessian of a GPT, from streamed products, in the memory that there is."""
+    import torch.nn.functional as F
+    from memory_setups import gpt
+
+    from newtonopt import evaluate, hessian
+    from newtonopt.curvature import extreme_eigenvalues
+
+    with torch.device(where.device):
+        setup = gpt(2, 16, 2, 32, batch=2, length=8) if where.small else gpt(18, 2048, 16, 50_257, batch=1, length=128)
+    vectors = 16  # the fewest; each is as large as the model
+
+    def closure() -> torch.Tensor:
+        loss = F.cross_entropy(setup.model(setup.inputs).flatten(0, -2), setup.targets.flatten())
+        loss.backward()
+        return loss
+
+    with peak_memory(where.device) as memory:
+        began = now(where.device)
+        evaluation = evaluate(closure, setup.parameters, products="streamed")
+        A = hessian(evaluation)
+        A @ evaluation.gradient
+        checked = now(where.device)
+        note(setup.name, {"parameters": setup.count, "seconds until the first product": checked - began})
+        found = extreme_eigenvalues(A, top=1, bottom=0, tolerance=1e-2, max_products=60, max_vectors=vectors)
+        seconds = now(where.device) - checked
+    [largest] = found.top
+    note(
+        setup.name,
+        {
+            "parameters": setup.count,
+            "seconds until the first product": checked - began,
+            "seconds": seconds,
+            "products": found.products,
+            "vectors": vectors,
+            "value": largest.value,
+            "lower": largest.lower,
+            "upper": largest.upper,
+            "certified": found.certified,
+            **memory,
+        },
+    )
 
 
 def synchronisations(where: Where, note: Note) -> None:

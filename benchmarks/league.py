@@ -11,8 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
-from training import Run
+from training import Run, extrapolated
 
 OURS = "LevenbergMarquardt"
 MOMENTUM = "LevenbergMarquardt+momentum"
@@ -44,6 +45,7 @@ class League:
     settings: dict[str, str] = field(default_factory=dict)  # of the methods, in words
     left_out: dict[str, str] = field(default_factory=dict)  # methods that could not run, and why
     entries: tuple[Entry, ...] = ()
+    horizons: dict[str, float] = field(default_factory=dict)  # later times of equations, to which errors are extended
 
     def with_entry(self, entry: Entry) -> "League":
         return replace(self, entries=(*self.entries, entry))
@@ -90,14 +92,15 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def machine() -> dict[str, Any]:
-    """Return the processor, its cores and the threads of a run."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Return the processor, its cores and the threads of a run, and the card if it runs on one."""
     processor = platform.processor() or platform.machine()
     cpus = Path("/proc/cpuinfo")
     if cpus.exists():
         models = [line.split(":", 1)[1].strip() for line in cpus.read_text().splitlines() if "model name" in line]
         processor = models[0] if models else processor
-    return {"processor": processor, "cores": os.cpu_count(), "threads": 1, "system": platform.system()}
+    found = {"processor": processor, "cores": os.cpu_count(), "threads": 1, "system": platform.system()}
+    return found if device == "cpu" else {**found, "card": torch.cuda.get_device_name()}
 
 
 def commit() -> str:
@@ -114,7 +117,8 @@ def markdown(league: League) -> str:
     on = league.machine
     software = ", ".join(f"{name} {version}" for name, version in league.versions.items())
     lines = [
-        f"{league.seconds:g} seconds of processor time a run, one thread, {on['processor']} with {on['cores']} cores.",
+        f"{league.seconds:g} seconds of {_clock(league)} a run, one thread, {on['processor']} with {on['cores']} cores"
+        + (f", {on['card']}." if "card" in on else "."),
         f"{software}.",
         "",
         *(f"- {method}: {league.settings[method]}" for method in league.methods),
@@ -125,6 +129,7 @@ def markdown(league: League) -> str:
     for title, last in (("Loss", _last_loss), ("Error", _last_error)):
         lines += ["", f"{title} at the end, median over the seeds (in brackets: divided by {OURS}'s)", ""]
         lines += _table(league, last)
+    lines += _extended(league)
     for entry in league.entries:
         if entry.run.failure:
             lines += [
@@ -132,6 +137,25 @@ def markdown(league: League) -> str:
                 f"{entry.run.contender}, {entry.equation}, seed {entry.run.seed}, ended early: {entry.run.failure}",
             ]
     return "\n".join(lines) + "\n"
+
+
+def _clock(league: League) -> str:
+    return "wall time" if "card" in league.machine else "processor time"
+
+
+def _extended(league: League) -> list[str]:
+    """Return the errors at the horizons that the runs ended before: extrapolated, not measured."""
+    lines = []
+    for equation, horizon in league.horizons.items():
+        for method in league.methods if horizon > league.seconds else []:
+            for run in league.runs(equation, method):
+                lines += [
+                    "",
+                    f"Extrapolated, not measured: {run.contender}, {equation}, seed {run.seed}: error "
+                    f"{run.error[-1]:.1e} at {league.seconds:g} s, {extrapolated(run, horizon):.1e} at {horizon:g} s "
+                    "if it goes on falling as a power of the time, as in the second half of the run.",
+                ]
+    return lines
 
 
 def _last_loss(run: Run) -> float:
@@ -208,7 +232,7 @@ def draw(league: League, curve: Callable[[Run], list[float]], label: str) -> Fig
                 medians = [middle(values) for values in zip(*map(curve, runs), strict=True)]
                 width = 2.6 if method == OURS else 1.5
                 panel.plot(runs[0].seconds, medians, color=f"C{index}", linewidth=width, label=method)
-        panel.set(title=equation, yscale="log", xlabel="processor time (s)", ylabel=label)
+        panel.set(title=equation, yscale="log", xlabel=f"{_clock(league)} (s)", ylabel=label)
         panel.grid(alpha=0.25)
     named = {name: line for panel in panels for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=5, frameon=False)

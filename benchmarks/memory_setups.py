@@ -77,6 +77,39 @@ class GPT(nn.Module):
         return F.linear(hidden, self.tokens.weight)
 
 
+class Residual(nn.Module):
+    """Two convolutions with batch norms, beside the identity or a convolution that changes the shape."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        changed = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.beside = nn.Identity() if stride == 1 and inputs == outputs else changed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convolutions(x) + self.beside(x))
+
+
+class ResNet(nn.Sequential):
+    """The residual network of 18 layers (He et al. 2016), with 11.7 million parameters if `width` is 64."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        entry = [nn.Conv2d(3, width, 7, 2, padding=3, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        layers: list[nn.Module] = [*entry, nn.MaxPool2d(3, 2, padding=1)]
+        inputs = width
+        for level in range(4):
+            outputs = width * 2**level
+            layers += [Residual(inputs, outputs, 1 if level == 0 else 2), Residual(outputs, outputs, 1)]
+            inputs = outputs
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
 def perceptron(widths: Sequence[int], batch: int) -> Setup:
     """Tanh units; the last width is the number of classes."""
     torch.manual_seed(0)
@@ -95,6 +128,13 @@ def convolutional(batch: int = 128) -> Setup:
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 10))
     data = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
     return Setup(f"convolutional network, batch {batch}", model, *data)
+
+
+def resnet(batch: int, width: int = 64, size: int = 224, classes: int = 1000) -> Setup:
+    """A residual network of 18 layers on random images of `size` x `size`."""
+    torch.manual_seed(0)
+    data = torch.randn(batch, 3, size, size), torch.randint(classes, (batch,))
+    return Setup(f"ResNet of 18 layers, {batch} images of {size} x {size}", ResNet(width, classes), *data)
 
 
 def gpt(layers: int, width: int, heads: int, vocabulary: int, batch: int, length: int) -> Setup:

@@ -23,9 +23,10 @@ from memory_setups import Setup, convolutional, gpt
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from newtonopt.callbacks import CurvatureMonitor
+from newtonopt.callbacks import Budget, CurvatureMonitor
 
 EVERY, CERTIFY = 100, 10
+BUDGET = Budget(certify_every=3)  # in a round one measurement is certified, and two follow it
 NETWORKS: dict[str, Callable[[], Setup]] = {
     "conv": convolutional,
     "gpt": lambda: gpt(4, 128, 4, 64, batch=16, length=64),
@@ -90,13 +91,17 @@ class Timed(CurvatureMonitor):
             self.times.products[certified].append(float(trainer.callback_metrics["curvature/products"]))
 
 
-def train(setup: Setup, steps: int, callbacks: list[L.Callback]) -> None:
+def train(
+    setup: Setup, steps: int, callbacks: list[L.Callback], accelerator: str = "cpu", precision: Any = "32-true"
+) -> None:
     """Train on batches of the setup's size, each with its own inputs."""
     torch.manual_seed(1)
     batches = [_batch(setup, seed) for seed in range(8)]
     loader = DataLoader([batches[i % len(batches)] for i in range(steps)], batch_size=None)
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
+        devices=1,
+        precision=precision,
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
@@ -110,7 +115,7 @@ def train(setup: Setup, steps: int, callbacks: list[L.Callback]) -> None:
 def _batch(setup: Setup, seed: int) -> tuple[Tensor, Tensor]:
     """Return a batch of which a part was seen before, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(setup.inputs), generator=generator)
+    order = torch.randperm(len(setup.inputs), generator=generator).to(setup.inputs.device)
     return setup.inputs[order], setup.targets[order]
 
 
@@ -121,10 +126,15 @@ def measure(name: str, rounds: int, every: int, clock: Callable[[], float]) -> t
     for _ in range(rounds):
         for monitor, settings in MONITORS.items():
             watch = Stopwatch(clock)
-            timed = Timed(times[monitor], clock, every_n_train_steps=every, certify_every=3, **settings)
+            timed = Timed(times[monitor], clock, every_n_train_steps=every, budget=BUDGET, **settings)
             train(NETWORKS[name](), 3 * every, [watch, timed])  # one certified, two followed
             steps += watch.steps
     return statistics.median(steps), times
+
+
+def overhead(followed: float, certified: float, every: int) -> float:
+    """Return the share of time that measurements add, which take so many steps each."""
+    return ((CERTIFY - 1) * followed + certified) / (CERTIFY * every)
 
 
 def main() -> None:
@@ -148,7 +158,7 @@ def main() -> None:
         step, times = measure(name, args.rounds, args.every, clock)
         for monitor, found in times.items():
             followed, certified = (statistics.median(t) / step for t in (found.followed, found.certified))
-            added = ((CERTIFY - 1) * followed + certified) / (CERTIFY * args.every)
+            added = overhead(followed, certified, args.every)
             products = [statistics.median(found.products[kind]) for kind in (0.0, 1.0)]
             table.add_row(
                 name,

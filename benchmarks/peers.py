@@ -160,18 +160,22 @@ METHODS = {
         _one("Adam+L-BFGS", _warm_up, (1.0, LBFGS_METHOD)),
         "a third of the time Adam 1e-3, then L-BFGS, strong Wolfe, history 100",
     ),
-    "SOAP": Method(_one("SOAP", (1.0, Stepping(soap))), "learning rate 3e-3, no weight decay", "pytorch-optimizer"),
+    "SOAP": Method(
+        _one("SOAP", (1.0, Stepping(soap))),
+        "pytorch-optimizer, learning rate 3e-3, no weight decay",
+        "pytorch-optimizer",
+    ),
     "NNCG": Method(
         _one("NNCG", (1 / 6, _warm_up[1]), (1 / 2, LBFGS_METHOD), (1.0, nystrom_newton_cg)),
         "a sixth of the time Adam 1e-3, a third L-BFGS, then NNCG, DeepXDE's defaults but 200 iterations",
         "deepxde",
     ),
     "BFGS": Method(
-        _one("BFGS", (1.0, partial(torchzero_method, module="BFGS"))), "strong Wolfe; defaults", "torchzero"
+        _one("BFGS", (1.0, partial(torchzero_method, module="BFGS"))), "torchzero, strong Wolfe; defaults", "torchzero"
     ),
     "SSVM": Method(
         _one("SSVM", (1.0, partial(torchzero_method, module="SSVM"))),
-        "self-scaled, Oren and Spedicato; strong Wolfe; defaults",
+        "torchzero, self-scaled (Oren and Spedicato), strong Wolfe; defaults",
         "torchzero",
         by_default=False,  # it multiplies n x n matrices in each step: three steps in six seconds
     ),

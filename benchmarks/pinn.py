@@ -9,6 +9,7 @@ ends, with the machine and the versions; tables and plots are drawn from that fi
     --output mine.json --resume     go on after an interruption, or add more runs
     --draw                          draw tables and plots of the committed file, without running
     --spurious                      how often LevenbergMarquardt ends on a wrong solution, and what helps
+    --device cuda --seconds 600     on a GPU, by the wall clock; what is asked for at later times is extrapolated
     --equations convection-30 --methods HessianFree Adam --seeds 0 --seconds 150 --output x.json
 
 Methods from other packages: `pip install -e .[benchmarks]`. What is not installed is left out.
@@ -20,22 +21,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from equations import EQUATIONS, REMEDIES
+from equations import EQUATIONS, HORIZONS, ON_A_GPU, REMEDIES
 from league import OURS, Entry, League, commit, machine, markdown, spurious, write_pictures
 from peers import METHODS, versions
 from side_by_side import race
-from training import Run, train
+from training import Run, on_device, train
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = {"convection-30": (0, 1, 2), "convection-50": (0, 1, 2)}  # the other equations have seed 0
-ALL = {**EQUATIONS, **REMEDIES}
+ALL = {**EQUATIONS, **REMEDIES, **ON_A_GPU}
 Task = tuple[str, str, int]  # equation, method, seed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0, help="processor time of a run (default: 60)")
+    parser.add_argument("--seconds", type=float, help="time of a run (default: 60, or 40 with --spurious)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu, by processor time")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2 for convection, 0 for the others")
     parser.add_argument("--equations", nargs="+", choices=ALL, metavar="NAME", help=f"default: {' '.join(EQUATIONS)}")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"some of {', '.join(METHODS)}")
@@ -45,7 +48,8 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="only draw tables and plots from the file")
     parser.add_argument("--spurious", action="store_true", help=f"{OURS} on convection-30, seeds 0 to 9, and remedies")
     args = parser.parse_args()
-    path = args.output or RESULTS / ("pinn_spurious.json" if args.spurious else "pinn.json")
+    args.seconds = args.seconds or (40.0 if args.spurious else 60.0)
+    path = args.output or RESULTS / _NAMES[args.spurious, args.device]
     if not args.draw:
         _run(args, path)
     league = League.load(path)
@@ -56,19 +60,34 @@ def main() -> None:
         write_pictures(league, path)
 
 
+# Names of the records: of spurious solutions or not, and by device.
+_NAMES = {
+    (False, "cpu"): "pinn.json",
+    (True, "cpu"): "pinn_spurious.json",
+    (False, "cuda"): "pinn_gpu.json",
+    (True, "cuda"): "pinn_spurious_gpu.json",
+}
+
+
 def _run(args: argparse.Namespace, path: Path) -> None:
-    wanted = spurious_tasks(args) if args.spurious else tasks(args.equations, args.methods, args.seeds)
+    wanted = (
+        spurious_tasks(args)
+        if args.spurious
+        else tasks(args.equations or _usual(args.device), args.methods, args.seeds)
+    )
     methods = list(dict.fromkeys(method for _, method, _ in wanted))
     left_out = {method: reason for method in methods if (reason := METHODS[method].missing)}
     for method, reason in left_out.items():
         print(f"{method} is left out: {reason}", file=sys.stderr)
-    league = _open(path, args.seconds, args.resume)
+    league = _open(path, args.seconds, args.resume, args.device)
+    clock: Literal["wall", "processor"] = "processor" if args.device == "cpu" else "wall"
     kept = {method: reason for method, reason in league.left_out.items() if method not in methods}
     league = replace(
         league,
         formulas={name: equation.formula for name, equation in ALL.items()},
         settings={name: method.setting for name, method in METHODS.items()},
         left_out={**kept, **left_out},
+        horizons=HORIZONS if args.device == "cuda" else {},
     )
     league.save(path)
     present = {entry.key for entry in league.entries}
@@ -76,9 +95,9 @@ def _run(args: argparse.Namespace, path: Path) -> None:
     for name, method, seed in wanted:
         for contender in () if method in left_out else METHODS[method].contenders:
             if (name, contender.name, seed) not in present:
-                problem = ALL[name].problem
+                problem = partial(on_device, ALL[name].problem, args.device)
                 label = f"{name}, {contender.name}, seed {seed}"
-                work[label] = name, partial(train, problem, contender, seed, args.seconds, "processor")
+                work[label] = name, partial(train, problem, contender, seed, args.seconds, clock)
     here, failures = commit(), []
     for label, outcome in race(path.stem, {label: run for label, (_, run) in work.items()}, args.jobs):
         if isinstance(outcome, Run):
@@ -90,9 +109,14 @@ def _run(args: argparse.Namespace, path: Path) -> None:
         print("\n".join(failures), file=sys.stderr)
 
 
-def _open(path: Path, seconds: float, resume: bool) -> League:
+def _usual(device: str) -> list[str]:
+    """Return the equations of a run, unless others are chosen."""
+    return list(EQUATIONS) if device == "cpu" else list(HORIZONS)
+
+
+def _open(path: Path, seconds: float, resume: bool, device: str) -> League:
     """Return the record at `path`, or a new one; end the program where the two do not fit together."""
-    new = League(machine(), versions(), seconds)
+    new = League(machine(device), versions(), seconds)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         return new
@@ -121,8 +145,9 @@ def tasks(equations: Sequence[str] | None, methods: Sequence[str] | None, seeds:
 
 
 def spurious_tasks(args: argparse.Namespace) -> list[Task]:
+    """Return the runs seed by seed, so that early results compare the remedies on the same seeds."""
     names = args.equations or ["convection-30", *REMEDIES]
-    return [(name, OURS, seed) for name in names for seed in args.seeds or range(10)]
+    return [(name, OURS, seed) for seed in args.seeds or range(10) for name in names]
 
 
 if __name__ == "__main__":

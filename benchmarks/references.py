@@ -27,7 +27,7 @@ def burgers_solution(x: Tensor, t: Tensor, viscosity: float, nodes: int = NODES)
         viscosity: Coefficient of u_xx.
         nodes: Nodes of the Gauss-Hermite rule.
     """
-    points, weights = (torch.from_numpy(a) for a in np.polynomial.hermite.hermgauss(nodes))
+    points, weights = (torch.from_numpy(a).to(x.device) for a in np.polynomial.hermite.hermgauss(nodes))
     places = x[..., None] - 2 * (viscosity * t[..., None]).sqrt() * points
     # The logarithm of the heat equation's initial value. Its largest value is 1 / (2 pi viscosity), which is taken off
     # both integrals, lest they overflow.

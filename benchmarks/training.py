@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import exp, isfinite, log, nan
+from statistics import linear_regression
 from typing import Literal
 
 import torch
@@ -86,6 +88,12 @@ class Run:
     failure: str = ""  # error of the step that ended the run early; from there on the values stand still
 
 
+def on_device(problem: Callable[[int], Problem], device: str, seed: int) -> Problem:
+    """Return the problem with its model and its data on a device."""
+    with torch.device(device):
+        return problem(seed)
+
+
 def train(
     problem: Callable[[int], Problem],
     contender: Contender,
@@ -119,6 +127,8 @@ def train(
             task.draw()
             try:
                 step()
+                if params[0].is_cuda:
+                    torch.cuda.synchronize()
             except (ArithmeticError, RuntimeError, ValueError) as error:
                 failure = f"{type(error).__name__}: {error}".split("\n")[0]
             wall += time.perf_counter() - wall_start
@@ -157,6 +167,18 @@ LBFGS_METHOD = Stepping(
         LBFGS, history_size=100, max_iter=20, line_search_fn="strong_wolfe", tolerance_grad=0.0, tolerance_change=0.0
     )
 )
+
+
+def extrapolated(run: Run, seconds: float) -> float:
+    """Return the error at a later time if it goes on falling as a power of the time, as in the run's second half.
+
+    nan if the error did not fall in that half, or the run failed.
+    """
+    half = [(log(s), log(e)) for s, e in zip(run.seconds[GRID // 2 :], run.error[GRID // 2 :], strict=True) if e > 0.0]
+    if run.failure or len(half) < 2 or not all(isfinite(e) for _, e in half):
+        return nan
+    slope, start = linear_regression(*zip(*half, strict=True))
+    return exp(start + slope * log(seconds)) if slope < 0.0 else nan
 
 
 def _measure(task: Problem) -> tuple[float, float]:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 
-from newtonopt import CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton
+from newtonopt import CubicNewton, DampedNewton, HessianFree, LevenbergMarquardt, NewtonCG, TrustRegionNewton
 from newtonopt.callbacks import Budget, CurvatureMonitor, Probe
 
 BATCHES = 3
@@ -34,6 +34,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adam": lambda params: torch.optim.Adam(params, lr=0.01),
     "HessianFree": lambda params: HessianFree(params, rank=10),
     "DampedNewton": lambda params: DampedNewton(params),
+    "LevenbergMarquardt": lambda params: LevenbergMarquardt(params),
     "NewtonCG": lambda params: NewtonCG(params),
     "TrustRegionNewton": lambda params: TrustRegionNewton(params),
     "CubicNewton": lambda params: CubicNewton(params),

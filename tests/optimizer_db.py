@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from newtonopt import CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton
+from newtonopt import CubicNewton, DampedNewton, HessianFree, LevenbergMarquardt, NewtonCG, TrustRegionNewton
 from newtonopt.optimizers.newton import NewtonOptimizer
 
 Build = Callable[..., NewtonOptimizer]
@@ -32,6 +32,12 @@ OPTIMIZERS: dict[str, Build] = {
     "damped_newton_shifted": _with(DampedNewton, eigenvalues="shifted"),
     "damped_newton_clamped": _with(DampedNewton, eigenvalues="clamped", max_trials=3),
     "damped_newton_blocks": _with(DampedNewton, blocks="parameter", max_trials=3),
+    "levenberg_marquardt": _with(LevenbergMarquardt),
+    "levenberg_marquardt_samples": _with(
+        LevenbergMarquardt, solve="samples", acceleration=False, max_trials=1, damping=0.1
+    ),
+    "levenberg_marquardt_scaled": _with(LevenbergMarquardt, solve="parameters", scaling=1.0),
+    "levenberg_marquardt_momentum": _with(LevenbergMarquardt, momentum=0.5),
     "newton_cg": _with(NewtonCG),
     "newton_cg_strong_wolfe": _with(NewtonCG, line_search="strong_wolfe"),
     "newton_cg_nystrom": _with(NewtonCG, preconditioner="nystrom", curvature="gauss_newton", rank=5, refresh_every=20),
@@ -48,6 +54,9 @@ OPTIMIZERS: dict[str, Build] = {
     "cubic_newton_gauss_newton": _with(CubicNewton, sigma=30.0, curvature="gauss_newton"),
 }
 
+# The Hessian is no choice of theirs: they know no negative curvature.
+GAUSS_NEWTON = {name for name in OPTIMIZERS if "gauss_newton" in name or "levenberg" in name}
+
 # Close to another configuration: among the slow tests.
 FURTHER = {
     "hessian_free_plain",
@@ -55,6 +64,8 @@ FURTHER = {
     "damped_newton_clamped",
     "damped_newton_gauss_newton",
     "damped_newton_shifted",
+    "levenberg_marquardt_momentum",
+    "levenberg_marquardt_scaled",
     "newton_cg_gauss_newton",
     "newton_cg_strong_wolfe",
     "trust_region_exact",

@@ -44,6 +44,7 @@ NUMBERS: dict[str, tuple[Callable[[str, object], None], str, list[float], list[f
         [1e-9, 1, 0.5],
         [0.0, 1.0000001, -1],
     ),
+    "up_to_one": (checks.check_up_to_one, "must be between 0 and 1", [0, 0.0, 0.5, 1], [-1e-9, 1.0000001, math.inf]),
     "positive": (checks.check_positive, "must be positive and finite", [5e-324, 1, 1e300], [0, -1.0, math.inf]),
     "not_negative": (
         checks.check_not_negative,

@@ -317,6 +317,7 @@ class _Again(Shorter[LevenbergMarquardtState]):
         displaced: Computes how the outputs change after a step; None without acceleration.
         momentum: Part of the last direction that the step begins with.
         noise: Rounding of the loss.
+        tried: Number of dampings tried before in this step. Default 0.
     """
 
     model: QuadraticModel
@@ -328,6 +329,7 @@ class _Again(Shorter[LevenbergMarquardtState]):
     displaced: Callable[[Tensor], dict[int, Tensor] | None] | None
     momentum: float
     noise: float
+    tried: int = 0
 
     def at(self, state: LevenbergMarquardtState) -> Proposal[LevenbergMarquardtState]:
         """Return the step with the state's damping."""
@@ -351,9 +353,9 @@ class _Again(Shorter[LevenbergMarquardtState]):
             [Iterate(step, self.model.decrease(step))],
             state,
             "solved exactly" if m == count else f"solved exactly for {m} of {count} rows, chosen at random",
-            iterations=1,
+            iterations=self.tried + 1,
             length=float(v.norm()),
-            shorter=self,
+            shorter=replace(self, tried=self.tried + 1),
             rows=m,
             solve=self.name,
             bend=None if self.displaced is None else lambda: self._bend(solve, step),

@@ -25,8 +25,8 @@ PER_GROUP = ("lr", "weight_decay")
 _FIRST_ORDER = "Leave it out: a Newton step takes the curvature instead."
 _KERNELS = "Leave it out: it chooses among the implementations of torch's own optimizers."
 _CONTROLS = (
-    "Steps are bounded by damping=... in HessianFree and DampedNewton, by radius=... in TrustRegionNewton, by "
-    "sigma=... in CubicNewton, and by a line search in NewtonCG."
+    "Steps are bounded by damping=... in HessianFree, LevenbergMarquardt and DampedNewton, by radius=... in "
+    "TrustRegionNewton, by sigma=... in CubicNewton, and by a line search in NewtonCG."
 )
 ELSEWHERE = {
     **dict.fromkeys(("momentum", "nesterov", "dampening", "betas", "beta1", "beta2", "alpha", "rho"), _FIRST_ORDER),
@@ -46,10 +46,12 @@ ELSEWHERE = {
     "damping_factor": "HessianFree and DampedNewton have it.",
     "subproblem": "TrustRegionNewton and CubicNewton have it.",
     "line_search": "NewtonCG has it.",
-    "max_iterations": "All but DampedNewton, which solves directly, have it.",
+    "max_iterations": "All but DampedNewton and LevenbergMarquardt, which solve directly, have it.",
     "curvature_closure": "Give it to the step: optimizer.step(closure, curvature_closure=...).",
     **dict.fromkeys(("blocks", "eigenvalues"), "DampedNewton has it."),
-    **dict.fromkeys(("preconditioner", "rank", "refresh_every", "seed"), "HessianFree and NewtonCG have it."),
+    **dict.fromkeys(("preconditioner", "rank", "refresh_every"), "HessianFree and NewtonCG have it."),
+    "seed": "HessianFree, LevenbergMarquardt and NewtonCG have it.",
+    **dict.fromkeys(("solve", "scaling", "acceleration", "rows"), "LevenbergMarquardt has it."),
     **dict.fromkeys(("warm_start", "progress_tolerance"), "HessianFree has it."),
 }
 # Rounding of schedules: LinearLR, for one, goes from 1 to -2e-17 where it should end at zero.

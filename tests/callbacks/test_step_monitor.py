@@ -40,6 +40,7 @@ class Reports(L.Callback):
     [
         ("HessianFree", ["damping"]),
         ("DampedNewton", ["damping"]),
+        ("LevenbergMarquardt", ["damping"]),
         ("NewtonCG", []),
         ("TrustRegionNewton", ["radius"]),
         ("CubicNewton", ["sigma"]),

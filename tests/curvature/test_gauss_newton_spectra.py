@@ -173,6 +173,13 @@ def test_float32_is_as_exact_as_its_rows(times: int, vectors: bool) -> None:
         assert found.vectors is not None and found.vectors.dtype == torch.float32
 
 
+def test_errors_count_the_rounding_of_a_loss_that_couples_outputs() -> None:
+    case = build("odd", "cross_entropy")
+    found = gauss_newton_spectrum(evaluate(case.closure, case.params))
+    assert bool((found.errors >= torch.finfo(torch.float64).eps * found.values[0]).all())
+    assert found.rank == 12  # two outputs of three for each of six samples
+
+
 def test_a_matrix_of_zeros() -> None:
     w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     found = gauss_newton_spectrum(evaluate(lambda: F.mse_loss(w**2, torch.zeros(3).double()), [w]))

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from optimizer_db import OPTIMIZERS
+from optimizer_db import GAUSS_NEWTON, OPTIMIZERS
 from torch import Tensor
 
 from newtonopt import HessianFree, NewtonCG, TrustRegionNewton
 
-EXACT = {name: build for name, build in OPTIMIZERS.items() if "gauss_newton" not in name and "nystrom" not in name}
+EXACT = {name: build for name, build in OPTIMIZERS.items() if name not in GAUSS_NEWTON and "nystrom" not in name}
 
 
 def valley(x: Tensor) -> Tensor:

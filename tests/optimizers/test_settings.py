@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from newtonopt import CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton
+from newtonopt import CubicNewton, DampedNewton, HessianFree, LevenbergMarquardt, NewtonCG, TrustRegionNewton
 
-FAMILY = [CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton]
+FAMILY = [CubicNewton, DampedNewton, HessianFree, LevenbergMarquardt, NewtonCG, TrustRegionNewton]
 
 
 @pytest.mark.parametrize("kind", FAMILY)
@@ -34,6 +34,8 @@ FAMILY = [CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton]
 def test_an_argument_of_another_optimizer_is_told_what_takes_its_place(
     kind: Any, name: str, value: Any, remedy: str
 ) -> None:
+    if kind is LevenbergMarquardt and name == "momentum":
+        return  # it has one
     words = re.escape(f"{kind.__name__} takes no {name}, got {name}={value!r}. {remedy}")
     with pytest.raises(TypeError, match=f"^{words}"):
         kind([torch.ones(2, requires_grad=True)], **{name: value})
@@ -47,6 +49,7 @@ def test_an_argument_of_another_member_is_told_by_whom_it_is_taken() -> None:
         "max_radius": "by radius=... in TrustRegionNewton",
         "line_search": "NewtonCG has it",
         "blocks": "DampedNewton has it",
+        "scaling": "LevenbergMarquardt has it",
         "curvature_closure": r"Give it to the step",
     }.items():
         with pytest.raises(TypeError, match=f"HessianFree takes no {name}, .*{whose}"):
@@ -128,6 +131,8 @@ def test_a_group_with_a_setting_under_another_name_is_refused(kind: Any) -> None
         "weigth_decay": "Write weight_decay=",
         "momentum": "Leave",
     }.items():
+        if kind is LevenbergMarquardt and entry == "momentum":
+            continue  # it has one
         with pytest.raises(TypeError, match=f"A parameter group takes no {entry}, got 0.5. {remedy}"):
             kind([{"params": [p], entry: 0.5}])
     optimizer = kind([{"params": [p], "name": "mine", "initial_lr": 1.0}])

@@ -129,7 +129,9 @@ def test_scaling_the_loss_scales_damping_and_sigma_and_nothing_else(name: str, s
     for c in (1.0, scale):
         problem = Problem(least_squares(seed), seed, c)
         optimizer = OPTIMIZERS[name](problem.params, weight_decay=0.1 * c)
-        if optimizer.control in ("damping", "sigma"):
+        # Its damping is in units of the curvature.
+        is_relative = "levenberg" in name
+        if optimizer.control in ("damping", "sigma") and not is_relative:
             optimizer = OPTIMIZERS[name](
                 problem.params, weight_decay=0.1 * c, **{optimizer.control: c * optimizer.defaults[optimizer.control]}
             )
@@ -145,7 +147,7 @@ def test_scaling_the_loss_scales_damping_and_sigma_and_nothing_else(name: str, s
         assert after.ratio == pytest.approx(before.ratio, rel=1e-8)
         torch.testing.assert_close(other.flat(), one.flat(), rtol=1e-8, atol=1e-10)
         if plain.control is not None:
-            factor = 1.0 if plain.control == "radius" else scale
+            factor = 1.0 if plain.control == "radius" or is_relative else scale
             assert getattr(after, plain.control) == pytest.approx(factor * getattr(before, plain.control), rel=1e-7)
 
 

@@ -20,6 +20,7 @@ from torch.func import vmap
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = ["convection-30", "convection-50", "reaction", "wave", "burgers", "allen-cahn", "helmholtz", "poisson-2d"]
 NAMES += ["poisson-5d", "inverse-burgers", "convection-30-more", "convection-30-anew"]
+LARGE = ["poisson-5d-large", "poisson-10d-large"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,34 @@ def programs() -> SimpleNamespace:
 
 
 def test_every_equation_is_tried_here(programs: SimpleNamespace) -> None:
-    assert list(programs.pinn.ALL) == NAMES
+    assert list(programs.pinn.ALL) == NAMES + LARGE
+
+
+@pytest.mark.parametrize("name", NAMES + LARGE)
+def test_an_equation_lives_on_the_device_that_it_was_posed_on(programs: SimpleNamespace, name: str) -> None:
+    problem = programs.training.on_device(programs.pinn.ALL[name].problem, "meta", 0)
+    for _ in range(2):
+        assert problem.loss().device.type == "meta"
+        problem.draw()
+    model = problem.model
+    counts = {"poisson-5d-large": 10_065, "poisson-10d-large": 118_145}
+    assert sum(p.numel() for p in model.parameters()) == counts.get(name, sum(p.numel() for p in model.parameters()))
+
+
+def test_an_error_is_extended_as_a_power_of_the_time(programs: SimpleNamespace) -> None:
+    grid = [0.5 * index for index in range(21)]
+    errors = [1.0, *(second**-2 for second in grid[1:])]
+    run = programs.training.Run("LevenbergMarquardt", "LevenbergMarquardt", 0, 9, 1.0, grid, errors, errors)
+    assert programs.training.extrapolated(run, 100.0) == pytest.approx(1e-4)
+    assert isnan(programs.training.extrapolated(replace(run, error=grid), 100.0))
+    assert isnan(programs.training.extrapolated(replace(run, failure="it broke"), 100.0))
+    entries = (programs.league.Entry("burgers", "abc", run),)
+    conditions = {"processor": "one", "cores": 4, "card": "a card"}
+    league = programs.league.League(conditions, {}, 10.0, {"burgers": "u_t"}, {"LevenbergMarquardt": "defaults"})
+    text = programs.league.markdown(replace(league, entries=entries, horizons={"burgers": 100.0, "wave": 9.0}))
+    assert text.startswith("10 seconds of wall time a run, one thread, one with 4 cores, a card.")
+    assert "Extrapolated, not measured: LevenbergMarquardt, burgers, seed 0: error 1.0e-02 at 10 s, 1.0e-04 at" in text
+    assert "Extrapolated" not in programs.league.markdown(replace(league, entries=entries))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "allen-cahn"])

@@ -18,6 +18,7 @@ from newtonopt import (
     CubicNewton,
     DampedNewton,
     HessianFree,
+    LevenbergMarquardt,
     NewtonCG,
     TrustRegionNewton,
     evaluate,
@@ -26,7 +27,7 @@ from newtonopt import (
 )
 from newtonopt.callbacks import CurvatureMonitor
 
-OPTIMIZERS = [HessianFree, NewtonCG, TrustRegionNewton, CubicNewton, DampedNewton]
+OPTIMIZERS = [HessianFree, NewtonCG, TrustRegionNewton, CubicNewton, DampedNewton, LevenbergMarquardt]
 PLACES = ("before", "between", "after")
 
 

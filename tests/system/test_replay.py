@@ -16,9 +16,9 @@ from newtonopt import evaluate, gauss_newton, hessian, jacobian
 from newtonopt.closure.evaluation import Products
 from newtonopt.closure.objective import Objective
 from newtonopt.curvature import extreme_eigenvalues, loss_slice, measure, sharpness
-from newtonopt.optimizers import CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton
+from newtonopt.optimizers import CubicNewton, DampedNewton, HessianFree, LevenbergMarquardt, NewtonCG, TrustRegionNewton
 
-OPTIMIZERS = [CubicNewton, DampedNewton, HessianFree, NewtonCG, TrustRegionNewton]
+OPTIMIZERS = [CubicNewton, DampedNewton, HessianFree, LevenbergMarquardt, NewtonCG, TrustRegionNewton]
 FORMS = [form for form in get_args(Products) if form != "auto"]
 OTHER = "computed (another gradient|the loss .*) at the same parameters.*do not call next.. on an iterator made outside"
 

@@ -30,6 +30,8 @@ from newtonopt.vectors.scaling import InRange, lost
 
 # Vectors of length n that a measurement may hold, unless more eigenvalues are asked for.
 _VECTORS = 120
+# Fewest that it may be held to for one eigenvalue alone: four Lanczos vectors between restarts.
+_LEAST = 16
 # Number of eigenvalues that may be asked for even if the operator has fewer rows: the defaults ask for as many.
 _FEW = 5
 _ANYWHERE = Interval(-math.inf, math.inf)
@@ -144,8 +146,8 @@ def extreme_eigenvalues(
             times the norm, always suffice. Default 1e-3, which tells a learning rate from its stability limit.
         confidence: Probability, in (0, 1), with which each interval holds, over the random starts. Default 0.99.
         max_products: Budget of products, >= 1. Default 300.
-        max_vectors: Bound on the vectors of length n in use, at least 24 and four more for each eigenvalue asked for.
-            None (default): 120, or eight for each eigenvalue if that is more.
+        max_vectors: Bound on the vectors of length n in use, at least 24 and four more for each eigenvalue asked for,
+            or 16 for one alone. None (default): 120, or eight for each eigenvalue if that is more.
         seed: Seed of the random starts; the global random state is neither read nor written. Default 0.
         start: The last measurement of a nearby operator, to be tracked; None (default): a certified measurement.
 
@@ -261,7 +263,7 @@ def _request(
 def _room(wanted: int, max_vectors: int | None) -> int:
     if max_vectors is None:
         return max(_VECTORS, 8 * wanted)
-    least = 4 * wanted + 24
+    least = _LEAST if wanted == 1 else 4 * wanted + 24
     check_whole("max_vectors", max_vectors, least)
     return max_vectors
 

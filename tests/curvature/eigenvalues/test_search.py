@@ -120,7 +120,11 @@ class _Live(TorchFunctionMode):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "most"), [({"top": 3, "bottom": 1, "max_vectors": 40}, 40), ({"top": 5, "bottom": 1}, 120)]
+    ("arguments", "most"),
+    [
+        ({"top": 3, "bottom": 1, "max_vectors": 40}, 40),
+        ({"top": 5, "bottom": 1}, 120),
+    ],
 )
 def test_no_more_vectors_than_stated_are_alive(arguments: dict[str, int], most: int) -> None:
     values = torch.arange(1, 3001, dtype=torch.float64) ** -0.5
@@ -129,3 +133,14 @@ def test_no_more_vectors_than_stated_are_alive(arguments: dict[str, int], most: 
         spectrum = extreme_eigenvalues(operator, max_products=150, **arguments)
     assert spectrum.products == 150
     assert 0.6 * most <= live.most <= most
+
+
+def test_sixteen_vectors_certify_one_eigenvalue() -> None:
+    """As a model that leaves no room for more needs them."""
+    operator = diagonal(torch.arange(1, 3001, dtype=torch.float64) ** -0.2)
+    with _Live(3000) as live:
+        spectrum = extreme_eigenvalues(operator, top=1, bottom=0, max_vectors=16)
+    [largest] = spectrum.top
+    assert spectrum.certified
+    assert largest.lower <= 1.0 <= largest.upper < 1.01
+    assert live.most <= 16

@@ -64,6 +64,7 @@ def test_equal_eigenvalues_have_a_histogram() -> None:
     found = measure(lambda: F.mse_loss(w, torch.zeros(2).double()), [w], measurements=[GaussNewtonSpectrum()])
     (histogram,) = GaussNewtonSpectrum().histograms(found.of(GaussNewtonSpectrum)).values()
     assert float(histogram.heights.sum()) == 2.0
+    assert bool((histogram.edges.diff() > 0.0).all())
 
 
 def reason(closure: Any, params: Any, measurement: GaussNewtonSpectrum | None = None, **settings: Any) -> str:
