@@ -69,7 +69,7 @@ class LevenbergMarquardt(NewtonOptimizer[LevenbergMarquardtState]):
     of the numbers of rows and parameters.
 
     Use it with the whole data set or large batches where an error of 1e-4 is not the end: physics-informed networks,
-    curve fitting, regression with up to about ten thousand rows or a few thousand parameters. Do not use it for
+    curve fitting, regression with up to a few thousand rows or parameters. Do not use it for
     classification, where `HessianFree` is faster, with models that couple samples, such as BatchNorm in training mode,
     or where both numbers are large.
 
@@ -96,8 +96,9 @@ class LevenbergMarquardt(NewtonOptimizer[LevenbergMarquardtState]):
         acceleration: Whether to follow the geodesic to second order, for one forward pass more. Default True.
         momentum: Part of the last direction that the step begins with, from 0 to below 1 (SPRING: Goldshlager,
             Abrahamsen & Lin 2024), for batches that change from step to step. Default 0.
-        rows: Number of rows of the matrix at most; of more, so many are chosen at random in each step, while gradient
-            and trials take all. Default 10000: a matrix of 0.8 gigabytes in double precision.
+        rows: Size of the matrix at most, where there are more parameters: of more rows, so many are chosen at random in
+            each step, while gradient and trials take all. Default 4096: a matrix of 0.13 gigabytes in double precision,
+            whose factor takes about a second. No more parameters than that take all rows, up to one gigabyte of them.
         max_trials: Number of dampings tried in a step, on one matrix, one or more. Default 10: another damping takes
             a factorisation, another step the rows too.
         min_damping: Lower bound, above zero. Default 1e-30: none in practice, for the damping is not lowered below four
@@ -145,7 +146,7 @@ class LevenbergMarquardt(NewtonOptimizer[LevenbergMarquardtState]):
         scaling: float = 0.5,
         acceleration: bool = True,
         momentum: float = 0.0,
-        rows: int = 10_000,
+        rows: int = 4096,
         max_trials: int = 10,
         min_damping: float = 1e-30,
         max_damping: float = 1e12,
@@ -182,7 +183,8 @@ class LevenbergMarquardt(NewtonOptimizer[LevenbergMarquardtState]):
         evaluation, settings = model.evaluation, self._settings
         assert evaluation is not None
         # 2a. The rows R, with R'R = A but for the decay. In other samples in each step, if not all are taken.
-        rows = residual_rows(evaluation, settings["rows"], settings["seed"] + state.steps)
+        most = most_rows(model.gradient.numel(), settings["solve"], settings["rows"])
+        rows = residual_rows(evaluation, most, settings["seed"] + state.steps)
         if not bool(rows.residuals.isfinite().all()):
             raise FloatingPointError("A residual is not finite.")
         # 2b. The equations, which serve all dampings of this step.
@@ -224,6 +226,15 @@ def _check_only(settings: dict[str, Any], name: str, allowed: Sequence[str], rem
             f"{name} must be {values} for LevenbergMarquardt, which takes the rows of the Gauss-Newton matrix from the "
             f"graph, got {settings[name]!r}. {remedy}."
         )
+
+
+def most_rows(n: int, solve: Literal["auto", "samples", "parameters"], limit: int) -> int:
+    """Return the number of rows to take at most: a matrix in the parameters is no larger for more of them."""
+    return limit if solve == "samples" or n > limit else max(limit, _NUMBERS // n)
+
+
+# Numbers that the rows may have where equations are solved in the parameters.
+_NUMBERS = 2**27
 
 
 def equations_of(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from newtonopt import LevenbergMarquardt, evaluate, mark_outputs
 from newtonopt.operators.rows import residual_rows
-from newtonopt.optimizers.levenberg_marquardt import along_geodesic
+from newtonopt.optimizers.levenberg_marquardt import along_geodesic, most_rows
 from newtonopt.optimizers.model import Bend, Proposal, QuadraticModel
 from newtonopt.solvers.least_squares import metric
 from newtonopt.solvers.solution import Iterate
@@ -335,6 +335,20 @@ def test_momentum_begins_with_the_last_direction() -> None:
     d = 0.8 * first
     expected = d - A.T @ torch.linalg.solve(A @ A.T + shift, A @ first - y + A @ d)
     torch.testing.assert_close(p.detach() - first, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_few_parameters_take_all_rows() -> None:
+    reports, _ = fitted(30, rows=20, solve="parameters")
+    assert reports[0].rows == 20  # more parameters than the limit
+    p = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    t = torch.linspace(0, 1, 50, dtype=torch.float64)
+    optimizer = LevenbergMarquardt([p], rows=20)
+    optimizer.step(lambda: F.mse_loss(p[0] * torch.exp(-p[1] * t), t))
+    assert optimizer.last_step is not None and optimizer.last_step.rows == 50
+    optimizer = LevenbergMarquardt([p], rows=20, solve="samples")
+    optimizer.step(lambda: F.mse_loss(p[0] * torch.exp(-p[1] * t), t))
+    assert optimizer.last_step is not None and optimizer.last_step.rows == 20
+    assert most_rows(10**6, "auto", 4096) == 4096 and most_rows(1000, "auto", 4096) == 2**27 // 1000
 
 
 def test_a_loss_without_rows_is_refused() -> None:
