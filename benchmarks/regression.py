@@ -160,7 +160,7 @@ def _scipy(problem: Regression, start: np.ndarray, **settings: Any) -> Found:
 
 METHODS: dict[str, Callable[[Regression, np.ndarray], Found]] = {
     "LevenbergMarquardt": ours,
-    "the same, scaling=1": lambda problem, start: ours(problem, start, scaling=1.0),
+    "LevenbergMarquardt, scaling=1": lambda problem, start: ours(problem, start, scaling=1.0),
     "SciPy lm": lambda problem, start: scipy_usual(problem, start, "lm"),
     "SciPy trf": lambda problem, start: scipy_usual(problem, start, "trf"),
     "SciPy lm, best": lambda problem, start: scipy_best(problem, start, "lm"),
