@@ -3,8 +3,8 @@
     nist      the 27 problems of NIST's Statistical Reference Datasets, from both starts, against certified parameters
     spectrum  a thousand samples of five peaks on a sloping background, against the best solution that any method found
 
-Ours takes the ordinary closure of a model written in torch, with its defaults, and with the damping in units of the
-columns (`scaling=1`), which parameters with units need. SciPy takes the same model written in NumPy, with its defaults,
+Ours takes the ordinary closure of a model written in torch, with its defaults, for which parameters with units are damped in
+these, and as for networks (`scaling=1/2`). SciPy takes the same model written in NumPy, with its defaults,
 and at its best: with the exact Jacobian, columns scaled (`x_scale="jac"`) and tolerances at the rounding floor.
 
 Ours stops after three steps that change no parameter by more than 1e-11 of itself, SciPy at its tolerances; all stop
@@ -160,7 +160,7 @@ def _scipy(problem: Regression, start: np.ndarray, **settings: Any) -> Found:
 
 METHODS: dict[str, Callable[[Regression, np.ndarray], Found]] = {
     "LevenbergMarquardt": ours,
-    "LevenbergMarquardt, scaling=1": lambda problem, start: ours(problem, start, scaling=1.0),
+    "LevenbergMarquardt, scaling=1/2": lambda problem, start: ours(problem, start, scaling=0.5),
     "SciPy lm": lambda problem, start: scipy_usual(problem, start, "lm"),
     "SciPy trf": lambda problem, start: scipy_usual(problem, start, "trf"),
     "SciPy lm, best": lambda problem, start: scipy_best(problem, start, "lm"),

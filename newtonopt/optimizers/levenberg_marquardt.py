@@ -92,7 +92,8 @@ class LevenbergMarquardt(NewtonOptimizer[LevenbergMarquardtState]):
             parameters.
         scaling: Power of `A`'s diagonal in `C`, from 0 to 1: 0 is Levenberg's damping by the identity, 1 is
             Marquardt's, which parameters with units need. The diagonal of a weight matrix is replaced by the outer
-            product of its row and column means; with weight decay by its mean. Default 1/2, see benchmarks/NOTES.md.
+            product of its row and column means; with weight decay by its mean. Default None: 1/2, or 1 if
+            every parameter is a number or a vector, as in a formula to be fitted; see benchmarks/NOTES.md.
         acceleration: Whether to follow the geodesic to second order, for one forward pass more. Default True.
         momentum: Part of the last direction that the step begins with, from 0 to below 1 (SPRING: Goldshlager,
             Abrahamsen & Lin 2024), for batches that change from step to step. Default 0.
@@ -143,7 +144,7 @@ class LevenbergMarquardt(NewtonOptimizer[LevenbergMarquardtState]):
         weight_decay: float = 0.0,
         products: Products = "auto",
         solve: Literal["auto", "samples", "parameters"] = "auto",
-        scaling: float = 0.5,
+        scaling: float | None = None,
         acceleration: bool = True,
         momentum: float = 0.0,
         rows: int = 4096,
@@ -168,7 +169,8 @@ class LevenbergMarquardt(NewtonOptimizer[LevenbergMarquardtState]):
         _check_only(settings, "curvature", ("gauss_newton",), "Take HessianFree, NewtonCG or DampedNewton")
         _check_only(settings, "products", ("auto", "cached"), "Take HessianFree, which needs products only")
         check_choices(settings, solve=("auto", "samples", "parameters"))
-        check_up_to_one("scaling", settings["scaling"])
+        if settings["scaling"] is not None:
+            check_up_to_one("scaling", settings["scaling"])
         check_flag("acceleration", settings["acceleration"])
         check_below_one("momentum", settings["momentum"])
         for name in ("rows", "max_trials"):
@@ -238,7 +240,7 @@ _NUMBERS = 2**27
 
 
 def equations_of(
-    rows: Rows, decay: float | Tensor, solve: Literal["auto", "samples", "parameters"], scaling: float
+    rows: Rows, decay: float | Tensor, solve: Literal["auto", "samples", "parameters"], scaling: float | None
 ) -> tuple[Equations, Literal["samples", "parameters"]]:
     """Return the equations of the damped step in the smaller of their forms, with its name.
 
@@ -246,9 +248,13 @@ def equations_of(
         rows: The rows.
         decay: Weight decay, one number or its diagonal `(n,)`.
         solve: The form that the user wants.
-        scaling: Power of the columns' mean squares in the damping's units.
+        scaling: Power of the columns' mean squares in the damping's units; None: 1 without a matrix of parameters, else
+            1/2.
     """
-    (m, n), M = rows.shape, metric(rows, decay, scaling)
+    m, n = rows.shape
+    if scaling is None:
+        scaling = 0.5 if any(len(shape) > 1 for shape in rows.shapes) else 1.0
+    M = metric(rows, decay, scaling)
     if solve == "samples" or (solve == "auto" and m <= n and n > _FEW):
         return in_samples(rows, M), "samples"
     return (orthogonal if n <= _FEW else in_parameters)(rows, M), "parameters"

@@ -126,15 +126,11 @@ def metric(matrix: Matrix, decay: float | Tensor, power: float) -> Metric:
 def _scale(left: Tensor, right: Tensor | None, decay: float, usual: float, power: float) -> Weight:
     """Return `C` for one tensor from the sums of its columns' squares."""
     count = left.numel() * (1 if right is None else right.numel())
-    mean = float(left.sum()) / count
-    if decay or power == 0.0 or mean <= _LEAST * usual:
-        return float(usual * max(mean / usual, _LEAST) ** power)
-    rows = usual * (left / (usual * (1 if right is None else right.numel()))).clamp(min=_LEAST) ** power
-    return rows, None if right is None else (right / (mean * left.numel())).clamp(min=_LEAST) ** power
-
-
-# Least square of a column in units of the mean.
-_LEAST = 1e-12
+    mean, least = float(left.sum()) / count, torch.finfo(left.dtype).eps ** 2
+    if decay or power == 0.0 or mean <= least * usual:
+        return float(usual * max(mean / usual, least) ** power)
+    rows = usual * (left / (usual * (1 if right is None else right.numel()))).clamp(min=least) ** power
+    return rows, None if right is None else (right / (mean * left.numel())).clamp(min=least) ** power
 
 
 def _entries(weight: Weight, size: int, like: Tensor) -> Tensor:

@@ -98,6 +98,26 @@ def test_groups_and_decay_and_frozen_parameters_are_those_of_the_dense_step(
     torch.testing.assert_close(proposal_of(optimizer, case), expected, rtol=1e-9, atol=1e-10 * float(expected.norm()))
 
 
+@pytest.mark.parametrize(
+    ("parameter", "power"), [(torch.ones(3), 1.0), (torch.ones(3, 1), 0.5)], ids=["vector", "matrix"]
+)
+def test_parameters_with_units_are_damped_in_these(parameter: Tensor, power: float) -> None:
+    """A formula's parameters: a change of their units changes nothing."""
+    t = torch.linspace(0, 1, 20, dtype=torch.float64)
+    found = {}
+    for unit in (1.0, 1e6):
+        p = (parameter.double() / torch.tensor([unit, 1.0, 1.0]).view(parameter.shape)).requires_grad_()
+        optimizer = LevenbergMarquardt([p], damping=1.0, acceleration=False)
+
+        def closure(p: Tensor = p, unit: float = unit) -> Tensor:
+            a, b, c = p.flatten()
+            return F.mse_loss(unit * a * t + b * t**2 + c, t.exp())
+
+        optimizer.step(closure)
+        found[unit] = p.detach().flatten() * torch.tensor([unit, 1.0, 1.0])
+    assert torch.allclose(found[1.0], found[1e6], rtol=1e-8) == (power == 1.0)
+
+
 def test_a_gradient_outside_the_rows_is_followed_too() -> None:
     """A penalty that does not go through the outputs has no rows."""
     model, x = nn.Linear(3, 1).double(), torch.randn(8, 3, dtype=torch.float64)
