@@ -3,9 +3,10 @@
     nist      the 27 problems of NIST's Statistical Reference Datasets, from both starts, against certified parameters
     spectrum  a thousand samples of five peaks on a sloping background, against the best solution that any method found
 
-Ours takes the ordinary closure of a model written in torch, with its defaults, for which parameters with units are damped in
-these, and as for networks (`scaling=1/2`). SciPy takes the same model written in NumPy, with its defaults,
-and at its best: with the exact Jacobian, columns scaled (`x_scale="jac"`) and tolerances at the rounding floor.
+Ours takes the ordinary closure of a model written in torch, with its defaults, which damp the parameters of a formula
+in their own units, and as it damps networks (`scaling=1/2`). SciPy takes the same model written in NumPy, with its
+defaults, and at its best: with the exact Jacobian, columns scaled (`x_scale="jac"`) and tolerances at the rounding
+floor.
 
 Ours stops after three steps that change no parameter by more than 1e-11 of itself, SciPy at its tolerances; all stop
 after 1000 steps (SciPy's default: 1000 evaluations for each parameter). Times are processor times of one thread.

@@ -512,9 +512,9 @@ _RECOGNISED = (
     "The recognised losses are cross_entropy, log_softmax followed by nll_loss or kl_div, mse_loss, huber_loss, "
     "smooth_l1_loss, binary_cross_entropy (also with logits), poisson_nll_loss and the soft margin losses of "
     "torch.nn.functional. For any other loss call `z = newtonopt.mark_outputs(z)` on the model's output inside the "
-    'closure, or use curvature="hessian".'
+    'closure, or use curvature="hessian" (HessianFree and others).'
 )
-_HESSIAN = 'use curvature="hessian"'
+_HESSIAN = 'use curvature="hessian" (HessianFree and others)'
 _PIECEWISE = f"is piecewise linear, so its Gauss-Newton matrix is zero or undefined: {_HESSIAN}"
 _NO_LOG_SOFTMAX = "was given something other than the log-softmax over classes"
 _EMBEDDINGS = f"is not convex in the embeddings: {_HESSIAN}"

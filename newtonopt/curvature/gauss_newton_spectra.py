@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,6 @@ from torch import Tensor
 from newtonopt.checks import check_flag, check_positive
 from newtonopt.closure.evaluation import Evaluation
 from newtonopt.curvature.drawing import figure_of, panels
-from newtonopt.operators.factors import Factors, Formed
 from newtonopt.operators.matrices import gauss_newton
 from newtonopt.operators.rows import Rows, RowsError, residual_rows
 from newtonopt.vectors.memory import check_room, fits
@@ -188,7 +187,7 @@ def gauss_newton_spectrum(evaluation: Evaluation, vectors: bool = False) -> Exac
     from_products = not vectors and k < n and _takes_products(rows)
     if from_products:
         # Eigenvalues of R R' below rounding may come out negative.
-        squares = torch.linalg.eigvalsh(_finite(_widened(rows).gram())).flip(0).clamp_min(0.0).cpu()
+        squares = torch.linalg.eigvalsh(_finite(rows.double().gram())).flip(0).clamp_min(0.0).cpu()
         found = None
     else:
         s, found = _decomposed(rows, decay, k, vectors)
@@ -278,15 +277,6 @@ def _spans(rows: Rows, length: int) -> Iterator[Tensor]:
     """Yield the rows in blocks `(length, n)`."""
     for span in torch.arange(rows.shape[0], device=rows.residuals.device).split(length):
         yield torch.cat([part.ordered(span).dense() for part in rows.parts], 1).double()
-
-
-def _widened(rows: Rows) -> Rows:
-    """Return the rows in float64."""
-    parts = tuple(
-        Factors(p.left.double(), p.right.double()) if isinstance(p, Factors) else Formed(p.rows.double())
-        for p in rows.parts
-    )
-    return replace(rows, residuals=rows.residuals.double(), parts=parts)
 
 
 def _finite(matrix: Tensor) -> Tensor:

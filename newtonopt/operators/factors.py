@@ -73,6 +73,10 @@ class Factors:
             right += (self.left[a] * self.left[b]).sum(1) @ (self.right[a] * self.right[b])
         return left, right
 
+    def double(self) -> Factors:
+        """Return the rows in float64."""
+        return Factors(self.left.double(), self.right.double())
+
     def ordered(self, order: Tensor) -> Factors:
         """Return the rows of these numbers."""
         return Factors(self.left[:, order], self.right[:, order])
@@ -124,6 +128,10 @@ class Formed:
             return squares, None
         matrix = squares.view(self.height, -1)
         return matrix.sum(1), matrix.sum(0)
+
+    def double(self) -> Formed:
+        """Return the rows in float64."""
+        return Formed(self.rows.double(), self.height)
 
     def ordered(self, order: Tensor) -> Formed:
         """Return the rows of these numbers."""

@@ -372,5 +372,5 @@ def _check_gauss_newton(evaluation: Evaluation) -> None:
             "Part of the loss does not depend on the parameters through the recorded outputs, such as a penalty that "
             "is not a sum of squares or another term written by hand. The Gauss-Newton matrix leaves that part out. "
             "Mark the outputs of such terms with newtonopt.mark_outputs, write an L2 penalty as weight_decay=... or a "
-            'sum of squares, or use curvature="hessian".'
+            'sum of squares, or use curvature="hessian" (HessianFree and others).'
         )

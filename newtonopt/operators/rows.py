@@ -113,6 +113,12 @@ class Rows:
         """Return `R`, `(m, n)`."""
         return torch.cat([part.dense() for part in self.parts], 1)
 
+    def double(self) -> Rows:
+        """Return the rows in float64, for equations whose conditioning float32 would not stand."""
+        parts, rest = tuple(part.double() for part in self.parts), self.remainder
+        residuals, remainder = self.residuals.double(), None if rest is None else rest.double()
+        return replace(self, residuals=residuals, remainder=remainder, parts=parts)
+
     def squares(self) -> Tensor:
         """Return the squared norms of the rows, `(m,)`: the diagonal of `R R'`."""
         return torch.stack([part.squares() for part in self.parts]).sum(0)

@@ -186,7 +186,8 @@ class LevenbergMarquardt(NewtonOptimizer[LevenbergMarquardtState]):
         assert evaluation is not None
         # 2a. The rows R, with R'R = A but for the decay. In other samples in each step, if not all are taken.
         most = most_rows(model.gradient.numel(), settings["solve"], settings["rows"])
-        rows = residual_rows(evaluation, most, settings["seed"] + state.steps)
+        # Equations square the rows' condition number, which the digits of float32 would not stand.
+        rows = residual_rows(evaluation, most, settings["seed"] + state.steps).double()
         if not bool(rows.residuals.isfinite().all()):
             raise FloatingPointError("A residual is not finite.")
         # 2b. The equations, which serve all dampings of this step.
@@ -264,25 +265,29 @@ def _right_sides(rows: Rows, model: QuadraticModel, evaluation: Evaluation) -> t
     """Return `r` and `u` with the gradient `R'r + u`: as much of it as possible in the range of `R'`."""
     if model.gradient is not evaluation.gradient:
         # The rows are those of a curvature_closure.
-        return torch.zeros_like(rows.residuals), model.gradient
+        return torch.zeros_like(rows.residuals), model.gradient.to(rows.residuals.dtype)
     if not decays(evaluation.decay):
         return rows.residuals, rows.remainder
-    pull = evaluation.gradient - evaluation.data_gradient
+    pull = (evaluation.gradient - evaluation.data_gradient).to(rows.residuals.dtype)
     return rows.residuals, pull if rows.remainder is None else pull + rows.remainder
 
 
 def _known_by(rows: Rows, evaluation: Evaluation, model: QuadraticModel) -> LinearOperator:
     """Return `A = R'R + D` by products with the rows, which need no graph."""
-    n = rows.shape[1]
-    return LinearOperator(lambda v: rows.pull(rows.push(v)) + evaluation.decay * v, (n, n), model.gradient, psd=True)
+    n, dtype = rows.shape[1], rows.residuals.dtype
+
+    def product(v: Tensor) -> Tensor:
+        return rows.pull(rows.push(v.to(dtype))).to(v.dtype) + evaluation.decay * v
+
+    return LinearOperator(product, (n, n), model.gradient, psd=True)
 
 
 def _rounding(rows: Rows, evaluation: Evaluation) -> float:
-    """Return how much the loss changes where the parameters are rounded in their last digit, to first order."""
-    point = flatten(evaluation.params, evaluation.params).detach()
-    flips = signs(point, torch.Generator().manual_seed(0))
-    moved = evaluation.coarse_eps * rows.push(point * flips)
-    return float(moved.norm()) * (float(rows.residuals.norm()) + float(moved.norm()))
+    """Return how much the loss usually changes where the parameters are rounded in their last digit."""
+    point = flatten(evaluation.params, evaluation.params).detach().to(rows.residuals.dtype)
+    moved = evaluation.coarse_eps * rows.push(point * signs(point, torch.Generator().manual_seed(0)))
+    # The residuals change in one direction or the other.
+    return float((rows.residuals * moved).norm()) + float(moved.square().sum())
 
 
 def along_geodesic(
@@ -311,13 +316,14 @@ def along_geodesic(
         # A model that predicts a rise, by rounding or from some of the rows, tells nothing: the step is rejected.
         ratios.append(reduction_ratio(model.loss, loss, predicted, model.eps) if predicted > 0.0 else -math.inf)
         accepted = ratios[-1] >= _LEAST
-        drowned = not accepted and abs(predicted) <= _SEEN * proposal.noise and math.isfinite(loss)
+        drowned = not accepted and 0.0 < predicted <= _SEEN * proposal.noise and math.isfinite(loss)
         if accepted or drowned or len(ratios) > _SHORTENINGS:
             break
         t *= _SHORTENING
     refusal = "the predicted decrease is below the rounding of the loss" if drowned else TOO_HIGH
-    first = 0.5 if drowned else ratios[0]
-    return Outcome(step, predicted, loss, ratios[-1], first, accepted, len(ratios), refusal, share, drowned), shortened
+    return Outcome(
+        step, predicted, loss, ratios[-1], ratios[0], accepted, len(ratios), refusal, share, drowned
+    ), shortened
 
 
 @dataclass(frozen=True)
@@ -355,7 +361,7 @@ class _Again(Shorter[LevenbergMarquardtState]):
         # 2d. The direction, from mu d on, d the last one: with R d in place of a residual, and D d of a slope.
         r, outside, start = self.r, self.outside, None
         if self.momentum and state.last is not None:
-            start = self.momentum * state.last
+            start = self.momentum * state.last.to(r.dtype)
             r = r + self.rows.push(start)
             if self.equations.metric.decays:
                 more = self.equations.metric.at(0.0) * start
@@ -364,6 +370,7 @@ class _Again(Shorter[LevenbergMarquardtState]):
         v = v if start is None else v + start
         if not bool(v.isfinite().all()):
             raise FloatingPointError("The step is not finite.")
+        v = v.to(self.model.gradient.dtype)
         state = replace(state, control=damping, last=v if self.momentum else None)
         step, (m, _), count = self.model.rates * v, self.rows.shape, self.rows.count
         return Proposal(
@@ -399,10 +406,11 @@ class _Again(Shorter[LevenbergMarquardtState]):
             return None
         with unrounded(v):
             # 3a. r_vv = 2 / h ((r(x + h v) - r(x)) / h - R v), and a by the same factor.
-            second = (2 / _H) * (self.rows.weigh(change).to(v.dtype) / _H - self.rows.push(v))
+            wide = v.to(self.r.dtype)
+            second = (2 / _H) * (self.rows.weigh(change).to(wide.dtype) / _H - self.rows.push(wide))
             a = solve(second, None)
             if isinstance(self.model.rates, Tensor):
                 a = a * (self.model.rates > 0)  # a group with the rate zero stays where it is
-            size = self.equations.metric.norm(v)
+            size = self.equations.metric.norm(wide)
             share = self.equations.metric.norm(a) / size if size else math.nan
-        return Bend(a, share) if math.isfinite(share) else None
+        return Bend(a.to(v.dtype), share) if math.isfinite(share) else None
