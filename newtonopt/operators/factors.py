@@ -21,8 +21,8 @@ from newtonopt.vectors.memory import check_room
 _BLOCK = 192
 # On a GPU launching a kernel takes as long as a small block, and there is no cache to stay in.
 _GPU_BLOCK = 2048
-# Rows whose inner products with all before are formed at once.
-_WIDE = 1024
+# Entries of a parameter from which on its rows are multiplied alone.
+_WIDE = 256
 _REMEDY = "Use fewer samples, or HessianFree, which needs products alone."
 
 
@@ -232,10 +232,14 @@ class Gathered:
 
 def gram(parts: Sequence[Factors | Formed], out: Tensor) -> Tensor:
     """Return the rows' inner products, `(m, m)`; `out` is overwritten."""
-    rows = torch.cat([out.new_empty(len(out), 0), *(part.rows for part in parts if isinstance(part, Formed))], 1)
-    for first in range(0, len(out), _WIDE):
-        stop = min(first + _WIDE, len(out))
-        torch.mm(rows[first:stop], rows[:stop].T, out=out[first:stop, :stop])
+    formed = [part.rows for part in parts if isinstance(part, Formed)]
+    # Thin parameters, such as biases, are one; copying wide ones would take longer than it saves.
+    thin = torch.cat([out.new_empty(len(out), 0), *(rows for rows in formed if rows.shape[1] < _WIDE)], 1)
+    size = _block_of(out)
+    for rows in (thin, *(rows for rows in formed if rows.shape[1] >= _WIDE)):
+        for first in range(0, len(out), size):
+            stop = min(first + size, len(out))
+            out[first:stop, :stop].addmm_(rows[first:stop], rows[:stop].T, beta=float(rows is not thin))
     for part in parts:
         if isinstance(part, Factors):
             part.gram(out)

@@ -69,7 +69,7 @@ def test_inner_products_in_blocks(m: int, monkeypatch: pytest.MonkeyPatch) -> No
     true = formed.rows @ formed.rows.T
     close(grammed(factored), true)
     monkeypatch.setattr(module, "_BLOCK", 7)
-    monkeypatch.setattr(module, "_WIDE", 64)
+    monkeypatch.setattr(module, "_WIDE", 10)
     for part in (factored, formed):
         found = grammed(part)
         close(found, true)
