@@ -78,6 +78,8 @@ CLOSURES = [_batches, _loader, _counter, _temperature, _centre]
 @pytest.mark.parametrize("products", FORMS)
 def test_no_step_is_taken(make: Any, dtype: torch.dtype, products: Any) -> None:
     for kind in OPTIMIZERS:
+        if kind is LevenbergMarquardt and products not in ("auto", "cached"):
+            continue  # it takes rows from the graph alone
         case = Fresh(dtype)
         before = [p.detach().clone() for p in case.params]
         optimizer = kind(case.params, products=products)
