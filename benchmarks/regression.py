@@ -50,7 +50,7 @@ REPEATS, ENOUGH = 3, 0.3  # runs of a fit, of which the fastest counts; less onc
 
 @dataclass(frozen=True)
 class Fit:
-    """What a method found from one start.
+    """Result of one method from one start.
 
     Attributes:
         problem: Name of the problem.

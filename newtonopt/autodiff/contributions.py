@@ -29,7 +29,7 @@ class Outer:
     """Row `r` contributes `outer(left[r], right[r])`, `(p, q)`.
 
     Attributes:
-        left: `(rows, p)`; or None for row numbers, see `which`.
+        left: `(rows, p)`.
         right: `(rows, q)`.
         samples: Number of the sample of each row, -1 where the contribution is zero.
     """

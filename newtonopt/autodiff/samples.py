@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,6 +51,20 @@ class Samples:
         """Number of entries of a sample."""
         return self.index.shape[1]
 
+    @cached_property
+    def weights(self) -> Tensor:
+        """Random weights along which samples are told apart, `(samples, columns)`, of either sign, from 1 to 2.
+
+        Along ones a sum over samples could be a power of two, and look like an entry of one sample.
+        """
+        coarsest = max((z.dtype for z in self.outputs), key=lambda dtype: torch.finfo(dtype).eps)
+        dtype = torch.float64 if coarsest == torch.float64 else torch.float32
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.rand(self.index.shape, generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
+        signed = drawn + torch.copysign(torch.ones_like(drawn), drawn)
+        # As the outputs' cotangents will be rounded.
+        return signed.to(coarsest).to(dtype).to(self.index.device)
+
     def cotangents(self, values: Tensor) -> list[Tensor]:
         """Return values `(samples, columns)` as one tensor for each output."""
         flat = values.new_empty(self.index.numel())
@@ -80,7 +95,7 @@ class Labelled:
     """A gradient with the number of the sample that each entry belongs to.
 
     Attributes:
-        gradient: The gradient along `weights_of` the samples.
+        gradient: The gradient along the samples' weights.
         samples: Numbers of the samples, shaped as the gradient; -1 where the gradient is zero or nearly underflows.
     """
 
@@ -113,11 +128,11 @@ class Use:
 def labels_at(samples: Samples, edges: Sequence[Edge]) -> list[Labelled | None]:
     """Return the gradients at these edges with their samples' numbers; None where there is a mixture.
 
-    The gradients are taken along `weights_of(samples)`.
+    The gradients are taken along `samples.weights`.
     """
     if not edges:
         return []
-    weights, by = weights_of(samples), [GradientEdge(*edge) for edge in edges]
+    weights, by = samples.weights, [GradientEdge(*edge) for edge in edges]
     base = samples.gradients(weights, by)
     radix, digits = _radix(samples)
     numbers = torch.arange(samples.count, device=weights.device)
@@ -145,18 +160,6 @@ def _nothing(edge: Edge) -> Labelled:
     of = edge[0]._input_metadata[edge[1]]
     zeros = torch.zeros((), dtype=of.dtype, device=of.device).expand(of.shape)
     return Labelled(zeros, torch.full((), -1, device=of.device).expand(of.shape))
-
-
-def weights_of(samples: Samples) -> Tensor:
-    """Return the random weights along which samples are told apart, `(samples, columns)`, of either sign, from 1 to 2.
-
-    Along ones a sum over samples could be a power of two, and look like an entry of one sample.
-    """
-    like = samples.outputs[0]
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.rand(samples.index.shape, generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
-    return (drawn + torch.copysign(torch.ones_like(drawn), drawn)).to(dtype).to(like.device)
 
 
 def _radix(samples: Samples) -> tuple[int, int]:

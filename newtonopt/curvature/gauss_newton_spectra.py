@@ -57,7 +57,7 @@ class ExactSpectrum:
 
     @property
     def nonzero(self) -> Tensor:
-        """Those of `values` that are not zero up to rounding."""
+        """Entries of `values` that are not zero up to rounding."""
         return self.values[self.values > self.errors]
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -170,64 +170,91 @@ def joined(parts: Sequence[Factors | Formed]) -> Factors | Formed:
     return Factors(left, right)
 
 
-@dataclass
-class Gathered:
-    """Parts of the rows of one parameter, as they are found.
+@dataclass(frozen=True, eq=False)
+class Outers:
+    """Rows of one parameter that are sums of outer products.
 
     Attributes:
-        shape: Shape of the parameter.
-        outers: First row and factors `(rows, times, p)`, `(rows, times, q)`.
-        formed: First row and rows `(rows, size)`.
+        first: Number of the first row.
+        left: `(rows, times, p)`.
+        right: `(rows, times, q)`.
     """
 
-    shape: torch.Size
-    outers: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
-    formed: list[tuple[int, Tensor]] = field(default_factory=list)
+    first: int
+    left: Tensor
+    right: Tensor
 
-    def add_outer(self, first: int, left: Tensor, right: Tensor) -> None:
-        """Add outer products to the rows from `first` on; those with an equal factor become one."""
-        for place, (start, one, other) in enumerate(self.outers):
-            if start == first and one.shape == left.shape and other.shape == right.shape:
-                if torch.equal(one, left):
-                    self.outers[place] = (start, one, other + right)
-                    return
-                if torch.equal(other, right):
-                    self.outers[place] = (start, one + left, other)
-                    return
-        self.outers.append((first, left, right))
 
-    def add_formed(self, first: int, rows: Tensor) -> None:
-        """Add rows to those from `first` on."""
-        self.formed.append((first, rows))
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Rows of one parameter as they are.
 
-    def rows(self, m: int, like: Tensor) -> Factors | Formed:
-        """Return all `m` rows, in the cheaper form."""
-        times: dict[int, int] = {}
-        for first, left, _ in self.outers:
-            times[first] = times.get(first, 0) + left.shape[1]
-        widths = {(left.shape[2], right.shape[2]) for _, left, right in self.outers}
-        s = max(times.values(), default=0)
-        p = self.shape[0] if self.shape else 1
-        size, q = math.prod(self.shape), math.prod(self.shape[1:])
-        if widths == {(p, q)} and not self.formed and s * s * (p + q) < size:
-            return self._factors(m, s, p, q, like)
-        check_room(m * size, like.dtype, like.device, f"{m} rows of a parameter of {size} entries", _REMEDY)
-        rows = like.new_zeros(m, size)
-        for first, left, right in self.outers:
-            rows[first : first + len(left)] += torch.einsum("ntp,ntq->npq", left, right).flatten(1)
-        for first, part in self.formed:
-            rows[first : first + len(part)] += part
-        return Formed(rows, p)
+    Attributes:
+        first: Number of the first row.
+        rows: `(rows, size)`.
+    """
 
-    def _factors(self, m: int, s: int, p: int, q: int, like: Tensor) -> Factors:
-        left, right = like.new_zeros(s, m, p), like.new_zeros(s, m, q)
-        used: dict[int, int] = {}
-        for first, one, other in self.outers:
-            start = used.get(first, 0)
-            used[first] = stop = start + one.shape[1]
-            left[start:stop, first : first + len(one)] = one.transpose(0, 1)
-            right[start:stop, first : first + len(other)] = other.transpose(0, 1)
-        return Factors(left, right)
+    first: int
+    rows: Tensor
+
+
+Piece = Outers | Block
+
+
+def assembled(pieces: Sequence[Piece], shape: torch.Size, m: int, like: Tensor) -> Factors | Formed:
+    """Return all `m` rows of a parameter of this shape in the cheaper form, the sums of these pieces.
+
+    Raises:
+        MemoryError: They are to be formed, and would not fit.
+    """
+    outers = merged([piece for piece in pieces if isinstance(piece, Outers)])
+    blocks = [piece for piece in pieces if isinstance(piece, Block)]
+    times: dict[int, int] = {}
+    for piece in outers:
+        times[piece.first] = times.get(piece.first, 0) + piece.left.shape[1]
+    widths = {(piece.left.shape[2], piece.right.shape[2]) for piece in outers}
+    s = max(times.values(), default=0)
+    p = shape[0] if shape else 1
+    size, q = math.prod(shape), math.prod(shape[1:])
+    if widths == {(p, q)} and not blocks and s * s * (p + q) < size:
+        return _factors(outers, m, s, like)
+    check_room(m * size, like.dtype, like.device, f"{m} rows of a parameter of {size} entries", _REMEDY)
+    rows = like.new_zeros(m, size)
+    for piece in outers:
+        formed = torch.einsum("ntp,ntq->npq", piece.left, piece.right).flatten(1)
+        rows[piece.first : piece.first + len(formed)] += formed
+    for block in blocks:
+        rows[block.first : block.first + len(block.rows)] += block.rows
+    return Formed(rows, p)
+
+
+def merged(outers: Sequence[Outers]) -> list[Outers]:
+    """Return the outer products with those of the same rows that have an equal factor made one."""
+    found: list[Outers] = []
+    for new in outers:
+        for place, old in enumerate(found):
+            if old.first == new.first and old.left.shape == new.left.shape and old.right.shape == new.right.shape:
+                if torch.equal(old.left, new.left):
+                    found[place] = Outers(old.first, old.left, old.right + new.right)
+                    break
+                if torch.equal(old.right, new.right):
+                    found[place] = Outers(old.first, old.left + new.left, old.right)
+                    break
+        else:
+            found.append(new)
+    return found
+
+
+def _factors(outers: Sequence[Outers], m: int, s: int, like: Tensor) -> Factors:
+    left, right = (like.new_zeros(s, m, side.shape[2]) for side in (outers[0].left, outers[0].right))
+    used: dict[int, int] = {}
+    for piece in outers:
+        start = used.get(piece.first, 0)
+        used[piece.first] = stop = start + piece.left.shape[1]
+        rows = slice(piece.first, piece.first + len(piece.left))
+        left[start:stop, rows] = piece.left.transpose(0, 1)
+        right[start:stop, rows] = piece.right.transpose(0, 1)
+    return Factors(left, right)
 
 
 def gram(parts: Sequence[Factors | Formed], out: Tensor) -> Tensor:

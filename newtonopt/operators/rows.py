@@ -25,10 +25,10 @@ from newtonopt.autodiff.contributions import Contribution, Outer, by_sample, con
 from newtonopt.autodiff.gradients import NoSecondDerivativeError, differentiable_kernels, grad
 from newtonopt.autodiff.graph import bytes_handed_on
 from newtonopt.autodiff.routes import cost_behind, leaves_of, pulled_back, route_to, viewed
-from newtonopt.autodiff.samples import Samples, Use, uses_of, weights_of
+from newtonopt.autodiff.samples import Samples, Use, uses_of
 from newtonopt.closure.evaluation import Evaluation, Manner, Source, Verdict
 from newtonopt.closure.losses import Output
-from newtonopt.operators.factors import Factors, Formed, Gathered, Weight, gram, joined
+from newtonopt.operators.factors import Block, Factors, Formed, Outers, Piece, Weight, assembled, gram, joined
 from newtonopt.operators.products import push_of
 from newtonopt.operators.roots import Head, Root, root_of
 from newtonopt.vectors.flat import flatten
@@ -160,19 +160,25 @@ def jacobian_rows(evaluation: Evaluation) -> Rows:
     check_rows(evaluation)
     if evaluation.parts:
         raise RowsError("Losses count for some of the parameters only")
-    head, gathered = _head(evaluation), [Gathered(p.shape) for p in evaluation.params]
+    head, r = _head(evaluation), evaluation.gradient.new_zeros(0)
+    pieces: list[tuple[int, Piece]] = []
     roots, order, first = [], [], 0
     for z in head.outputs:
-        group = _separated([z], evaluation.params, lambda index: True)
-        units = torch.eye(group.columns, dtype=evaluation.gradient.dtype, device=z.tensor.device)
-        roots.append(Root((z.number,), group.index, units.expand(group.count, -1, -1)))
-        group.gather(roots[-1].blocks, None, gathered, first)
-        order.append(first + group.index.T.reshape(-1).argsort())
+        group, units = _separated([z], evaluation.params, lambda index: _units(index, r))
+        roots.append(Root((z.number,), group.samples.index, units))
+        pieces.extend(group.pieces(units, None, first))
+        order.append(first + group.samples.index.T.reshape(-1).argsort())
         first += z.tensor.numel()
-    rows = _rows(evaluation.gradient.new_zeros(first), first, gathered, roots)
+    rows = _rows(r.new_zeros(first), first, pieces, evaluation.params, roots)
     _check_products(rows, evaluation, head)
-    numbers = torch.cat([torch.arange(0, device=evaluation.gradient.device), *order])
+    numbers = torch.cat([torch.arange(0, device=r.device), *order])
     return replace(rows, parts=tuple(part.ordered(numbers) for part in rows.parts), roots=())
+
+
+def _units(index: Tensor, like: Tensor) -> Tensor:
+    """Return the identity for each sample, `(samples, columns, columns)`."""
+    n, k = index.shape
+    return torch.eye(k, dtype=like.dtype, device=like.device).expand(n, k, k)
 
 
 @torch.no_grad()
@@ -192,19 +198,22 @@ def residual_rows(evaluation: Evaluation, most: int | None = None, seed: int = 0
         MemoryError: The rows would not fit in memory.
     """
     source = evaluation.source
-    if source is None:
-        rows = _own_rows(evaluation, most, seed)
-    else:
-        own = None if most is None else max(1, round(most * source.share))
-        found = source.together(lambda: _attempt(evaluation, own, seed))
-        if not agreed(source, isinstance(found, Rows), evaluation.gradient):
-            raise found if isinstance(found, RowsError) else RowsError("Another process has none")
-        assert isinstance(found, Rows)
-        rows = _of_processes(found, source)
-    rest, size = evaluation.data_gradient - rows.pull(rows.residuals), float(evaluation.data_gradient.norm())
+    if source is None or source.is_alone:
+        return _own_rows(evaluation, most, seed)
+    own = None if most is None else max(1, round(most * source.share))
+    found = source.together(lambda: _attempt(evaluation, own, seed))
+    if not agreed(source, isinstance(found, Rows), evaluation.gradient):
+        raise found if isinstance(found, RowsError) else RowsError("Another process has none")
+    assert isinstance(found, Rows)
+    return _with_remainder(_of_processes(found, source), evaluation.data_gradient)
+
+
+def _with_remainder(rows: Rows, gradient: Tensor) -> Rows:
+    """Return the rows with the part of the gradient that is outside their range."""
+    rest = gradient - rows.pull(rows.residuals)
     # Terms of the gradient that cancel are rounded before.
-    rounding = _ORDER * torch.finfo(rest.dtype).eps * (rows.terms() + size)
-    return rows if float(rest.norm()) <= rounding else replace(rows, remainder=rest)
+    rounding = _ORDER * torch.finfo(rest.dtype).eps * (rows.terms() + float(gradient.norm()))
+    return replace(rows, remainder=None if float(rest.norm()) <= rounding else rest)
 
 
 # How many rounding units a gradient may be off by, relative to its terms.
@@ -227,30 +236,34 @@ def _own_rows(evaluation: Evaluation, most: int | None, seed: int) -> Rows:
     """Return the rows of this process's outputs, checked."""
     check_rows(evaluation)
     if evaluation.parts:
-        return _of_parts([(_own_rows(part, most, seed), mask) for part, mask in evaluation.parts])
-    head, gathered = _head(evaluation), [Gathered(p.shape) for p in evaluation.params]
+        parts = [(_own_rows(part, most, seed), mask) for part, mask in evaluation.parts]
+        return _with_remainder(_of_parts(parts), evaluation.data_gradient)
+    head, params = _head(evaluation), evaluation.params
     if head.graph.heads:
         raise RowsError(head.graph.named("The loss's second derivative cannot be trusted, for it is computed by "))
     is_convex, groups = evaluation.recording.convex, []
     for members in head.groups() if head.outputs else ():
-        groups.append(_rooted(members, head, evaluation.params, is_convex=is_convex))
+        groups.append(_rooted(members, head, params, is_convex=is_convex))
     count = sum(math.prod(root.shape) for _, root in groups)
     generator = torch.Generator().manual_seed(seed)
+    pieces: list[tuple[int, Piece]] = []
     residuals, roots, first = [evaluation.gradient.new_zeros(0)], [], 0
     for group, root in groups:
         chosen, r = None, root.residuals(head.slopes)
         if most is not None and count > most:
-            kept = max(1, round(group.count * most / count))
-            chosen = torch.randperm(group.count, generator=generator, device="cpu")[:kept].to(head.loss.device)
+            samples = len(group.samples.index)
+            kept = max(1, round(samples * most / count))
+            chosen = torch.randperm(samples, generator=generator, device="cpu")[:kept].to(head.loss.device)
             # Weighted, `R'R` and `R'r` of the chosen rows have the expectation of those of all.
-            weight = math.sqrt(group.count / kept)
+            weight = math.sqrt(samples / kept)
             root, r = root.only(chosen, weight), weight * r[:, chosen]
         residuals.append(r.reshape(-1))
-        group.gather(root.blocks, chosen, gathered, first)
+        pieces.extend(group.pieces(root.blocks, chosen, first))
         roots.append(root)
         first += math.prod(root.shape)
-    rows = _rows(torch.cat(residuals), count, gathered, roots)
+    rows = _rows(torch.cat(residuals), count, pieces, params, roots)
     _check_products(rows, evaluation, head)
+    rows = _with_remainder(rows, evaluation.recording.gradient)
     if count == first and not evaluation.leaves_outputs_out():
         _check_gradient(rows, evaluation, head)
     return rows
@@ -263,9 +276,20 @@ def _head(evaluation: Evaluation) -> Head:
     return head
 
 
-def _rows(residuals: Tensor, count: int, gathered: Sequence[Gathered], roots: Sequence[Root]) -> Rows:
-    parts = tuple(found.rows(len(residuals), residuals) for found in gathered)
-    return Rows(residuals, None, count, parts, tuple(found.shape for found in gathered), tuple(roots))
+def _rows(
+    residuals: Tensor,
+    count: int,
+    pieces: Sequence[tuple[int, Piece]],
+    params: Sequence[Tensor],
+    roots: Sequence[Root],
+) -> Rows:
+    """Return the rows made of these pieces, each with the number of its parameter."""
+    own: list[list[Piece]] = [[] for _ in params]
+    for number, piece in pieces:
+        own[number].append(piece)
+    pairs = zip(own, params, strict=True)
+    parts = tuple(assembled(some, p.shape, len(residuals), residuals) for some, p in pairs)
+    return Rows(residuals, None, count, parts, tuple(p.shape for p in params), tuple(roots))
 
 
 def check_rows(evaluation: Evaluation) -> None:
@@ -335,10 +359,10 @@ def _check_gradient(rows: Rows, evaluation: Evaluation, head: Head) -> None:
     reached, close = _spread(rows, rows.residuals, head), _tolerance(head.graph.eps)
     if any(_difference(reached[number], slope) > close for number, slope in head.slopes.items()):
         return  # slopes outside the range of `S` are no part of `R'r`
-    gradient = evaluation.recording.gradient
-    error = float((rows.pull(rows.residuals) - gradient).norm())
-    if error > close * float(gradient.norm()) + 1e4 * head.graph.eps * rows.terms():
-        raise RowsError(_OTHER.format("the gradient", error / float(gradient.norm())))
+    error = 0.0 if rows.remainder is None else float(rows.remainder.norm())
+    size = float(evaluation.recording.gradient.norm())
+    if error > close * size + 1e4 * head.graph.eps * rows.terms():
+        raise RowsError(_OTHER.format("the gradient", error / size))
 
 
 def _spread(rows: Rows, u: Tensor, head: Head) -> dict[int, Tensor]:
@@ -386,8 +410,6 @@ def _of_parts(found: Sequence[tuple[Rows, Tensor]]) -> Rows:
 
 def _of_processes(own: Rows, source: Source) -> Rows:
     """Return the rows of all processes, one below the other: `R'R` is the mean of theirs. Factors travel, not rows."""
-    if source.is_alone:
-        return own
     weight, r = math.sqrt(source.share), _of_all(own.residuals, source)
     parts = []
     for part in own.parts:
@@ -411,20 +433,13 @@ def _of_all(values: Tensor, source: Source | None) -> Tensor:
 
 def _rooted(members: Sequence[Output], head: Head, params: Sequence[Tensor], *, is_convex: bool) -> tuple[Group, Root]:
     """Return a group of outputs with samples that neither the network nor the loss couples, and the loss's root."""
-    blocks: dict[int, Tensor] = {}
-
-    def is_independent(index: Tensor) -> bool:
-        found = head.blocks(members, index)
-        blocks.update({} if found is None else {index.shape[1]: found})
-        return found is not None
-
-    group = _separated(members, params, is_independent)
-    root = root_of(blocks[group.columns], is_convex=is_convex)
+    group, blocks = _separated(members, params, lambda index: head.blocks(members, index))
+    root = root_of(blocks, is_convex=is_convex)
     if root is None:
         raise RowsError(
             "The loss is not convex in its outputs", 'Use HessianFree with curvature="hessian", or NewtonCG.'
         )
-    return group, Root(tuple(z.number for z in members), group.index, root)
+    return group, Root(tuple(z.number for z in members), group.samples.index, root)
 
 
 @dataclass(frozen=True, eq=False)
@@ -441,93 +456,75 @@ class Group:
     uses: tuple[Use, ...]
     leaves: Mapping[Node, int]
 
-    @property
-    def index(self) -> Tensor:
-        """The samples' entries, `(samples, columns)`."""
-        return self.samples.index
-
-    @property
-    def count(self) -> int:
-        """Number of samples."""
-        return self.samples.count
-
-    @property
-    def columns(self) -> int:
-        """Number of entries of a sample."""
-        return self.samples.columns
-
-    def gather(self, blocks: Tensor, chosen: Tensor | None, gathered: Sequence[Gathered], first: int) -> None:
-        """Add the rows along `blocks`, from the row `first` on, one column of the blocks after the other.
+    def pieces(self, blocks: Tensor, chosen: Tensor | None, first: int) -> list[tuple[int, Piece]]:
+        """Return the rows along `blocks`, one column of the blocks after the other, each with its parameter's number.
 
         Args:
             blocks: `(samples, columns, rank)`, for the samples chosen.
             chosen: Numbers of the samples; None: all.
-            gathered: The rows by parameter.
             first: Number of the first row.
         """
-        with differentiable_kernels():  # for checkpoints, which compute again what a node has saved
-            self._gather(blocks, chosen, gathered, first)
-
-    def _gather(self, blocks: Tensor, chosen: Tensor | None, gathered: Sequence[Gathered], first: int) -> None:
-        rows = blocks.shape[0]
-        place = None
+        rows, place = len(blocks), None
         if chosen is not None:
-            place = torch.full((self.count + 1,), -1, device=chosen.device)
+            place = torch.full((self.samples.count + 1,), -1, device=chosen.device)
             place[chosen] = torch.arange(rows, device=chosen.device)
-        for j in range(blocks.shape[2]) if self.uses else ():
-            scale, along = blocks.new_ones(rows), self._along(blocks[:, :, j], chosen)
-            if self.columns == 1:
-                # Known along random weights: gradients are linear in the cotangent, sample by sample.
-                weights = weights_of(self.samples)[:, 0].to(blocks.dtype)
-                scale = blocks[:, 0, j] / (weights if chosen is None else weights[chosen])
-            for use, gradients in zip(self.uses, along, strict=True):
-                if any(g is not None for g in gradients):
-                    contribution = contribution_of(use, gradients)
-                    if place is not None:
-                        contribution = replace(contribution, samples=place[contribution.samples])
-                    self._add(contribution, use, scale, gathered, first + j * rows)
+        found: list[tuple[int, Piece]] = []
+        with differentiable_kernels():  # for checkpoints, which compute again what a node has saved
+            for j in range(blocks.shape[2]) if self.uses else ():
+                scale, along = blocks.new_ones(rows), self._along(blocks[:, :, j], chosen)
+                if self.samples.columns == 1:
+                    # Known along random weights: gradients are linear in the cotangent, sample by sample.
+                    weights = self.samples.weights[:, 0].to(blocks.dtype)
+                    scale = blocks[:, 0, j] / (weights if chosen is None else weights[chosen])
+                for use, gradients in zip(self.uses, along, strict=True):
+                    if any(g is not None for g in gradients):
+                        contribution = contribution_of(use, gradients)
+                        if place is not None:
+                            contribution = replace(contribution, samples=place[contribution.samples])
+                        found.extend(self._of_use(use, contribution, scale, first + j * rows))
+        return found
 
     def _along(self, values: Tensor, chosen: Tensor | None) -> list[list[Tensor | None]]:
         """Return the gradients of each use's results along these values, `(samples, columns)`.
 
-        If a sample has one entry they are those along `weights_of(self.samples)`.
+        If a sample has one entry they are those along `samples.weights`.
         """
-        if self.columns == 1:
+        if self.samples.columns == 1:
             return [[None if one is None else one.gradient for one in use.results] for use in self.uses]
-        whole = values.new_zeros(self.index.shape)
+        whole = values.new_zeros(self.samples.index.shape)
         whole[slice(None) if chosen is None else chosen] = values
         edges = list(dict.fromkeys(edge for use in self.uses for edge in use.edges))
         found = dict(zip(edges, self.samples.gradients(whole, edges), strict=True))
         return [[found[edge] for edge in use.edges] for use in self.uses]
 
-    def _add(
-        self, contribution: Contribution, use: Use, scale: Tensor, gathered: Sequence[Gathered], first: int
-    ) -> None:
-        """Add the rows of one use, sample `i` times `scale[i]`, `(samples,)`, from the row `first` on."""
+    def _of_use(self, use: Use, contribution: Contribution, scale: Tensor, first: int) -> Iterator[tuple[int, Piece]]:
+        """Yield the rows of one use, sample `i` times `scale[i]`, `(samples,)`, from the row `first` on."""
         route = route_to(use.target, self.leaves)
         if isinstance(contribution, Outer) and route is not None and route.order is None:
             left, right = (factor.to(scale.dtype) for factor in by_sample(contribution, len(scale)))
             right = right * scale[:, None, None]
-            gathered[route.number].add_outer(first, *((right, left) if route.is_transposed else (left, right)))
+            yield route.number, Outers(first, *((right, left) if route.is_transposed else (left, right)))
             return
         whole = dense(contribution, len(scale)) * scale[:, None]  # complex where the operand is
         if route is None:
             for number, rows in pulled_back(use.target, whole, self.leaves):
-                gathered[number].add_formed(first, rows)
+                yield number, Block(first, rows)
             return
         if route.is_transposed:
             p, q = use.target[0]._input_metadata[use.target[1]].shape
             whole = whole.view(-1, p, q).mT.reshape(len(whole), -1)
-        gathered[route.number].add_formed(first, whole if route.order is None else whole[:, route.order])
+        yield route.number, Block(first, whole if route.order is None else whole[:, route.order])
 
 
-def _separated(members: Sequence[Output], params: Sequence[Tensor], is_independent: Callable[[Tensor], bool]) -> Group:
-    """Return outputs with the samples that take the fewest passes.
+def _separated(
+    members: Sequence[Output], params: Sequence[Tensor], blocks_of: Callable[[Tensor], Tensor | None]
+) -> tuple[Group, Tensor]:
+    """Return outputs with the samples that take the fewest passes, and the blocks of these samples.
 
     Args:
         members: The outputs.
         params: The parameters.
-        is_independent: Whether samples with these entries may be taken for independent as far as the loss goes.
+        blocks_of: Returns the blocks of samples with these entries; None if the loss couples the samples.
 
     Raises:
         RowsError: There are none, or too many passes would be needed.
@@ -539,17 +536,17 @@ def _separated(members: Sequence[Output], params: Sequence[Tensor], is_independe
         samples = Samples(tensors, index)
         if samples.columns > least:
             break
-        if not is_independent(index):
+        blocks = blocks_of(index)
+        if blocks is None:
             continue
         group = Group(samples, tuple(uses_of(samples, list(leaves))), leaves)
-        targets = {use.target: use for use in group.uses}
-        behind = {use: cost_behind(target, leaves) for target, use in targets.items()}
+        behind = {use: cost_behind(use.target, leaves) for use in {use.target: use for use in group.uses}.values()}
         # Each column takes a pass, and each row one from where samples mix back to the parameters.
         passes = float(samples.columns)
         if any(behind.values()):
             passes += index.numel() * sum(behind.values()) / bytes_handed_on([z.grad_fn for z in tensors])
         if passes <= least:
-            best, least = group, passes
+            best, least = (group, blocks), passes
         elif passes < refused:
             refused, operation = passes, max(behind, key=lambda use: behind[use]).node.name()
     if best is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
 from newtonopt.autodiff.graph import behind, kind_of
-from newtonopt.autodiff.samples import Edge, Samples, labels_at, uses_of, weights_of
+from newtonopt.autodiff.samples import Edge, Samples, labels_at, uses_of
 
 D = torch.float64
 
@@ -50,11 +50,14 @@ def test_cotangents_have_the_outputs_shapes() -> None:
 
 
 def test_weights_are_between_one_and_two_and_of_either_sign() -> None:
-    weights = weights_of(samples_of(torch.zeros(50, 2, dtype=D)))
+    weights = samples_of(torch.zeros(50, 2, dtype=D)).weights
     assert weights.shape == (50, 2) and weights.dtype == D
     assert bool(((weights.abs() >= 1) & (weights.abs() <= 2)).all())
     assert bool((weights > 0).any()) and bool((weights < 0).any())
     assert weights.unique().numel() == 100
+    # A cotangent in bfloat16 is the weight itself.
+    coarse = samples_of(torch.zeros(50, 2, dtype=torch.bfloat16)).weights
+    assert coarse.dtype == torch.float32 and torch.equal(coarse, coarse.bfloat16().float())
 
 
 # Numbers of samples.
@@ -69,7 +72,7 @@ def test_every_sample_is_known_by_its_number(count: int, dtype: torch.dtype) -> 
     (found,) = labels_at(samples_of((h * h).sum(1)), [edge_of(h)])
     assert found is not None
     assert torch.equal(found.samples, torch.arange(count)[:, None].expand(count, 2))
-    along = weights_of(samples_of(torch.zeros(count, dtype=dtype)))
+    along = samples_of(torch.zeros(count, dtype=dtype)).weights
     assert torch.equal(found.gradient, (2 * h * along.to(dtype)).detach())
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from newtonopt.operators import factors as module
-from newtonopt.operators.factors import Factors, Formed, Gathered, gram, joined
+from newtonopt.operators.factors import Block, Factors, Formed, Outers, assembled, gram, joined, merged
 
 D = torch.float64
 
@@ -133,10 +133,8 @@ def outers(rows: int, times: int, p: int, q: int, shift: float = 0.0) -> tuple[T
     ],
 )
 def test_the_cheaper_form_is_chosen(times: int, p: int, q: int, form: type) -> None:
-    gathered = Gathered(torch.Size([p, q]))
     left, right, rows = outers(3, times, p, q)
-    gathered.add_outer(2, left, right)
-    found = gathered.rows(6, left)
+    found = assembled([Outers(2, left, right)], torch.Size([p, q]), 6, left)
     assert type(found) is form
     true = torch.zeros(6, p * q, dtype=D)
     true[2:5] = rows
@@ -144,13 +142,13 @@ def test_the_cheaper_form_is_chosen(times: int, p: int, q: int, form: type) -> N
 
 
 def test_groups_of_rows_with_different_numbers_of_uses() -> None:
-    gathered = Gathered(torch.Size([30, 40]))
+    pieces: list[Outers] = []
     true = torch.zeros(9, 1200, dtype=D)
     for first, rows, times in ((0, 4, 1), (4, 2, 3), (0, 4, 1), (6, 3, 1)):
-        left, right, formed = outers(rows, times, 30, 40, shift=float(first + times + len(gathered.outers)))
-        gathered.add_outer(first, left, right)
+        left, right, formed = outers(rows, times, 30, 40, shift=float(first + times + len(pieces)))
+        pieces.append(Outers(first, left, right))
         true[first : first + rows] += formed
-    found = gathered.rows(9, true)
+    found = assembled(pieces, torch.Size([30, 40]), 9, true)
     assert isinstance(found, Factors) and found.left.shape == (3, 9, 30)
     close(found.dense(), true)
 
@@ -158,25 +156,20 @@ def test_groups_of_rows_with_different_numbers_of_uses() -> None:
 def test_outer_products_with_an_equal_factor_become_one() -> None:
     left, right, rows = outers(4, 1, 10, 12)
     other, _, _ = outers(4, 1, 12, 3, shift=5.0)
-    gathered = Gathered(torch.Size([10, 12]))
-    gathered.add_outer(0, left, right)
-    gathered.add_outer(0, left, other)
-    close(gathered.rows(4, left).dense(), rows + torch.einsum("ntp,ntq->npq", left, other).flatten(1))
-    gathered.add_outer(0, 2 * left, right + other)
-    assert len(gathered.outers) == 1
-    close(gathered.rows(4, left).dense(), 3 * (rows + torch.einsum("ntp,ntq->npq", left, other).flatten(1)))
+    shape, true = torch.Size([10, 12]), rows + torch.einsum("ntp,ntq->npq", left, other).flatten(1)
+    pieces = [Outers(0, left, right), Outers(0, left, other)]
+    close(assembled(pieces, shape, 4, left).dense(), true)
+    pieces.append(Outers(0, 2 * left, right + other))
+    assert len(merged(pieces)) == 1
+    close(assembled(pieces, shape, 4, left).dense(), 3 * true)
     # Elsewhere it is another row.
-    gathered.add_outer(4, left, right)
-    assert len(gathered.outers) == 2
+    assert len(merged([*pieces, Outers(4, left, right)])) == 2
 
 
 def test_formed_rows_beside_factors_are_formed() -> None:
     left, right, rows = outers(3, 1, 10, 12)
-    gathered = Gathered(torch.Size([10, 12]))
-    gathered.add_outer(1, left, right)
     more = numbers(2, 120, shift=4.0)
-    gathered.add_formed(3, more)
-    found = gathered.rows(5, left)
+    found = assembled([Outers(1, left, right), Block(3, more)], torch.Size([10, 12]), 5, left)
     assert isinstance(found, Formed) and found.height == 10
     true = torch.zeros(5, 120, dtype=D)
     true[1:4] += rows
@@ -186,14 +179,13 @@ def test_formed_rows_beside_factors_are_formed() -> None:
 
 def test_a_parameter_without_rows_has_rows_of_zeros() -> None:
     for shape in (torch.Size([3, 4]), torch.Size([4]), torch.Size([])):
-        found = Gathered(shape).rows(5, numbers(1))
+        found = assembled([], shape, 5, numbers(1))
         assert found.dense().shape == (5, shape.numel()) and not bool(found.dense().any())
 
 
 def test_rows_that_do_not_fit_are_refused_with_their_size() -> None:
-    gathered = Gathered(torch.Size([100_000, 100_000]))
     with pytest.raises(MemoryError, match=r"1000 rows of a parameter of 10000000000 entries.*HessianFree"):
-        gathered.rows(1000, numbers(1))
+        assembled([], torch.Size([100_000, 100_000]), 1000, numbers(1))
 
 
 @pytest.mark.parametrize("s", [1, 2, 6])
