@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,22 +83,33 @@ def all_behind(start: Iterable[Node | None]) -> set[Node]:
     return set(behind(start))
 
 
-def chained(starts: Iterable[Node | None]) -> tuple[set[Node], set[Node]]:
-    """Return the members of `starts` that are met going back from another one, and those from which one is met."""
-    given = {node for node in starts if node is not None}
+def consumers_behind(starts: Iterable[Node | None]) -> dict[Node, list[Node]]:
+    """Return for each node met going back from `starts`, but the first ones, the nodes that it is met from."""
     consumers: dict[Node, list[Node]] = {}
-    for node in behind(given):
+    for node in behind(starts):
         for following, _ in node.next_functions:
             if following is not None:
                 consumers.setdefault(following, []).append(node)
-    met = {node for node in given if node in consumers}
-    waiting, before = list(met), set()
+    return consumers
+
+
+def ahead(nodes: Iterable[Node], consumers: Mapping[Node, Sequence[Node]]) -> set[Node]:
+    """Return every node met going from these nodes to their consumers, and on to theirs."""
+    waiting, met = list(nodes), set[Node]()
     while waiting:
         for consumer in consumers.get(waiting.pop(), ()):
-            if consumer not in before:
-                before.add(consumer)
+            if consumer not in met:
+                met.add(consumer)
                 waiting.append(consumer)
-    return met, before & given
+    return met
+
+
+def chained(starts: Iterable[Node | None]) -> tuple[set[Node], set[Node]]:
+    """Return the members of `starts` that are met going back from another one, and those from which one is met."""
+    given = {node for node in starts if node is not None}
+    consumers = consumers_behind(given)
+    met = {node for node in given if node in consumers}
+    return met, ahead(met, consumers) & given
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from newtonopt.autodiff.gradients import Gradients, grad
-from newtonopt.autodiff.graph import behind
+from newtonopt.autodiff.graph import ahead, behind, consumers_behind
 
 # A node, and the number of one of its results.
 Edge = tuple[Node, int]
@@ -269,18 +269,6 @@ def _edge_of(z: Tensor) -> Edge:
 
 def _leading_to(starts: Sequence[Node], goals: set[Node]) -> set[Node]:
     """Return the nodes behind `starts` from which one of the goals is reached, themselves included."""
-    consumers: dict[Node, list[Node]] = {}
-    found = []
-    for node in behind(starts):
-        if node in goals:
-            found.append(node)
-        for following, _ in node.next_functions:
-            if following is not None:
-                consumers.setdefault(following, []).append(node)
-    live = set(found)
-    while found:
-        for consumer in consumers.get(found.pop(), ()):
-            if consumer not in live:
-                live.add(consumer)
-                found.append(consumer)
-    return live
+    consumers = consumers_behind(starts)
+    met = {goal for goal in goals if goal in consumers or goal in starts}
+    return met | ahead(met, consumers)

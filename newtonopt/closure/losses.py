@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.weak import TensorWeakRef
 
-from newtonopt.autodiff.graph import all_behind, chained, first_met, kind_of, notes, reached
+from newtonopt.autodiff.graph import ahead, all_behind, chained, first_met, kind_of, notes, reached
 from newtonopt.vectors.subclasses import plain
 
 # Functions of torch.nn.functional.
@@ -304,13 +304,7 @@ def _summands(
     """
     noted, consumers = _notes_in_reach(start)
     # The nodes on the way from the loss to a note, through which the walk may go.
-    holding = set(noted)
-    waiting = list(noted)
-    while waiting:
-        for consumer in consumers.get(waiting.pop(), ()):
-            if consumer not in holding:
-                holding.add(consumer)
-                waiting.append(consumer)
+    holding = set(noted) | ahead(noted, consumers)
     refused: set[Node] = set()
     while True:
         parts, stops, weights, ends = _walk_linear(start, noted, holding, refused, params, marks)

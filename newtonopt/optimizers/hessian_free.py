@@ -51,8 +51,8 @@ class HessianFree(NewtonOptimizer[HessianFreeState]):
     decrease.
 
     Use it with the whole data set or large batches, where the loss is ill-conditioned: physics-informed networks,
-    regression, autoencoders. Do not use it with small batches or a loss dominated by noise: a step costs tens of
-    gradients, and first-order methods need only one.
+    regression, autoencoders. With up to a few thousand residuals `LevenbergMarquardt` goes further. Do not use it with
+    small batches or a loss dominated by noise: a step costs tens of gradients, and first-order methods need only one.
 
     It differs from Martens (2010) in this: conjugate gradients are preconditioned by a low-rank sketch of the
     curvature; the first damping is searched for; the damping falls faster after three

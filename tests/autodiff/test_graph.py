@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from newtonopt.autodiff.graph import (
     Graph,
     SavedTensors,
+    ahead,
     all_behind,
     behind,
     bytes_handed_on,
     chained,
     coarsest,
+    consumers_behind,
     first_met,
     look_through,
     notes,
@@ -151,3 +153,16 @@ def test_tensor_float_32_matters_to_float32_products_and_convolutions(
     layer = nn.Conv1d(2, 3, 2) if convolves else nn.Linear(4, 3)
     loss = layer.to(dtype)(torch.ones(5, 2, 4, dtype=dtype)).sum()
     assert rounds_to_tf32(list(behind(loss.grad_fn))) is rounds
+
+
+def test_what_is_ahead_of_a_node_is_what_is_computed_from_it() -> None:
+    w = torch.ones(2, requires_grad=True)
+    square, double = w.square(), 2 * w
+    total = (square + w).sum() + double.sum()
+    consumers = consumers_behind([total.grad_fn])
+    (node,) = (n for n in behind(total.grad_fn) if n is square.grad_fn)
+    found = ahead([node], consumers)
+    assert total.grad_fn in found and double.grad_fn not in found and node not in found
+    leaf = node.next_functions[0][0]
+    assert leaf is not None and ahead([leaf], consumers) == set(behind(total.grad_fn)) - {leaf}
+    assert ahead([], consumers) == set()
