@@ -292,13 +292,19 @@ def _rows(
     return Rows(residuals, None, count, parts, tuple(p.shape for p in params), tuple(roots))
 
 
+_NO_GRAPH = (
+    'Use products="cached", which says which operation has no second derivative if "auto" took differences, or '
+    "HessianFree, which needs products alone."
+)
+
+
 def check_rows(evaluation: Evaluation) -> None:
     """Raise an error if an evaluation has no rows: it was freed, keeps no graph, or has no recorded outputs."""
     evaluation.check_alive()
     if is_sharded(evaluation.params):
         raise RowsError("The parameters are sharded")
     if evaluation.form != "cached":
-        raise RowsError(f"Products are {evaluation.form}, so that no graph is kept", 'Use products="cached" or "auto".')
+        raise RowsError(f"Products are {evaluation.form}, so that no graph is kept", _NO_GRAPH)
     evaluation.check_unchanged()
     check_outputs(evaluation)
 

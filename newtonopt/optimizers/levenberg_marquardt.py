@@ -51,12 +51,14 @@ class LevenbergMarquardtState(State):
     """The state with the last direction, and what trials say about the damping.
 
     Attributes:
-        last: The last direction, `(n,)`, before learning rates; None without momentum and after a rejection.
+        last: The last direction, `(n,)`, before learning rates; zeros after a rejection, None without momentum.
         smooth: Whether all steps so far had a ratio above 0.9 and a small second-order part.
         shortened: Whether the second-order part shortened the last step.
     """
 
-    last: Tensor | None = field(default=None, metadata=tensor("n"))
+    last: Tensor | None = field(
+        default=None, metadata=tensor("n", only_with=lambda settings: bool(settings["momentum"]))
+    )
     smooth: bool = True
     shortened: bool = False
 
@@ -209,7 +211,7 @@ class LevenbergMarquardt(NewtonOptimizer[LevenbergMarquardtState]):
         bend = None if proposal.bend is None else proposal.bend()
         outcome, shortened = along_geodesic(objective, model, proposal, bend)
         smooth = state.smooth and outcome.first_ratio >= _HIGH_RATIO and not outcome.acceleration > _SMALL
-        last = state.last if outcome.accepted else None
+        last = state.last if outcome.accepted or state.last is None else torch.zeros_like(state.last)
         return outcome, replace(state, smooth=smooth, shortened=shortened, last=last)
 
     def _next_control(self, state: LevenbergMarquardtState, ratio: float, length: float) -> float:

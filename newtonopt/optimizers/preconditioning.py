@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -28,6 +28,11 @@ _FISHER_EXPONENT = 0.75
 _SKETCHING = 2
 
 
+def _is(name: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Return whether settings ask for this preconditioner, as a function of them."""
+    return lambda settings: bool(settings["preconditioner"] == name)
+
+
 @dataclass(frozen=True)
 class PreconditionedState(State):
     """The state with what a preconditioner is made from.
@@ -39,10 +44,10 @@ class PreconditionedState(State):
         squared_gradients: Running mean of the gradients' squares, `(n,)`.
     """
 
-    sketch_vectors: Tensor | None = field(default=None, metadata=tensor("n", "rank", preconditioner="nystrom"))
-    sketch_values: Tensor | None = field(default=None, metadata=tensor("rank", preconditioner="nystrom"))
+    sketch_vectors: Tensor | None = field(default=None, metadata=tensor("n", "rank", only_with=_is("nystrom")))
+    sketch_values: Tensor | None = field(default=None, metadata=tensor("rank", only_with=_is("nystrom")))
     sketch_age: int = 0
-    squared_gradients: Tensor | None = field(default=None, metadata=tensor("n", preconditioner="empirical_fisher"))
+    squared_gradients: Tensor | None = field(default=None, metadata=tensor("n", only_with=_is("empirical_fisher")))
 
 
 P = TypeVar("P", bound=PreconditionedState)

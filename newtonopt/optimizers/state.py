@@ -8,7 +8,7 @@ each field and the control under its own name, such as "damping". `state_dict` g
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -51,12 +51,12 @@ class State:
 S = TypeVar("S", bound=State)
 
 
-def tensor(*shape: str, **only_with: Any) -> dict[str, Any]:
+def tensor(*shape: str, only_with: Callable[[Mapping[str, Any]], bool] = lambda settings: True) -> dict[str, Any]:
     """Return the metadata of a field for a tensor, which is None until it is known.
 
     Args:
         shape: For each dimension "n", the number of parameters, or the setting that gives its size, at most `n`.
-        only_with: The setting, with its value, without which the field is never used.
+        only_with: Whether the field is ever used under the settings given. Default: it is.
     """
     return {"shape": shape, "only_with": only_with}
 
@@ -68,7 +68,7 @@ def _blank(kind: type[State], settings: Mapping[str, Any], like: Tensor) -> dict
     """
     made = {}
     for one in fields(kind):
-        if one.metadata and all(settings[name] == value for name, value in one.metadata["only_with"].items()):
+        if one.metadata and one.metadata["only_with"](settings):
             shape, n = one.metadata["shape"], like.numel()
             first, *sizes = (n if size == "n" else min(settings[size], n) for size in shape)
             # The dimension `n` is shared out among processes as `like` is, and others are not.

@@ -357,6 +357,20 @@ def test_momentum_begins_with_the_last_direction() -> None:
     torch.testing.assert_close(p.detach() - first, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_a_rejected_step_forgets_the_direction_but_keeps_its_entry() -> None:
+    """A state without the entry would not load through `torch.distributed.checkpoint`."""
+    p = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    optimizer = LevenbergMarquardt([p], momentum=0.5)
+
+    def closure() -> Tensor:
+        z = p if bool((p == 1).all()) else p * math.nan
+        return F.mse_loss(z, torch.zeros(2, dtype=torch.float64))
+
+    optimizer.step(closure)
+    assert optimizer.last_step is not None and not optimizer.last_step.accepted
+    assert torch.equal(optimizer.state[p]["last"], torch.zeros(2, dtype=torch.float64))
+
+
 def test_few_parameters_take_all_rows() -> None:
     reports, _ = fitted(30, rows=20, solve="parameters")
     assert reports[0].rows == 20  # more parameters than the limit

@@ -112,12 +112,12 @@ def test_loading_changes_nothing_in_the_state_given_nor_shares_numbers_with_it(b
 
 def test_what_is_public_survives_a_copy(build: Build) -> None:
     problem, optimizer = trained(build)
-    optimizer._experience = replace(optimizer._experience, fell_back=True)
+    optimizer._experience = replace(optimizer._experience, warned_of_clipping=True)
     for twin_of in (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))):
         twin, other = twin_of((problem, optimizer))
         public = [{name for name in vars(o) if not name.startswith("_")} for o in (optimizer, other)]
         assert public[0] == public[1]
-        assert other.last_step == optimizer.last_step and other._experience.fell_back
+        assert other.last_step == optimizer.last_step and other._experience.warned_of_clipping
         reference, again = copy.deepcopy((problem, optimizer))
         assert_goes_on_alike(reference, again, twin, other)
 
