@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,10 +109,19 @@ def _defaults(text: str) -> dict[str, object]:
     return found
 
 
+def test_standard_errors_are_those_that_nist_certifies() -> None:
+    text = (ROOT / "docs" / "optimizers" / "levenberg_marquardt.md").read_text()
+    program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert names["b"].tolist() == pytest.approx([2.3894212918e02, 5.5015643181e-04], rel=1e-8)
+    assert names["errors"].tolist() == pytest.approx([2.7070075241, 7.2668688436e-06], rel=1e-6)
+
+
 @pytest.mark.parametrize("name", MEMBERS)
 def test_the_program_of_a_page_converges(name: str) -> None:
     text = (ROOT / "docs" / "optimizers" / f"{name}.md").read_text()
-    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
     names: dict[str, object] = {}
     exec(program, names)
     optimizer = names["optimizer"]
