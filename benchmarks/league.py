@@ -6,6 +6,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle
 from math import inf, isfinite, isnan, nan
 from pathlib import Path
 from statistics import median
@@ -214,6 +215,9 @@ def spurious(league: League) -> str:
     return "\n".join(lines) + "\n"
 
 
+_COLOURS = [*(f"C{index}" for index in range(10)), "black"]
+
+
 def draw(league: League, curve: Callable[[Run], list[float]], label: str) -> Figure:
     """Draw a panel for each equation: a bold line for a method's median, a thin one for each seed."""
     equations = league.equations
@@ -224,14 +228,14 @@ def draw(league: League, curve: Callable[[Run], list[float]], label: str) -> Fig
     for panel in panels[len(equations) :]:
         panel.set_axis_off()
     for equation, panel in zip(equations, panels, strict=False):
-        for index, method in enumerate(league.settings):
+        for method, colour in zip(league.settings, cycle(_COLOURS), strict=False):
             runs = league.runs(equation, method)
             for run in runs if len(runs) > 1 else []:
-                panel.plot(run.seconds, curve(run), color=f"C{index}", linewidth=0.6, alpha=0.5)
+                panel.plot(run.seconds, curve(run), color=colour, linewidth=0.6, alpha=0.5)
             if runs:
                 medians = [middle(values) for values in zip(*map(curve, runs), strict=True)]
                 width = 2.6 if method == OURS else 1.5
-                panel.plot(runs[0].seconds, medians, color=f"C{index}", linewidth=width, label=method)
+                panel.plot(runs[0].seconds, medians, color=colour, linewidth=width, label=method)
         panel.set(title=equation, yscale="log", xlabel=f"{_clock(league)} (s)", ylabel=label)
         panel.grid(alpha=0.25)
     named = {name: line for panel in panels for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
