@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
@@ -27,7 +28,7 @@ from newtonopt.curvature.ascent import Kind
 from newtonopt.curvature.measurements.measurement import Matrix, Plan, take
 from newtonopt.curvature.measuring import list_of
 
-from .lightning import Batches, Probe, at_rest, is_trial, log_values, passes_multiple
+from .lightning import PROBE_TAG, Batches, Probe, at_rest, is_trial, log_values, passes_multiple
 from .tensorboard import Charts, add_charts, add_figures, add_text, charts_of
 
 # Key in checkpoints of the monitors' state, which is kept by prefix.
@@ -248,11 +249,20 @@ class CurvatureMonitor(Callback):
 
     # Hooks, and not `state_dict`: of two with one prefix Trainer would say that they cannot be saved, and not why.
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint.setdefault(_STATE, {})[self.prefix] = self._batches.state_dict()
+        state = self._batches.state_dict()
+        if state:
+            checkpoint.setdefault(_STATE, {})[self.prefix] = state
+        if state and self.probe.save_probe and not state["batches"]:
+            self._warn(
+                "save",
+                "CurvatureMonitor saves no batches with checkpoints: save_probe needs batches made of tensors, "
+                "numbers, strings, lists, tuples and dicts alone. Give probe=Probe(dataloader=...) to measure on the "
+                "same ones after resuming.",
+            )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get(_STATE, {}).get(self.prefix)
-        if state is not None:
+        if state is not None and trainer.state.fn == TrainerFn.FITTING:
             self._batches.load_state_dict(state)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -284,7 +294,7 @@ class CurvatureMonitor(Callback):
         self._allowance = Allowance(self.budget.max_overhead)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._batches.offer(batch, batch_idx)
+        self._batches.offer(batch, batch_idx, trainer.global_step)
         if self.at_start and self._measured_at is None:
             self._look(trainer, pl_module)
         if self._enabled and not self._watched and self.probe.step == "training_step":
@@ -394,6 +404,9 @@ class CurvatureMonitor(Callback):
             finally:
                 if changed := watch.changed():
                     raise UnprotectedError(changed)
+        if self._batches.began:
+            since = {f"{plan.prefix}/{PROBE_TAG.name}": float(self._batches.began)}
+            measured = replace(measured, numbers={**measured.numbers, **since})
         self._last = measured
         self._followed = 0 if last is None or measured.read("certified") == 1.0 else self._followed + 1
         # A loss that has no second derivative now has none the next time.
@@ -403,7 +416,7 @@ class CurvatureMonitor(Callback):
     def _show(self, trainer: Trainer, pl_module: LightningModule, measured: Measured) -> None:
         """Write words, figures and charts of the measurement to TensorBoard."""
         if self.text:
-            add_text(trainer, measured, self.probe.in_words(trainer, pl_module))
+            add_text(trainer, measured, self.probe.in_words(trainer, pl_module, self._batches.began))
         # An optimizer that has taken no step yet may still do.
         for name, reason in measured.unmeasurable().items() if trainer.global_step > 0 else ():
             self._warn(name, f"CurvatureMonitor cannot measure {name}: {reason}")
