@@ -109,7 +109,7 @@ class CurvatureMonitor(Callback):
     sizes. It is measured in full precision, without autocast, and leaves no trace: parameters, `.grad`, buffers, random
     state, metrics, logs, and all state that `training_step` can reach stay as they were to the bit. State that cannot
     be put back, such as an iterator that `training_step` moves on, ends measuring with a warning that names it. A
-    measurement that fails warns once and is left out; training goes on.
+    measurement that fails warns once and is left out; the others are logged, and training goes on.
 
     Under the Trainer's `fast_dev_run` it measures once, at the end, if not before.
 
@@ -397,7 +397,7 @@ class CurvatureMonitor(Callback):
             watch = Watch(closure)
             try:
                 measured = at_rest(
-                    lambda: take(closure, params, trainer.optimizers, plan, samples, named, last),
+                    lambda: take(closure, params, trainer.optimizers, plan, samples, named, last, lenient=True),
                     params,
                     trainer.optimizers,
                 )
@@ -420,6 +420,9 @@ class CurvatureMonitor(Callback):
         # An optimizer that has taken no step yet may still do.
         for name, reason in measured.unmeasurable().items() if trainer.global_step > 0 else ():
             self._warn(name, f"CurvatureMonitor cannot measure {name}: {reason}")
+        for name, message in measured.failed().items():
+            step = trainer.global_step
+            self._warn(name, f"CurvatureMonitor could not measure {name} at step {step}, and leaves it out: {message}")
         try:
             add_figures(trainer, measured)
         except ImportError as error:

@@ -355,6 +355,29 @@ def test_a_measurement_that_cannot_be_shown_warns_once_and_training_goes_on(tmp_
     assert {value for _, value in from_csv(tmp_path)["curvature/one"]} == {1.0}
 
 
+class Hopeless(Speechless):
+    """Cannot measure anything."""
+
+    tags = (Tag("two", "", "always two"),)
+
+    def measure(self, view: Any) -> float:
+        raise torch.linalg.LinAlgError("no factor")
+
+
+def test_one_measurement_that_fails_leaves_the_others_with_one_warning(tmp_path: Path) -> None:
+    monitor = small_monitor(measurements=[Hopeless(), Trace()], at_start=True)
+    trainer = quiet_trainer(callbacks=[monitor], logger=both_loggers(tmp_path))
+    with pytest.warns(
+        UserWarning, match="could not measure Hopeless at step 0, and leaves it out: no factor"
+    ) as caught:
+        trainer.fit(Classifier("SGD"), loader())
+    assert sum("Hopeless" in str(warning.message) for warning in caught) == 1
+    values = from_csv(tmp_path)
+    for tag in ("lambda_max", "sharpness", "trace", "products"):
+        assert [step for step, _ in values[f"curvature/{tag}"]] == list(range(2 * BATCHES + 1))
+    assert "curvature/two" not in values
+
+
 def test_without_second_derivatives_it_measures_by_finite_differences(tmp_path: Path) -> None:
     trainer = quiet_trainer(callbacks=[small_monitor(sharpness="ball")], logger=both_loggers(tmp_path))
     with warnings.catch_warnings(record=True) as caught:
