@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -377,15 +378,15 @@ class CurvatureMonitor(Callback):
             return
         finally:
             self._allowance.spend(certifies, time.perf_counter() - began)
-        log_values(trainer, measured)
-        try:
-            self._show(trainer, pl_module, measured)
-        except Exception as error:
-            self._warn(
-                "show",
-                f"CurvatureMonitor could not show all of a measurement at step {trainer.global_step}, and training "
-                f"goes on: {type(error).__name__}: {error}",
-            )
+        for show in (partial(log_values, trainer, measured), partial(self._show, trainer, pl_module, measured)):
+            try:
+                show()
+            except Exception as error:
+                self._warn(
+                    "show",
+                    f"CurvatureMonitor could not show all of a measurement at step {trainer.global_step}, and training "
+                    f"goes on: {type(error).__name__}: {error}",
+                )
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> Measured:
         plan = replace(self._plan(), products="finite_difference") if self._differences else self._plan()

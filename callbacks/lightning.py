@@ -45,11 +45,19 @@ PROBE_TAG = Tag(
 def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
     """Write values to every logger at the global step, and to `trainer.callback_metrics` for other callbacks.
 
-    `self.log` would drop values that do not fall on the grid of `log_every_n_steps`.
+    `self.log` would drop values that do not fall on the grid of `log_every_n_steps`. An error of one logger is raised
+    after the others have the values.
     """
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=trainer.global_step)
     trainer.callback_metrics.update({name: torch.tensor(value, device="cpu") for name, value in values.items()})
+    errors: list[Exception] = []
+    for logger in trainer.loggers:
+        try:
+            logger.log_metrics(dict(values), step=trainer.global_step)
+            logger.save()  # CSVLogger keeps its rows in memory until then
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def passes_multiple(before: int, now: int, every: int) -> bool:
