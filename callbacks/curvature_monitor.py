@@ -112,7 +112,7 @@ class CurvatureMonitor(Callback):
     be put back, such as an iterator that `training_step` moves on, ends measuring with a warning that names it. A
     measurement that fails warns once and is left out; the others are logged, and training goes on.
 
-    Under the Trainer's `fast_dev_run` it measures once, at the end, if not before.
+    Under the Trainer's `fast_dev_run` it measures once, at the end, if not before; under `barebones` not at all.
 
     Values go to every logger, under `curvature/`, and to `trainer.callback_metrics`. TensorBoard's custom-scalars page
     gets a category of charts. Each argument can be read and changed under its name; a change holds from the next
@@ -281,6 +281,13 @@ class CurvatureMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.probe.check_model(pl_module, self._plan().measurements)
+        if trainer.barebones:
+            self._enabled = False
+            rank_zero_warn(
+                "CurvatureMonitor measures nothing under Trainer(barebones=True), which shows what training costs by "
+                "itself. Leave barebones out to measure."
+            )
+            return
         self._enabled = pl_module.automatic_optimization or self.probe.step != "training_step"
         if not self._enabled:
             rank_zero_warn(
