@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
@@ -27,7 +29,7 @@ from newtonopt.curvature.ascent import Kind
 from newtonopt.curvature.measurements.measurement import Matrix, Plan, take
 from newtonopt.curvature.measuring import list_of
 
-from .lightning import Batches, Probe, at_rest, is_trial, log_values, passes_multiple
+from .lightning import PROBE_TAG, Batches, Probe, at_rest, is_trial, log_values, passes_multiple
 from .tensorboard import Charts, add_charts, add_figures, add_text, charts_of
 
 # Key in checkpoints of the monitors' state, which is kept by prefix.
@@ -108,9 +110,9 @@ class CurvatureMonitor(Callback):
     sizes. It is measured in full precision, without autocast, and leaves no trace: parameters, `.grad`, buffers, random
     state, metrics, logs, and all state that `training_step` can reach stay as they were to the bit. State that cannot
     be put back, such as an iterator that `training_step` moves on, ends measuring with a warning that names it. A
-    measurement that fails warns once and is left out; training goes on.
+    measurement that fails warns once and is left out; the others are logged, and training goes on.
 
-    Under the Trainer's `fast_dev_run` it measures once, at the end, if not before.
+    Under the Trainer's `fast_dev_run` it measures once, at the end, if not before; under `barebones` not at all.
 
     Values go to every logger, under `curvature/`, and to `trainer.callback_metrics`. TensorBoard's custom-scalars page
     gets a category of charts. Each argument can be read and changed under its name; a change holds from the next
@@ -248,11 +250,20 @@ class CurvatureMonitor(Callback):
 
     # Hooks, and not `state_dict`: of two with one prefix Trainer would say that they cannot be saved, and not why.
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint.setdefault(_STATE, {})[self.prefix] = self._batches.state_dict()
+        state = self._batches.state_dict()
+        if state:
+            checkpoint.setdefault(_STATE, {})[self.prefix] = state
+        if state and self.probe.save_probe and not state["batches"]:
+            self._warn(
+                "save",
+                "CurvatureMonitor saves no batches with checkpoints: save_probe needs batches made of tensors, "
+                "numbers, strings, lists, tuples and dicts alone. Give probe=Probe(dataloader=...) to measure on the "
+                "same ones after resuming.",
+            )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get(_STATE, {}).get(self.prefix)
-        if state is not None:
+        if state is not None and trainer.state.fn == TrainerFn.FITTING:
             self._batches.load_state_dict(state)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -270,6 +281,13 @@ class CurvatureMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.probe.check_model(pl_module, self._plan().measurements)
+        if trainer.barebones:
+            self._enabled = False
+            rank_zero_warn(
+                "CurvatureMonitor measures nothing under Trainer(barebones=True), which shows what training costs by "
+                "itself. Leave barebones out to measure."
+            )
+            return
         self._enabled = pl_module.automatic_optimization or self.probe.step != "training_step"
         if not self._enabled:
             rank_zero_warn(
@@ -284,7 +302,7 @@ class CurvatureMonitor(Callback):
         self._allowance = Allowance(self.budget.max_overhead)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._batches.offer(batch, batch_idx)
+        self._batches.offer(batch, batch_idx, trainer.global_step)
         if self.at_start and self._measured_at is None:
             self._look(trainer, pl_module)
         if self._enabled and not self._watched and self.probe.step == "training_step":
@@ -367,15 +385,15 @@ class CurvatureMonitor(Callback):
             return
         finally:
             self._allowance.spend(certifies, time.perf_counter() - began)
-        log_values(trainer, measured)
-        try:
-            self._show(trainer, pl_module, measured)
-        except Exception as error:
-            self._warn(
-                "show",
-                f"CurvatureMonitor could not show all of a measurement at step {trainer.global_step}, and training "
-                f"goes on: {type(error).__name__}: {error}",
-            )
+        for show in (partial(log_values, trainer, measured), partial(self._show, trainer, pl_module, measured)):
+            try:
+                show()
+            except Exception as error:
+                self._warn(
+                    "show",
+                    f"CurvatureMonitor could not show all of a measurement at step {trainer.global_step}, and training "
+                    f"goes on: {type(error).__name__}: {error}",
+                )
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> Measured:
         plan = replace(self._plan(), products="finite_difference") if self._differences else self._plan()
@@ -387,13 +405,16 @@ class CurvatureMonitor(Callback):
             watch = Watch(closure)
             try:
                 measured = at_rest(
-                    lambda: take(closure, params, trainer.optimizers, plan, samples, named, last),
+                    lambda: take(closure, params, trainer.optimizers, plan, samples, named, last, lenient=True),
                     params,
                     trainer.optimizers,
                 )
             finally:
                 if changed := watch.changed():
                     raise UnprotectedError(changed)
+        if self._batches.began:
+            since = {f"{plan.prefix}/{PROBE_TAG.name}": float(self._batches.began)}
+            measured = replace(measured, numbers={**measured.numbers, **since})
         self._last = measured
         self._followed = 0 if last is None or measured.read("certified") == 1.0 else self._followed + 1
         # A loss that has no second derivative now has none the next time.
@@ -403,10 +424,13 @@ class CurvatureMonitor(Callback):
     def _show(self, trainer: Trainer, pl_module: LightningModule, measured: Measured) -> None:
         """Write words, figures and charts of the measurement to TensorBoard."""
         if self.text:
-            add_text(trainer, measured, self.probe.in_words(trainer, pl_module))
+            add_text(trainer, measured, self.probe.in_words(trainer, pl_module, self._batches.began))
         # An optimizer that has taken no step yet may still do.
         for name, reason in measured.unmeasurable().items() if trainer.global_step > 0 else ():
             self._warn(name, f"CurvatureMonitor cannot measure {name}: {reason}")
+        for name, message in measured.failed().items():
+            step = trainer.global_step
+            self._warn(name, f"CurvatureMonitor could not measure {name} at step {step}, and leaves it out: {message}")
         try:
             add_figures(trainer, measured)
         except ImportError as error:

@@ -26,23 +26,38 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from newtonopt.checks import check_choice, check_whole, shown
+from newtonopt.checks import check_choice, check_flag, check_whole, shown
 from newtonopt.closure.isolation import Isolation
 from newtonopt.closure.objective import ParametersMovedError
-from newtonopt.curvature import Measurement
+from newtonopt.curvature import Measurement, Tag
 from newtonopt.vectors.flat import flatten, place, put_back
 
 Result = TypeVar("Result")
+
+PROBE_TAG = Tag(
+    "probe_step",
+    "",
+    "the step at which the batches measured on were taken; written where that is not the start, as in a run resumed "
+    "without [`save_probe`](#probe), because earlier values belong to other batches",
+)
 
 
 def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
     """Write values to every logger at the global step, and to `trainer.callback_metrics` for other callbacks.
 
-    `self.log` would drop values that do not fall on the grid of `log_every_n_steps`.
+    `self.log` would drop values that do not fall on the grid of `log_every_n_steps`. An error of one logger is raised
+    after the others have the values.
     """
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=trainer.global_step)
     trainer.callback_metrics.update({name: torch.tensor(value, device="cpu") for name, value in values.items()})
+    errors: list[Exception] = []
+    for logger in trainer.loggers:
+        try:
+            logger.log_metrics(dict(values), step=trainer.global_step)
+            logger.save()  # CSVLogger keeps its rows in memory until then
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def passes_multiple(before: int, now: int, every: int) -> bool:
@@ -75,10 +90,12 @@ class Probe:
         precision: "full" (default): the precision of the weights, without autocast; "training": as in training.
         parameters: A regular expression to be found in the names of the parameters that are looked at, such as
             "^generator"; None (default): all parameters.
+        save_probe: Whether checkpoints hold the first batches, so that a resumed run goes on measuring on them. Default
+            False: checkpoints hold no training data, and a resumed run measures on the first batches that it sees.
 
     Raises:
-        ValueError: A setting is out of its range, there is no such device, or `dataloader` is no loader, is empty, or
-            cannot be iterated more than once.
+        ValueError: A setting is out of its range, there is no such device, `dataloader` is no loader, is empty, or
+            cannot be iterated more than once, or `save_probe` is asked of a `dataloader`.
 
     Example:
         >>> from newtonopt.callbacks import CurvatureMonitor, Probe
@@ -93,10 +110,17 @@ class Probe:
     mode: Literal["train", "eval"] = "train"
     precision: Literal["full", "training"] = "full"
     parameters: str | None = None
+    save_probe: bool = False
 
     def __post_init__(self) -> None:
         check_whole("num_batches", self.num_batches, 1)
         _check_loader(self.dataloader)
+        check_flag("save_probe", self.save_probe)
+        if self.save_probe and self.dataloader is not None:
+            raise ValueError(
+                "save_probe must be False beside a dataloader, got True. Leave it out, and give the resumed run the "
+                "same dataloader."
+            )
         _device(self.device)
         check_choice("mode", self.mode, ("train", "eval"))
         check_choice("precision", self.precision, ("full", "training"))
@@ -175,13 +199,20 @@ class Probe:
             for part, flag in training:
                 part.training = flag
 
-    def in_words(self, trainer: Trainer, module: LightningModule) -> str:
-        """Return a sentence that says which loss is measured, and in which precision."""
+    def in_words(self, trainer: Trainer, module: LightningModule, began: int) -> str:
+        """Return sentences that say which loss is measured, in which precision, and whether on batches taken late.
+
+        Args:
+            trainer: The trainer.
+            module: The module that is trained.
+            began: Optimizer step at which the batches were taken.
+        """
         dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters()}))
         plugin = trainer.precision_plugin
         cast = f" and the autocast of {plugin.precision}" if isinstance(plugin, MixedPrecision) else ""
         numbers = f"in {dtypes}{cast if self.precision == 'training' else ''}"
-        return f"Measured on the loss of `{self.step}` in {self.mode} mode, {numbers}."
+        late = f" Its batches were taken at step {began}; earlier values belong to other batches." if began else ""
+        return f"Measured on the loss of `{self.step}` in {self.mode} mode, {numbers}.{late}"
 
 
 class Batches:
@@ -197,6 +228,12 @@ class Batches:
         self._kept: list[tuple[Any, int]] = []
         self._samples = 0
         self._closed = False
+        self._began = 0
+
+    @property
+    def began(self) -> int:
+        """The optimizer step at which the first of the batches was taken; zero before that, and with a loader."""
+        return self._began
 
     @property
     def complete(self) -> bool:
@@ -214,9 +251,10 @@ class Batches:
         """Take no more batches, if there are any."""
         self._closed = bool(self._kept)
 
-    def offer(self, batch: Any, batch_idx: int) -> None:
-        """Keep a batch of training's, if it is among the first."""
+    def offer(self, batch: Any, batch_idx: int, step: int) -> None:
+        """Keep a batch of training's at that optimizer step, if it is among the first."""
         if not self.complete:
+            self._began = self._began if self._kept else step
             self._kept.append((_copied(batch, self._device), batch_idx))
 
     def loss(self, trainer: Trainer, module: LightningModule) -> tuple[Callable[[], None], int]:
@@ -270,18 +308,23 @@ class Batches:
         return self._samples
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the batches, if they are made of plain containers, which checkpoints can hold."""
-        return {"batches": self._kept if _is_plain(self._kept) else None, "closed": self._closed}
+        """Return what a checkpoint holds: nothing before a batch was taken, and no batches unless `save_probe` asks for
+        them and they are made of plain containers.
+        """
+        if not self._kept:
+            return {}
+        saved = self._probe.save_probe and _is_plain(self._kept)
+        return {"batches": self._kept if saved else [], "closed": saved and self._closed, "began": self._began}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the batches of a checkpoint; if it holds none, new ones will be taken."""
-        if state["batches"] is None:
+        """Take the batches of a checkpoint; if it holds none, say that others will be taken."""
+        self._kept, self._samples = list(state["batches"]), 0
+        self._closed, self._began = state["closed"], state["began"]
+        if not self._kept:
             rank_zero_warn(
-                "CurvatureMonitor measures on other batches from here on: the checkpoint holds none, because they are "
-                "not made of tensors, numbers, strings, lists, tuples and dicts alone."
+                "CurvatureMonitor measures on other batches from here on, so that its curves may jump: the checkpoint "
+                "holds no training data. Give probe=Probe(save_probe=True), and checkpoints will hold the batches."
             )
-        self._kept, self._samples = list(state["batches"] or []), 0
-        self._closed = state["closed"] and bool(self._kept)
 
 
 def at_rest(measure: Callable[[], Result], params: Sequence[Tensor], optimizers: Sequence[Optimizer]) -> Result:

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning_problems import Classifier, loader, monitor_of, points, quiet_trainer
+from lightning_problems import Classifier, both_loggers, from_csv, loader, monitor_of, points, quiet_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from newtonopt.callbacks import CurvatureMonitor
+from newtonopt.callbacks import CurvatureMonitor, Probe
 from newtonopt.curvature import measure
 
 
@@ -90,13 +91,13 @@ def test_batches_are_kept_on_the_device_asked_for() -> None:
     assert "curvature/lambda_max" in trainer.callback_metrics
 
 
-def resumed(folder: Path, batches: list[Any]) -> dict[str, float]:
+def resumed(folder: Path, batches: list[Any], **probe: Any) -> dict[str, float]:
     """The last measurement of a run that stopped after its first epoch and was continued on other batches."""
     torch.manual_seed(0)
-    first = quiet_trainer(max_epochs=1, callbacks=[quick(num_batches=2)])
+    first = quiet_trainer(max_epochs=1, callbacks=[quick(num_batches=2, **probe)])
     first.fit(Smooth(), one_by_one(batches))
     first.save_checkpoint(folder / "first.ckpt")
-    second = quiet_trainer(max_epochs=2, callbacks=[quick(num_batches=2)])
+    second = quiet_trainer(max_epochs=2, callbacks=[quick(num_batches=2, **probe)], logger=both_loggers(folder))
     other = [tuple(t.flip(0)[:5] for t in batch) for batch in batches]
     second.fit(Smooth(), one_by_one(other), ckpt_path=folder / "first.ckpt")
     second.save_checkpoint(folder / "last.ckpt")
@@ -107,20 +108,84 @@ def one_by_one(batches: list[Any]) -> DataLoader:
     return DataLoader(batches, batch_size=None)
 
 
-def test_a_resumed_run_measures_on_the_same_batches(tmp_path: Path) -> None:
+def truth_of(checkpoint: Path, batches: list[Any]) -> float:
+    """The largest eigenvalue of a saved model's loss on the batches."""
+    model = Smooth()
+    model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+    inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    found = measure(lambda: F.cross_entropy(model.layers(inputs), labels), model.parameters(), sharpness=None)
+    return found["curvature/lambda_max"]
+
+
+def test_a_checkpoint_holds_no_data_unless_asked_to(tmp_path: Path) -> None:
+    batches = [(torch.randn(1000, 4), torch.randint(3, (1000,))) for _ in range(2)]
+    sizes = {}
+    for name, monitors in {
+        "without": [],
+        "with": [quick(num_batches=2)],
+        "save_probe": [quick(num_batches=2, save_probe=True)],
+    }.items():
+        trainer = quiet_trainer(max_epochs=1, callbacks=monitors)
+        trainer.fit(Smooth(), one_by_one(batches))
+        trainer.save_checkpoint(tmp_path / name)
+        sizes[name] = (tmp_path / name).stat().st_size
+    assert sizes["with"] <= sizes["without"] + 1024
+    data = sum(t.numel() * t.element_size() for batch in batches for t in batch)
+    assert data <= sizes["save_probe"] - sizes["without"] <= data + 4096
+
+
+def test_a_resumed_run_measures_on_its_first_batches_and_says_so(tmp_path: Path) -> None:
     batches = [tuple(batch) for batch in loader()]
-    checkpointed = resumed(tmp_path, batches)
-    state = torch.load(tmp_path / "first.ckpt", weights_only=True)["CurvatureMonitor"]
-    probe = state["curvature"]["batches"]
+    with pytest.warns(
+        UserWarning, match=r"measures on other batches from here on.* Give probe=Probe\(save_probe=True"
+    ) as w:
+        values = resumed(tmp_path, batches)
+    assert sum("other batches" in str(warning.message) for warning in w) == 1
+    other = [tuple(t.flip(0)[:5] for t in batch) for batch in batches[:2]]
+    assert values["curvature/lambda_max"] == pytest.approx(truth_of(tmp_path / "last.ckpt", other), rel=1e-3)
+    # The history is marked: in the values, and in words.
+    assert from_csv(tmp_path)["curvature/probe_step"] == [(step, 3.0) for step in (5, 6)]
+    assert "Its batches were taken at step 3; earlier values belong to other batches." in written_text(tmp_path)
+
+
+def written_text(folder: Path) -> str:
+    events = EventAccumulator(str(folder / "tb")).Reload()
+    return "".join(e.tensor_proto.string_val[0].decode() for e in events.Tensors("curvature/in_words/text_summary"))
+
+
+def test_a_resumed_run_measures_on_the_batches_that_were_saved(tmp_path: Path) -> None:
+    batches = [tuple(batch) for batch in loader()]
+    values = resumed(tmp_path, batches, save_probe=True)
+    probe = torch.load(tmp_path / "first.ckpt", weights_only=True)["CurvatureMonitor"]["curvature"]["batches"]
     for (kept, index), (number, batch) in zip(probe, enumerate(batches), strict=False):
         assert index == number
         assert all(torch.equal(a, b) for a, b in zip(kept, batch, strict=True))
     assert len(probe) == 2
-    model = Smooth()
-    model.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"])
-    inputs, labels = (torch.cat(parts) for parts in zip(*batches[:2], strict=True))
-    truth = measure(lambda: F.cross_entropy(model.layers(inputs), labels), model.parameters(), sharpness=None)
-    assert checkpointed["curvature/lambda_max"] == pytest.approx(truth["curvature/lambda_max"], rel=1e-3)
+    assert values["curvature/lambda_max"] == pytest.approx(truth_of(tmp_path / "last.ckpt", batches[:2]), rel=1e-3)
+    assert "curvature/probe_step" not in values and "were taken at step" not in written_text(tmp_path)
+
+
+def test_with_saved_batches_a_resumed_run_continues_to_the_bit(tmp_path: Path) -> None:
+    def fit(name: str, epochs: int, start: Path | None = None) -> dict[str, list[tuple[int, float]]]:
+        monitor = quick(num_batches=2, save_probe=True, sharpness="ball")
+        trainer = quiet_trainer(max_epochs=epochs, callbacks=[monitor], logger=both_loggers(tmp_path / name))
+        trainer.fit(Smooth(), one_by_one([tuple(batch) for batch in loader()]), ckpt_path=start)
+        trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+        return {tag: values for tag, values in from_csv(tmp_path / name).items() if tag != "curvature/seconds"}
+
+    whole, first = fit("whole", 2), fit("first", 1)
+    second = fit("second", 2, tmp_path / "first.ckpt")
+    assert {tag: [*values, *second[tag]] for tag, values in first.items()} == whole
+    assert [step for step, _ in second["curvature/lambda_max"]] == [4, 5, 6]
+
+
+def test_a_second_fit_in_one_process_is_marked_too(tmp_path: Path) -> None:
+    trainer = quiet_trainer(max_epochs=1, callbacks=[quick()])
+    trainer.fit(Smooth(), loader())
+    assert "curvature/probe_step" not in curvature(trainer)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(Smooth(), loader(5))
+    assert curvature(trainer)["curvature/probe_step"] == 3.0
 
 
 def test_a_fit_after_validating_a_checkpoint_takes_batches_of_its_own(tmp_path: Path) -> None:
@@ -131,7 +196,7 @@ def test_a_fit_after_validating_a_checkpoint_takes_batches_of_its_own(tmp_path: 
     first = quiet_trainer(max_epochs=1, callbacks=[quick()])
     first.fit(Smooth(), loader())
     first.save_checkpoint(tmp_path / "first.ckpt")
-    second = quiet_trainer(max_epochs=1, callbacks=[quick()])
+    second = quiet_trainer(max_epochs=1, callbacks=[quick(save_probe=True)])
     second.validate(Validated(), loader(), ckpt_path=tmp_path / "first.ckpt", verbose=False)
     second.fit(Validated(), loader(5), loader())
     second.save_checkpoint(tmp_path / "second.ckpt")
@@ -153,11 +218,19 @@ class Pair:
         return (self.x, self.y)[index]
 
 
-def test_batches_that_no_checkpoint_holds_are_taken_anew_with_a_warning(tmp_path: Path) -> None:
+def test_batches_that_no_checkpoint_can_hold_are_not_saved_with_a_warning(tmp_path: Path) -> None:
     batches = [Pair(*batch) for batch in loader()]
-    with pytest.warns(UserWarning, match="measures on other batches from here on"):
-        values = resumed(tmp_path, batches)
+    with (
+        pytest.warns(UserWarning, match="saves no batches with checkpoints: save_probe needs batches that are made of"),
+        pytest.warns(UserWarning, match="measures on other batches from here on"),
+    ):
+        values = resumed(tmp_path, batches, save_probe=True)
     assert "curvature/lambda_max" in values
+
+
+def test_saving_a_loader_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"save_probe must be False beside a dataloader, got True\. Leave it out"):
+        Probe(dataloader=loader(), save_probe=True)
 
 
 class Own:

@@ -409,5 +409,5 @@ class Mistaken(Answers):
 
 def test_a_mistake_in_a_measurement_names_its_class() -> None:
     p = nn.Parameter(torch.ones(2))
-    with pytest.raises(RuntimeError, match=r"Mistaken\.measure failed with AttributeError: .*no_such_thing"):
+    with pytest.raises(RuntimeError, match=r"Mistaken failed with AttributeError: .*no_such_thing"):
         measure(lambda: p.square().sum(), [p], sharpness=None, measurements=[Mistaken()])

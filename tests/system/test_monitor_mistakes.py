@@ -193,7 +193,12 @@ def test_two_monitors_with_one_prefix_are_an_error_before_training() -> None:
 
 
 def test_two_monitors_with_a_prefix_each_keep_their_own_batches(tmp_path: Path) -> None:
-    trainer = quiet_trainer(callbacks=[quick(at_end=True), quick(at_end=True, prefix="other", num_batches=2)])
+    trainer = quiet_trainer(
+        callbacks=[
+            quick(at_end=True, save_probe=True),
+            quick(at_end=True, prefix="other", num_batches=2, save_probe=True),
+        ]
+    )
     trainer.fit(Classifier("SGD"), loader())
     trainer.save_checkpoint(tmp_path / "both.ckpt")
     state = torch.load(tmp_path / "both.ckpt", weights_only=True)["CurvatureMonitor"]

@@ -109,6 +109,29 @@ def test_a_trial_run_shows_a_failure() -> None:
         trainer.fit(Broken("SGD"), loader(), loader())
 
 
+class Silent(Classifier):
+    """Logs nothing: a barebones Trainer warns of whatever is logged."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # type: ignore[override]
+        return F.cross_entropy(self.layers(batch[0]), batch[1])
+
+    def on_train_epoch_end(self) -> None:
+        pass
+
+
+def test_a_barebones_run_says_why_nothing_is_measured() -> None:
+    bare = {"log_every_n_steps": None, "logger": None, "enable_checkpointing": None}
+    bare |= {"enable_progress_bar": None, "enable_model_summary": None}
+    monitor = quick(every_n_train_steps=1, at_start=True, at_end=True)
+    trainer = quiet_trainer(callbacks=[monitor], barebones=True, **bare)
+    with pytest.warns(UserWarning, match=r"measures nothing under Trainer\(barebones=True\)") as caught:
+        trainer.fit(Silent("SGD"), loader())
+    assert sum("CurvatureMonitor" in str(warning.message) for warning in caught) == 1
+    assert "curvature/lambda_max" not in trainer.callback_metrics
+    monitor.setup(trainer, Silent("SGD"), "fit")
+    assert monitor._enabled  # the next run may be another
+
+
 def test_intervals_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="every_n_train_steps must be None beside every_n_epochs=1, got 5"):
         CurvatureMonitor(every_n_train_steps=5, every_n_epochs=1)

@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 import torch
@@ -18,7 +19,8 @@ from torch.optim import Optimizer
 from newtonopt.checks import check_choice, check_positive, check_seed, check_share, check_whole, shown
 from newtonopt.closure.evaluation import Evaluation, Known, Products, Verdict, check_products
 from newtonopt.closure.evaluation import Matrix as Checked
-from newtonopt.closure.objective import Objective
+from newtonopt.closure.isolation import UnprotectedError
+from newtonopt.closure.objective import Objective, ParametersMovedError
 from newtonopt.curvature.eigenvalues.extreme import Spectrum
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.operators.matrices import gauss_newton, hessian
@@ -312,8 +314,10 @@ class View:
         form: How further products are formed.
         operator: The curvature matrix; None once the graph behind it has been freed.
         live: The evaluation that the matrix belongs to; None once its graph has been freed.
+        lenient: Whether a measurement that raises an error is left out, instead of ending all.
         taken: Results so far by the class of their measurement.
         reasons: Why there is nothing to measure, by the class of the measurement.
+        failures: The error's message of each measurement that was left out for it, by its class.
 
     Example:
         >>> import torch
@@ -346,8 +350,10 @@ class View:
     form: Products
     operator: LinearOperator | None
     live: Evaluation | None
+    lenient: bool = False
     taken: dict[type, Any] = field(default_factory=dict)
     reasons: dict[type, str] = field(default_factory=dict)
+    failures: dict[type, str] = field(default_factory=dict)
 
     @property
     def matrix(self) -> LinearOperator:
@@ -407,16 +413,30 @@ class View:
         kind = type(measurement)
         if kind not in self.taken:
             self.taken[kind] = _PENDING
-            try:
-                self.taken[kind] = measurement.measure(self)
-            except UnmeasurableError as error:
-                self.taken[kind], self.reasons[kind] = None, str(error)
-            except _MISTAKES as error:
-                raise RuntimeError(f"{kind.__name__}.measure failed with {type(error).__name__}: {error}.") from error
+            self.taken[kind] = self.attempt(kind, partial(measurement.measure, self))
         if self.taken[kind] is _PENDING:
             raise RuntimeError(f"The measurements depend on each other in a cycle, and {kind.__name__} is part of it.")
         result: Result | None = self.taken[kind]
         return result
+
+    def attempt(self, kind: type, compute: Callable[[], Result | None]) -> Result | None:
+        """Return what a measurement computes; None where it has nothing to measure, or is left out for its error."""
+        try:
+            return compute()
+        except UnmeasurableError as error:
+            self.reasons[kind] = str(error)
+        except (UnprotectedError, ParametersMovedError):
+            raise  # the other measurements would change training, or belong to another point
+        except Exception as error:
+            # The message alone, for an error keeps alive all that its frames refer to.
+            unclear = isinstance(error, _MISTAKES) or not str(error)
+            message = f"{kind.__name__} failed with {type(error).__name__}: {error}." if unclear else str(error)
+            if not self.lenient and unclear:
+                raise RuntimeError(message) from error
+            if not self.lenient:
+                raise
+            self.failures[kind] = message
+        return None
 
     def affordable(self, most: int) -> int:
         """Return how many products (or gradients or losses) there is time for, `most` at most."""
@@ -470,6 +490,7 @@ class Measured(Mapping[str, float]):
         doubt: Why the products cannot be vouched for; empty where they can.
         by_class: Results by the class of their measurement.
         reasons: Why there is nothing to measure, by the class of the measurement.
+        failures: The error's message of each measurement that was left out for it, by its class.
 
     Example:
         >>> import torch
@@ -489,6 +510,7 @@ class Measured(Mapping[str, float]):
     doubt: str
     by_class: Mapping[type, Any]
     reasons: Mapping[type, str]
+    failures: Mapping[type, str] = field(default_factory=dict)
 
     def __getitem__(self, tag: str) -> float:
         return self.numbers[tag]
@@ -529,12 +551,17 @@ class Measured(Mapping[str, float]):
         """Return by the name of its class why a measurement had nothing to measure."""
         return {kind.__name__: reason for kind, reason in self.reasons.items()}
 
+    def failed(self) -> dict[str, str]:
+        """Return by the name of its class the message of the error for which a measurement was left out."""
+        return {kind.__name__: message for kind, message in self.failures.items()}
+
     def in_words(self) -> str:
         """Return what the values mean, one sentence a line."""
         lines = [f"Nothing is certified: {self.doubt}"] if self.doubt else []
         for measurement, result in self.results():
             lines += measurement.sentences(result, self)
         lines += [f"{name} is not measured: {reason}" for name, reason in self.unmeasurable().items()]
+        lines += [f"{name} could not be measured: {message}" for name, message in self.failed().items()]
         products, seconds = self.read("products"), self.read("seconds")
         if products is not None and seconds is not None:
             lines.append(f"Measured with {products:.0f} products in {seconds:.2g} s.")
@@ -549,6 +576,7 @@ def take(
     weight: float | None = None,
     named: Sequence[tuple[str, Tensor]] = (),
     last: Measured | None = None,
+    lenient: bool = False,
 ) -> Measured:
     """Take the measurements of a plan, whose settings have been checked, at the parameters.
 
@@ -560,6 +588,8 @@ def take(
         weight: Weight of this process in the mean over several, as for `evaluate`.
         named: Pairs of the parameters' names and them; empty if the names are not known.
         last: The results to follow; None: start at random.
+        lenient: Whether a measurement that raises an error is left out while others succeed. Default False. Errors of
+            the loss and the gradient, parameters that the closure moves, and state that cannot be put back end all.
 
     Returns:
         Their results.
@@ -567,6 +597,7 @@ def take(
     Raises:
         ValueError: A value has a name that is none of its measurement's tags.
         FloatingPointError: The loss, the gradient or a product is not finite.
+        RuntimeError: All measurements that have anything to measure raise errors.
     """
     params = trained_parameters(params)
     began = time.perf_counter()
@@ -600,6 +631,7 @@ def take(
         plan.products,
         A,
         evaluation,
+        lenient,
     )
     # First what needs products, so that their graph can be freed before the loss is computed elsewhere.
     for measurement in plan.measurements:
@@ -615,10 +647,12 @@ def take(
         view.take(measurement)
     objective.settle()
     objective.check_restored()
-    numbers = _numbers(plan, view.taken)
+    numbers = _numbers(view)
+    if view.failures and all(result is None for result in view.taken.values()):
+        raise RuntimeError(next(iter(view.failures.values())))
     numbers["products"], numbers["seconds"] = float(products), time.perf_counter() - began
     numbers = {f"{plan.prefix}/{name}": value for name, value in numbers.items()}
-    return Measured(plan, numbers, form, verdicts, doubt, dict(view.taken), dict(view.reasons))
+    return Measured(plan, numbers, form, verdicts, doubt, view.taken, view.reasons, view.failures)
 
 
 def _timed_quotient(A: LinearOperator, gradient: Tensor) -> tuple[float | None, float]:
@@ -631,24 +665,31 @@ def _timed_quotient(A: LinearOperator, gradient: Tensor) -> tuple[float | None, 
     return (matrix.back(along / square) if square > 0.0 else None), seconds
 
 
-def _numbers(plan: Plan, results: Mapping[type, Any]) -> dict[str, float]:
+def _numbers(view: View) -> dict[str, float]:
     """Return the finite values of all results by name: a chart cannot show others."""
     numbers: dict[str, float] = {}
     spectra: list[Spectrum] = []
-    for measurement in plan.measurements:
-        result = results[type(measurement)]
-        if result is None:
+    for measurement in view.plan.measurements:
+        kind = type(measurement)
+        values = view.attempt(kind, partial(_values, measurement, view.taken[kind]))
+        if values is None:
+            view.taken[kind] = None
             continue
-        for name, value in measurement.values(result).items():
-            if not any(tag.fits(name) for tag in measurement.tags):
-                names = ", ".join(tag.name for tag in measurement.tags)
-                raise ValueError(f"values of {type(measurement).__name__} must be among {names}, got {name!r}.")
-            if math.isfinite(value):
-                numbers[name] = float(value)
-        spectra += measurement.spectra(result)
+        numbers |= {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        spectra += measurement.spectra(view.taken[kind])
     if spectra:
         numbers["converged"] = float(all(spectrum.converged for spectrum in spectra))
     return numbers
+
+
+def _values(measurement: Measurement[Result], result: Result | None) -> Mapping[str, float] | None:
+    """Return the values of a result by their tags' names; None where there is no result."""
+    values = None if result is None else measurement.values(result)
+    for name in values or ():
+        if not any(tag.fits(name) for tag in measurement.tags):
+            names = ", ".join(tag.name for tag in measurement.tags)
+            raise ValueError(f"values of {type(measurement).__name__} must be among {names}, got {name!r}.")
+    return values
 
 
 def training(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> list[Optimizer]:

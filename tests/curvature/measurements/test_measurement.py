@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from newtonopt.curvature import Chart, Tag, measure
-from newtonopt.curvature.measurements.measurement import COST_TAGS, Plan
+from newtonopt.closure.isolation import UnprotectedError
+from newtonopt.closure.objective import ParametersMovedError
+from newtonopt.curvature import Chart, ExtremeEigenvalues, Measured, Measurement, Tag, measure
+from newtonopt.curvature.measurements.measurement import COST_TAGS, Plan, take
 
 
 @pytest.mark.parametrize(
@@ -45,3 +49,66 @@ def test_words_say_what_measuring_cost() -> None:
 def test_a_bad_prefix_is_refused() -> None:
     with pytest.raises(ValueError, match=r"prefix must consist of letters, .* got 'my tags'"):
         Plan((), prefix="my tags")
+
+
+class Flawed(Measurement[float]):
+    """Raises the error given, while it measures or for its values."""
+
+    tags = (Tag("flawed", "", "never written"),)
+
+    def __init__(self, error: Exception, late: bool = False) -> None:
+        self.error, self.late = error, late
+
+    def measure(self, view: Any) -> float:
+        if not self.late:
+            raise self.error
+        return 1.0
+
+    def values(self, result: float) -> dict[str, float]:
+        raise self.error
+
+
+class Leaning(Measurement[bool]):
+    """Depends on one that fails."""
+
+    tags = (Tag("leaning", "", "whether the other has a result"),)
+
+    def measure(self, view: Any) -> bool:
+        return view.of(Flawed) is not None
+
+    def values(self, result: bool) -> dict[str, float]:
+        return {"leaning": float(result)}
+
+
+def taken(*measurements: Measurement[Any], lenient: bool = True) -> Measured:
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+    return take(lambda: (p**3).sum(), [p], [], Plan(measurements), lenient=lenient)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["measure", "values"])
+def test_one_that_fails_leaves_the_values_of_the_others(late: bool) -> None:
+    others = (ExtremeEigenvalues(1, 1), Leaning())
+    found = taken(Flawed(KeyError("oops"), late), *others)
+    alone = taken(*others)
+    for name in set(alone.names()) - {"seconds", "leaning"}:
+        assert found.read(name) == alone.read(name)
+    assert found.read("leaning") == float(late) and found.of(Flawed) is None
+    assert found.failed() == {"Flawed": "Flawed failed with KeyError: 'oops'."}
+    assert "Flawed could not be measured: Flawed failed with KeyError: 'oops'." in found.in_words().splitlines()
+    with pytest.raises(RuntimeError, match="Flawed failed with KeyError: 'oops'"):
+        taken(Flawed(KeyError("oops"), late), *others, lenient=False)
+
+
+def test_an_error_that_explains_itself_is_passed_on_as_it_is() -> None:
+    error = torch.linalg.LinAlgError("no factor")
+    assert taken(Leaning(), Flawed(error)).failed() == {"Flawed": "no factor"}
+    with pytest.raises(torch.linalg.LinAlgError, match="no factor"):
+        taken(Leaning(), Flawed(error), lenient=False)
+
+
+def test_where_all_fail_and_where_training_would_change_nothing_is_measured() -> None:
+    with pytest.raises(RuntimeError, match="no factor"):
+        taken(Flawed(torch.linalg.LinAlgError("no factor")))
+    for error in (UnprotectedError(["a queue"]), ParametersMovedError("moved", torch.zeros(2))):
+        with pytest.raises(type(error)):
+            taken(Leaning(), Flawed(error))
