@@ -28,7 +28,7 @@ from newtonopt.curvature.measurements.measurement import Matrix, Plan, take
 from newtonopt.curvature.measuring import list_of
 
 from .lightning import Batches, Probe, at_rest, is_trial, log_values, passes_multiple
-from .tensorboard import Charts, add_charts, add_figures, add_text, charts_of
+from .tensorboard import add_figures, add_page, add_text, page_of
 
 # Key in checkpoints of the monitors' state, which is kept by prefix.
 _STATE = "CurvatureMonitor"
@@ -49,7 +49,7 @@ class Budget:
             and the end. None (default): no bound.
         certify_every: Every how many measurements start at random, one or more; 1: all. The others follow the
             eigenvectors of the last one, with a quarter of `max_products` or a little more, and certify nothing:
-            `curvature/certified` is 0, and the bounds enclose some eigenvalue, perhaps not the extreme one. Between
+            `certified` is 0, and the bounds enclose some eigenvalue, perhaps not the extreme one. Between
             measurements vectors are kept, `top + bottom + 1` times the parameters. Default 10.
         tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
             no more.
@@ -243,7 +243,8 @@ class CurvatureMonitor(Callback):
         self._last_step = 0
         self._measured_at: int | None = None
         self._lacked_batches = False
-        self._charts: dict[str, Charts] = {}
+        self._names: set[str] = set()
+        self._charts = 0
         self._warned: set[str] = set()
 
     # Hooks, and not `state_dict`: of two with one prefix Trainer would say that they cannot be saved, and not why.
@@ -411,11 +412,13 @@ class CurvatureMonitor(Callback):
             add_figures(trainer, measured)
         except ImportError as error:
             self._warn("figures", f"CurvatureMonitor draws no figures: {error}")
-        for category, charts in charts_of(measured).items():
-            known = self._charts.get(category, {})
-            if not charts.keys() <= known.keys():
-                self._charts[category] = {**known, **charts}
-                add_charts(trainer, category, self._charts[category])
+        self._names.update(measured.names())
+        page = page_of(measured.plan, measured.charts(), self._names)
+        # A value that comes late, such as the ratio to a threshold that a warm-up delays, brings its chart.
+        charts = sum(len(category.chart) for category in page)
+        if charts > self._charts:
+            self._charts = charts
+            add_page(trainer, page)
 
     def _stop(self, why: str) -> None:
         """Measure no more in this fit."""

@@ -60,18 +60,26 @@ class ExtremeEigenvalues(Measurement[Spectrum]):
             "1: the measurement started at random, and the intervals contain the extreme eigenvalues with 99 % "
             "confidence; 0: it tracked earlier eigenvectors, or the products are in doubt (the text says why), and "
             "the intervals contain some eigenvalue",
+            "bookkeeping",
         ),
         Tag(
             "asymmetry",
             "",
             "written only if the products do not belong to a symmetric matrix: the size of the asymmetry relative to "
             "the norm; nothing is certified then",
+            "bookkeeping",
         ),
     )
     charts: ClassVar[tuple[Chart, ...]] = (
-        Chart("Largest eigenvalue and its interval", ("lambda_max", "lambda_max_lower", "lambda_max_upper"), True),
+        Chart("Largest eigenvalues", (r"lambda_(max|\d+)",)),
         Chart("Smallest eigenvalue and its interval", ("lambda_min", "lambda_min_lower", "lambda_min_upper"), True),
-        Chart("Eigenvalues", (r"lambda_(max|\d+)",)),
+        # A margin that is mostly too narrow to be seen.
+        Chart(
+            "Largest eigenvalue and its interval",
+            ("lambda_max", "lambda_max_lower", "lambda_max_upper"),
+            margin=True,
+            more=True,
+        ),
         Chart("Smallest eigenvalues", ("lambda_min", r"lambda_min_\d+"), more=True),
     )
 

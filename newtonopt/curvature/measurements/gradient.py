@@ -35,13 +35,13 @@ class AlongGradient(Measurement[GradientShare]):
         >>> from newtonopt.curvature import measure
         >>> w = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
         >>> found = measure(lambda: w[0] ** 2 + 3 * w[1] ** 2, [w], top=1)
-        >>> found["curvature/gradient_curvature"], round(found["curvature/gradient_alignment"], 6)
+        >>> found.read("gradient_curvature"), round(found.read("gradient_alignment"), 6)
         (2.0, 0.0)
     """
 
     tags: ClassVar[tuple[Tag, ...]] = (
-        Tag("gradient_curvature", "L / θ²", "the curvature along the gradient g: g'Hg / g'g"),
-        Tag("gradient_alignment", "0 to 1", "the fraction of g'g along the `top` eigenvectors"),
+        Tag("gradient_curvature", "L / θ²", "the curvature along the gradient g: g'Hg / g'g", "more"),
+        Tag("gradient_alignment", "0 to 1", "the fraction of g'g along the `top` eigenvectors", "more"),
     )
     charts: ClassVar[tuple[Chart, ...]] = (
         Chart("Curvature along the gradient", ("gradient_curvature",), more=True),

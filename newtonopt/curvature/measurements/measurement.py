@@ -6,7 +6,7 @@ import math
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_args
 
@@ -44,6 +44,8 @@ class Tag:
         name: Name without the prefix. A word in capitals stands for a number (RANK) or a name (PART).
         unit: Unit of the value, in terms of the loss's unit L and the parameters' unit θ; empty for a flag or a count.
         description: Meaning of the value, for the table in docs/monitor.md.
+        group: The value's group of tags, beside those under the prefix: "bookkeeping" makes the tag
+            `curvature_bookkeeping/products`. Default "": `curvature/lambda_max`.
 
     Example:
         >>> from newtonopt.curvature import Tag
@@ -54,6 +56,14 @@ class Tag:
     name: str
     unit: str
     description: str
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.group, str) or not re.fullmatch(r"\w*", self.group):
+            raise ValueError(
+                f"group must consist of letters, digits and '_', got {shown(self.group)}. Write 'bookkeeping', for "
+                "example."
+            )
 
     def fits(self, name: str) -> bool:
         """Return whether a value of that name belongs to this tag."""
@@ -66,11 +76,13 @@ class Chart:
     """A chart on TensorBoard's custom-scalars page.
 
     Attributes:
-        title: Title. If several charts share a title, the first one whose values exist is shown.
-        patterns: Regular expressions of the values' names. The chart appears once each of them matches a value.
+        title: Title, another one for each chart.
+        patterns: Regular expressions of the values' names, the same in every run, so that TensorBoard merges the charts
+            of several runs. The chart appears once each of them matches a value.
         margin: Whether the chart shows a value with its interval. `patterns` are then the names of the value, the lower
             and the upper end. Default False: one line for each value.
-        more: Whether the chart belongs in the second category, for what is looked at less often. Default False.
+        more: Whether the chart belongs in the second category, which is closed at first, for what is looked at less
+            often. Default False.
 
     Example:
         >>> from newtonopt.curvature import Chart
@@ -92,7 +104,7 @@ class Chart:
                 f"patterns must be a tuple, got {shown(self.patterns)}. Write ('lambda_max',), for example."
             )
 
-    def names(self, known: Sequence[str]) -> list[str]:
+    def names(self, known: Collection[str]) -> list[str]:
         """Return which of the known names the chart shows; none of them if a pattern matches none."""
         matches = [[name for name in known if re.fullmatch(pattern, name)] for pattern in self.patterns]
         return [name for found in matches for name in found] if all(matches) else []
@@ -207,7 +219,7 @@ class Measurement(ABC, Generic[Result]):
         return {}
 
     def spectra(self, result: Result) -> Sequence[Spectrum]:
-        """Return the eigenvalues whose convergence `curvature/converged` reports."""
+        """Return the eigenvalues whose convergence `curvature_bookkeeping/converged` reports."""
         return ()
 
     def check_list(self, measurements: Sequence[Measurement[Any]]) -> None:
@@ -252,6 +264,12 @@ class Plan:
                 "prefix must consist of letters, digits, '_', '-' and '.', with single '/' between, got "
                 f"{shown(self.prefix)}. Write 'curvature', for example."
             )
+
+    def tag_of(self, name: str) -> str:
+        """Return the tag of a value: its name behind the prefix and the group of its tag, if it has one."""
+        tags = (*COST_TAGS, *(tag for measurement in self.measurements for tag in measurement.tags))
+        group = next((tag.group for tag in tags if tag.fits(name)), "")
+        return f"{self.prefix}_{group}/{name}" if group else f"{self.prefix}/{name}"
 
 
 @dataclass(frozen=True)
@@ -446,14 +464,16 @@ COST_TAGS = (
         "",
         "1: all intervals, those of layers and of the preconditioned matrix included, are as narrow as `tolerance`; "
         "0: the budget ended first, or tracking stopped at 10 %",
+        "bookkeeping",
     ),
     Tag(
         "products",
         "",
         "curvature products, including those for [checking them](setups.md#how-products-are-checked) but not those "
         "for the sharpness",
+        "bookkeeping",
     ),
-    Tag("seconds", "s", "duration of the measurement"),
+    Tag("seconds", "s", "duration of the measurement", "bookkeeping"),
 )
 COST_CHART = Chart("Products", ("products",), more=True)
 
@@ -503,12 +523,12 @@ class Measured(Mapping[str, float]):
         return f"Measured({dict(self)})"
 
     def read(self, name: str) -> float | None:
-        """Return the value of a tag without its prefix; None if it was not measured."""
-        return self.get(f"{self.plan.prefix}/{name}")
+        """Return a value by its name, which is the last part of its tag; None if it was not measured."""
+        return self.get(self.plan.tag_of(name))
 
     def names(self) -> list[str]:
-        """Return the names of all values, without the prefix."""
-        return [tag.removeprefix(f"{self.plan.prefix}/") for tag in self]
+        """Return the names of all values: their tags without the prefix and the group."""
+        return [tag.removeprefix(self.plan.prefix).partition("/")[2] for tag in self]
 
     def of(self, kind: type[Measurement[Result]]) -> Result | None:
         """Return the result of the measurement of that class; None where it was not asked for, or has none."""
@@ -617,7 +637,7 @@ def take(
     objective.check_restored()
     numbers = _numbers(plan, view.taken)
     numbers["products"], numbers["seconds"] = float(products), time.perf_counter() - began
-    numbers = {f"{plan.prefix}/{name}": value for name, value in numbers.items()}
+    numbers = {plan.tag_of(name): value for name, value in numbers.items()}
     return Measured(plan, numbers, form, verdicts, doubt, dict(view.taken), dict(view.reasons))
 
 

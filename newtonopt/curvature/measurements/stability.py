@@ -67,11 +67,13 @@ class Stability(Measurement[StabilityRatio]):
         ),
     )
     charts: ClassVar[tuple[Chart, ...]] = (
-        *(
-            Chart("Largest eigenvalue against the stability threshold", (name, "stability_threshold"))
-            for name in ("preconditioned_lambda_max", "lambda_max")
+        # The ratio means the same for every optimizer, so that a folder of different runs has one chart.
+        Chart("Stability ratio: above 1 steps overshoot", ("stability_ratio",)),
+        Chart(
+            "Largest eigenvalue, plain or preconditioned, and the stability threshold",
+            ("(preconditioned_)?lambda_max", "stability_threshold"),
+            more=True,
         ),
-        Chart("Stability ratio: above 1 steps overshoot", ("stability_ratio",), more=True),
     )
 
     def measure(self, view: View) -> StabilityRatio | None:

@@ -38,7 +38,7 @@ def test_patterns_that_are_one_word_are_refused() -> None:
 def test_words_say_what_measuring_cost() -> None:
     p = nn.Parameter(torch.ones(2))
     found = measure(lambda: p.square().sum(), [p], sharpness=None)
-    assert f"Measured with {found['curvature/products']:.0f} products in " in found.in_words().splitlines()[-1]
+    assert f"Measured with {found.read('products'):.0f} products in " in found.in_words().splitlines()[-1]
     assert {tag.name for tag in COST_TAGS} <= set(found.names())
 
 
