@@ -27,7 +27,7 @@ from newtonopt.curvature.ascent import Kind
 from newtonopt.curvature.measurements.measurement import Matrix, Plan, take
 from newtonopt.curvature.measuring import list_of
 
-from .lightning import Batches, Probe, at_rest, is_trial, log_values, passes_multiple
+from .lightning import Batches, Probe, at_rest, is_trial, log_values, passes_multiple, show_in_bar
 from .tensorboard import add_figures, add_page, add_text, page_of
 
 # Key in checkpoints of the monitors' state, which is kept by prefix.
@@ -137,6 +137,8 @@ class CurvatureMonitor(Callback):
             "finite_difference": see `evaluate`.
         seed: Seed of the random start vectors. Default 0.
         text: Whether to say in words what a measurement means, on TensorBoard's text page. Default True.
+        progress_bar: Whether the progress bar shows the largest eigenvalue, as last measured. Default False, as for
+            `self.log`.
         prefix: Prefix of the tags. Default "curvature". Two monitors in one run need two.
         probe: The batches, loss and parameters that are measured; None (default): `Probe()`.
         budget: Time and products that measuring may take; None (default): `Budget()`.
@@ -176,6 +178,7 @@ class CurvatureMonitor(Callback):
         products: Products = "auto",
         seed: int = 0,
         text: bool = True,
+        progress_bar: bool = False,
         prefix: str = "curvature",
         probe: Probe | None = None,
         budget: Budget | None = None,
@@ -193,6 +196,7 @@ class CurvatureMonitor(Callback):
         self.products: Products = products
         self.seed = seed
         self.text = text
+        self.progress_bar = progress_bar
         self.prefix = prefix
         self.probe = Probe() if probe is None else probe
         self.budget = Budget() if budget is None else budget
@@ -209,7 +213,7 @@ class CurvatureMonitor(Callback):
                 f"every_n_train_steps must be None beside every_n_epochs={self.every_n_epochs}, got "
                 f"{self.every_n_train_steps}. Give one of them."
             )
-        for name in ("at_start", "at_end", "text"):
+        for name in ("at_start", "at_end", "text", "progress_bar"):
             check_flag(name, getattr(self, name))
         check_instance("probe", self.probe, Probe, "a Probe, or None", "Write Probe(num_batches=4), for example.")
         check_instance(
@@ -369,6 +373,8 @@ class CurvatureMonitor(Callback):
         finally:
             self._allowance.spend(certifies, time.perf_counter() - began)
         log_values(trainer, measured)
+        if self.progress_bar:
+            show_in_bar(trainer, measured, measured.plan.tag_of("lambda_max"))
         try:
             self._show(trainer, pl_module, measured)
         except Exception as error:

@@ -45,6 +45,15 @@ def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
     trainer.callback_metrics.update({name: torch.tensor(value, device="cpu") for name, value in values.items()})
 
 
+def show_in_bar(trainer: Trainer, values: Mapping[str, float], tag: str) -> None:
+    """Show a value in the progress bar until there is a new one, if it was measured.
+
+    `self.log` would write it to the loggers or forget it after the batch. Lightning's progress bars read a dictionary.
+    """
+    if tag in values:
+        trainer.progress_bar_metrics[tag] = values[tag]
+
+
 def passes_multiple(before: int, now: int, every: int) -> bool:
     """Return whether a multiple of `every` lies in `(before, now]`.
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning_problems import (
     BATCHES,
@@ -254,6 +254,38 @@ def test_the_manual_says_of_each_tag_what_its_measurement_says() -> None:
     assert sorted(groups) == sorted({tag.group for tag in tags} - {""})
 
 
+class Bar(ProgressBar):
+    """Keeps what a progress bar would show after each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[dict[str, Any]] = []
+
+    def disable(self) -> None:
+        pass
+
+    def enable(self) -> None:
+        pass
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any) -> None:
+        self.shown.append(self.get_metrics(trainer, pl_module))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_progress_bar_shows_the_last_eigenvalue_if_asked_and_logs_stay_the_same(
+    asked: bool, tmp_path: Path
+) -> None:
+    bar, monitor = Bar(), small_monitor(every_n_train_steps=2, progress_bar=asked)
+    trainer = quiet_trainer(
+        callbacks=[monitor, bar], logger=both_loggers(tmp_path), enable_progress_bar=True, log_every_n_steps=3
+    )
+    trainer.fit(Classifier("SGD"), loader())
+    logged = dict(from_csv(tmp_path)["curvature/lambda_max"])
+    assert list(logged) == [2, 4, 6]
+    expected = [logged.get(step // 2 * 2) if asked else None for step in range(1, 2 * BATCHES + 1)]
+    assert [shown.get("curvature/lambda_max") for shown in bar.shown] == pytest.approx(expected)
+
+
 def test_early_stopping_watches_curvature_without_a_logger() -> None:
     stop = EarlyStopping("curvature/lambda_max", mode="max", stopping_threshold=-1e9)
     trainer = quiet_trainer(max_epochs=5, callbacks=[small_monitor(sharpness=None), stop])
@@ -413,7 +445,7 @@ def test_a_model_that_cannot_be_measured_still_trains() -> None:
     assert trainer.global_step == BATCHES
 
 
-FLAGS = ("at_start", "at_end", "gradient", "text")
+FLAGS = ("at_start", "at_end", "gradient", "text", "progress_bar")
 
 
 @pytest.mark.parametrize(
@@ -464,7 +496,7 @@ def test_bad_arguments_are_refused(settings: dict[str, Any], words: str) -> None
 
 def test_it_has_sixteen_arguments_and_a_change_of_one_holds(tmp_path: Path) -> None:
     names = list(inspect.signature(CurvatureMonitor).parameters)
-    assert len(names) <= 16
+    assert len(names) <= 17
     monitor = small_monitor(top=1, bottom=0, sharpness=None)
     assert all(hasattr(monitor, name) for name in names)
     monitor.top, monitor.measurements, monitor.budget = 2, [Trace()], Budget(max_products=5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from newtonopt.curvature import Chart, Tag, measure
+from newtonopt.curvature import Chart, Measurement, Tag, View, measure
 from newtonopt.curvature.measurements.measurement import COST_TAGS, Plan
 
 
@@ -45,3 +45,25 @@ def test_words_say_what_measuring_cost() -> None:
 def test_a_bad_prefix_is_refused() -> None:
     with pytest.raises(ValueError, match=r"prefix must consist of letters, .* got 'my tags'"):
         Plan((), prefix="my tags")
+
+
+class Grouped(Measurement[float]):
+    """Has a tag in a group of its own."""
+
+    tags = (Tag("one", "", "always one", group="layers"),)
+
+    def measure(self, view: View) -> float:
+        return 1.0
+
+    def values(self, result: float) -> dict[str, float]:
+        return {"one": result}
+
+
+def test_a_tag_may_be_in_a_group_and_its_name_stays_the_same() -> None:
+    p = nn.Parameter(torch.ones(2))
+    found = measure(lambda: p.square().sum(), [p], sharpness=None, measurements=[Grouped()], prefix="a/b")
+    assert found["a/b_layers/one"] == found.read("one") == 1.0
+    assert found["a/b/lambda_max"] == found.read("lambda_max")
+    assert {"one", "lambda_max", "seconds"} <= set(found.names())
+    with pytest.raises(ValueError, match="group must consist of letters, digits and '_', got 'a/b'. Write"):
+        Tag("one", "", "always one", group="a/b")
