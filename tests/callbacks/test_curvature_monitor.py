@@ -201,7 +201,7 @@ def test_values_are_those_of_the_dense_matrix(mode: str, precision: str, tmp_pat
     for name, truth in (("lambda_2", eigenvalues[-2]), ("lambda_3", eigenvalues[-3]), ("lambda_min_2", eigenvalues[1])):
         assert values[f"curvature/{name}"] == pytest.approx(float(truth), rel=2e-3, abs=accuracy * size)
     rayleigh = float(gradient @ hessian @ gradient / (gradient @ gradient))
-    assert values["curvature_more/gradient_curvature"] == pytest.approx(rayleigh, abs=accuracy * size)
+    assert values["curvature-more/gradient_curvature"] == pytest.approx(rayleigh, abs=accuracy * size)
     worst = worst_rise(objective, point, hessian, gradient, 0.2)
     assert 0.97 * worst <= values["curvature/sharpness"] <= 1.001 * worst  # its search ends a little below the top
     assert values["curvature/stability_threshold"] == pytest.approx((2 + 2 * 0.9) / 0.1)
@@ -216,8 +216,8 @@ def test_tags_reach_every_logger_and_the_trainer(tmp_path: Path) -> None:
     bounds = [f"lambda_{end}{part}" for end in ("max", "min") for part in ("", "_lower", "_upper")]
     others = ["lambda_2", "lambda_3", "lambda_min_2", "sharpness", "stability_threshold", "stability_ratio"]
     tags = {f"curvature/{name}" for name in [*bounds, *others]}
-    tags |= {f"curvature_bookkeeping/{name}" for name in ("products", "seconds", "certified", "converged")}
-    tags |= {f"curvature_more/gradient_{name}" for name in ("curvature", "alignment")}
+    tags |= {f"curvature-bookkeeping/{name}" for name in ("products", "seconds", "certified", "converged")}
+    tags |= {f"curvature-more/gradient_{name}" for name in ("curvature", "alignment")}
     table, events = from_csv(tmp_path), from_events(tmp_path)
     for tag in tags:
         assert [step for step, _ in table[tag]] == [step for step, _ in events[tag]] == [1, 2, 3]
@@ -250,7 +250,7 @@ def test_the_manual_says_of_each_tag_what_its_measurement_says() -> None:
     manual = (Path(__file__).parents[2] / "docs" / "monitor.md").read_text()
     table = [line for line in manual.split("## Tags")[1].split("\n## ")[0].splitlines() if line.startswith("| `")]
     assert sorted(table) == sorted(f"| `{tag.name}` | {tag.description} | {tag.unit} |" for tag in tags)
-    groups = re.findall(r"under `curvature_(\w+)/`", manual.split("## Tags")[1].split("\n| tag")[0])
+    groups = re.findall(r"under `curvature-(\w+)/`", manual.split("## Tags")[1].split("\n| tag")[0])
     assert sorted(groups) == sorted({tag.group for tag in tags} - {""})
 
 
@@ -304,7 +304,7 @@ def test_each_multiple_of_the_interval_is_measured_once(
         max_epochs=3, accumulate_grad_batches=accumulate, callbacks=[monitor], logger=both_loggers(tmp_path)
     )
     trainer.fit(Classifier("SGD"), loader())
-    assert [step for step, _ in from_csv(tmp_path)["curvature_bookkeeping/products"]] == expected
+    assert [step for step, _ in from_csv(tmp_path)["curvature-bookkeeping/products"]] == expected
 
 
 class WithPage(Classifier):
@@ -328,7 +328,7 @@ def test_charts_join_those_of_the_user_and_name_tags_that_were_written(tmp_path:
         assert chart_tags(curvature[title], written) == bounds
     largest = [["curvature/lambda_2", "curvature/lambda_3", "curvature/lambda_max"]]
     assert chart_tags(curvature["Largest eigenvalues"], written) == largest
-    assert chart_tags(curvature["Products"], written) == [["curvature_bookkeeping/products"]]
+    assert chart_tags(curvature["Products"], written) == [["curvature-bookkeeping/products"]]
     assert all(tags for chart in curvature.values() for tags in chart_tags(chart, written))
 
 

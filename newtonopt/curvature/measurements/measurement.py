@@ -45,7 +45,7 @@ class Tag:
         unit: Unit of the value, in terms of the loss's unit L and the parameters' unit θ; empty for a flag or a count.
         description: Meaning of the value, for the table in docs/monitor.md.
         group: The value's group of tags, beside those under the prefix: "bookkeeping" makes the tag
-            `curvature_bookkeeping/products`. Default "": `curvature/lambda_max`.
+            `curvature-bookkeeping/products`. Default "": `curvature/lambda_max`.
 
     Example:
         >>> from newtonopt.curvature import Tag
@@ -219,7 +219,7 @@ class Measurement(ABC, Generic[Result]):
         return {}
 
     def spectra(self, result: Result) -> Sequence[Spectrum]:
-        """Return the eigenvalues whose convergence `curvature_bookkeeping/converged` reports."""
+        """Return the eigenvalues whose convergence `curvature-bookkeeping/converged` reports."""
         return ()
 
     def check_list(self, measurements: Sequence[Measurement[Any]]) -> None:
@@ -269,7 +269,8 @@ class Plan:
         """Return the tag of a value: its name behind the prefix and the group of its tag, if it has one."""
         tags = (*COST_TAGS, *(tag for measurement in self.measurements for tag in measurement.tags))
         group = next((tag.group for tag in tags if tag.fits(name)), "")
-        return f"{self.prefix}_{group}/{name}" if group else f"{self.prefix}/{name}"
+        # TensorBoard sorts "curvature-bookkeeping" after "curvature", but "curvature_bookkeeping" before it.
+        return f"{self.prefix}-{group}/{name}" if group else f"{self.prefix}/{name}"
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,8 @@ class Grouped(Measurement[float]):
 def test_a_tag_may_be_in_a_group_and_its_name_stays_the_same() -> None:
     p = nn.Parameter(torch.ones(2))
     found = measure(lambda: p.square().sum(), [p], sharpness=None, measurements=[Grouped()], prefix="a/b")
-    assert found["a/b_layers/one"] == found.read("one") == 1.0
+    assert found["a/b-layers/one"] == found.read("one") == 1.0
     assert found["a/b/lambda_max"] == found.read("lambda_max")
     assert {"one", "lambda_max", "seconds"} <= set(found.names())
-    with pytest.raises(ValueError, match="group must consist of letters, digits and '_', got 'a/b'. Write"):
+    with pytest.raises(ValueError, match=r"group must consist of .*, got 'a/b'\. Write"):
         Tag("one", "", "always one", group="a/b")
