@@ -107,8 +107,8 @@ def measure(
         >>> found = measure(lambda: w[0] ** 2 - 3 * w[1] ** 2, [w], sharpness=None)
         >>> round(found["curvature/lambda_max"], 6), round(found["curvature/lambda_min"], 6)
         (2.0, -6.0)
-        >>> print(found.in_words().splitlines()[1][-27:])
-        that this is not a minimum.
+        >>> print(found.in_words().splitlines()[0])
+        In short: not at a minimum.
     """
     listing = list_of(top, bottom, sharpness, gradient, measurements)
     plan = Plan(listing, curvature, products, tolerance, max_products, max_seconds, seed, prefix)

@@ -201,8 +201,12 @@ class Measurement(ABC, Generic[Result]):
     def values(self, result: Result) -> Mapping[str, float]:
         """Return the values to log, by their tags' names. Values that are not finite are left out of the log."""
 
+    def verdict(self, result: Result, measured: Measured) -> str:
+        """Return a few words for the first line of the text, such as "not at a minimum"; empty: none."""
+        return ""
+
     def sentences(self, result: Result, measured: Measured) -> Sequence[str]:
-        """Return sentences that say what the result means.
+        """Return sentences that say what the result means, and what to do about it.
 
         Args:
             result: Result of `measure`.
@@ -551,11 +555,25 @@ class Measured(Mapping[str, float]):
         return {kind.__name__: reason for kind, reason in self.reasons.items()}
 
     def in_words(self) -> str:
-        """Return what the values mean, one sentence a line."""
-        lines = [f"Nothing is certified: {self.doubt}"] if self.doubt else []
+        """Return what the values mean and what to do, a line for each measurement, after the verdict in one line."""
+        verdicts = [measurement.verdict(result, self) for measurement, result in self.results()]
+        verdict = "; ".join(words for words in verdicts if words)
+        lines = [f"In short: {verdict}."] if verdict else []
+        lines += [f"Nothing is certified: {self.doubt}"] if self.doubt else []
         for measurement, result in self.results():
             lines += measurement.sentences(result, self)
         lines += [f"{name} is not measured: {reason}" for name, reason in self.unmeasurable().items()]
+        certified = self.read("certified")
+        if certified == 0.0 and not self.doubt and self.read("asymmetry") is None:
+            lines.append(
+                "This measurement followed the last one. CurvatureMonitor certifies each with Budget(certify_every=1), "
+                "and measure without last."
+            )
+        if certified == 1.0 and self.read("converged") == 0.0:
+            lines.append(
+                f"Some intervals are wider than {self.plan.tolerance:.2g} of their value: raise max_products above "
+                f"{self.plan.max_products} to narrow them."
+            )
         products, seconds = self.read("products"), self.read("seconds")
         if products is not None and seconds is not None:
             lines.append(f"Measured with {products:.0f} products in {seconds:.2g} s.")

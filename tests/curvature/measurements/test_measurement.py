@@ -39,6 +39,20 @@ def test_words_say_what_measuring_cost() -> None:
     p = nn.Parameter(torch.ones(2))
     found = measure(lambda: p.square().sum(), [p], sharpness=None)
     assert f"Measured with {found.read('products'):.0f} products in " in found.in_words().splitlines()[-1]
+
+
+def test_words_say_how_to_narrow_and_how_to_certify() -> None:
+    p = nn.Parameter(torch.ones(60, dtype=torch.float64))
+
+    def closure() -> torch.Tensor:
+        return (torch.arange(1.0, 61.0) * p**2).sum() / 2
+
+    found = measure(closure, [p], sharpness=None, max_products=8)
+    assert (found.read("certified"), found.read("converged")) == (1.0, 0.0)
+    assert "Some intervals are wider than 0.01 of their value: raise max_products above 8" in found.in_words()
+    followed = measure(closure, [p], sharpness=None, max_products=8, last=found)
+    assert followed.read("certified") == 0.0
+    assert "This measurement followed the last one. CurvatureMonitor certifies each with" in followed.in_words()
     assert {tag.name for tag in COST_TAGS} <= set(found.names())
 
 
