@@ -366,7 +366,7 @@ def synchronisations(where: Where, note: Note) -> None:
             measured = measure(lambda setup=setup: loss_of(setup), setup.parameters, max_products=24)
         result["a measurement"] = {
             "waits": sum(found.values()),
-            "products": measured["curvature/products"],
+            "products": measured["curvature-bookkeeping/products"],
             "places": places(found),
         }
         note(setup.name, result)

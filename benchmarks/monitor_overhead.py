@@ -86,9 +86,9 @@ class Timed(CurvatureMonitor):
         super().on_train_batch_end(trainer, *rest)
         seconds = self.clock() - began
         if trainer.global_step % self.every_n_train_steps == 0:
-            certified = float(trainer.callback_metrics["curvature/certified"])
+            certified = float(trainer.callback_metrics["curvature-bookkeeping/certified"])
             (self.times.certified if certified else self.times.followed).append(seconds)
-            self.times.products[certified].append(float(trainer.callback_metrics["curvature/products"]))
+            self.times.products[certified].append(float(trainer.callback_metrics["curvature-bookkeeping/products"]))
 
 
 def train(

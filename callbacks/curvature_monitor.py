@@ -29,8 +29,8 @@ from newtonopt.curvature.ascent import Kind
 from newtonopt.curvature.measurements.measurement import Matrix, Plan, take
 from newtonopt.curvature.measuring import list_of
 
-from .lightning import PROBE_TAG, Batches, Probe, at_rest, is_trial, log_values, passes_multiple
-from .tensorboard import Charts, add_charts, add_figures, add_text, charts_of
+from .lightning import PROBE_TAG, Batches, Probe, at_rest, is_trial, log_values, passes_multiple, show_in_bar
+from .tensorboard import add_figures, add_page, add_text, page_of
 
 # Key in checkpoints of the monitors' state, which is kept by prefix.
 _STATE = "CurvatureMonitor"
@@ -51,7 +51,7 @@ class Budget:
             and the end. None (default): no bound.
         certify_every: Every how many measurements start at random, one or more; 1: all. The others follow the
             eigenvectors of the last one, with a quarter of `max_products` or a little more, and certify nothing:
-            `curvature/certified` is 0, and the bounds enclose some eigenvalue, perhaps not the extreme one. Between
+            `certified` is 0, and the bounds enclose some eigenvalue, perhaps not the extreme one. Between
             measurements vectors are kept, `top + bottom + 1` times the parameters. Default 10.
         tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
             no more.
@@ -139,6 +139,8 @@ class CurvatureMonitor(Callback):
             "finite_difference": see `evaluate`.
         seed: Seed of the random start vectors. Default 0.
         text: Whether to say in words what a measurement means, on TensorBoard's text page. Default True.
+        progress_bar: Whether the progress bar shows the largest eigenvalue, as last measured. Default False, as for
+            `self.log`.
         prefix: Prefix of the tags. Default "curvature". Two monitors in one run need two.
         probe: The batches, loss and parameters that are measured; None (default): `Probe()`.
         budget: Time and products that measuring may take; None (default): `Budget()`.
@@ -178,6 +180,7 @@ class CurvatureMonitor(Callback):
         products: Products = "auto",
         seed: int = 0,
         text: bool = True,
+        progress_bar: bool = False,
         prefix: str = "curvature",
         probe: Probe | None = None,
         budget: Budget | None = None,
@@ -195,6 +198,7 @@ class CurvatureMonitor(Callback):
         self.products: Products = products
         self.seed = seed
         self.text = text
+        self.progress_bar = progress_bar
         self.prefix = prefix
         self.probe = Probe() if probe is None else probe
         self.budget = Budget() if budget is None else budget
@@ -211,7 +215,7 @@ class CurvatureMonitor(Callback):
                 f"every_n_train_steps must be None beside every_n_epochs={self.every_n_epochs}, got "
                 f"{self.every_n_train_steps}. Give one of them."
             )
-        for name in ("at_start", "at_end", "text"):
+        for name in ("at_start", "at_end", "text", "progress_bar"):
             check_flag(name, getattr(self, name))
         check_instance("probe", self.probe, Probe, "a Probe, or None", "Write Probe(num_batches=4), for example.")
         check_instance(
@@ -245,7 +249,8 @@ class CurvatureMonitor(Callback):
         self._last_step = 0
         self._measured_at: int | None = None
         self._lacked_batches = False
-        self._charts: dict[str, Charts] = {}
+        self._names: set[str] = set()
+        self._charts = 0
         self._warned: set[str] = set()
 
     # Hooks, and not `state_dict`: of two with one prefix Trainer would say that they cannot be saved, and not why.
@@ -385,7 +390,10 @@ class CurvatureMonitor(Callback):
             return
         finally:
             self._allowance.spend(certifies, time.perf_counter() - began)
-        for show in (partial(log_values, trainer, measured), partial(self._show, trainer, pl_module, measured)):
+        shows = [partial(log_values, trainer, measured), partial(self._show, trainer, pl_module, measured)]
+        if self.progress_bar:
+            shows.insert(0, partial(show_in_bar, trainer, measured, measured.plan.tag_of("lambda_max")))
+        for show in shows:
             try:
                 show()
             except Exception as error:
@@ -413,7 +421,7 @@ class CurvatureMonitor(Callback):
                 if changed := watch.changed():
                     raise UnprotectedError(changed)
         if self._batches.began:
-            since = {f"{plan.prefix}/{PROBE_TAG.name}": float(self._batches.began)}
+            since = {f"{PROBE_TAG.folder(plan.prefix)}/{PROBE_TAG.name}": float(self._batches.began)}
             measured = replace(measured, numbers={**measured.numbers, **since})
         self._last = measured
         self._followed = 0 if last is None or measured.read("certified") == 1.0 else self._followed + 1
@@ -435,11 +443,13 @@ class CurvatureMonitor(Callback):
             add_figures(trainer, measured)
         except ImportError as error:
             self._warn("figures", f"CurvatureMonitor draws no figures: {error}")
-        for category, charts in charts_of(measured).items():
-            known = self._charts.get(category, {})
-            if not charts.keys() <= known.keys():
-                self._charts[category] = {**known, **charts}
-                add_charts(trainer, category, self._charts[category])
+        self._names.update(measured.names())
+        page = page_of(measured.plan, measured.charts(), self._names)
+        # A value that comes late, such as the ratio to a threshold that a warm-up delays, brings its chart.
+        charts = sum(len(category.chart) for category in page)
+        if charts > self._charts:
+            self._charts = charts
+            add_page(trainer, page)
 
     def _stop(self, why: str) -> None:
         """Measure no more in this fit."""

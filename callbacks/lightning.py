@@ -39,6 +39,7 @@ PROBE_TAG = Tag(
     "",
     "the step at which the batches measured on were taken; written where that is not the start, as in a run resumed "
     "without [`save_probe`](#probe), because earlier values belong to other batches",
+    group="bookkeeping",
 )
 
 
@@ -58,6 +59,15 @@ def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
             errors.append(error)
     if errors:
         raise errors[0]
+
+
+def show_in_bar(trainer: Trainer, values: Mapping[str, float], tag: str) -> None:
+    """Show a value in the progress bar until there is a new one, if it was measured.
+
+    `self.log` would write it to the loggers or forget it after the batch. Lightning's progress bars read a dictionary.
+    """
+    if tag in values:
+        trainer.progress_bar_metrics[tag] = values[tag]
 
 
 def passes_multiple(before: int, now: int, every: int) -> bool:

@@ -8,13 +8,21 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from tensorboard.plugins.custom_scalar.layout_pb2 import Category
 
 from newtonopt.checks import check_whole, explains_arguments
 from newtonopt.optimizers.newton import NewtonOptimizer
 from newtonopt.optimizers.report import StepReport
 
 from .lightning import is_trial, log_values, passes_multiple
-from .tensorboard import Charts, add_charts
+from .tensorboard import STEPS, add_page, multiline
+
+# The same charts in every run, so that TensorBoard merges them; the first one in runs whose optimizer has such a value.
+_CONTROL = multiline("Damping, radius or sigma", ["newton/(damping|radius|sigma)$"])
+_CHARTS = (
+    multiline("Actual over predicted decrease", ["newton/(first_)?ratio$"]),
+    multiline("Iterations of the inner solver", ["newton/iterations$"]),
+)
 
 
 class StepMonitor(Callback):
@@ -66,7 +74,10 @@ class StepMonitor(Callback):
             return
         log_values(trainer, _tags(reports[0]))
         if not self._charts_written:
-            add_charts(trainer, "Newton steps", _charts(reports[0]))
+            report = reports[0]
+            controlled = any(value is not None for value in (report.damping, report.radius, report.sigma))
+            charts = [_CONTROL, *_CHARTS] if controlled else _CHARTS
+            add_page(trainer, [Category(title=STEPS, chart=charts)])
             self._charts_written = True
 
 
@@ -85,12 +96,3 @@ def _tags(report: StepReport) -> dict[str, float]:
     }
     # A step that was not tried has no ratio, and a chart has no place for an infinite one.
     return {f"newton/{name}": v for name, v in values.items() if v is not None and math.isfinite(v)}
-
-
-def _charts(report: StepReport) -> Charts:
-    controls = {"Damping": report.damping, "Radius": report.radius, "Sigma": report.sigma}
-    return {
-        **{t: ("Multiline", [f"newton/{t.lower()}$"]) for t, value in controls.items() if value is not None},
-        "Actual over predicted decrease": ("Multiline", ["newton/ratio$", "newton/first_ratio$"]),
-        "Conjugate gradient iterations": ("Multiline", ["newton/iterations$"]),
-    }

@@ -3,52 +3,73 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Layout, MarginChartContent, MultilineChartContent
+from tensorboard.plugins.custom_scalar.layout_pb2 import Chart as Card
 from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars
 
-from newtonopt.curvature import Histogram, Measured
+from newtonopt.curvature import Chart, Histogram, Measured
+from newtonopt.curvature.measurements.measurement import Plan
 
-# One category of the custom-scalars page: for each chart its kind, "Margin" (value, lower, upper) or "Multiline", and
-# its tags.
-Charts = Mapping[str, tuple[str, list[str]]]
+# The category of StepMonitor, which stands after those of CurvatureMonitor.
+STEPS = "Newton steps"
 
 
-def charts_of(measured: Measured) -> dict[str, Charts]:
-    """Return by category the charts whose values were measured.
+def page_of(plan: Plan, charts: Iterable[Chart], names: Collection[str]) -> list[Category]:
+    """Return the categories of the custom-scalars page.
 
-    TensorBoard shows a category's margin charts after the others.
+    TensorBoard merges the pages of all runs in a folder: categories by their titles, charts that are equal to the byte.
+    So a chart names its tags by regular expressions that are the same in every run, and is left out of a run that has
+    none of its values, for TensorBoard would show an empty card.
+
+    Args:
+        plan: The measurements, whose prefix is the first category's title.
+        charts: Charts in their order.
+        names: Names of the values that the run has.
     """
-    prefix, names = measured.plan.prefix, measured.names()
-    title = prefix.capitalize()
-    page: dict[str, dict[str, tuple[str, list[str]]]] = {title: {}, f"{title}: more": {}}
-    for chart in measured.charts():
-        category = page[f"{title}: more" if chart.more else title]
-        tags = [f"{prefix}/{name}" for name in chart.names(names)]
-        if chart.margin and tags:
-            category.setdefault(chart.title, ("Margin", tags))
-        elif tags:
-            # The tags of a multi-line chart are regular expressions, matched from the start.
-            category.setdefault(chart.title, ("Multiline", [f"{re.escape(tag)}$" for tag in tags]))
-    return dict(page)
+    title = plan.prefix.capitalize()
+    page = [Category(title=title), Category(title=f"{title}: more", closed=True)]
+    for chart in charts:
+        if chart.names(names):
+            page[chart.more].chart.append(_card(plan, chart, names))
+    return [category for category in page if category.chart]
 
 
-def add_charts(trainer: Trainer, category: str, charts: Charts) -> None:
-    """Put a category of charts on TensorBoard's custom-scalars page, next to the categories that are there.
+def _card(plan: Plan, chart: Chart, names: Collection[str]) -> Card:
+    if chart.margin:
+        value, lower, upper = map(plan.tag_of, chart.patterns)
+        series = MarginChartContent.Series(value=value, lower=lower, upper=upper)
+        return Card(title=chart.title, margin=MarginChartContent(series=[series]))
+    return multiline(chart.title, [_pattern(plan, pattern, names) for pattern in chart.patterns])
+
+
+def _pattern(plan: Plan, pattern: str, names: Collection[str]) -> str:
+    """Return the pattern of names as one of tags; all names that it matches are of one group."""
+    name = next(name for name in names if re.fullmatch(pattern, name))
+    return f"{re.escape(plan.tag_of(name).removesuffix(name))}({pattern})$"
+
+
+def multiline(title: str, patterns: Iterable[str]) -> Card:
+    """Return a card with a line for each tag that one of the patterns, regular expressions, matches from its start."""
+    return Card(title=title, multiline=MultilineChartContent(tag=patterns))
+
+
+def add_page(trainer: Trainer, page: Sequence[Category]) -> None:
+    """Put categories on TensorBoard's custom-scalars page, next to those that are there and before `STEPS`.
 
     A second layout written to a run replaces the first, so the one in the event files (the user's, or that of another
     callback of ours) is read back and written again with ours added.
     """
     for writer in _writers(trainer):
-        _merge_layout(writer, category, charts)
+        _merge_layout(writer, page)
 
 
 def add_text(trainer: Trainer, measured: Measured, remark: str) -> None:
@@ -92,16 +113,15 @@ def _add_histogram(writer: SummaryWriter, tag: str, histogram: Histogram, step: 
     writer.add_histogram_raw(tag, low, high, total, first, second, edges[1:].tolist(), heights.tolist(), step)
 
 
-def _merge_layout(writer: SummaryWriter, category: str, charts: Charts) -> None:
+def _merge_layout(writer: SummaryWriter, page: Sequence[Category]) -> None:
     writer.flush()
-    summary = custom_scalars({category: charts})
-    value = summary.value[0].tensor
-    ours = Layout.FromString(value.string_val[0])
-    layout = _written_layout(str(writer.log_dir))
-    kept = [other for other in layout.category if other.title != category]
-    del layout.category[:]
-    layout.category.extend([*kept, *ours.category])
-    value.string_val[0] = layout.SerializeToString()
+    titles = [category.title for category in page]
+    kept = [other for other in _written_layout(str(writer.log_dir)).category if other.title not in titles]
+    before = [other for other in kept if other.title != STEPS]
+    after = [other for other in kept if other.title == STEPS]
+    layout = Layout(category=[*before, *page, *after])
+    summary = custom_scalars({})
+    summary.value[0].tensor.string_val[0] = layout.SerializeToString()
     file_writer: Any = writer.file_writer  # torch types it as None, which it is only after close()
     file_writer.add_summary(summary)
     writer.flush()

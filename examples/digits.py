@@ -173,7 +173,7 @@ class DigitsCLI(LightningCLI):
 
 def table_of(rows: Iterable[tuple[str, ...]], metrics: Mapping[str, Tensor]) -> Table:
     """Return the rows as a table. Intervals are called bounds only if the last measurement was certified."""
-    followed = float(metrics.get("curvature/certified", 1.0)) == 0.0
+    followed = float(metrics.get("curvature-bookkeeping/certified", 1.0)) == 0.0
     table = Table("", "value", "interval" if followed else "bounds", title="At the end of training")
     if followed:
         table.caption = "The last measurement followed the one before: each interval holds an eigenvalue, "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,10 +182,9 @@ def layout(folder: Path) -> dict[str, dict[str, Chart]]:
     return {category.title: {chart.title: chart for chart in category.chart} for category in written[-1].category}
 
 
-def chart_tags(chart: Chart) -> list[str]:
-    """Return the tags of a margin chart (value, lower, upper), or the tags that end a multi-line chart's patterns."""
+def chart_tags(chart: Chart, written: Iterable[str]) -> list[list[str]]:
+    """Return which tags a chart shows: for a margin chart value, lower and upper; otherwise those of each pattern."""
     if chart.HasField("margin"):
         [series] = chart.margin.series
-        return [series.value, series.lower, series.upper]
-    assert all(tag.endswith("$") for tag in chart.multiline.tag)
-    return [tag[:-1] for tag in chart.multiline.tag]
+        return [[tag for tag in written if tag == end] for end in (series.value, series.lower, series.upper)]
+    return [sorted(tag for tag in written if re.match(pattern, tag)) for pattern in chart.multiline.tag]

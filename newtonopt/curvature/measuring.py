@@ -76,7 +76,7 @@ def measure(
         tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
             no more.
         max_products: Bound on the eigenvalues' products, one or more. Default 100. The extreme eigenvalues' intervals
-            are as wide as they are then, and `curvature/converged` is 0; a further eigenvalue, shown without one, is
+            are as wide as they are then, and `converged` is 0; a further eigenvalue, shown without one, is
             left out unless it is known to a tenth.
         max_seconds: How long measuring may take, roughly: the time of the first product tells how many more there may
             be. Measurements that do not fit are left out. None (default): no bound.
@@ -86,7 +86,7 @@ def measure(
         prefix: Prefix of the tags. Default "curvature".
         last: The return value of the last call in this run, whose eigenvectors to follow, until the largest eigenvalue
             is known to `tolerance` and the others to a tenth. Eigenvalues that these vectors know nothing of may be
-            missed: `curvature/certified` is 0 then, and `_upper` and `_lower` enclose some eigenvalue, perhaps not the
+            missed: `certified` is 0 then, and `_upper` and `_lower` enclose some eigenvalue, perhaps not the
             extreme one. It is certified again only where following is seen to fail: leave `last` out now and then. None
             (default): from random starts, with bounds that hold for the extreme ones.
 
@@ -107,8 +107,8 @@ def measure(
         >>> found = measure(lambda: w[0] ** 2 - 3 * w[1] ** 2, [w], sharpness=None)
         >>> round(found["curvature/lambda_max"], 6), round(found["curvature/lambda_min"], 6)
         (2.0, -6.0)
-        >>> print(found.in_words().splitlines()[1][-27:])
-        that this is not a minimum.
+        >>> print(found.in_words().splitlines()[0])
+        In short: not at a minimum.
     """
     listing = list_of(top, bottom, sharpness, gradient, measurements)
     plan = Plan(listing, curvature, products, tolerance, max_products, max_seconds, seed, prefix)

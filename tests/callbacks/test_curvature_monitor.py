@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import random
 import re
 import warnings
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning_problems import (
     BATCHES,
@@ -65,7 +66,7 @@ def everything(model: Classifier, trainer: L.Trainer, folder: Path) -> dict[str,
         f"{name}/{tag}": values
         for name, table in (("events", from_events(folder)), ("csv", from_csv(folder)))
         for tag, values in table.items()
-        if not tag.startswith("curvature/")
+        if not tag.startswith("curvature")
     }
     return {
         "parameters and buffers": {name: t.clone() for name, t in model.state_dict().items()},
@@ -191,7 +192,7 @@ def test_values_are_those_of_the_dense_matrix(mode: str, precision: str, tmp_pat
     size = float(eigenvalues.abs().max())
     table = from_csv(tmp_path)
     assert len(table["curvature/lambda_max"]) == 1
-    values = {tag: entries[0][1] for tag, entries in table.items() if tag.startswith("curvature/")}
+    values = {tag: entries[0][1] for tag, entries in table.items() if tag.startswith("curvature")}
 
     for name, truth in (("lambda_max", eigenvalues[-1]), ("lambda_min", eigenvalues[0])):
         value, lower, upper = (values[f"curvature/{name}{end}"] for end in ("", "_lower", "_upper"))
@@ -201,7 +202,7 @@ def test_values_are_those_of_the_dense_matrix(mode: str, precision: str, tmp_pat
     for name, truth in (("lambda_2", eigenvalues[-2]), ("lambda_3", eigenvalues[-3]), ("lambda_min_2", eigenvalues[1])):
         assert values[f"curvature/{name}"] == pytest.approx(float(truth), rel=2e-3, abs=accuracy * size)
     rayleigh = float(gradient @ hessian @ gradient / (gradient @ gradient))
-    assert values["curvature/gradient_curvature"] == pytest.approx(rayleigh, abs=accuracy * size)
+    assert values["curvature-more/gradient_curvature"] == pytest.approx(rayleigh, abs=accuracy * size)
     worst = worst_rise(objective, point, hessian, gradient, 0.2)
     assert 0.97 * worst <= values["curvature/sharpness"] <= 1.001 * worst  # its search ends a little below the top
     assert values["curvature/stability_threshold"] == pytest.approx((2 + 2 * 0.9) / 0.1)
@@ -214,16 +215,17 @@ def test_tags_reach_every_logger_and_the_trainer(tmp_path: Path) -> None:
     )
     trainer.fit(Classifier("SGD"), loader())
     bounds = [f"lambda_{end}{part}" for end in ("max", "min") for part in ("", "_lower", "_upper")]
-    others = ["lambda_2", "lambda_3", "lambda_min_2", "sharpness", "products", "seconds", "certified", "converged"]
-    others += ["gradient_curvature", "gradient_alignment"]
-    tags = {f"curvature/{name}" for name in [*bounds, *others, "stability_threshold", "stability_ratio"]}
+    others = ["lambda_2", "lambda_3", "lambda_min_2", "sharpness", "stability_threshold", "stability_ratio"]
+    tags = {f"curvature/{name}" for name in [*bounds, *others]}
+    tags |= {f"curvature-bookkeeping/{name}" for name in ("products", "seconds", "certified", "converged")}
+    tags |= {f"curvature-more/gradient_{name}" for name in ("curvature", "alignment")}
     table, events = from_csv(tmp_path), from_events(tmp_path)
     for tag in tags:
         assert [step for step, _ in table[tag]] == [step for step, _ in events[tag]] == [1, 2, 3]
         assert [value for _, value in events[tag]] == pytest.approx([value for _, value in table[tag]])
         assert float(trainer.callback_metrics[tag]) == pytest.approx(table[tag][-1][1])
     for found in (table, events, trainer.callback_metrics):
-        assert {tag for tag in found if tag.startswith("curvature/")} == tags
+        assert {tag for tag in found if tag.startswith("curvature")} == tags
 
 
 def test_the_manual_has_every_tag_and_no_other(tmp_path: Path) -> None:
@@ -232,7 +234,7 @@ def test_the_manual_has_every_tag_and_no_other(tmp_path: Path) -> None:
     monitor = small_monitor(**everything, every_n_train_steps=None)
     trainer = quiet_trainer(max_epochs=1, callbacks=[monitor], logger=both_loggers(tmp_path))
     trainer.fit(Classifier("Adam"), loader())
-    written = [tag.removeprefix("curvature/") for tag in all_tags(tmp_path) if tag.startswith("curvature/")]
+    written = [tag.partition("/")[2] for tag in all_tags(tmp_path) if tag.startswith("curvature")]
     names = {tag.removesuffix("/text_summary") for tag in written}
     tags = (Path(__file__).parents[2] / "docs" / "monitor.md").read_text().split("## Tags")[1].split("\n## ")[0]
     told = re.findall(r"^\| `([^`]+)` \|", tags, re.MULTILINE)
@@ -249,6 +251,40 @@ def test_the_manual_says_of_each_tag_what_its_measurement_says() -> None:
     manual = (Path(__file__).parents[2] / "docs" / "monitor.md").read_text()
     table = [line for line in manual.split("## Tags")[1].split("\n## ")[0].splitlines() if line.startswith("| `")]
     assert sorted(table) == sorted(f"| `{tag.name}` | {tag.description} | {tag.unit} |" for tag in tags)
+    groups = re.findall(r"under `curvature-(\w+)/`", manual.split("## Tags")[1].split("\n| tag")[0])
+    assert sorted(groups) == sorted({tag.group for tag in tags} - {""})
+
+
+class Bar(ProgressBar):
+    """Keeps what a progress bar would show after each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[dict[str, Any]] = []
+
+    def disable(self) -> None:
+        pass
+
+    def enable(self) -> None:
+        pass
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any) -> None:
+        self.shown.append(self.get_metrics(trainer, pl_module))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_progress_bar_shows_the_last_eigenvalue_if_asked_and_logs_stay_the_same(
+    asked: bool, tmp_path: Path
+) -> None:
+    bar, monitor = Bar(), small_monitor(every_n_train_steps=2, progress_bar=asked)
+    trainer = quiet_trainer(
+        callbacks=[monitor, bar], logger=both_loggers(tmp_path), enable_progress_bar=True, log_every_n_steps=3
+    )
+    trainer.fit(Classifier("SGD"), loader())
+    logged = dict(from_csv(tmp_path)["curvature/lambda_max"])
+    assert list(logged) == [2, 4, 6]
+    expected = [logged.get(step // 2 * 2) if asked else None for step in range(1, 2 * BATCHES + 1)]
+    assert [shown.get("curvature/lambda_max") for shown in bar.shown] == pytest.approx(expected)
 
 
 def test_early_stopping_watches_curvature_without_a_logger() -> None:
@@ -269,7 +305,7 @@ def test_each_multiple_of_the_interval_is_measured_once(
         max_epochs=3, accumulate_grad_batches=accumulate, callbacks=[monitor], logger=both_loggers(tmp_path)
     )
     trainer.fit(Classifier("SGD"), loader())
-    assert [step for step, _ in from_csv(tmp_path)["curvature/products"]] == expected
+    assert [step for step, _ in from_csv(tmp_path)["curvature-bookkeeping/products"]] == expected
 
 
 class WithPage(Classifier):
@@ -283,16 +319,38 @@ def test_charts_join_those_of_the_user_and_name_tags_that_were_written(tmp_path:
     trainer = quiet_trainer(max_epochs=1, callbacks=[small_monitor(), StepMonitor()], logger=both_loggers(tmp_path))
     trainer.fit(WithPage("HessianFree"), loader())
     page, written = layout(tmp_path), from_events(tmp_path)
-    assert set(page) == {"Mine", "Curvature", "Curvature: more", "Newton steps"}
+    # Newton steps stand last, though their monitor wrote first.
+    assert list(page) == ["Mine", "Curvature", "Curvature: more", "Newton steps"]
     assert [*page["Mine"]] == ["Loss"]
-    curvature = {
-        title: chart_tags(chart) for part in ("Curvature", "Curvature: more") for title, chart in page[part].items()
-    }
+    curvature = {**page["Curvature"], **page["Curvature: more"]}
     for end, title in (("max", "Largest eigenvalue and its interval"), ("min", "Smallest eigenvalue and its interval")):
-        assert page["Curvature"][title].HasField("margin")
-        assert curvature[title] == [f"curvature/lambda_{end}{part}" for part in ("", "_lower", "_upper")]
-    assert curvature["Eigenvalues"] == ["curvature/lambda_max", "curvature/lambda_2", "curvature/lambda_3"]
-    assert {tag for tags in curvature.values() for tag in tags} <= set(written)
+        assert curvature[title].HasField("margin")
+        bounds = [[f"curvature/lambda_{end}{part}"] for part in ("", "_lower", "_upper")]
+        assert chart_tags(curvature[title], written) == bounds
+    largest = [["curvature/lambda_2", "curvature/lambda_3", "curvature/lambda_max"]]
+    assert chart_tags(curvature["Largest eigenvalues"], written) == largest
+    assert chart_tags(curvature["Products"], written) == [["curvature-bookkeeping/products"]]
+    assert all(tags for chart in curvature.values() for tags in chart_tags(chart, written))
+
+
+def test_runs_of_other_settings_share_their_charts_to_the_byte(tmp_path: Path) -> None:
+    pages = []
+    for name, top, further in (("Adam", 1, [Preconditioned(), Trace()]), ("SGD", 3, []), ("HessianFree", 2, [])):
+        monitor = small_monitor(top=top, measurements=further, at_start=True)
+        trainer = quiet_trainer(max_epochs=1, callbacks=[monitor], logger=both_loggers(tmp_path / name))
+        trainer.fit(Classifier(name), loader())
+        pages.append(
+            {title: chart for category in layout(tmp_path / name).values() for title, chart in category.items()}
+        )
+    adam, sgd, hessian_free = pages
+    assert {*adam} - {*sgd} == {"Trace", "Largest preconditioned eigenvalue and its interval"}
+    # Neither is known before the first step.
+    assert {*sgd} - {*hessian_free} == {title for title in sgd if "tability" in title}
+    for one, other in itertools.combinations(pages, 2):
+        assert [one[title] for title in one if title in other] == [other[title] for title in other if title in one]
+        assert all(
+            one[title].SerializeToString() == other[title].SerializeToString() for title in one if title in other
+        )
 
 
 OPTIMIZERS_WITHOUT_THRESHOLD: dict[str, Callable[..., Any]] = {
@@ -328,7 +386,7 @@ def test_a_measurement_that_fails_warns_once_a_fit_and_training_goes_on() -> Non
         [warning] = caught
         assert str(warning.message).startswith("CurvatureMonitor could not measure at step 1, and training goes on: ")
         assert trainer.global_step == 2 * BATCHES
-        assert not [tag for tag in trainer.callback_metrics if tag.startswith("curvature/")]
+        assert not [tag for tag in trainer.callback_metrics if tag.startswith("curvature")]
 
 
 class Speechless(Measurement[float]):
@@ -373,8 +431,8 @@ def test_one_measurement_that_fails_leaves_the_others_with_one_warning(tmp_path:
         trainer.fit(Classifier("SGD"), loader())
     assert sum("Hopeless" in str(warning.message) for warning in caught) == 1
     values = from_csv(tmp_path)
-    for tag in ("lambda_max", "sharpness", "trace", "products"):
-        assert [step for step, _ in values[f"curvature/{tag}"]] == list(range(2 * BATCHES + 1))
+    for tag in ("/lambda_max", "/sharpness", "/trace", "-bookkeeping/products"):
+        assert [step for step, _ in values[f"curvature{tag}"]] == list(range(2 * BATCHES + 1))
     assert "curvature/two" not in values
 
 
@@ -411,7 +469,7 @@ def test_a_model_that_cannot_be_measured_still_trains() -> None:
     assert trainer.global_step == BATCHES
 
 
-FLAGS = ("at_start", "at_end", "gradient", "text")
+FLAGS = ("at_start", "at_end", "gradient", "text", "progress_bar")
 
 
 @pytest.mark.parametrize(
@@ -462,7 +520,7 @@ def test_bad_arguments_are_refused(settings: dict[str, Any], words: str) -> None
 
 def test_it_has_sixteen_arguments_and_a_change_of_one_holds(tmp_path: Path) -> None:
     names = list(inspect.signature(CurvatureMonitor).parameters)
-    assert len(names) <= 16
+    assert len(names) <= 17
     monitor = small_monitor(top=1, bottom=0, sharpness=None)
     assert all(hasattr(monitor, name) for name in names)
     monitor.top, monitor.measurements, monitor.budget = 2, [Trace()], Budget(max_products=5)
@@ -499,7 +557,7 @@ def test_the_step_may_change_its_batch_and_leave_out_the_index(kind: type[Plain]
             torch.nn.init.normal_(p, std=0.5)
         trainer = quiet_trainer(max_epochs=1, callbacks=[small_monitor(num_batches=2)])
         trainer.fit(model, loader())
-        values.append({tag: float(v) for tag, v in trainer.callback_metrics.items() if tag != "curvature/seconds"})
+        values.append({tag: float(v) for tag, v in trainer.callback_metrics.items() if not tag.endswith("/seconds")})
     assert values[0] == values[1]
     assert "curvature/sharpness" in values[0]
 

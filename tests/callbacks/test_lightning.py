@@ -44,8 +44,8 @@ class Smooth(Classifier):
 
 
 def curvature(trainer: L.Trainer) -> dict[str, float]:
-    found = {tag: float(v) for tag, v in trainer.callback_metrics.items() if tag.startswith("curvature/")}
-    return {tag: value for tag, value in found.items() if tag != "curvature/seconds"}
+    found = {tag: float(v) for tag, v in trainer.callback_metrics.items() if tag.startswith("curvature")}
+    return {tag: value for tag, value in found.items() if tag != "curvature-bookkeeping/seconds"}
 
 
 def test_the_values_are_those_of_measure_on_the_mean_over_all_samples() -> None:
@@ -59,7 +59,7 @@ def test_the_values_are_those_of_measure_on_the_mean_over_all_samples() -> None:
         return F.cross_entropy(model.layers(x), y)
 
     expected = dict(measure(closure, model.parameters(), trainer.optimizers[0], max_products=40, top=2))
-    del expected["curvature/seconds"]
+    del expected["curvature-bookkeeping/seconds"]
     assert curvature(trainer) == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert "curvature/stability_ratio" in expected and "curvature/sharpness" in expected
 
@@ -144,7 +144,7 @@ def test_a_resumed_run_measures_on_its_first_batches_and_says_so(tmp_path: Path)
     other = [tuple(t.flip(0)[:5] for t in batch) for batch in batches[:2]]
     assert values["curvature/lambda_max"] == pytest.approx(truth_of(tmp_path / "last.ckpt", other), rel=1e-3)
     # The history is marked: in the values, and in words.
-    assert from_csv(tmp_path)["curvature/probe_step"] == [(step, 3.0) for step in (5, 6)]
+    assert from_csv(tmp_path)["curvature-bookkeeping/probe_step"] == [(step, 3.0) for step in (5, 6)]
     assert "Its batches were taken at step 3; earlier values belong to other batches." in written_text(tmp_path)
 
 
@@ -162,7 +162,7 @@ def test_a_resumed_run_measures_on_the_batches_that_were_saved(tmp_path: Path) -
         assert all(torch.equal(a, b) for a, b in zip(kept, batch, strict=True))
     assert len(probe) == 2
     assert values["curvature/lambda_max"] == pytest.approx(truth_of(tmp_path / "last.ckpt", batches[:2]), rel=1e-3)
-    assert "curvature/probe_step" not in values and "were taken at step" not in written_text(tmp_path)
+    assert "curvature-bookkeeping/probe_step" not in values and "were taken at step" not in written_text(tmp_path)
 
 
 def test_with_saved_batches_a_resumed_run_continues_to_the_bit(tmp_path: Path) -> None:
@@ -171,7 +171,9 @@ def test_with_saved_batches_a_resumed_run_continues_to_the_bit(tmp_path: Path) -
         trainer = quiet_trainer(max_epochs=epochs, callbacks=[monitor], logger=both_loggers(tmp_path / name))
         trainer.fit(Smooth(), one_by_one([tuple(batch) for batch in loader()]), ckpt_path=start)
         trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
-        return {tag: values for tag, values in from_csv(tmp_path / name).items() if tag != "curvature/seconds"}
+        return {
+            tag: values for tag, values in from_csv(tmp_path / name).items() if tag != "curvature-bookkeeping/seconds"
+        }
 
     whole, first = fit("whole", 2), fit("first", 1)
     second = fit("second", 2, tmp_path / "first.ckpt")
@@ -182,10 +184,10 @@ def test_with_saved_batches_a_resumed_run_continues_to_the_bit(tmp_path: Path) -
 def test_a_second_fit_in_one_process_is_marked_too(tmp_path: Path) -> None:
     trainer = quiet_trainer(max_epochs=1, callbacks=[quick()])
     trainer.fit(Smooth(), loader())
-    assert "curvature/probe_step" not in curvature(trainer)
+    assert "curvature-bookkeeping/probe_step" not in curvature(trainer)
     trainer.fit_loop.max_epochs = 2
     trainer.fit(Smooth(), loader(5))
-    assert curvature(trainer)["curvature/probe_step"] == 3.0
+    assert curvature(trainer)["curvature-bookkeeping/probe_step"] == 3.0
 
 
 def test_a_fit_after_validating_a_checkpoint_takes_batches_of_its_own(tmp_path: Path) -> None:
@@ -221,7 +223,7 @@ class Pair:
 def test_batches_that_no_checkpoint_can_hold_are_not_saved_with_a_warning(tmp_path: Path) -> None:
     batches = [Pair(*batch) for batch in loader()]
     with (
-        pytest.warns(UserWarning, match="saves no batches with checkpoints: save_probe needs batches that are made of"),
+        pytest.warns(UserWarning, match="saves no batches with checkpoints: save_probe needs batches made of"),
         pytest.warns(UserWarning, match="measures on other batches from here on"),
     ):
         values = resumed(tmp_path, batches, save_probe=True)

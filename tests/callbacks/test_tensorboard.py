@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_problems import Classifier, both_loggers, loader, quiet_trainer
 
 from newtonopt.callbacks import Budget, CurvatureMonitor, StepMonitor
-from newtonopt.curvature import Density, Trace
+from newtonopt.curvature import Density, Layers, Preconditioned, Trace
 
 # For each card of the custom-scalars page its title, how many points each of its lines has, and what is wrong with it.
 CARDS = """
@@ -42,23 +44,29 @@ def photography() -> ModuleType:
     return module
 
 
-def shown(driver: Any, program: ModuleType, address: str, wanted: set[str], seconds: float = 120.0) -> dict[str, Any]:
-    """The cards by title, once all that are wanted have data."""
+def shown(
+    driver: Any, program: ModuleType, address: str, wanted: Iterable[str], seconds: float = 120.0
+) -> list[tuple[str, list[int], bool]]:
+    """The cards in their order, once all that are wanted have data."""
     program.open_page(driver, address, "custom_scalars", seconds=5.0)
     deadline = time.monotonic() + seconds
     while True:
-        cards = {title: (points, wrong) for title, points, wrong in driver.execute_script(CARDS)}
-        if all(cards.get(title, ([],))[0] for title in wanted) or time.monotonic() > deadline:
+        cards = [(title, points, wrong) for title, points, wrong in driver.execute_script(CARDS)]
+        if set(wanted) <= {title for title, points, _ in cards if points} or time.monotonic() > deadline:
             return cards
         time.sleep(1.0)
+
+
+def need_a_browser() -> None:
+    pytest.importorskip("selenium")
+    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
+        pytest.skip("chromium and its chromedriver are not installed")
 
 
 @pytest.mark.browser
 @pytest.mark.filterwarnings("ignore")
 def test_the_page_shows_every_chart_with_its_data(tmp_path: Path) -> None:
-    pytest.importorskip("selenium")
-    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
-        pytest.skip("chromium and its chromedriver are not installed")
+    need_a_browser()
     monitor = CurvatureMonitor(
         every_n_train_steps=1,
         at_start=True,
@@ -69,17 +77,46 @@ def test_the_page_shows_every_chart_with_its_data(tmp_path: Path) -> None:
     trainer = quiet_trainer(max_epochs=1, callbacks=[monitor, StepMonitor()], logger=both_loggers(tmp_path))
     trainer.fit(Classifier("HessianFree"), loader())
     lines = {
+        "Largest eigenvalues": [4, 4, 4],
         "Largest eigenvalue and its interval": [4],
         "Smallest eigenvalue and its interval": [4],
-        "Eigenvalues": [4, 4, 4],
         "Sharpness": [4],
         "Trace": [4],
-        "Damping": [3],
-        "Actual over predicted decrease": [3],
-        "Conjugate gradient iterations": [3],
+        "Damping, radius or sigma": [3],
+        "Actual over predicted decrease": [3, 3],
+        "Iterations of the inner solver": [3],
     }
     program = photography()
     with program.browser() as driver:
-        cards = shown(driver, program, program.board(str(tmp_path / "tb")), set(lines))
-    for title, points in lines.items():
-        assert cards[title] == (points, False), title
+        cards = shown(driver, program, program.board(str(tmp_path / "tb")), lines)
+    assert {title: points for title, points, _ in cards if title in lines} == lines
+    assert all(points and not wrong for _, points, wrong in cards)
+
+
+@pytest.mark.browser
+@pytest.mark.filterwarnings("ignore")
+def test_four_different_runs_share_their_charts_and_none_is_empty(tmp_path: Path) -> None:
+    need_a_browser()
+    further = [Trace(), Density(), Layers()]
+    runs = {
+        "adam": [CurvatureMonitor(every_n_train_steps=1, measurements=[Preconditioned()])],
+        "hessian_free": [StepMonitor(), CurvatureMonitor(every_n_train_steps=2, bottom=2)],
+        "sgd": [CurvatureMonitor(every_n_train_steps=1, at_start=True)],
+        "sgd_more": [CurvatureMonitor(every_n_train_steps=1, top=1, sharpness=None, measurements=further)],
+    }
+    optimizers = {"adam": "Adam", "hessian_free": "HessianFree", "sgd": "SGD", "sgd_more": "SGD"}
+    for name, callbacks in runs.items():
+        logger = TensorBoardLogger(tmp_path, name=name, version="")
+        quiet_trainer(max_epochs=1, callbacks=callbacks, logger=logger).fit(Classifier(optimizers[name]), loader())
+    first = ["Largest eigenvalues", "Stability ratio: above 1 steps overshoot", "Sharpness"]
+    first += ["Smallest eigenvalue and its interval"]  # TensorBoard puts a category's margin charts last
+    last = ["Damping, radius or sigma", "Actual over predicted decrease", "Iterations of the inner solver"]
+    program = photography()
+    with program.browser(height=3000) as driver:
+        cards = shown(driver, program, program.board(str(tmp_path)), [*first, "Trace", *last])
+    titles = [title for title, _, _ in cards]
+    assert [title for title in titles if title in first] == first and titles[-3:] == last
+    assert len(titles) == len(set(titles))
+    assert all(points and not wrong for _, points, wrong in cards)
+    lines = {title: len(points) for title, points, _ in cards}
+    assert [lines[title] for title in first] == [10, 3, 3, 4]

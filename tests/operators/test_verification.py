@@ -171,7 +171,7 @@ def test_optimizers_and_measurements_take_differences_too() -> None:
     w = vector(0.5, 1.2)
     with pytest.warns(UserWarning, match="finite differences"):
         found = measure(closure, [w], sharpness=None)
-    assert found["curvature/certified"] == 1.0
+    assert found["curvature-bookkeeping/certified"] == 1.0
     assert found["curvature/lambda_max_lower"] <= 2.0 <= found["curvature/lambda_max_upper"]
     assert found["curvature/lambda_max"] == pytest.approx(2.0, rel=1e-6)
 

@@ -54,7 +54,7 @@ def test_the_plain_loop_logs_what_it_measures(tmp_path: Path, monkeypatch: pytes
     events = EventAccumulator("logs").Reload()
     assert set(events.Tags()["scalars"]) == set(last)
     assert [event.step for event in events.Scalars("curvature/lambda_max")] == [0, 10, 20]
-    assert [event.value for event in events.Scalars("curvature/certified")] == [1.0, 0.0, 0.0]
+    assert [event.value for event in events.Scalars("curvature-bookkeeping/certified")] == [1.0, 0.0, 0.0]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -84,7 +84,7 @@ def test_the_loops_of_other_libraries_are_watched_and_train_as_before(
     assert all(torch.equal(p, q) for p, q in zip(watched.parameters(), alone.parameters(), strict=True))
     events = EventAccumulator("logs").Reload()
     assert [event.step for event in events.Scalars("curvature/lambda_max")] == steps
-    assert [event.value for event in events.Scalars("curvature/certified")] == [1.0, 0.0, 0.0]
+    assert [event.value for event in events.Scalars("curvature-bookkeeping/certified")] == [1.0, 0.0, 0.0]
     assert len(events.Scalars("curvature/stability_ratio")) == 3
     assert capsys.readouterr().out.count("The largest eigenvalue is") >= 3
 
@@ -100,7 +100,7 @@ def test_a_physics_informed_network_is_trained_and_drawn(tmp_path: Path, monkeyp
 def test_the_table_calls_bounds_what_is_certified_only() -> None:
     table_of = runpy.run_path(str(ROOT / "examples/digits.py"))["table_of"]
     for certified, heading in ((1.0, "bounds"), (0.0, "interval")):
-        table = table_of([("largest", "2", "1 to 3")], {"curvature/certified": torch.tensor(certified)})
+        table = table_of([("largest", "2", "1 to 3")], {"curvature-bookkeeping/certified": torch.tensor(certified)})
         assert table.columns[-1].header == heading
         assert ("perhaps not the extreme one" in (table.caption or "")) is (certified == 0.0)
 

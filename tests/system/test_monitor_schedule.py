@@ -50,7 +50,7 @@ class Broken(Validated):
 def measured_steps(folder: Path, monitor: CurvatureMonitor, **settings: Any) -> list[int]:
     trainer = quiet_trainer(callbacks=[monitor], logger=both_loggers(folder), **settings)
     trainer.fit(Validated("SGD"), loader(), loader())
-    return [step for step, _ in from_csv(folder).get("curvature/products", [])]
+    return [step for step, _ in from_csv(folder).get("curvature-bookkeeping/products", [])]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_measurement_that_took_no_time_is_always_allowed() -> None:
 
 def test_every_tenth_measurement_is_certified(tmp_path: Path) -> None:
     measured_steps(tmp_path, quick(every_n_train_steps=1, gradient=False), max_epochs=7)
-    certified = [value for _, value in from_csv(tmp_path)["curvature/certified"]]
+    certified = [value for _, value in from_csv(tmp_path)["curvature-bookkeeping/certified"]]
     assert certified == [float(i % 10 == 0) for i in range(21)]
     # TensorBoard draws a margin chart only where all three were written at the same steps.
     for name in ("lambda_max", "lambda_max_lower", "lambda_max_upper"):
@@ -198,7 +198,7 @@ def test_sanity_checking_fast_dev_run_validate_and_test_pass_it_by(tmp_path: Pat
     model = Validated("SGD")
     trainer.validate(model, loader(), verbose=False)
     trainer.test(model, loader(), verbose=False)
-    assert not [tag for tag in trainer.callback_metrics if tag.startswith("curvature/")]
+    assert not [tag for tag in trainer.callback_metrics if tag.startswith("curvature")]
     trainer.fit(model, loader(), loader())
     assert [step for step, _ in from_events(tmp_path)["curvature/lambda_max"]] == [0, 1, 2, 3]
     trainer.validate(model, loader(), verbose=False)

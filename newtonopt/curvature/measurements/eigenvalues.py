@@ -19,6 +19,8 @@ from newtonopt.operators.linear_operator import LinearOperator
 _FOLLOWED_PART, _FOLLOWED_BASE, _FOLLOWED_EACH = 4, 4, 2
 # Bounds this close to a value of zero are those of underflow.
 _NOTHING = 1e-30
+# Negative curvature below this share of the largest eigenvalue is called slight, and a larger condition number ill.
+_SLIGHT, _ILL = 0.05, 1000.0
 
 
 @dataclass(frozen=True)
@@ -60,18 +62,26 @@ class ExtremeEigenvalues(Measurement[Spectrum]):
             "1: the measurement started at random, and the intervals contain the extreme eigenvalues with 99 % "
             "confidence; 0: it tracked earlier eigenvectors, or the products are in doubt (the text says why), and "
             "the intervals contain some eigenvalue",
+            "bookkeeping",
         ),
         Tag(
             "asymmetry",
             "",
             "written only if the products do not belong to a symmetric matrix: the size of the asymmetry relative to "
             "the norm; nothing is certified then",
+            "bookkeeping",
         ),
     )
     charts: ClassVar[tuple[Chart, ...]] = (
-        Chart("Largest eigenvalue and its interval", ("lambda_max", "lambda_max_lower", "lambda_max_upper"), True),
+        Chart("Largest eigenvalues", (r"lambda_(max|\d+)",)),
         Chart("Smallest eigenvalue and its interval", ("lambda_min", "lambda_min_lower", "lambda_min_upper"), True),
-        Chart("Eigenvalues", (r"lambda_(max|\d+)",)),
+        # A margin that is mostly too narrow to be seen.
+        Chart(
+            "Largest eigenvalue and its interval",
+            ("lambda_max", "lambda_max_lower", "lambda_max_upper"),
+            margin=True,
+            more=True,
+        ),
         Chart("Smallest eigenvalues", ("lambda_min", r"lambda_min_\d+"), more=True),
     )
 
@@ -109,8 +119,18 @@ class ExtremeEigenvalues(Measurement[Spectrum]):
                     found[f"{others}_{rank}"] = eigenvalue.value
         return found
 
+    def verdict(self, result: Spectrum, measured: Measured) -> str:
+        """Return what the sign of the smallest eigenvalue shows."""
+        for entry in result.bottom[:1] if measured.plan.curvature == "hessian" else ():
+            lower, upper = interval(entry)
+            if upper < 0.0:
+                return "not at a minimum"
+            if lower > 0.0 and result.certified:
+                return "convex here"
+        return ""
+
     def sentences(self, result: Spectrum, measured: Measured) -> list[str]:
-        """Return what the largest and the smallest eigenvalue say about the loss."""
+        """Return what the largest and the smallest eigenvalue say about the loss, and what to do about it."""
         largest = [f"The largest eigenvalue is {in_words(result, entry)}." for entry in result.top[:1]]
         # The smallest eigenvalue of a Gauss-Newton matrix is never negative and says nothing about the loss.
         smallest = result.bottom[:1] if measured.plan.curvature == "hessian" else ()
@@ -180,7 +200,10 @@ def in_words(found: Spectrum, eigenvalue: Eigenvalue, missed: str = "larger") ->
     lower, upper = interval(eigenvalue)
     value, width = eigenvalue.value, max(upper - eigenvalue.value, eigenvalue.value - lower)
     if found.asymmetry > ASYMMETRIC:
-        return f"{value:.4g} (not certified: the asymmetry of the products is {found.asymmetry:.2g} of the norm)"
+        return (
+            f"{value:.4g} (not certified: the asymmetry of the products is {found.asymmetry:.2g} of the norm; measure "
+            "in float64)"
+        )
     if not found.certified:
         return (
             f"{value:.4g} (not certified: some eigenvalue lies within {width:.2g} of it, but a {missed} one may "
@@ -193,11 +216,35 @@ def _smallest(found: Spectrum, eigenvalue: Eigenvalue) -> str:
     lower, upper = interval(eigenvalue)
     if eigenvalue.value == 0.0 and max(-lower, upper) < _NOTHING:
         return "The smallest eigenvalue is zero: the loss is flat along its eigenvector."
-    meaning = (
-        "which shows that this is not a minimum."
-        if upper < 0.0
-        else "which shows that the loss is convex here."
-        if lower > 0.0 and found.certified
-        else "so its sign is not known."
+    said = f"The smallest eigenvalue is {in_words(found, eigenvalue, 'smaller')}"
+    largest = found.top[0].value if found.top else 0.0
+    if upper < 0.0:
+        return f"{said}, which shows that this is not a minimum{_negative(eigenvalue.value, largest)}"
+    if lower > 0.0 and found.certified:
+        return f"{said}, which shows that the loss is convex here{_conditioned(eigenvalue.value, largest)}"
+    return f"{said}, so its sign is not known. Raise max_products to learn it."
+
+
+def _negative(value: float, largest: float) -> str:
+    if largest <= 0.0:
+        return ": the loss is concave along all directions that were measured. Train on."
+    share = f", and its size is {-value / largest:.2g} of the largest"
+    if -value < _SLIGHT * largest:
+        return f"{share}: as usual late in the training of a network. Nothing needs to be done."
+    return (
+        f"{share}. While the loss falls, train on. Where it stalls, this may be a saddle: smaller batches, or "
+        "TrustRegionNewton and CubicNewton, which step along negative curvature, leave it."
     )
-    return f"The smallest eigenvalue is {in_words(found, eigenvalue, 'smaller')}, {meaning}"
+
+
+def _conditioned(value: float, largest: float) -> str:
+    if largest <= 0.0:
+        return "."
+    number = largest / value
+    said = f", with a condition number of {number:.3g}"
+    if number < _ILL:
+        return f"{said}."
+    return (
+        f"{said}: gradient descent needs about that many steps to reduce the error by a factor of e. A second-order "
+        "optimizer, such as HessianFree, needs few."
+    )

@@ -10,6 +10,10 @@ from newtonopt.curvature.measurements.eigenvalues import ExtremeEigenvalues
 from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, View
 from newtonopt.vectors.scaling import dot, norm
 
+# From this ratio of the largest eigenvalue to the curvature along the gradient on, the loss is called ill conditioned:
+# the largest stable step of gradient descent is a fiftieth of the one that decreases the loss most.
+_ILL = 100.0
+
 
 @dataclass(frozen=True)
 class GradientShare:
@@ -35,13 +39,13 @@ class AlongGradient(Measurement[GradientShare]):
         >>> from newtonopt.curvature import measure
         >>> w = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
         >>> found = measure(lambda: w[0] ** 2 + 3 * w[1] ** 2, [w], top=1)
-        >>> found["curvature/gradient_curvature"], round(found["curvature/gradient_alignment"], 6)
+        >>> found.read("gradient_curvature"), round(found.read("gradient_alignment"), 6)
         (2.0, 0.0)
     """
 
     tags: ClassVar[tuple[Tag, ...]] = (
-        Tag("gradient_curvature", "L / θ²", "the curvature along the gradient g: g'Hg / g'g"),
-        Tag("gradient_alignment", "0 to 1", "the fraction of g'g along the `top` eigenvectors"),
+        Tag("gradient_curvature", "L / θ²", "the curvature along the gradient g: g'Hg / g'g", "more"),
+        Tag("gradient_alignment", "0 to 1", "the fraction of g'g along the `top` eigenvectors", "more"),
     )
     charts: ClassVar[tuple[Chart, ...]] = (
         Chart("Curvature along the gradient", ("gradient_curvature",), more=True),
@@ -64,14 +68,38 @@ class AlongGradient(Measurement[GradientShare]):
         share = {} if result.alignment is None else {"gradient_alignment": result.alignment}
         return {"gradient_curvature": result.curvature, **share}
 
+    def verdict(self, result: GradientShare, measured: Measured) -> str:
+        """Return whether the loss is ill conditioned for gradient descent."""
+        excess = _excess(result, measured)
+        return "" if excess is None else f"ill conditioned for gradient descent ({excess:.2g} times)"
+
     def sentences(self, result: GradientShare, measured: Measured) -> list[str]:
-        """Return the learning rate at which the loss falls most."""
+        """Return the learning rate at which the loss falls most, and whether the largest eigenvalue forbids it."""
         curvature = result.curvature
         if not math.isfinite(curvature):
             return []
-        if curvature > 0.0:
-            rate = f"a gradient step decreases the loss most at a learning rate of {1.0 / curvature:.3g}."
-            return [f"Along the gradient the curvature is {curvature:.3g}: {rate}"]
         if curvature == 0.0:
             return ["Along the gradient the curvature is zero: the loss falls linearly."]
-        return [f"Along the gradient the curvature is {curvature:.3g}: the loss falls faster than linearly."]
+        if curvature < 0.0:
+            return [
+                f"Along the gradient the curvature is {curvature:.3g}: the loss falls faster than linearly, and longer "
+                "steps lower it more."
+            ]
+        best = 1.0 / curvature
+        said = f"a gradient step decreases the loss most at a learning rate of {best:.3g}"
+        excess = _excess(result, measured)
+        if excess is not None:
+            said += (
+                f". The largest eigenvalue is {excess:.3g} times as large and allows gradient descent less than "
+                f"{2.0 * best / excess:.3g}: the loss is ill conditioned. Adam, or a second-order optimizer such as "
+                "HessianFree, can take the longer step"
+            )
+        return [f"Along the gradient the curvature is {curvature:.3g}: {said}."]
+
+
+def _excess(result: GradientShare, measured: Measured) -> float | None:
+    """Return the largest eigenvalue over the curvature along the gradient, where that is called ill conditioned."""
+    largest = measured.read("lambda_max")
+    if largest is None or not 0.0 < _ILL * result.curvature <= largest:
+        return None
+    return largest / result.curvature

@@ -6,7 +6,7 @@ import math
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_args
@@ -46,6 +46,8 @@ class Tag:
         name: Name without the prefix. A word in capitals stands for a number (RANK) or a name (PART).
         unit: Unit of the value, in terms of the loss's unit L and the parameters' unit θ; empty for a flag or a count.
         description: Meaning of the value, for the table in docs/monitor.md.
+        group: The value's group of tags, beside those under the prefix: "bookkeeping" makes the tag
+            `curvature-bookkeeping/products`. Default "": `curvature/lambda_max`.
 
     Example:
         >>> from newtonopt.curvature import Tag
@@ -56,6 +58,19 @@ class Tag:
     name: str
     unit: str
     description: str
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.group, str) or not re.fullmatch(r"\w*", self.group):
+            raise ValueError(
+                f"group must consist of letters, digits and '_', got {shown(self.group)}. Write 'bookkeeping', for "
+                "example."
+            )
+
+    def folder(self, prefix: str) -> str:
+        """Return what stands before the name in a log: the prefix, with the group behind it."""
+        # TensorBoard sorts "curvature-bookkeeping" after "curvature", but "curvature_bookkeeping" before it.
+        return f"{prefix}-{self.group}" if self.group else prefix
 
     def fits(self, name: str) -> bool:
         """Return whether a value of that name belongs to this tag."""
@@ -68,11 +83,13 @@ class Chart:
     """A chart on TensorBoard's custom-scalars page.
 
     Attributes:
-        title: Title. If several charts share a title, the first one whose values exist is shown.
-        patterns: Regular expressions of the values' names. The chart appears once each of them matches a value.
+        title: Title, another one for each chart.
+        patterns: Regular expressions of the values' names, the same in every run, so that TensorBoard merges the charts
+            of several runs. The chart appears once each of them matches a value.
         margin: Whether the chart shows a value with its interval. `patterns` are then the names of the value, the lower
             and the upper end. Default False: one line for each value.
-        more: Whether the chart belongs in the second category, for what is looked at less often. Default False.
+        more: Whether the chart belongs in the second category, which is closed at first, for what is looked at less
+            often. Default False.
 
     Example:
         >>> from newtonopt.curvature import Chart
@@ -94,7 +111,7 @@ class Chart:
                 f"patterns must be a tuple, got {shown(self.patterns)}. Write ('lambda_max',), for example."
             )
 
-    def names(self, known: Sequence[str]) -> list[str]:
+    def names(self, known: Collection[str]) -> list[str]:
         """Return which of the known names the chart shows; none of them if a pattern matches none."""
         matches = [[name for name in known if re.fullmatch(pattern, name)] for pattern in self.patterns]
         return [name for found in matches for name in found] if all(matches) else []
@@ -191,8 +208,12 @@ class Measurement(ABC, Generic[Result]):
     def values(self, result: Result) -> Mapping[str, float]:
         """Return the values to log, by their tags' names. Values that are not finite are left out of the log."""
 
+    def verdict(self, result: Result, measured: Measured) -> str:
+        """Return a few words for the first line of the text, such as "not at a minimum"; empty: none."""
+        return ""
+
     def sentences(self, result: Result, measured: Measured) -> Sequence[str]:
-        """Return sentences that say what the result means.
+        """Return sentences that say what the result means, and what to do about it.
 
         Args:
             result: Result of `measure`.
@@ -209,7 +230,7 @@ class Measurement(ABC, Generic[Result]):
         return {}
 
     def spectra(self, result: Result) -> Sequence[Spectrum]:
-        """Return the eigenvalues whose convergence `curvature/converged` reports."""
+        """Return the eigenvalues whose convergence `curvature-bookkeeping/converged` reports."""
         return ()
 
     def check_list(self, measurements: Sequence[Measurement[Any]]) -> None:
@@ -254,6 +275,12 @@ class Plan:
                 "prefix must consist of letters, digits, '_', '-' and '.', with single '/' between, got "
                 f"{shown(self.prefix)}. Write 'curvature', for example."
             )
+
+    def tag_of(self, name: str) -> str:
+        """Return the tag of a value: its name behind the prefix and the group of its tag, if it has one."""
+        tags = (*COST_TAGS, *(tag for measurement in self.measurements for tag in measurement.tags))
+        folder = next((tag.folder(self.prefix) for tag in tags if tag.fits(name)), self.prefix)
+        return f"{folder}/{name}"
 
 
 @dataclass(frozen=True)
@@ -466,14 +493,16 @@ COST_TAGS = (
         "",
         "1: all intervals, those of layers and of the preconditioned matrix included, are as narrow as `tolerance`; "
         "0: the budget ended first, or tracking stopped at 10 %",
+        "bookkeeping",
     ),
     Tag(
         "products",
         "",
         "curvature products, including those for [checking them](setups.md#how-products-are-checked) but not those "
         "for the sharpness",
+        "bookkeeping",
     ),
-    Tag("seconds", "s", "duration of the measurement"),
+    Tag("seconds", "s", "duration of the measurement", "bookkeeping"),
 )
 COST_CHART = Chart("Products", ("products",), more=True)
 
@@ -525,12 +554,12 @@ class Measured(Mapping[str, float]):
         return f"Measured({dict(self)})"
 
     def read(self, name: str) -> float | None:
-        """Return the value of a tag without its prefix; None if it was not measured."""
-        return self.get(f"{self.plan.prefix}/{name}")
+        """Return a value by its name, which is the last part of its tag; None if it was not measured."""
+        return self.get(self.plan.tag_of(name))
 
     def names(self) -> list[str]:
-        """Return the names of all values, without the prefix."""
-        return [tag.removeprefix(f"{self.plan.prefix}/") for tag in self]
+        """Return the names of all values: their tags without the prefix and the group."""
+        return [tag.removeprefix(self.plan.prefix).partition("/")[2] for tag in self]
 
     def of(self, kind: type[Measurement[Result]]) -> Result | None:
         """Return the result of the measurement of that class; None where it was not asked for, or has none."""
@@ -556,12 +585,26 @@ class Measured(Mapping[str, float]):
         return {kind.__name__: message for kind, message in self.failures.items()}
 
     def in_words(self) -> str:
-        """Return what the values mean, one sentence a line."""
-        lines = [f"Nothing is certified: {self.doubt}"] if self.doubt else []
+        """Return what the values mean and what to do, a line for each measurement, after the verdict in one line."""
+        verdicts = [measurement.verdict(result, self) for measurement, result in self.results()]
+        verdict = "; ".join(words for words in verdicts if words)
+        lines = [f"In short: {verdict}."] if verdict else []
+        lines += [f"Nothing is certified: {self.doubt}"] if self.doubt else []
         for measurement, result in self.results():
             lines += measurement.sentences(result, self)
         lines += [f"{name} is not measured: {reason}" for name, reason in self.unmeasurable().items()]
         lines += [f"{name} could not be measured: {message}" for name, message in self.failed().items()]
+        certified = self.read("certified")
+        if certified == 0.0 and not self.doubt and self.read("asymmetry") is None:
+            lines.append(
+                "This measurement followed the last one. CurvatureMonitor certifies each with Budget(certify_every=1), "
+                "and measure without last."
+            )
+        if certified == 1.0 and self.read("converged") == 0.0:
+            lines.append(
+                f"Some intervals are wider than {self.plan.tolerance:.2g} of their value: raise max_products above "
+                f"{self.plan.max_products} to narrow them."
+            )
         products, seconds = self.read("products"), self.read("seconds")
         if products is not None and seconds is not None:
             lines.append(f"Measured with {products:.0f} products in {seconds:.2g} s.")
@@ -651,7 +694,7 @@ def take(
     if view.failures and all(result is None for result in view.taken.values()):
         raise RuntimeError(next(iter(view.failures.values())))
     numbers["products"], numbers["seconds"] = float(products), time.perf_counter() - began
-    numbers = {f"{plan.prefix}/{name}": value for name, value in numbers.items()}
+    numbers = {plan.tag_of(name): value for name, value in numbers.items()}
     return Measured(plan, numbers, form, verdicts, doubt, view.taken, view.reasons, view.failures)
 
 

@@ -45,7 +45,8 @@ class Preconditioned(Measurement[Spectrum]):
         Chart(
             "Largest preconditioned eigenvalue and its interval",
             ("preconditioned_lambda_max", "preconditioned_lambda_max_lower", "preconditioned_lambda_max_upper"),
-            True,
+            margin=True,
+            more=True,
         ),
     )
 

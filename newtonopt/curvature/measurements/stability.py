@@ -16,8 +16,8 @@ from newtonopt.curvature.measurements.preconditioned import Preconditioned
 from newtonopt.curvature.stability import stability_threshold
 
 # Between these ratios of the largest eigenvalue to the threshold training is called at the edge: full-batch gradient
-# descent and Adam hover within 6 % of it (Cohen et al. 2021, 2022).
-_BELOW, _BEYOND = 0.9, 1.1
+# descent and Adam hover within 6 % of it (Cohen et al. 2021, 2022). Below the first it is called far from it.
+_FAR, _BELOW, _BEYOND = 0.1, 0.9, 1.1
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,13 @@ class StabilityRatio:
         threshold: Largest eigenvalue at which steps do not grow.
         ratio: Largest eigenvalue over it.
         preconditioned: Whether the eigenvalue is that of the preconditioned matrix.
+        lr: Learning rate of all groups; None (default) where they differ.
     """
 
     threshold: float
     ratio: float
     preconditioned: bool
+    lr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,13 @@ class Stability(Measurement[StabilityRatio]):
         ),
     )
     charts: ClassVar[tuple[Chart, ...]] = (
-        *(
-            Chart("Largest eigenvalue against the stability threshold", (name, "stability_threshold"))
-            for name in ("preconditioned_lambda_max", "lambda_max")
+        # The ratio means the same for every optimizer, so that a folder of different runs has one chart.
+        Chart("Stability ratio: above 1 steps overshoot", ("stability_ratio",)),
+        Chart(
+            "Largest eigenvalue, plain or preconditioned, and the stability threshold",
+            ("(preconditioned_)?lambda_max", "stability_threshold"),
+            more=True,
         ),
-        Chart("Stability ratio: above 1 steps overshoot", ("stability_ratio",), more=True),
     )
 
     def measure(self, view: View) -> StabilityRatio | None:
@@ -88,24 +92,49 @@ class Stability(Measurement[StabilityRatio]):
         # parameters have the threshold of that part.
         if spectrum is None or not math.isfinite(threshold) or not _train_all(optimizers, view.params):
             return None
-        return StabilityRatio(threshold, spectrum.top[0].value / threshold, adapts)
+        rates = {float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups}
+        lr = rates.pop() if len(rates) == 1 else None
+        return StabilityRatio(threshold, spectrum.top[0].value / threshold, adapts, lr)
 
     def values(self, result: StabilityRatio) -> dict[str, float]:
         """Return threshold and ratio."""
         return {"stability_threshold": result.threshold, "stability_ratio": result.ratio}
 
+    def verdict(self, result: StabilityRatio, measured: Measured) -> str:
+        """Return where training is with regard to the edge of stability."""
+        where = "below" if result.ratio < _BELOW else "at" if result.ratio <= _BEYOND else "beyond"
+        return f"{where} the edge of stability (ratio {result.ratio:.2g})"
+
     def sentences(self, result: StabilityRatio, measured: Measured) -> list[str]:
-        """Return whether steps are stable."""
+        """Return whether steps are stable, and which learning rate to choose."""
         which = "of the preconditioned matrix " if result.preconditioned else ""
-        meaning = (
-            "steps are stable."
-            if result.ratio < _BELOW
-            else "training is at the edge of stability."
-            if result.ratio <= _BEYOND
-            else "steps along its eigenvector overshoot and grow until the curvature falls."
-        )
         at = f"is {result.ratio:.3g} times the stability threshold {result.threshold:.4g}"
-        return [f"The largest eigenvalue {which}{at}: {meaning}"]
+        return [f"The largest eigenvalue {which}{at}: {_advice(result)}"]
+
+
+def _advice(result: StabilityRatio) -> str:
+    ratio, lr = result.ratio, result.lr
+    if ratio > _BEYOND:
+        lower = (
+            f"divide the learning rates by {ratio:.3g}" if lr is None else f"lower lr from {lr:.3g} to {lr / ratio:.3g}"
+        )
+        return (
+            "steps along its eigenvector overshoot and grow until the curvature falls. Where the loss does not fall "
+            f"again by itself, {lower}; at the start of training, warm up to it."
+        )
+    if ratio >= _BELOW:
+        lower = "halve the learning rates" if lr is None else f"lower lr from {lr:.3g} to {lr / 2:.3g}"
+        return (
+            "training is at the edge of stability, which is normal at a constant learning rate. Nothing needs to be "
+            f"done while the loss falls; if it spikes, {lower}."
+        )
+    if ratio >= _FAR:
+        return "steps are stable."
+    room = "" if lr is None or ratio <= 0.0 else f" (lr={lr:.3g})"
+    return (
+        f"steps are stable, and far shorter than the largest eigenvalue allows{room}. If the loss falls slowly, raise "
+        "the learning rate by factors of two; noise of small batches may limit it sooner."
+    )
 
 
 def _train_all(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> bool:

@@ -30,6 +30,11 @@ def bottom(value: float, lower: float, upper: float, certified: bool = True) -> 
     return Spectrum((), (entry(value, lower, upper),), 5, True, 0.99, certified, 0.0)
 
 
+def both(largest: float, smallest: float) -> Spectrum:
+    ends = ((entry(value, value - 1e-4, value + 1e-4),) for value in (largest, smallest))
+    return Spectrum(*ends, 5, True, 0.99, True, 0.0)
+
+
 @pytest.mark.parametrize(
     ("spectrum", "words"),
     [
@@ -38,18 +43,27 @@ def bottom(value: float, lower: float, upper: float, certified: bool = True) -> 
             top(False),
             "12.4 (not certified: some eigenvalue lies within 0.1 of it, but a larger one may have been missed).",
         ),
-        (top(False, 0.02), "12.4 (not certified: the asymmetry of the products is 0.02 of the norm)."),
+        (
+            top(False, 0.02),
+            "12.4 (not certified: the asymmetry of the products is 0.02 of the norm; measure in float64).",
+        ),
         (
             bottom(-0.3, -0.4, -0.29),
-            "The smallest eigenvalue is -0.3 within 0.1, which shows that this is not a minimum.",
+            "The smallest eigenvalue is -0.3 within 0.1, which shows that this is not a minimum: the loss is concave",
         ),
         (
             bottom(-0.3, -0.4, -0.29, False),
             "The smallest eigenvalue is -0.3 (not certified: some eigenvalue lies within 0.1 of it, "
-            "but a smaller one may have been missed), which shows that this is not a minimum.",
+            "but a smaller one may have been missed), which shows that this is not a minimum",
         ),
         (bottom(0.3, 0.2, 0.31), "0.3 within 0.1, which shows that the loss is convex here."),
-        (bottom(0.3, 0.2, 0.31, False), "a smaller one may have been missed), so its sign is not known."),
+        (bottom(0.3, 0.2, 0.31, False), "a smaller one may have been missed), so its sign is not known. Raise"),
+        (both(12.0, -0.3), "not a minimum, and its size is 0.025 of the largest: as usual late"),
+        (both(12.0, -3.0), "not a minimum, and its size is 0.25 of the largest. While the loss falls, train on. Where"),
+        (both(12.0, 3.0), "the loss is convex here, with a condition number of 4."),
+        (both(12.0, 1e-3), "condition number of 1.2e+04: gradient descent needs about that many steps to reduce"),
+        (both(12.0, -0.3), "In short: not at a minimum."),
+        (both(12.0, 3.0), "In short: convex here."),
         (bottom(0.0, -0.1, 0.1), "0 within 0.1, so its sign is not known."),
     ],
 )

@@ -10,7 +10,7 @@ from torch import nn
 
 from newtonopt.closure.isolation import UnprotectedError
 from newtonopt.closure.objective import ParametersMovedError
-from newtonopt.curvature import Chart, ExtremeEigenvalues, Measured, Measurement, Tag, measure
+from newtonopt.curvature import Chart, ExtremeEigenvalues, Measured, Measurement, Tag, View, measure
 from newtonopt.curvature.measurements.measurement import COST_TAGS, Plan, take
 
 
@@ -42,7 +42,21 @@ def test_patterns_that_are_one_word_are_refused() -> None:
 def test_words_say_what_measuring_cost() -> None:
     p = nn.Parameter(torch.ones(2))
     found = measure(lambda: p.square().sum(), [p], sharpness=None)
-    assert f"Measured with {found['curvature/products']:.0f} products in " in found.in_words().splitlines()[-1]
+    assert f"Measured with {found.read('products'):.0f} products in " in found.in_words().splitlines()[-1]
+
+
+def test_words_say_how_to_narrow_and_how_to_certify() -> None:
+    p = nn.Parameter(torch.ones(60, dtype=torch.float64))
+
+    def closure() -> torch.Tensor:
+        return (torch.arange(1.0, 61.0) * p**2).sum() / 2
+
+    found = measure(closure, [p], sharpness=None, max_products=8)
+    assert (found.read("certified"), found.read("converged")) == (1.0, 0.0)
+    assert "Some intervals are wider than 0.01 of their value: raise max_products above 8" in found.in_words()
+    followed = measure(closure, [p], sharpness=None, max_products=8, last=found)
+    assert followed.read("certified") == 0.0
+    assert "This measurement followed the last one. CurvatureMonitor certifies each with" in followed.in_words()
     assert {tag.name for tag in COST_TAGS} <= set(found.names())
 
 
@@ -112,3 +126,25 @@ def test_where_all_fail_and_where_training_would_change_nothing_is_measured() ->
     for error in (UnprotectedError(["a queue"]), ParametersMovedError("moved", torch.zeros(2))):
         with pytest.raises(type(error)):
             taken(Leaning(), Flawed(error))
+
+
+class Grouped(Measurement[float]):
+    """Has a tag in a group of its own."""
+
+    tags = (Tag("one", "", "always one", group="layers"),)
+
+    def measure(self, view: View) -> float:
+        return 1.0
+
+    def values(self, result: float) -> dict[str, float]:
+        return {"one": result}
+
+
+def test_a_tag_may_be_in_a_group_and_its_name_stays_the_same() -> None:
+    p = nn.Parameter(torch.ones(2))
+    found = measure(lambda: p.square().sum(), [p], sharpness=None, measurements=[Grouped()], prefix="a/b")
+    assert found["a/b-layers/one"] == found.read("one") == 1.0
+    assert found["a/b/lambda_max"] == found.read("lambda_max")
+    assert {"one", "lambda_max", "seconds"} <= set(found.names())
+    with pytest.raises(ValueError, match=r"group must consist of .*, got 'a/b'\. Write"):
+        Tag("one", "", "always one", group="a/b")
