@@ -193,6 +193,7 @@ class Knowledge:
         norm: Largest magnitude of a Ritz value seen.
         noise: Largest asymmetry of the products seen, in the units of the norm.
         products: Products used.
+        errors: Estimated errors of the pairs' values, after a run that tracks; None: they were not estimated.
     """
 
     block: RitzBlock
@@ -202,6 +203,7 @@ class Knowledge:
     norm: float = 0.0
     noise: float = 0.0
     products: int = 0
+    errors: Tensor | None = None
 
 
 def certifiable(request: Request, known: Knowledge, held: int) -> bool:

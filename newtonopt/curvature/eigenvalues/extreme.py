@@ -24,7 +24,7 @@ from newtonopt.curvature.eigenvalues.bounds import (
     settled,
 )
 from newtonopt.curvature.eigenvalues.search import search
-from newtonopt.curvature.eigenvalues.tracking import Previous, of_its_own_end, track, weighted_sum
+from newtonopt.curvature.eigenvalues.tracking import Previous, known_roughly, of_its_own_end, track
 from newtonopt.operators.linear_operator import LinearOperator, check_operator
 from newtonopt.vectors.scaling import InRange, lost
 
@@ -50,6 +50,9 @@ class Eigenvalue:
         residual: `|A x - value x|`: some eigenvalue lies within it of the value.
         multiplicity: Number of entries at this end, this one included, that equal it within the tolerance.
         vector: Unit vector x `(n,)`, in the operator's dtype and on its device.
+        error: Estimated error of a tracked value: residual^2 over the distance to the nearest other Ritz value, and at
+            most the residual. It holds if no eigenvalue nearby was missed. Infinite (default): not estimated, as the
+            interval says more.
 
     Example:
         >>> import torch
@@ -66,6 +69,7 @@ class Eigenvalue:
     residual: float
     multiplicity: int
     vector: Tensor = field(repr=False)
+    error: float = math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +130,8 @@ def extreme_eigenvalues(
     that outgrows it goes on from its outer Ritz vectors (thick restarts, Wu & Simon 2000). A restart changes the basis
     and not the polynomials that the bounds are made of, so the bounds stay valid.
 
-    *Tracking*: with the last measurement as `start`, one run from the sum of its vectors and a small random part takes
-    a fraction of the products while the operator changes slowly. It certifies nothing: `certified` is false, the outer
+    *Tracking*: with the last measurement as `start`, one run from a sum of its vectors and a small random part takes a
+    fraction of the products while the operator changes slowly. It certifies nothing: `certified` is false, the outer
     bounds are infinite, and an eigenvalue whose vector the last measurement does not contain may be missed. A run sees
     equal eigenvalues once, so if the last measurement has any, it is ignored and the start is random.
 
@@ -171,7 +175,7 @@ def extreme_eigenvalues(
     """
     request = _request(operator, top, bottom, tolerance, confidence, max_products, max_vectors)
     check_seed(seed)
-    previous = _previous(operator, start, tolerance)
+    previous = _previous(operator, start, tolerance, None)
     if previous is not None:
         return _tracked(operator, request, previous, confidence, seed, functools.partial(settled, request))
     matrix = InRange(operator)
@@ -183,31 +187,28 @@ def extreme_eigenvalues(
 
 
 def follow(
-    operator: LinearOperator, start: Spectrum, top: int, bottom: int, tolerance: float, least: int, most: int, seed: int
+    operator: LinearOperator,
+    start: Spectrum,
+    top: int,
+    bottom: int,
+    tolerance: float,
+    most: int,
+    seed: int,
+    gradient: Tensor | None,
 ) -> Spectrum | None:
-    """Track a spectrum as `extreme_eigenvalues` does, but end earlier.
+    """Track a spectrum as `extreme_eigenvalues` does, but from the gradient too, and end earlier.
 
-    The run ends after `most` products at latest, and from `least` products on as soon as the largest eigenvalue is
-    known to the tolerance and the others to a tenth.
+    The run ends after `most` products at latest, and as soon as estimates say that the largest eigenvalue is known to
+    less than the tolerance and the others to a tenth.
 
     Returns:
         The spectrum; None if the start has equal eigenvalues, which cannot be tracked.
     """
     request = _request(operator, top, bottom, tolerance, 0.99, most, None)
-    previous = _previous(operator, start, tolerance)
+    previous = _previous(operator, start, tolerance, gradient)
     if previous is None:
         return None
-
-    def is_enough(seen: Knowledge) -> bool:
-        return settled(request, seen) or (seen.products >= least and _known_roughly(request, seen))
-
-    return _tracked(operator, request, previous, 0.99, seed, is_enough)
-
-
-def _known_roughly(request: Request, known: Knowledge) -> bool:
-    (_, top), _ = request.ends
-    largest = replace(request, ends=((1.0, min(top, 1)), (-1.0, 0)))
-    return settled(largest, known) and settled(replace(request, tolerance=max(request.tolerance, 0.1)), known)
+    return _tracked(operator, request, previous, 0.99, seed, functools.partial(known_roughly, request))
 
 
 def _tracked(
@@ -268,7 +269,9 @@ def _room(wanted: int, max_vectors: int | None) -> int:
     return max_vectors
 
 
-def _previous(operator: LinearOperator, start: Spectrum | None, tolerance: float) -> Previous | None:
+def _previous(
+    operator: LinearOperator, start: Spectrum | None, tolerance: float, gradient: Tensor | None
+) -> Previous | None:
     """Return the measurement to track; None for a random start."""
     if start is None:
         return None
@@ -285,9 +288,9 @@ def _previous(operator: LinearOperator, start: Spectrum | None, tolerance: float
     if any(entry.multiplicity > 1 and abs(entry.value) > next_to_zero for entry in entries):
         return None
     (top, tops), (bottom, bottoms) = (
-        (tuple(entry.value for entry in end), [entry.vector for entry in end]) for end in (start.top, start.bottom)
+        (tuple(entry.value for entry in end), tuple(entry.vector for entry in end)) for end in (start.top, start.bottom)
     )
-    return Previous(top, bottom, weighted_sum(tops, bottoms).to(operator.dtype).to(operator.device))
+    return Previous(top, bottom, tops, bottoms, gradient)
 
 
 def _nothing(operator: LinearOperator) -> Knowledge:
@@ -325,5 +328,6 @@ def _entries(request: Request, known: Knowledge, matrix: InRange, sign: float, c
         low, high = (matrix.back(end) for end in sorted((sign * lower, sign * upper)))
         near = (known.block.values[order] - sign * value).abs() <= allowed_width(request, known, value)
         own, residual = matrix.back(sign * value), matrix.back(norms[index])
-        found.append(Eigenvalue(own, low - room, high + room, residual + room, int(near.sum()), vectors[index]))
+        error = math.inf if known.errors is None else matrix.back(float(known.errors[index])) + room
+        found.append(Eigenvalue(own, low - room, high + room, residual + room, int(near.sum()), vectors[index], error))
     return tuple(found)

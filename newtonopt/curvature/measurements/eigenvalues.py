@@ -13,10 +13,9 @@ from newtonopt.curvature.eigenvalues.extreme import Eigenvalue, Spectrum, check_
 from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, View
 from newtonopt.operators.linear_operator import LinearOperator
 
-# Products for following: a quarter of what a measurement from a random start may have. More if that is fewer than four
-# and two for each eigenvalue, but no more than these: to a tolerance a GPT's tiny smallest eigenvalue took a hundred,
-# at three training steps each.
-_FOLLOWED_PART, _FOLLOWED_BASE, _FOLLOWED_EACH = 4, 4, 2
+# Products for tracking, at most: a quarter of what a measurement from a random start may have, or four and two for each
+# eigenvalue if that is more. Without a bound a GPT's tiny smallest eigenvalue took a hundred.
+_TRACKED_PART, _TRACKED_BASE, _TRACKED_EACH = 4, 4, 2
 # Bounds this close to a value of zero are those of underflow.
 _NOTHING = 1e-30
 # Negative curvature below this share of the largest eigenvalue is called slight, and a larger condition number ill.
@@ -160,9 +159,9 @@ def spectrum(view: View, A: LinearOperator, top: int, bottom: int, last: Spectru
         return None
     # Vectors of another length belong to other parameters, which were trained then.
     if last is not None and all(entry.vector.shape[0] == A.shape[0] for entry in (*last.top, *last.bottom)):
-        least = min(budget, plan.max_products // _FOLLOWED_PART)
-        most = max(least, min(budget, _FOLLOWED_BASE + _FOLLOWED_EACH * (top + bottom)))
-        followed = follow(A, last, top, bottom, plan.tolerance, least, most, plan.seed)
+        most = max(plan.max_products // _TRACKED_PART, _TRACKED_BASE + _TRACKED_EACH * (top + bottom))
+        toward = view.gradient if view.gradient.shape[0] == A.shape[0] else None  # a layer's block has a shorter one
+        followed = follow(A, last, top, bottom, plan.tolerance, min(budget, most), plan.seed, toward)
         if followed is not None:
             return followed
     return extreme_eigenvalues(A, top, bottom, plan.tolerance, max_products=budget, seed=plan.seed)
@@ -186,7 +185,8 @@ def with_interval(name: str, eigenvalue: Eigenvalue) -> dict[str, float]:
 def is_known(eigenvalue: Eigenvalue) -> bool:
     """Return whether an eigenvalue is known to a tenth, so that it can be shown without its interval."""
     width = eigenvalue.upper - eigenvalue.lower
-    return (width if math.isfinite(width) else eigenvalue.residual) <= 0.1 * abs(eigenvalue.value)
+    error = width if math.isfinite(width) else min(eigenvalue.residual, eigenvalue.error)
+    return error <= 0.1 * abs(eigenvalue.value)
 
 
 def in_words(found: Spectrum, eigenvalue: Eigenvalue, missed: str = "larger") -> str:

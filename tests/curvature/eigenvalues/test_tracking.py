@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from newtonopt import LinearOperator, evaluate, gauss_newton, hessian
 from newtonopt.curvature import Spectrum, extreme_eigenvalues
+from newtonopt.curvature.eigenvalues.extreme import follow
+from newtonopt.curvature.eigenvalues.tracking import estimated_errors
 
 SLOW = torch.arange(1, 200, dtype=torch.float64) ** -0.5
 
@@ -66,6 +68,47 @@ def test_tracking_takes_a_fraction_of_the_products_and_agrees() -> None:
         tracked_products += spectrum.products
         certified_products += truth.products
     assert tracked_products <= 0.6 * certified_products
+
+
+def test_errors_are_estimated_from_residuals_and_the_nearest_ritz_value() -> None:
+    values, residuals = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, 2.0, 5.0], [0.1, 4.0, 0.6]))
+    assert estimated_errors(values, residuals).tolist() == pytest.approx([0.01, 4.0, 0.12])
+    assert estimated_errors(values[:1], residuals[:1]).tolist() == [0.1]
+
+
+def test_following_ends_early_with_values_that_are_accurate() -> None:
+    """The largest within 1 %, the others within a tenth, for fewer products than a tracking to the tolerance."""
+    training = _Training()
+    spectrum = extreme_eigenvalues(training.hessian(), 3, 1, tolerance=1e-2)
+    followed_products = tracked_products = 0
+    for _ in range(4):
+        training.steps(3)
+        A, gradient = training.hessian(), evaluate(training.closure, training.model.parameters()).gradient
+        truth = torch.linalg.eigvalsh(A.dense()).flip(0)
+        tracked = extreme_eigenvalues(A, 3, 1, tolerance=1e-2, start=spectrum)
+        followed = follow(A, spectrum, 3, 1, 1e-2, 30, 0, gradient)
+        assert followed is not None
+        assert not followed.certified
+        assert followed.top[0].value == pytest.approx(float(truth[0]), rel=1e-2)
+        for entry, expected in zip((*followed.top[1:], *followed.bottom), truth[[1, 2, -1]].tolist(), strict=True):
+            assert entry.value == pytest.approx(expected, rel=0.1, abs=0.01 * float(truth[0]))
+            assert entry.error <= entry.residual
+        followed_products += followed.products
+        tracked_products += tracked.products
+        spectrum = followed
+    assert followed_products < 0.9 * tracked_products
+
+
+def test_the_gradient_leads_to_an_eigenvector_that_the_last_measurement_lacks() -> None:
+    n = 300
+    values = torch.cat([torch.tensor([5.0, 4.0]).double(), uniform(n - 2)])
+    before = extreme_eigenvalues(diagonal(values), top=1, bottom=0)
+    values[-1] = 20.0
+    gradient = torch.zeros(n, dtype=torch.float64)
+    gradient[[0, -1]] = torch.tensor([1.0, 0.1], dtype=torch.float64)
+    found = follow(diagonal(values), before, 1, 0, 1e-2, 6, 0, gradient)
+    assert found is not None
+    assert found.top[0].value == pytest.approx(20.0, rel=1e-2)
 
 
 def test_an_unchanged_operator_is_tracked_at_once() -> None:
