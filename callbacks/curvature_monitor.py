@@ -28,7 +28,7 @@ from newtonopt.curvature.measurements.measurement import Matrix, Plan, take
 from newtonopt.curvature.measuring import list_of
 
 from .lightning import Batches, Probe, at_rest, is_trial, log_values, passes_multiple
-from .tensorboard import Charts, add_charts, add_figures, add_text, charts_of
+from .tensorboard import Charts, add_charts, add_figures, add_record, add_text, charts_of
 
 # Key in checkpoints of the monitors' state, which is kept by prefix.
 _STATE = "CurvatureMonitor"
@@ -402,6 +402,7 @@ class CurvatureMonitor(Callback):
 
     def _show(self, trainer: Trainer, pl_module: LightningModule, measured: Measured) -> None:
         """Write words, figures and charts of the measurement to TensorBoard."""
+        add_record(trainer, measured)
         if self.text:
             add_text(trainer, measured, self.probe.in_words(trainer, pl_module))
         # An optimizer that has taken no step yet may still do.

@@ -13,7 +13,10 @@ FILES = sorted([*(ROOT / "newtonopt").rglob("*.py"), *(ROOT / "callbacks").rglob
 def module_of(path: Path) -> str:
     """Return the dotted name under which a file installs."""
     parts = list(path.relative_to(ROOT).with_suffix("").parts)
-    parts = ["newtonopt", *parts] if parts[0] == "callbacks" else parts
+    if parts[:2] == ["callbacks", "tab"]:
+        parts = ["newtonopt_tensorboard", *parts[2:]]
+    elif parts[0] == "callbacks":
+        parts = ["newtonopt", *parts]
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
