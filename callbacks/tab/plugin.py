@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorboard import context as request_context
-from tensorboard import plugin_util
-from tensorboard.backend import http_util
+from tensorboard.backend import experiment_id, http_util
 from tensorboard.data import provider
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
@@ -102,7 +101,7 @@ class CurvatureTab(base_plugin.TBPlugin):  # type: ignore[misc]
 
     def _runs(self, request: wrappers.Request) -> tuple[str, Callable[[], Any]]:
         """Answer with the runs, by name, and the monitors in each, by the prefix of their tags."""
-        contents = self._contents(plugin_util.context(request.environ), plugin_util.experiment_id(request.environ))
+        contents = self._contents(*_asker(request))
         runs = [
             {"run": run, "prefixes": sorted(map(_prefix_of, tensors))} for run, (tensors, _) in sorted(contents.items())
         ]
@@ -110,7 +109,7 @@ class CurvatureTab(base_plugin.TBPlugin):  # type: ignore[misc]
 
     def _data(self, request: wrappers.Request) -> tuple[str, Callable[[], Any]]:
         """Answer with records and scalars of the runs asked for."""
-        ctx, experiment = plugin_util.context(request.environ), plugin_util.experiment_id(request.environ)
+        ctx, experiment = _asker(request)
         asked = request.args.getlist("run")
         contents = self._contents(ctx, experiment, asked)
         mark = json.dumps([asked, [[run, *map(_mark, contents[run])] for run in sorted(contents)]])
@@ -169,6 +168,11 @@ def _file(path: str, kind: str) -> Callable[..., Any]:
         return http_util.Respond(request, (Path(__file__).parent / "static" / path[1:]).read_bytes(), kind)
 
     return serve
+
+
+def _asker(request: wrappers.Request) -> tuple[Any, str]:
+    """Return what TensorBoard's data provider wants to know of a request: its context, and the experiment asked for."""
+    return request_context.from_environ(request.environ), request.environ.get(experiment_id.WSGI_ENVIRON_KEY, "")
 
 
 def _is_step(tag: str) -> bool:

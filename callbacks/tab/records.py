@@ -88,7 +88,7 @@ def _numbers(entries: object, what: str) -> dict[str, float]:
         raise RecordError(f"its {what} are not an object with at most {_MAX_NAMES} entries")
     if any(len(name) > _MAX_NAME for name in entries):
         raise RecordError(f"a name among its {what} has more than {_MAX_NAME} letters")
-    return {name: _number(value) for name, value in entries.items()}
+    return {name: value if type(value) is float else _number(value) for name, value in entries.items()}
 
 
 def _sentences(words: object) -> list[str]:

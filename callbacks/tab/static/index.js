@@ -77,7 +77,7 @@ function nearest(sorted, x) {
 
 function linearScale(low, high, height) {
   const span = high - low;
-  return {place: (v) => (v - low) / span, ticks: roundTicks(low, high, Math.max(2, Math.round(height / 48)))};
+  return {place: (v) => (v - low) / span, ticks: roundTicks(low, high, Math.max(2, Math.round(height / 36)))};
 }
 
 function powersWithin(low, high, height) {
@@ -94,7 +94,7 @@ function logScale(low, high, height) {
   if (b - a < 1.5) {
     const ticks = [];
     for (let p = Math.floor(a); p <= Math.ceil(b); p += 1) {
-      for (const factor of b - a < 0.7 ? [1, 1.5, 2, 3, 4, 5, 6, 8] : [1, 2, 5]) ticks.push(factor * 10 ** p);
+      for (const factor of b - a < 1 ? [1, 1.5, 2, 3, 4, 5, 6, 8] : [1, 2, 5]) ticks.push(factor * 10 ** p);
     }
     return {place, ticks: ticks.filter((v) => v >= low && v <= high).map((value) => ({value, label: shown(value, 3)}))};
   }
@@ -114,8 +114,8 @@ function symlogScale(low, high, height) {
   return {place: (v) => (bend(v) - a) / (b - a), ticks: ticks.filter((t) => t.value >= low && t.value <= high)};
 }
 
-function scaleFor(low, high, mode, height) {
-  const wide = low > 0 && high / low > 100;
+function scaleFor(low, high, mode, height, spread = 100) {
+  const wide = low > 0 && high / low > spread;
   if (mode === 'log' || (mode === 'auto' && wide)) {
     if (low > 0) return logScale(low / 1.08, high * 1.08, height);
     const margin = 0.12 * Math.max(Math.abs(low), Math.abs(high));
@@ -190,7 +190,7 @@ function chartsOf(all) {
   const unstable = all.filter((s) => known(s, 'stability_ratio'));
 
   add('eigenvalues', 'Largest eigenvalues', 'L / θ²', eigenvalueLines(all), {wide: true, height: 300, shades: unstable.filter((s) => !isPreconditioned(s)), marks: true});
-  add('loss', 'Training loss', '', lossLines(all), {wide: true, height: 150});
+  add('loss', 'Training loss', '', lossLines(all), {wide: true, height: 160, spread: 8});
   add('ratio', 'Stability ratio', 'largest eigenvalue / threshold', each('stability_ratio', 'ratio', main), {level: 1, shades: unstable});
   const preconditioned = all.filter((s) => known(s, 'preconditioned_lambda_max'));
   add(
@@ -209,7 +209,7 @@ function chartsOf(all) {
   add('alignment', 'Gradient along the top eigenvectors', 'share of g′g', each('gradient_alignment', 'share', main), {range: [0, 1]});
   heatMaps(all, charts);
   const steps = (tag, label, style) => all.filter((s) => s.leads && s.scalars[tag]).map((s) => scalarLine(s, tag, label, style));
-  for (const name of ['damping', 'radius', 'sigma']) add(name, name[0].toUpperCase() + name.slice(1), 'of Newton steps', steps(`newton/${name}`, name, main));
+  for (const name of ['damping', 'radius', 'sigma']) add(name, name[0].toUpperCase() + name.slice(1), 'of Newton steps', steps(`newton/${name}`, name, main), {spread: 8});
   add('decrease', 'Actual over predicted decrease', 'of Newton steps', [...steps('newton/ratio', 'step taken', main), ...steps('newton/first_ratio', 'step proposed', {dash: [5, 3], width: 1.3})], {level: 1});
   add('iterations', 'Solver iterations', 'of Newton steps', steps('newton/iterations', 'iterations', main));
   for (const name of otherNames(all)) add(`value ${name}`, capital(name), UNITS[name] || '', each(name, capital(name).toLowerCase(), main));
@@ -277,7 +277,7 @@ class Chart {
     this.figure.dataset.chart = spec.id;
     this.figure.dataset.points = JSON.stringify(spec.lines.length ? spec.lines.map((l) => l.steps.length) : [(spec.density || spec.layers).steps.length]);
     this.figure.setAttribute('aria-label', `${spec.title}. Arrow keys move from measurement to measurement, plus and minus zoom, 0 shows all.`);
-    this.plot.style.height = `${spec.height || 210}px`;
+    this.plot.style.minHeight = `${spec.height || 210}px`;
     this.fillLegend();
   }
 
@@ -358,7 +358,7 @@ class Chart {
     }
     if (level !== undefined && mode !== 'log') take(level);
     if (range && mode !== 'log') range.forEach(take);
-    return scaleFor(low, high, density && mode === 'auto' ? 'linear' : mode, this.box.height);
+    return scaleFor(low, high, density && mode === 'auto' ? 'linear' : mode, this.box.height, this.spec.spread);
   }
 
   draw() {
@@ -821,7 +821,7 @@ class Page {
 
   build() {
     this.list = el('ul', {className: 'runs', 'aria-label': 'Runs'});
-    this.search = el('search' in HTMLElement ? 'input' : 'input', {type: 'search', placeholder: 'Filter runs', 'aria-label': 'Filter runs'});
+    this.search = el('input', {type: 'search', placeholder: 'Filter runs', 'aria-label': 'Filter runs'});
     this.search.addEventListener('input', () => this.fillList());
     const every = el('button', {className: 'link', type: 'button', textContent: 'All'});
     const none = el('button', {className: 'link', type: 'button', textContent: 'None'});
@@ -848,7 +848,7 @@ class Page {
       'aside',
       {},
       el('div', {className: 'group'}, el('div', {className: 'row'}, el('h2', {}, 'Runs'), el('span', {}, every, none)), this.search, this.list),
-      el('div', {className: 'group'}, el('h2', {}, 'Scale'), el('div', {className: 'choice', role: 'group', 'aria-label': 'Scale'}, ...this.scales), this.reset),
+      el('div', {className: 'group controls'}, el('h2', {}, 'Scale'), el('div', {className: 'choice', role: 'group', 'aria-label': 'Scale'}, ...this.scales), this.reset),
       el('div', {className: 'quiet help'}, 'Drag to zoom, double-click to show all. In a chart the arrow keys move from measurement to measurement.'),
       this.updated,
     );
@@ -1159,7 +1159,9 @@ function verdictCard(series, theme, open) {
     el('dl', {className: 'numbers'}, ...numbers),
   );
   card.style.setProperty('--swatch', theme.run[series.colour]);
-  const items = series.words.map((word) => el('li', {}, word));
+  // First what somebody has to know: whether to trust the numbers, then whether the steps are stable.
+  const rank = (word) => (/^Nothing is certified/.test(word) ? 0 : /stab|overshoot|diverg/i.test(word) ? 1 : 2);
+  const items = [...series.words].sort((a, b) => rank(a) - rank(b)).map((word) => el('li', {}, word));
   const first = items.slice(0, 2);
   card.append(el('ul', {}, ...first));
   if (items.length > first.length) {
