@@ -24,7 +24,11 @@ MODULES = {module_of(path) for path in FILES}
 
 
 def room_of(module: str) -> str:
-    """Return the package of a module: `"solvers"` for `newtonopt.solvers.cg`, `"newtonopt"` for the top."""
+    """Return the package of a module: `"solvers"` for `newtonopt.solvers.cg`, `"newtonopt"` for the top, `"tab"` for
+    the package that TensorBoard loads.
+    """
+    if module.split(".")[0] == "newtonopt_tensorboard":
+        return "tab"
     return module.split(".")[1] if "." in module else module
 
 

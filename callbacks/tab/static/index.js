@@ -22,6 +22,8 @@ function el(name, properties = {}, ...children) {
   return made;
 }
 
+/** An object with these entries and nothing else: names such as "constructor" come from files too. */
+const table = (entries) => Object.setPrototypeOf(Object.fromEntries(entries), null);
 const finite = (values) => values.filter((value) => Number.isFinite(value));
 const number = (value) => (value === null ? null : Number(value)); // "NaN" and "Infinity" are strings in JSON
 const superscript = (n) => String(n).replace(/./g, (c) => ({'-': '⁻', 0: '⁰', 1: '¹', 2: '²', 3: '³', 4: '⁴', 5: '⁵', 6: '⁶', 7: '⁷', 8: '⁸', 9: '⁹'})[c]);
@@ -206,19 +208,19 @@ function chartsOf(all) {
   add('margin', 'Step margin', 'above 1 a step overshoots', each('step_margin', 'step margin', main), {level: 1});
   add('critical', 'Critical sharpness', '', each('critical_sharpness', 'critical sharpness', main));
   add('gradient', 'Curvature along the gradient', 'L / θ²', each('gradient_curvature', 'g′Hg / g′g', main), {level: 0});
-  add('alignment', 'Gradient along the top eigenvectors', 'share of g′g', each('gradient_alignment', 'share', main), {range: [0, 1]});
+  add('alignment', 'Gradient along top eigenvectors', 'share of g′g', each('gradient_alignment', 'share', main), {range: [0, 1]});
   heatMaps(all, charts);
   const steps = (tag, label, style) => all.filter((s) => s.leads && s.scalars[tag]).map((s) => scalarLine(s, tag, label, style));
   for (const name of ['damping', 'radius', 'sigma']) add(name, name[0].toUpperCase() + name.slice(1), 'of Newton steps', steps(`newton/${name}`, name, main), {spread: 8});
   add('decrease', 'Actual over predicted decrease', 'of Newton steps', [...steps('newton/ratio', 'step taken', main), ...steps('newton/first_ratio', 'step proposed', {dash: [5, 3], width: 1.3})], {level: 1});
   add('iterations', 'Solver iterations', 'of Newton steps', steps('newton/iterations', 'iterations', main));
-  for (const name of otherNames(all)) add(`value ${name}`, capital(name), UNITS[name] || '', each(name, capital(name).toLowerCase(), main));
+  for (const name of otherNames(all)) add(`value ${name}`, capital(name), UNITS.get(name) || '', each(name, capital(name).toLowerCase(), main));
   add('products', 'Products of a measurement', '', each('products', 'products', main));
   add('seconds', 'Duration of a measurement', 's', each('seconds', 'seconds', main));
   return charts;
 }
 
-const UNITS = {trace: 'L / θ²', gauss_newton_trace: 'L / θ²'};
+const UNITS = new Map([['trace', 'L / θ²'], ['gauss_newton_trace', 'L / θ²']]);
 const capital = (name) => (name[0].toUpperCase() + name.slice(1)).replaceAll('_', ' ');
 const SHOWN = /^(lambda_(max|min|\d+|min_\d+)|(preconditioned_)?lambda_max|stability_(ratio|threshold)|sharpness|step_margin|critical_sharpness|gradient_(curvature|alignment)|products|seconds|certified|converged)$/;
 
@@ -292,7 +294,7 @@ class Chart {
     if (marks && lines.some((l) => l.certified?.includes(true))) entries.push(legendEntry('certified', {symbol: 'filled'}));
     if (marks && lines.some((l) => l.certified?.includes(false))) entries.push(legendEntry('tracked', {symbol: 'hollow'}));
     if (lines.some((l) => l.lower && l.upper)) entries.push(legendEntry(lines.some((l) => l.certified) ? 'interval' : 'interval or error', {symbol: 'band'}));
-    if (shades?.some((s) => s.values.stability_ratio.some((r) => r > 1))) entries.push(legendEntry('ratio above 1', {symbol: 'shade'}));
+    if (shades?.some((s) => s.values.stability_ratio.some((r) => r > 1))) entries.push(legendEntry(this.page.chosen().length > 1 ? 'strips on top: ratio above 1' : 'ratio above 1', {symbol: 'shade'}));
     if (density || layers) {
       const {low, high, log} = this.heatRange();
       entries.push(el('span', {}, shown(log ? 10 ** low : low, 3), el('i', {className: 'ramp'}), shown(log ? 10 ** high : high, 3)));
@@ -426,13 +428,14 @@ class Chart {
 
   /** Where the ratio exceeds one: the whole height for one run, a strip each for several. */
   shade(c, theme) {
-    const shades = this.spec.shades || [];
+    const shades = (this.spec.shades || []).filter((series) => exceeding(series).length);
+    const strips = this.page.chosen().length > 1;
     shades.forEach((series, k) => {
-      c.fillStyle = shades.length > 1 ? theme.run[series.colour] : theme.shade;
-      c.globalAlpha = shades.length > 1 ? 0.75 : 1;
+      c.fillStyle = strips ? theme.run[series.colour] : theme.shade;
+      c.globalAlpha = strips ? 0.75 : 1;
       for (const [from, to] of exceeding(series)) {
         const [a, b] = [this.x(from), this.x(to)];
-        if (shades.length > 1) c.fillRect(a, this.box.top + 4 * k, Math.max(1, b - a), 3);
+        if (strips) c.fillRect(a, this.box.top + 4 * k, Math.max(1, b - a), 3);
         else c.fillRect(a, this.box.top, Math.max(1, b - a), this.box.height);
       }
       c.globalAlpha = 1;
@@ -472,7 +475,7 @@ class Chart {
         c.fillStyle = colour;
         disc(c, points[0][0], points[0][1], 2.5);
         c.fill();
-      } else stroke(c, colour, l.width ?? 2, dash, points);
+      } else stroke(c, colour, points.length > this.box.width ? Math.min(1, l.width ?? 1) : l.width ?? 2, dash, points);
       points = [];
     }
     c.globalAlpha = 1;
@@ -650,8 +653,8 @@ class Chart {
   fillReadout() {
     const {cursor} = this.page;
     const main = cursor === null ? this.spec.lines.map((l) => ({l, k: l.values.findLastIndex((v) => v !== null)})).filter(({k}) => k >= 0) : this.at(cursor);
-    const entries = main.filter(({l}) => l.main).slice(0, 5).map(({l, k}) => {
-      const entry = el('span', {}, shown(l.values[k]));
+    const entries = main.filter(({l}) => l.main).slice(0, this.spec.wide ? 8 : 4).map(({l, k}) => {
+      const entry = el('span', {}, shown(l.values[k], 3));
       entry.style.setProperty('--swatch', this.page.theme.run[l.series.colour]);
       return entry;
     });
@@ -937,12 +940,13 @@ class Page {
     for (const {run, prefixes} of this.runs || []) {
       const data = this.data.get(run);
       (prefixes.length ? prefixes : [null]).forEach((prefix, k) => {
-        const monitor = (prefix !== null && data?.monitors?.[prefix]) || {steps: [], values: {}, certified: [], words: []};
+        const measured = prefix !== null && Object.hasOwn(data?.monitors || {}, prefix);
+        const monitor = measured ? data.monitors[prefix] : {steps: [], values: {}, certified: [], words: []};
         const label = prefix === null || prefix === 'curvature' ? run : `${run} · ${prefix}`;
-        const values = Object.fromEntries(Object.entries(monitor.values).map(([name, column]) => [name, column.map(number)]));
+        const values = table(Object.entries(monitor.values).map(([name, column]) => [name, column.map(number)]));
         const layers = monitor.layers && {...monitor.layers, values: monitor.layers.values.map((row) => row.map(number))};
-        const scalars = Object.fromEntries(Object.entries(data?.scalars || {}).map(([tag, s]) => [tag, {steps: s.steps, values: s.values.map(number)}]));
-        this.all.push({...monitor, id: prefix === null ? run : `${run}\u0000${prefix}`, run, label, values, layers, scalars, leads: k === 0, errors: data?.errors || []});
+        const scalars = table(Object.entries(data?.scalars || {}).map(([tag, s]) => [tag, {steps: s.steps, values: s.values.map(number)}]));
+        this.all.push({...monitor, id: prefix === null ? run : `${run}\u001f${prefix}`, run, label, values, layers, scalars, leads: k === 0, errors: data?.errors || []});
       });
     }
     const chosen = new Set(this.state.runs || this.all.slice(0, MOST_CHOSEN).map((s) => s.id));
@@ -1010,7 +1014,7 @@ class Page {
       this.waiting = false;
       const began = performance.now();
       for (const chart of this.charts.values()) chart.draw();
-      document.documentElement.dataset.drawn = (performance.now() - began).toFixed(1);
+      if (this.charts.size) document.documentElement.dataset.drawn = (performance.now() - began).toFixed(1);
     });
   }
 
@@ -1200,7 +1204,7 @@ const hostWindow = () => (hostDocument() ? window.parent : window);
 function readAddress() {
   const parts = new URLSearchParams(hostWindow().location.hash.slice(1).split('&').slice(1).join('&'));
   const found = {};
-  if (parts.has('runs')) found.runs = parts.get('runs') === '' ? [] : parts.get('runs').split(',').map(decodeURIComponent).map((id) => id.replace('\u001f', '\u0000'));
+  if (parts.has('runs')) found.runs = parts.get('runs') === '' ? [] : parts.get('runs').split(',').map(decodeURIComponent);
   if (['linear', 'log'].includes(parts.get('scale'))) found.scale = parts.get('scale');
   const zoom = (parts.get('zoom') || '').split('_').map(Number);
   if (zoom.length === 2 && zoom.every(Number.isFinite) && zoom[1] > zoom[0]) found.zoom = zoom;
@@ -1211,7 +1215,7 @@ function writeAddress(state) {
   const host = hostWindow();
   const parts = [host.location.hash.slice(1).split('&')[0]];
   const put = (key, value) => parts.push(`${key}=${encodeURIComponent(value)}`);
-  if (state.runs) put('runs', state.runs.map((id) => encodeURIComponent(id.replace('\u0000', '\u001f'))).join(','));
+  if (state.runs) put('runs', state.runs.map(encodeURIComponent).join(','));
   if (state.scale !== 'auto') put('scale', state.scale);
   if (state.zoom) put('zoom', state.zoom.map((step) => Number(step.toPrecision(6))).join('_'));
   host.history.replaceState(host.history.state, '', `#${parts.join('&')}`);

@@ -258,7 +258,7 @@ return {
 """
 # How many pixels of a chart have any colour: an axis alone has few.
 PAINTED = """
-const canvas = document.querySelector(`[data-chart="${arguments[0]}"] canvas`);
+const canvas = document.querySelector(`[data-chart="${arguments[0]}"] .plot canvas`);
 const bytes = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
 const colours = k => [bytes[k], bytes[k + 1], bytes[k + 2]];
 const colourful = k => Math.max(...colours(k)) - Math.min(...colours(k)) > 60;
@@ -313,13 +313,14 @@ class TestTab:
             "ratio": [3],
             "smallest": [3],
             "sharpness": [3],
-            "density a\0curvature": [3],
-            "layers a\0curvature": [3],
+            "density a\x1fcurvature": [3],
+            "layers a\x1fcurvature": [3],
             "seconds": [3],
         }
         assert shown["notes"] == []
         assert "The largest eigenvalue is stable." in shown["cards"][0]
-        for chart in ("eigenvalues", "loss", "smallest", "density a\0curvature", "layers a\0curvature"):
+        for chart in ("eigenvalues", "loss", "smallest", "density a\x1fcurvature", "layers a\x1fcurvature"):
+            wait(browser, lambda _, chart=chart: browser.execute_script(PAINTED, chart) > 300)
             assert browser.execute_script(PAINTED, chart) > 300, chart
 
     def test_four_runs_share_charts_and_can_be_chosen(self, browser: Any, tmp_path: Path) -> None:
@@ -354,17 +355,26 @@ class TestTab:
         assert shown["charts"] == {}
 
     def test_hostile_names_stay_text(self, browser: Any, tmp_path: Path) -> None:
-        values = {"lambda_max": 1.0, "stability_ratio": 0.5, HOSTILE: 2.0, "__proto__": 1.0, "": 3.0, "NaN": "NaN"}
+        values = {
+            "lambda_max": 1.0,
+            "stability_ratio": 0.5,
+            HOSTILE: 2.0,
+            "__proto__": 1.0,
+            "constructor": 2.0,
+            "": 3.0,
+            "NaN": "NaN",
+        }
         layers = {HOSTILE: 1.0, "__proto__": 2.0}
         with run(tmp_path / "<b>a", values=values, words=[HOSTILE], layers=layers) as writer:
             writer.add_scalar(f"loss{HOSTILE}", 1.0, 1)
             add(writer, 1, record(1), tag=f"{HOSTILE}/record")
-        shown = open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 2)
+        run(tmp_path / "b").close()
+        shown = open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 3)
         assert shown["notes"] == []
         assert any(HOSTILE in card for card in shown["cards"])
         assert any(HOSTILE in name for name in shown["runs"])
         assert f"value {HOSTILE}" in shown["charts"]
-        assert browser.execute_script("return document.querySelectorAll('body script, body img, body b').length") == 0
+        assert browser.execute_script("return document.querySelectorAll('.page :is(script, img, b)').length") == 0
         assert browser.execute_script("return document.title") == "Curvature"
 
     def test_malformed_records_leave_charts_and_a_sentence(self, browser: Any, tmp_path: Path) -> None:
