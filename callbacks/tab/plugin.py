@@ -165,7 +165,7 @@ def _file(path: str, kind: str) -> Callable[..., Any]:
 
     @wrappers.Request.application
     def serve(request: wrappers.Request) -> Any:
-        return http_util.Respond(request, (Path(__file__).parent / "static" / path[1:]).read_bytes(), kind)
+        return http_util.Respond(request, (Path(__file__).parent / path[1:]).read_bytes(), kind)
 
     return serve
 
