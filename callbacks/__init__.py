@@ -5,6 +5,7 @@
 - `step_monitor`: `StepMonitor`, which logs the reports of Newton steps.
 - `lightning`: the module's loss on kept batches as a closure, and workarounds for Lightning's peculiarities.
 - `tensorboard`: charts, words, figures and histograms. Tags and units stand in `newtonopt.curvature.measurements`.
+- `tab`: the "Curvature" tab of TensorBoard, which installs as a package of its own, `newtonopt_tensorboard`.
 
 The monitors call `lightning` for the closure and for writing values, and `tensorboard` for the rest.
 """

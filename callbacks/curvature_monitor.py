@@ -30,7 +30,7 @@ from newtonopt.curvature.measurements.measurement import Matrix, Plan, take
 from newtonopt.curvature.measuring import list_of
 
 from .lightning import PROBE_TAG, Batches, Probe, at_rest, is_trial, log_values, passes_multiple, show_in_bar
-from .tensorboard import add_figures, add_page, add_text, page_of
+from .tensorboard import add_figures, add_page, add_record, add_text, page_of
 
 # Key in checkpoints of the monitors' state, which is kept by prefix.
 _STATE = "CurvatureMonitor"
@@ -431,6 +431,7 @@ class CurvatureMonitor(Callback):
 
     def _show(self, trainer: Trainer, pl_module: LightningModule, measured: Measured) -> None:
         """Write words, figures and charts of the measurement to TensorBoard."""
+        add_record(trainer, measured)
         if self.text:
             add_text(trainer, measured, self.probe.in_words(trainer, pl_module, self._batches.began))
         # An optimizer that has taken no step yet may still do.

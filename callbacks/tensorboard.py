@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,17 +11,24 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Layout, MarginChartContent, MultilineChartContent
 from tensorboard.plugins.custom_scalar.layout_pb2 import Chart as Card
 from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars
 
-from newtonopt.curvature import Chart, Histogram, Measured
+from newtonopt.curvature import Chart, Density, Histogram, Measured
 from newtonopt.curvature.measurements.measurement import Plan
 
 # The category of StepMonitor, which stands after those of CurvatureMonitor.
 STEPS = "Newton steps"
+
+# Name of the plugin that draws the "Curvature" tab, and the version of its records.
+_PLUGIN, _VERSION = "newtonopt_curvature", 1
+_LAYER = "lambda_max_of/"
 
 
 def page_of(plan: Plan, charts: Iterable[Chart], names: Collection[str]) -> list[Category]:
@@ -72,6 +80,19 @@ def add_page(trainer: Trainer, page: Sequence[Category]) -> None:
         _merge_layout(writer, page)
 
 
+def add_record(trainer: Trainer, measured: Measured) -> None:
+    """Write a measurement as one record for the "Curvature" tab, so that all of its values belong to one step."""
+    record = json.dumps(_record(measured)).encode()
+    metadata = SummaryMetadata(
+        plugin_data=SummaryMetadata.PluginData(plugin_name=_PLUGIN), data_class=DATA_CLASS_TENSOR
+    )
+    tensor = TensorProto(dtype="DT_STRING", string_val=[record], tensor_shape=TensorShapeProto())
+    summary = Summary(value=[Summary.Value(tag=f"{measured.plan.prefix}/record", tensor=tensor, metadata=metadata)])
+    for writer in _writers(trainer):
+        file_writer: Any = writer.file_writer  # torch types it as None, which it is only after close()
+        file_writer.add_summary(summary, trainer.global_step)
+
+
 def add_text(trainer: Trainer, measured: Measured, remark: str) -> None:
     """Write in words what the values mean, a line each."""
     lines = [*measured.in_words().splitlines(), remark]
@@ -92,6 +113,26 @@ def add_figures(trainer: Trainer, measured: Measured) -> None:
                 _add_histogram(writer, f"{prefix}/{name}", histogram, step)
             for name, figure in measurement.figures(result).items():
                 writer.add_figure(f"{prefix}/{name}", figure, step)
+
+
+def _record(measured: Measured) -> dict[str, Any]:
+    """Return what the tab shows of a measurement; newtonopt_tensorboard reads it."""
+    values = {name: measured.read(name) for name in measured.names()}
+    certified = values.get("certified")
+    record: dict[str, Any] = {
+        "version": _VERSION,
+        "values": values,
+        "words": measured.in_words().splitlines(),
+        "certified": None if certified is None else certified == 1.0,
+    }
+    density = measured.of(Density)
+    if density is not None:
+        (histogram,) = Density().histograms(density).values()
+        parts = {"edges": histogram.edges, "heights": histogram.heights}
+        record["density"] = {name: [float(f"{x:.6g}") for x in part.tolist()] for name, part in parts.items()}
+    if layers := {name.removeprefix(_LAYER): x for name, x in values.items() if name.startswith(_LAYER)}:
+        record["layers"] = layers
+    return record
 
 
 def _writers(trainer: Trainer) -> Iterator[SummaryWriter]:

@@ -2,8 +2,9 @@
 
 NAME is a picture. "tensorboard" (default) is the README's and needs the logs of `make demo`.
 "tensorboard_custom_scalars", "tensorboard_images", "tensorboard_histograms" and "tensorboard_text" are the monitor
-page's and need the logs of `configs/everything_measured.yaml`. The program needs chromium, its chromedriver and `pip
-install selenium`.
+page's and need the logs of `configs/everything_measured.yaml`. "curvature_tab" is that of docs/tab.md and needs a
+folder with the logs of `configs/sgd_edge_of_stability.yaml`, with Density and Layers measured too, and of
+`configs/adam_with_curvature.yaml`. The program needs chromium, its chromedriver and `pip install selenium`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ PAGES = {
     "tensorboard_images": ("images", 690),
     "tensorboard_histograms": ("histograms", 560),
     "tensorboard_text": ("text", 720),
+    "curvature_tab": ("newtonopt_curvature", 1760),
 }
 _FLAGS = (
     "--headless=new",

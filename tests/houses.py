@@ -13,7 +13,10 @@ FILES = sorted([*(ROOT / "newtonopt").rglob("*.py"), *(ROOT / "callbacks").rglob
 def module_of(path: Path) -> str:
     """Return the dotted name under which a file installs."""
     parts = list(path.relative_to(ROOT).with_suffix("").parts)
-    parts = ["newtonopt", *parts] if parts[0] == "callbacks" else parts
+    if parts[:2] == ["callbacks", "tab"]:
+        parts = ["newtonopt_tensorboard", *parts[2:]]
+    elif parts[0] == "callbacks":
+        parts = ["newtonopt", *parts]
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -21,7 +24,11 @@ MODULES = {module_of(path) for path in FILES}
 
 
 def room_of(module: str) -> str:
-    """Return the package of a module: `"solvers"` for `newtonopt.solvers.cg`, `"newtonopt"` for the top."""
+    """Return the package of a module: `"solvers"` for `newtonopt.solvers.cg`, `"newtonopt"` for the top, `"tab"` for
+    the package that TensorBoard loads.
+    """
+    if module.split(".")[0] == "newtonopt_tensorboard":
+        return "tab"
     return module.split(".")[1] if "." in module else module
 
 

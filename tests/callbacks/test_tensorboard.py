@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import time
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_problems import Classifier, both_loggers, loader, quiet_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from newtonopt.callbacks import Budget, CurvatureMonitor, StepMonitor
 from newtonopt.curvature import Density, Layers, Preconditioned, Trace
@@ -61,6 +63,50 @@ def need_a_browser() -> None:
     pytest.importorskip("selenium")
     if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
         pytest.skip("chromium and its chromedriver are not installed")
+
+
+def records(folder: Path) -> dict[int, Any]:
+    """The records for the Curvature tab in a run's event files, by step."""
+    accumulator = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    accumulator.Reload()
+    assert accumulator.SummaryMetadata("curvature/record").plugin_data.plugin_name == "newtonopt_curvature"
+    return {
+        event.step: json.loads(event.tensor_proto.string_val[0]) for event in accumulator.Tensors("curvature/record")
+    }
+
+
+def test_each_measurement_is_one_record_with_the_values_that_were_logged(tmp_path: Path) -> None:
+    monitor = CurvatureMonitor(
+        every_n_train_steps=1, measurements=[Density(), Layers()], budget=Budget(certify_every=2)
+    )
+    trainer = quiet_trainer(max_epochs=1, callbacks=[monitor], logger=both_loggers(tmp_path))
+    trainer.fit(Classifier("Adam"), loader())
+    (folder,) = {path.parent for path in (tmp_path / "tb").rglob("*tfevents*")}
+    found = records(folder)
+    assert list(found) == [1, 2, 3]
+    logged = {tag.partition("/")[2]: value for tag, value in trainer.callback_metrics.items()}
+    values = found[3]["values"]
+    assert all(logged[name].item() == pytest.approx(value, rel=1e-6) for name, value in values.items())
+    assert {"lambda_max", "lambda_max_lower", "lambda_max_upper", "certified", "products"} <= values.keys()
+    assert [record["certified"] for record in found.values()] == [True, False, True]
+    assert all(record["certified"] == (record["values"]["certified"] == 1.0) for record in found.values())
+    assert any("largest eigenvalue" in word for word in found[3]["words"])
+    edges, heights = found[3]["density"]["edges"], found[3]["density"]["heights"]
+    assert len(edges) == len(heights) + 1
+    assert edges == sorted(edges)
+    assert found[3]["layers"] == {
+        name.removeprefix("lambda_max_of/"): value
+        for name, value in values.items()
+        if name.startswith("lambda_max_of/")
+    }
+    assert found[3]["layers"]
+
+
+def test_without_density_and_layers_the_record_has_none(tmp_path: Path) -> None:
+    monitor = CurvatureMonitor(every_n_train_steps=3, text=False)
+    quiet_trainer(max_epochs=1, callbacks=[monitor], logger=both_loggers(tmp_path)).fit(Classifier("Adam"), loader())
+    (folder,) = {path.parent for path in (tmp_path / "tb").rglob("*tfevents*")}
+    assert records(folder)[3].keys() == {"version", "values", "words", "certified"}
 
 
 @pytest.mark.browser

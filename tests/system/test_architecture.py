@@ -32,6 +32,7 @@ LAYERS = (
     "curvature",
     "newtonopt",
     "callbacks",
+    "tab",
 )
 # Beyond the order: solvers know nothing but `A @ v`, and optimizers and measurements nothing of each other.
 KNOWS_ONLY = {
@@ -39,12 +40,15 @@ KNOWS_ONLY = {
     "progress": set(),
     "lightning": set(),
     "solvers": {"vectors"},
-    "callbacks": {*LAYERS} - {"solvers", "callbacks"},
+    "callbacks": {*LAYERS} - {"solvers", "callbacks", "tab"},
     "curvature": {*LAYERS[: LAYERS.index("solvers") + 1]},
+    "tab": set(),
 }
 MAY_IMPORT = {package: KNOWS_ONLY.get(package, {*LAYERS[:number]}) for number, package in enumerate(LAYERS)}
 PURE = {"newtonopt.optimizers.rules"}
 CALLBACKS_ONLY = {"lightning", "lightning_utilities", "tensorboard"}
+# TensorBoard loads the tab without a guard, so that it may import only what TensorBoard itself requires.
+TAB_ONLY = {"tensorboard", "werkzeug"}
 # What may import matplotlib, and only when a figure is asked for.
 DRAWERS = {f"newtonopt.curvature.{name}" for name in ("drawing", "density", "gauss_newton_spectra", "slices")}
 DRAWERS |= {
@@ -63,7 +67,7 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
     found = []
     for imported in imports_of(source, module, is_package):
         top = imported.split(".")[0]
-        if top == "newtonopt":
+        if top in ("newtonopt", "newtonopt_tensorboard"):
             target = room_of(imported)
             if module in PURE or (target != room and target not in MAY_IMPORT[room]):
                 found.append(f"{module} imports {imported}")
@@ -71,6 +75,8 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
         allowed = {"torch"} if room == "solvers" or module in PURE else {"torch", "numpy"}
         if room == "callbacks":
             allowed |= CALLBACKS_ONLY
+        if room == "tab":
+            allowed = TAB_ONLY
         if module in DRAWERS:
             allowed = {*allowed, "matplotlib"}
         if top not in allowed and top not in sys.stdlib_module_names:
@@ -103,6 +109,11 @@ def test_imports_point_one_way(path: Path) -> None:
         ("newtonopt.curvature.density", "import scipy.linalg"),
         ("newtonopt.callbacks.tensorboard", "import matplotlib"),
         ("newtonopt.callbacks.tensorboard", "from newtonopt.solvers.cg import conjugate_gradients"),
+        ("newtonopt.callbacks.tensorboard", "from newtonopt_tensorboard.records import VERSION"),
+        ("newtonopt_tensorboard.plugin", "import newtonopt"),
+        ("newtonopt_tensorboard.plugin", "def f():\n    from newtonopt.checks import shown"),
+        ("newtonopt_tensorboard.plugin", "import torch"),
+        ("newtonopt_tensorboard.plugin", "import numpy as np"),
     ],
 )
 def test_import_against_the_direction_is_seen(module: str, source: str) -> None:
