@@ -96,6 +96,7 @@ _ELSEWHERE = {
     "density": "Write measurements=[Density()].",
     "gauss_newton": "Write measurements=[GaussNewtonSpectrum()].",
     "layers": "Write measurements=[Layers()].",
+    "alignment": "Write measurements=[Alignment()].",
     "preconditioned": "Write measurements=[Preconditioned()].",
     "loss_slice": "Write measurements=[LossSlice()].",
 }
@@ -124,8 +125,9 @@ class CurvatureMonitor(Callback):
         sharpness: "ball" (default): the worst loss increase at Euclidean distance up to 0.05; "adaptive_ball": the same
             with each step relative to its parameter's size (Kwon et al. 2021); "average": the mean increase at that
             distance; a `Sharpness`, for another radius; None: not measured.
-        measurements: Further measurements: `Layers`, `Trace`, `Density`, `GaussNewtonSpectrum`, `LossSlice`, or one of
-            your own. Where Adam or its kin trains, `Preconditioned` is measured without being asked for.
+        measurements: Further measurements: `Layers`, `Trace`, `Density`, `GaussNewtonSpectrum`, `Alignment`,
+            `RelativeSharpness`, `LossSlice`, or one of your own. Where Adam or its kin trains, `Preconditioned` is
+            measured without being asked for.
         every_n_epochs: Epochs between measurements, one or more, at the end of an epoch's last batch; None (default):
             by steps.
         at_start: Whether to measure before the first step as well, or as soon as the probe has all its batches. Then

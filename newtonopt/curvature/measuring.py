@@ -72,8 +72,8 @@ def measure(
         bottom: How many of the smallest eigenvalues, zero or more. Default 1.
         sharpness: "ball" (default), "adaptive_ball" or "average", at a radius of 0.05; for another radius a
             `Sharpness`; None: not measured.
-        measurements: Further measurements: `Layers`, `Trace`, `Density`, `GaussNewtonSpectrum`, `LossSlice`, or one of
-            your own.
+        measurements: Further measurements: `Layers`, `Trace`, `Density`, `GaussNewtonSpectrum`, `Alignment`,
+            `RelativeSharpness`, `LossSlice`, or one of your own.
         gradient: Whether to measure the curvature along the gradient, for one product. Default True.
         curvature: The matrix that is measured: "hessian" (default) or "gauss_newton".
         products: How curvature products are formed, "auto" (default) or as for `evaluate`.
