@@ -27,7 +27,7 @@ from newtonopt.closure.isolation import UnprotectedError, Watch
 from newtonopt.curvature import Measured, Measurement, Sharpness
 from newtonopt.curvature.ascent import Kind
 from newtonopt.curvature.measurements.measurement import Matrix, Plan, take
-from newtonopt.curvature.measuring import list_of
+from newtonopt.curvature.measuring import for_optimizers, list_of
 
 from .lightning import PROBE_TAG, Batches, Probe, at_rest, is_trial, log_values, passes_multiple, show_in_bar
 from .tensorboard import add_figures, add_page, add_record, add_text, page_of
@@ -98,6 +98,7 @@ _ELSEWHERE = {
     "density": "Write measurements=[Density()].",
     "gauss_newton": "Write measurements=[GaussNewtonSpectrum()].",
     "layers": "Write measurements=[Layers()].",
+    "alignment": "Write measurements=[Alignment()].",
     "preconditioned": "Write measurements=[Preconditioned()].",
     "loss_slice": "Write measurements=[LossSlice()].",
 }
@@ -126,8 +127,9 @@ class CurvatureMonitor(Callback):
         sharpness: "ball" (default): the worst loss increase at Euclidean distance up to 0.05; "adaptive_ball": the same
             with each step relative to its parameter's size (Kwon et al. 2021); "average": the mean increase at that
             distance; a `Sharpness`, for another radius; None: not measured.
-        measurements: Further measurements: `Layers`, `Preconditioned`, `Trace`, `Density`, `GaussNewtonSpectrum`,
-            `LossSlice`, or one of your own.
+        measurements: Further measurements: `Layers`, `Trace`, `Density`, `GaussNewtonSpectrum`, `Alignment`,
+            `RelativeSharpness`, `LossSlice`, or one of your own. Where Adam or its kin trains, `Preconditioned` is
+            measured without being asked for.
         every_n_epochs: Epochs between measurements, one or more, at the end of an epoch's last batch; None (default):
             by steps.
         at_start: Whether to measure before the first step as well, or as soon as the probe has all its batches. Then
@@ -410,6 +412,7 @@ class CurvatureMonitor(Callback):
             named = self.probe.trained(pl_module)
             last = None if self._certifies() else self._last
             params = [p for _, p in named]
+            plan = for_optimizers(plan, trainer.optimizers, params)
             watch = Watch(closure)
             try:
                 measured = at_rest(

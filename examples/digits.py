@@ -203,6 +203,7 @@ def _curvature(metrics: dict[str, Tensor]) -> Iterator[tuple[str, ...]]:
         ("largest Hessian eigenvalue", "lambda_max"),
         ("smallest Hessian eigenvalue", "lambda_min"),
         ("sharpness", "sharpness"),
+        ("largest preconditioned eigenvalue", "preconditioned_lambda_max"),
         ("stability threshold", "stability_threshold"),
     ):
         value, lower, upper = (metrics.get(f"curvature/{tag}{end}") for end in ("", "_lower", "_upper"))

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from newtonopt.autodiff.graph import reaches
 from newtonopt.lightning import fabric_backward
@@ -53,6 +53,17 @@ def grad(
         if is_sharded(by):
             return gradients_by_backward(of, by, along, keep=keep)
         found = torch.autograd.grad(of, by, along, retain_graph=keep, allow_unused=True, is_grads_batched=batched)
+    return tuple(plain(g) for g in found)
+
+
+def grad_of_edge(edge: GradientEdge, by: Sequence[Tensor], along: Tensor) -> Gradients:
+    """Return `along' d t / d by`, with t the tensor that an edge of a live graph belongs to. The graph stays.
+
+    Raises:
+        NoSecondDerivativeError: An operation has no derivative.
+    """
+    with _differentiating(()):
+        found = torch.autograd.grad([edge], by, [along], retain_graph=True, allow_unused=True)
     return tuple(plain(g) for g in found)
 
 

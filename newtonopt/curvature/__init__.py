@@ -33,6 +33,7 @@ from newtonopt.curvature.diagonal_blocks import blocks
 from newtonopt.curvature.effective_dimensions import EffectiveDimension, effective_dimension
 from newtonopt.curvature.eigenvalues.extreme import Eigenvalue, Spectrum, extreme_eigenvalues
 from newtonopt.curvature.gauss_newton_spectra import ExactSpectrum, gauss_newton_spectrum
+from newtonopt.curvature.measurements.alignment import Alignment
 from newtonopt.curvature.measurements.density import Density
 from newtonopt.curvature.measurements.eigenvalues import ExtremeEigenvalues
 from newtonopt.curvature.measurements.gauss_newton import GaussNewtonSpectrum
@@ -49,6 +50,7 @@ from newtonopt.curvature.measurements.measurement import (
     View,
 )
 from newtonopt.curvature.measurements.preconditioned import Preconditioned
+from newtonopt.curvature.measurements.relative_sharpness import RelativeSharpness
 from newtonopt.curvature.measurements.sharpness import Sharpness
 from newtonopt.curvature.measurements.stability import Stability
 from newtonopt.curvature.measurements.trace import Trace
@@ -59,6 +61,7 @@ from newtonopt.curvature.tangent_kernels import neural_tangent_kernel
 from newtonopt.curvature.traces import Diagonal, FrobeniusNorm, TraceEstimate, diagonal, frobenius_norm, trace
 
 __all__ = [
+    "Alignment",
     "AlongGradient",
     "Chart",
     "CriticalPoint",
@@ -78,6 +81,7 @@ __all__ = [
     "Measured",
     "Measurement",
     "Preconditioned",
+    "RelativeSharpness",
     "Sharpness",
     "SharpnessEstimate",
     "SpectralDensity",

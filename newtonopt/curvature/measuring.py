@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
@@ -26,8 +27,10 @@ from newtonopt.curvature.measurements.measurement import (
     take,
     training,
 )
+from newtonopt.curvature.measurements.preconditioned import Preconditioned
 from newtonopt.curvature.measurements.sharpness import Sharpness
 from newtonopt.curvature.measurements.stability import Stability
+from newtonopt.curvature.stability import adapts
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -64,12 +67,13 @@ def measure(
         closure: Computes the loss, as for `evaluate`.
         params: The parameters, or pairs of their names and them; those without `requires_grad` are left alone.
         optimizer: The optimizer that trains them, or several, for `stability_threshold`; None (default): no threshold.
+            For one that adapts, such as Adam, `Preconditioned` is measured too, from its first step on.
         top: How many of the largest eigenvalues, one or more. Default 3.
         bottom: How many of the smallest eigenvalues, zero or more. Default 1.
         sharpness: "ball" (default), "adaptive_ball" or "average", at a radius of 0.05; for another radius a
             `Sharpness`; None: not measured.
-        measurements: Further measurements: `Layers`, `Preconditioned`, `Trace`, `Density`, `GaussNewtonSpectrum`,
-            `LossSlice`, or one of your own.
+        measurements: Further measurements: `Layers`, `Trace`, `Density`, `GaussNewtonSpectrum`, `Alignment`,
+            `RelativeSharpness`, `LossSlice`, or one of your own.
         gradient: Whether to measure the curvature along the gradient, for one product. Default True.
         curvature: The matrix that is measured: "hessian" (default) or "gauss_newton".
         products: How curvature products are formed, "auto" (default) or as for `evaluate`.
@@ -122,6 +126,7 @@ def measure(
     optimizers = _optimizers(optimizer)
     if optimizers and not training(optimizers, tensors):
         raise ValueError("optimizer must train some of params, got one that trains none. Pass another one, or None.")
+    plan = for_optimizers(plan, optimizers, tensors)
     return take(closure, tensors, optimizers, plan, weight, named if len(named) == len(given) else (), last)
 
 
@@ -159,8 +164,26 @@ def list_of(
                 f"measurements must hold at most one {type(measurement).__name__}, counting those of the other "
                 f"arguments, got {shown(measurement)} as a second one."
             )
-    _check_tags(listing)
+    # `for_optimizers` may add this one.
+    _check_tags(listing if Preconditioned in kinds else (*listing, Preconditioned()))
     return listing
+
+
+def for_optimizers(plan: Plan, optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> Plan:
+    """Return a plan with `Preconditioned` in it where an adaptive optimizer trains, whose threshold is for that matrix.
+
+    Args:
+        plan: Measurements that were asked for.
+        optimizers: Optimizers that train some of the parameters.
+        params: Parameters that are measured.
+    """
+    trained = [p for p in params if p.requires_grad]
+    asked = any(isinstance(measurement, Preconditioned) for measurement in plan.measurements)
+    if asked or not any(adapts(optimizer, trained) for optimizer in training(optimizers, trained)[:1]):
+        return plan
+    # Before the ratio to the threshold, so that the text names the eigenvalue first.
+    at = next(i for i, measurement in enumerate(plan.measurements) if isinstance(measurement, Stability))
+    return replace(plan, measurements=(*plan.measurements[:at], Preconditioned(), *plan.measurements[at:]))
 
 
 def _check_tags(measurements: Sequence[Measurement[Any]]) -> None:

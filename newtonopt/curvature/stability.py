@@ -134,6 +134,25 @@ def preconditioned(operator: LinearOperator, optimizer: Optimizer, params: Itera
         [1.0, 1.0]
     """
     check_operator(operator)
+    weights, decay = preconditioner(optimizer, params)
+    size = weights.shape[0]
+    if operator.shape != (size, size):
+        raise ValueError(
+            f"params must be the parameters passed to evaluate, with {operator.shape[0]} entries in total, got "
+            f"{size} entries."
+        )
+    shifted = operator.shift(decay) if bool(decay.any()) else operator
+    return shifted.scale(weights)
+
+
+def preconditioner(optimizer: Optimizer, params: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the diagonal of `P^-1/2` in `preconditioned`, and the weight decay that is added to H, each `(n,)`.
+
+    Raises:
+        TypeError: The optimizer is of another kind.
+        ValueError: The optimizer does not train one of the parameters or has no state of it yet, or P is not positive,
+            or weight decay alone is unstable.
+    """
     kind, lowest = _kind_of(optimizer), stability_threshold(optimizer)
     if lowest <= 0.0:
         raise ValueError(
@@ -141,12 +160,6 @@ def preconditioned(operator: LinearOperator, optimizer: Optimizer, params: Itera
             "unstable. Lower lr or weight_decay."
         )
     trained = trained_parameters(params)
-    size = sum(p.numel() for p in trained)
-    if operator.shape != (size, size):
-        raise ValueError(
-            f"params must be the parameters passed to evaluate, with {operator.shape[0]} entries in total, got "
-            f"{size} entries."
-        )
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     weights, decays = [], []
     for p in trained:
@@ -158,9 +171,18 @@ def preconditioned(operator: LinearOperator, optimizer: Optimizer, params: Itera
         weights.append(weight * math.sqrt(1.0 if own == lowest else lowest / own))
         added = 0.0 if kind is SGD or _is_decoupled(kind, group) else float(group["weight_decay"])
         decays.append(torch.full_like(weight, added))
-    decay = flatten(decays, trained)
-    shifted = operator.shift(decay) if bool(decay.any()) else operator
-    return shifted.scale(flatten(weights, trained))
+    return flatten(weights, trained), flatten(decays, trained)
+
+
+def adapts(optimizer: Optimizer, params: Iterable[Tensor]) -> bool:
+    """Return whether an optimizer adapts, and its preconditioner for these parameters is known."""
+    try:
+        if _kind_of(optimizer) is SGD:
+            return False
+        preconditioner(optimizer, params)
+    except (TypeError, ValueError):  # an unknown optimizer, no step so far, or never stable
+        return False
+    return True
 
 
 def _kind_of(optimizer: object) -> type[Optimizer]:

@@ -42,12 +42,14 @@ from newtonopt import curvature
 from newtonopt.callbacks import Budget, CurvatureMonitor, Probe, StepMonitor
 from newtonopt.callbacks.lightning import PROBE_TAG
 from newtonopt.curvature import (
+    Alignment,
     Density,
     GaussNewtonSpectrum,
     Layers,
     LossSlice,
     Measurement,
     Preconditioned,
+    RelativeSharpness,
     Sharpness,
     Tag,
     Trace,
@@ -228,12 +230,29 @@ def test_tags_reach_every_logger_and_the_trainer(tmp_path: Path) -> None:
         assert {tag for tag in found if tag.startswith("curvature")} == tags
 
 
+class OfTwoTerms(Classifier):
+    """A loss with a penalty."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        output = super().training_step(batch, batch_idx)
+        penalty = torch.stack([p.square().sum() for p in self.parameters()]).sum()
+        return {**output, "loss": output["loss"] + 0.1 * penalty}
+
+    def other_loss(self) -> Tensor:
+        x, y = next(iter(loader()))
+        return F.cross_entropy(self.layers(x), y)
+
+
 def test_the_manual_has_every_tag_and_no_other(tmp_path: Path) -> None:
-    further = [Preconditioned(), Layers(["layers.0.*"]), Trace(), Density(), GaussNewtonSpectrum(), LossSlice()]
+    module = OfTwoTerms("Adam")
+    further = [
+        *(Preconditioned(), Layers(["layers.0.*"]), Trace(), Density(), GaussNewtonSpectrum(), LossSlice()),
+        *(Alignment(), RelativeSharpness(module.other_loss)),
+    ]
     everything = {"bottom": 2, "sharpness": "average", "measurements": further, "every_n_epochs": 1}
     monitor = small_monitor(**everything, every_n_train_steps=None)
     trainer = quiet_trainer(max_epochs=1, callbacks=[monitor], logger=both_loggers(tmp_path))
-    trainer.fit(Classifier("Adam"), loader())
+    trainer.fit(module, loader())
     written = [tag.partition("/")[2] for tag in all_tags(tmp_path) if tag.startswith("curvature")]
     names = {tag.removesuffix("/text_summary") for tag in written}
     tags = (Path(__file__).parents[2] / "docs" / "monitor.md").read_text().split("## Tags")[1].split("\n## ")[0]

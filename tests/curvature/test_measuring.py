@@ -101,18 +101,11 @@ def test_every_value_is_that_of_the_dense_matrix() -> None:
 def test_the_adaptive_optimizers_threshold_is_for_the_preconditioned_matrix() -> None:
     problem = Problem()
     adam = torch.optim.Adam(problem.model.parameters(), lr=1e-3)
-    before = measure(problem.closure, problem.model.parameters(), adam, measurements=[Preconditioned()], sharpness=None)
+    before = measure(problem.closure, problem.model.parameters(), adam, sharpness=None)
     assert not [tag for tag in before if "stability" in tag or "preconditioned" in tag]  # no step has been taken
     for _ in range(5):
         adam.step(problem.closure)
-    found = measure(
-        problem.closure,
-        problem.model.parameters(),
-        adam,
-        measurements=[Preconditioned()],
-        tolerance=1e-6,
-        sharpness=None,
-    )
+    found = measure(problem.closure, problem.model.parameters(), adam, tolerance=1e-6, sharpness=None)
     _, hessian = problem.dense()
     moments = torch.cat([adam.state[p]["exp_avg_sq"].flatten() for p in problem.model.parameters()])
     scale = ((1 - 0.9**5) * ((moments / (1 - 0.999**5)).sqrt() + 1e-8)).rsqrt()
@@ -120,8 +113,47 @@ def test_the_adaptive_optimizers_threshold_is_for_the_preconditioned_matrix() ->
     assert found["curvature/preconditioned_lambda_max"] == pytest.approx(largest, rel=1e-5)
     assert found["curvature/stability_threshold"] == pytest.approx(38e3)
     assert found["curvature/stability_ratio"] == pytest.approx(largest / 38e3, rel=1e-5)
-    plain = measure(problem.closure, problem.model.parameters(), adam, sharpness=None)
-    assert not [tag for tag in plain if "stability" in tag or "preconditioned" in tag]
+    # The first of the charts with one title is shown.
+    chart = next(chart for chart in found.charts() if "stability_threshold" in chart.names(found.names()))
+    assert chart.patterns == ("preconditioned_lambda_max", "stability_threshold")
+    words = found.in_words().splitlines()
+    at = next(i for i, line in enumerate(words) if "stability threshold" in line)
+    assert words[at - 1].startswith("The largest eigenvalue of the preconditioned matrix is")
+    by_hand = measure(
+        problem.closure,
+        problem.model.parameters(),
+        adam,
+        measurements=[Preconditioned()],
+        tolerance=1e-6,
+        sharpness=None,
+    )
+    assert {**by_hand, "curvature/seconds": 0.0} == {**found, "curvature/seconds": 0.0}
+
+
+def test_a_preconditioner_that_is_not_known_adds_nothing() -> None:
+    problem = Problem()
+    params = list(problem.model.parameters())
+    stepped = [kind(params, lr=1e-3) for kind in (torch.optim.SGD, torch.optim.Adadelta)]
+    part = torch.optim.Adam(params[:2], lr=1e-3)
+    for optimizer in (*stepped, part):
+        optimizer.step(problem.closure)
+    for optimizer in (None, *stepped, part, torch.optim.Adam(params, lr=1e-3)):
+        found = measure(problem.closure, params, optimizer, sharpness=None, gradient=False)
+        assert not [tag for tag in found if "preconditioned" in tag]
+        assert "reconditioned" not in found.in_words()
+        assert ("curvature/stability_threshold" in found) == isinstance(optimizer, torch.optim.SGD)
+
+
+def test_tracking_follows_the_preconditioned_eigenvalue_that_nobody_asked_for() -> None:
+    problem = Problem()
+    adam = torch.optim.Adam(problem.model.parameters(), lr=1e-4)
+    adam.step(problem.closure)
+    first = measure(problem.closure, problem.model.parameters(), adam, sharpness=None)
+    second = measure(problem.closure, problem.model.parameters(), adam, sharpness=None, last=first)
+    assert first.of(Preconditioned).certified and not second.of(Preconditioned).certified
+    assert second.of(Preconditioned).products < first.of(Preconditioned).products
+    name = "curvature/preconditioned_lambda_max"
+    assert second[name] == pytest.approx(first[name], rel=1e-2)
 
 
 def test_following_takes_fewer_products_and_says_that_it_certifies_nothing() -> None:

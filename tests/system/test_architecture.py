@@ -52,7 +52,8 @@ TAB_ONLY = {"tensorboard", "werkzeug"}
 # What may import matplotlib, and only when a figure is asked for.
 DRAWERS = {f"newtonopt.curvature.{name}" for name in ("drawing", "density", "gauss_newton_spectra", "slices")}
 DRAWERS |= {
-    f"newtonopt.curvature.measurements.{name}" for name in ("measurement", "density", "gauss_newton", "loss_slice")
+    f"newtonopt.curvature.measurements.{name}"
+    for name in ("measurement", "alignment", "density", "gauss_newton", "loss_slice")
 }
 
 PROGRAMS = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]

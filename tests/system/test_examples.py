@@ -97,6 +97,15 @@ def test_a_physics_informed_network_is_trained_and_drawn(tmp_path: Path, monkeyp
     assert Path("convection.png").stat().st_size > 10_000
 
 
+def test_the_terms_of_a_physics_informed_loss_are_compared_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = runpy.run_path(str(ROOT / "examples/loss_terms.py"))["main"](steps=4, every=2)
+    assert len(found) == 3 and all(0.0 <= one["curvature/conflict"] <= 1.0 for one in found)
+    assert Path("loss_terms.png").stat().st_size > 10_000
+
+
 def test_the_table_calls_bounds_what_is_certified_only() -> None:
     table_of = runpy.run_path(str(ROOT / "examples/digits.py"))["table_of"]
     for certified, heading in ((1.0, "bounds"), (0.0, "interval")):

@@ -40,8 +40,9 @@ class GaussNewtonSpectrum(Measurement[ExactSpectrum]):
     the other measurements are of.
 
     The cost grows as the cube of the smaller of two numbers: the outputs' entries on the probe, and the parameters.
-    There is nothing to measure above `max_size`, where samples are coupled (as by BatchNorm), or where products are not
-    cached; `Density` and `Trace` with curvature="gauss_newton" measure such a model by products.
+    There is nothing to measure above `max_size`, where more than 512 output entries are of coupled samples (as by
+    BatchNorm in training mode), where the loss is not convex in its outputs, or where products are not cached. A
+    sentence says why; `Density` and `Trace` with curvature="gauss_newton" measure such a model by products.
 
     Args:
         damping: Damping of the effective dimension, positive; None (default): a thousandth of the largest eigenvalue.
@@ -58,7 +59,8 @@ class GaussNewtonSpectrum(Measurement[ExactSpectrum]):
         >>> {tag[23:]: round(value, 6) for tag, value in found.items() if "gauss_newton" in tag}
         {'trace': 10.0, 'rank': 2.0, 'condition_number': 9.0, 'effective_dimension': 1.4}
         >>> print(found.in_words().splitlines()[-2])
-        The Gauss-Newton matrix has 3 eigenvalues, 2 of them not zero; 1.4 directions stand out of a damping of 1.
+        The Gauss-Newton matrix has 3 eigenvalues, 2 of them not zero, with a condition number of 9; 1.4 directions
+        stand out of a damping of 1.
     """
 
     damping: float | None = None
@@ -130,11 +132,14 @@ class GaussNewtonSpectrum(Measurement[ExactSpectrum]):
     def sentences(self, result: ExactSpectrum, measured: Measured) -> list[str]:
         """Return how many eigenvalues there are, and how many stand out."""
         count = f"The Gauss-Newton matrix has {result.size} eigenvalues, {result.rank} of them not zero"
+        if math.isfinite(result.condition_number):
+            count += f", with a condition number of {result.condition_number:.3g}"
         damping = self._damping(result)
         if damping == 0.0:
             return [f"{count}."]
         directions = result.effective_dimension(damping)
-        return [f"{count}; {directions:.3g} directions stand out of a damping of {damping:.3g}."]
+        source = ", a thousandth of the largest" if self.damping is None else ""
+        return [f"{count}; {directions:.3g} directions stand out of a damping of {damping:.3g}{source}."]
 
     def figures(self, result: ExactSpectrum) -> dict[str, Figure]:
         """Return the eigenvalues as a figure."""

@@ -16,18 +16,19 @@ class Preconditioned(Measurement[Spectrum]):
     """The largest eigenvalue of the `preconditioned` matrix, which is what the stability threshold of Adam and its kin
     is for, from the optimizer's first step on.
 
-    One optimizer must train all parameters under view.
+    `CurvatureMonitor` and `measure` take it by themselves where one optimizer of that kind trains all parameters under
+    view. Name it among the `measurements` to be told why there is none, or to measure it for SGD too.
 
     Example:
         >>> import torch
-        >>> from newtonopt.curvature import Preconditioned, measure
+        >>> from newtonopt.curvature import measure
         >>> w = torch.tensor([1.0, 1.0], dtype=torch.float64, requires_grad=True)
         >>> def closure():
         ...     return w[0] ** 2 + 8 * w[1] ** 2
         >>> adam = torch.optim.Adam([w], lr=0.01)
         >>> closure().backward()
         >>> adam.step()
-        >>> found = measure(closure, [w], adam, measurements=[Preconditioned()])
+        >>> found = measure(closure, [w], adam)
         >>> round(found["curvature/preconditioned_lambda_max"], 3), round(found["curvature/stability_threshold"])
         (10.0, 3800)
     """

@@ -40,10 +40,10 @@ class StabilityRatio:
 @dataclass(frozen=True)
 class Stability(Measurement[StabilityRatio]):
     """The optimizer's stability threshold, and the largest eigenvalue over it: of the matrix itself for SGD, of the
-    preconditioned matrix where `Preconditioned` is measured too.
+    preconditioned matrix for Adam and its kin.
 
-    `CurvatureMonitor` and `measure` take it always, for no product. There is no result where no threshold is known, and
-    where the optimizers train only a part of the parameters.
+    `CurvatureMonitor` and `measure` take it always, for no product; for Adam and its kin beside `Preconditioned`. There
+    is no result where no threshold is known, and where the optimizers train only a part of the parameters.
 
     Example:
         >>> import torch

@@ -28,12 +28,16 @@ def test_values_are_those_of_the_dense_matrix(curvature: str) -> None:
     assert found.read("gauss_newton_condition_number") == pytest.approx(float(truth[0] / truth[17]), rel=1e-9)
     dimension = float((truth / (truth + 0.1)).sum())
     assert found.read("gauss_newton_effective_dimension") == pytest.approx(dimension, rel=1e-9)
-    sentence = f"43 eigenvalues, 18 of them not zero; {dimension:.3g} directions stand out of a damping of 0.1."
+    sentence = (
+        f"43 eigenvalues, 18 of them not zero, with a condition number of {float(truth[0] / truth[17]):.3g}; "
+        f"{dimension:.3g} directions stand out of a damping of 0.1."
+    )
     assert sentence in found.in_words()
 
 
 def test_the_damping_is_a_thousandth_of_the_largest_eigenvalue() -> None:
     found, truth = of(GaussNewtonSpectrum())
+    assert f"out of a damping of {float(1e-3 * truth[0]):.3g}, a thousandth of the largest." in found.in_words()
     expected = float((truth / (truth + 1e-3 * truth[0])).sum())
     assert found.read("gauss_newton_effective_dimension") == pytest.approx(expected, rel=1e-9)
 
