@@ -90,6 +90,7 @@ class Chart:
             and the upper end. Default False: one line for each value.
         more: Whether the chart belongs in the second category, which is closed at first, for what is looked at less
             often. Default False.
+        unless: Regular expression of names; the chart is left out where it matches a value. Default "": never.
 
     Example:
         >>> from newtonopt.curvature import Chart
@@ -104,6 +105,7 @@ class Chart:
     patterns: tuple[str, ...]
     margin: bool = False
     more: bool = False
+    unless: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.patterns, (tuple, list)):
@@ -113,6 +115,8 @@ class Chart:
 
     def names(self, known: Collection[str]) -> list[str]:
         """Return which of the known names the chart shows; none of them if a pattern matches none."""
+        if self.unless and any(re.fullmatch(self.unless, name) for name in known):
+            return []
         matches = [[name for name in known if re.fullmatch(pattern, name)] for pattern in self.patterns]
         return [name for found in matches for name in found] if all(matches) else []
 

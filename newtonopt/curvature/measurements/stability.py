@@ -71,9 +71,16 @@ class Stability(Measurement[StabilityRatio]):
     charts: ClassVar[tuple[Chart, ...]] = (
         # The ratio means the same for every optimizer, so that a folder of different runs has one chart.
         Chart("Stability ratio: above 1 steps overshoot", ("stability_ratio",)),
+        # The threshold stands beside the eigenvalue that it is for, and no other.
         Chart(
-            "Largest eigenvalue, plain or preconditioned, and the stability threshold",
-            ("(preconditioned_)?lambda_max", "stability_threshold"),
+            "Largest eigenvalue and the stability threshold",
+            ("lambda_max", "stability_threshold"),
+            more=True,
+            unless="preconditioned_lambda_max",
+        ),
+        Chart(
+            "Largest preconditioned eigenvalue and the stability threshold",
+            ("preconditioned_lambda_max", "stability_threshold"),
             more=True,
         ),
     )

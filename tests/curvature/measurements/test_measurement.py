@@ -34,6 +34,12 @@ def test_a_chart_appears_once_each_of_its_patterns_matches() -> None:
     assert chart.names(["lambda_min", "lambda_min_2", "lambda_min_3"]) == ["lambda_min", "lambda_min_2", "lambda_min_3"]
 
 
+def test_a_chart_may_give_way_to_another() -> None:
+    chart = Chart("Largest", ("lambda_max",), unless="preconditioned_lambda_max")
+    assert chart.names(["lambda_max"]) == ["lambda_max"]
+    assert chart.names(["lambda_max", "preconditioned_lambda_max"]) == []
+
+
 def test_patterns_that_are_one_word_are_refused() -> None:
     with pytest.raises(TypeError, match=r"patterns must be a tuple, got 'gap'\. Write"):
         Chart("Gap", "gap")  # type: ignore[arg-type]

@@ -48,7 +48,7 @@ def test_rates_of_quadratics_are_closed_forms() -> None:
     own = truth(SCALES, -SCALES * PLACE)
     other = truth(OTHER, -SCALES * PLACE, bottom=0.3)
     assert rates(found) == pytest.approx((own, other, own / other), rel=1e-6)
-    assert found["curvature/critical_rate"] == pytest.approx(2 / found["curvature/gradient_curvature"], rel=1e-6)
+    assert found["curvature/critical_rate"] == pytest.approx(2 / found["curvature-more/gradient_curvature"], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.SGD])
