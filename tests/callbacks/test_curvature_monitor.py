@@ -314,7 +314,7 @@ def test_charts_join_those_of_the_user_and_name_tags_that_were_written(tmp_path:
 
 
 OPTIMIZERS_WITHOUT_THRESHOLD: dict[str, Callable[..., Any]] = {
-    "Adam": OPTIMIZERS["Adam"],
+    "Adadelta": torch.optim.Adadelta,
     "HessianFree": OPTIMIZERS["HessianFree"],
     "ascent": lambda params: torch.optim.SGD(params, lr=0.01, maximize=True),
     "standstill": lambda params: torch.optim.SGD(params, lr=0.0),
@@ -328,6 +328,16 @@ def test_no_threshold_is_logged_where_none_is_known(optimizer: Callable[..., Any
     assert "curvature/lambda_max" in trainer.callback_metrics
     assert not [tag for tag in trainer.callback_metrics if "stability" in tag]
     assert not [title for title in layout(tmp_path)["Curvature"] if "stability" in title]
+
+
+def test_adams_threshold_stands_beside_the_preconditioned_eigenvalue() -> None:
+    trainer = quiet_trainer(max_epochs=1, callbacks=[small_monitor()])
+    trainer.fit(Classifier("Adam"), loader())
+    threshold, ratio, largest = (
+        trainer.callback_metrics[f"curvature/{name}"]
+        for name in ("stability_threshold", "stability_ratio", "preconditioned_lambda_max")
+    )
+    assert float(ratio) == pytest.approx(float(largest / threshold), rel=1e-6)
 
 
 class WithoutSecondDerivative(Plain):
