@@ -393,6 +393,16 @@ def test_no_threshold_is_logged_where_none_is_known(optimizer: Callable[..., Any
     assert not [title for title in layout(tmp_path)["Curvature"] if "stability" in title]
 
 
+def test_adams_threshold_stands_beside_the_preconditioned_eigenvalue() -> None:
+    trainer = quiet_trainer(max_epochs=1, callbacks=[small_monitor()])
+    trainer.fit(Classifier("Adam"), loader())
+    threshold, ratio, largest = (
+        trainer.callback_metrics[f"curvature/{name}"]
+        for name in ("stability_threshold", "stability_ratio", "preconditioned_lambda_max")
+    )
+    assert float(ratio) == pytest.approx(float(largest / threshold), rel=1e-6)
+
+
 class WithoutSecondDerivative(Plain):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(Doubled.apply(self.layers(batch[0])), batch[1])

@@ -23,7 +23,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from newtonopt import HessianFree, Objective, curvature, evaluate, gauss_newton, hessian
 from newtonopt.callbacks import Budget, CurvatureMonitor
-from newtonopt.curvature import GaussNewtonSpectrum, extreme_eigenvalues, gauss_newton_spectrum, sharpness
+from newtonopt.curvature import (
+    Alignment,
+    GaussNewtonSpectrum,
+    RelativeSharpness,
+    extreme_eigenvalues,
+    gauss_newton_spectrum,
+    sharpness,
+)
 
 ROWS = 12
 CUTS = pytest.mark.parametrize("cut", [6, 4], ids=["halves", "unequal"])
@@ -305,6 +312,29 @@ def test_measurements_are_those_of_the_whole_batch() -> None:
     assert first == second
 
 
+def measure_terms(rank: int, cut: int | None) -> dict[str, float]:
+    problem = Problem(slice(None) if cut is None else part_of(rank, cut))
+    params = list(problem.model.parameters())
+
+    def closure() -> Tensor:
+        penalty = torch.stack([p.square().sum() for p in params]).sum()
+        return F.cross_entropy(problem.model(problem.x), problem.y) + 0.1 * penalty
+
+    other = RelativeSharpness(lambda: F.cross_entropy(problem.model(problem.x + 0.1), problem.y))
+    found = curvature.measure(closure, params, measurements=[Alignment(), other], sharpness=None)
+    tags = {tag for measurement in (Alignment, other) for tag in measurement.tags}
+    names = [name for name in found.names() if any(tag.fits(name) for tag in tags)]
+    return {name: found[f"curvature/{name}"] for name in names}
+
+
+def test_terms_and_other_data_are_compared_over_the_whole_batch() -> None:
+    expected = measure_terms(0, None)
+    assert len(expected) == 10
+    first, second = run(measure_terms, 4)
+    assert first == pytest.approx(expected, rel=1e-4)
+    assert first == second
+
+
 def raise_in(rank: int, when: str) -> str:
     problem = Problem(part_of(rank, 6))
     calls: Callable[[], list[int]] = unseen([])
@@ -437,6 +467,8 @@ class Regression(L.LightningModule):
     def configure_optimizers(self) -> Any:
         if self.name == "SGD":
             return torch.optim.SGD(self.parameters(), lr=0.1)
+        if self.name == "Adam":
+            return torch.optim.Adam(self.parameters(), lr=0.01)
         return HessianFree(self.parameters(), rank=5)
 
 
@@ -468,10 +500,11 @@ def fit_as_launched(rank: int, count: int, name: str, folder: str) -> tuple[Tens
         return fit(rank, count, name, folder)
 
 
-@pytest.mark.parametrize("name", ["SGD", "HessianFree"])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "HessianFree"])
 def test_lightning_trains_and_measures_as_one_process_with_the_whole_batch(name: str, tmp_path: Any) -> None:
     parameters, curvature = fit(0, 1, name, str(tmp_path / "one"))
     (first, measured), (second, _) = run(fit_as_launched, 2, name, str(tmp_path / "two"))
     torch.testing.assert_close(first, parameters, rtol=1e-7, atol=1e-9)
     assert torch.equal(first, second)
     assert measured == pytest.approx(curvature, rel=1e-4)
+    assert ("curvature/preconditioned_lambda_max" in measured) == (name == "Adam")

@@ -155,7 +155,9 @@ class Alignment(Measurement[TermGradients]):
         """Return the gradients, compared; None where there is no time for a backward pass a term."""
         evaluation = view.evaluation
         if evaluation.form != "cached":
-            raise UnmeasurableError('The terms of the loss are found in its graph. Write products="cached".')
+            raise UnmeasurableError(
+                'The terms of the loss are found in its graph, which products="cached" alone keeps.'
+            )
         places = _places(evaluation)
         names = self._names(len(places), view)
         if view.affordable(len(places)) < len(places):

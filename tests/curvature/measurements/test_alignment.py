@@ -143,7 +143,7 @@ def test_losses_for_parameters_of_their_own_are_terms_too() -> None:
         (lambda a, b, c: 1 - a + 3 * (b + c)[None].squeeze(), [-1, 3, 3]),
         (lambda a, b, c: a + a + b, [2, 1]),
         (lambda a, b, c: a + b * c, [1, 1]),
-        (lambda a, b, c: a + 1 / b, [1, 1]),
+        (lambda a, b, c: a + torch.tensor(2.0) / b, [1, 1]),
         (lambda a, b, c: torch.stack([a, b]).sum() + c, [1, 1]),
         (lambda a, b, c: a, [1]),
     ],
@@ -174,7 +174,12 @@ def test_a_learned_weight_that_is_added_is_no_term() -> None:
         ),
         (lambda w: w[0] ** 2 + w[1] ** 2, ["a", "b", "c"], {}, "a multiple of the 3 names, got 2"),
         (lambda w: (a := w[0] ** 2 + 0 * w[1].exp()) + (a * 5).exp(), None, {}, "is computed from another one"),
-        (lambda w: w[0] ** 2 + w[1] ** 2, None, {"products": "finite_difference"}, 'Write products="cached"'),
+        (
+            lambda w: w[0] ** 2 + w[1] ** 2,
+            None,
+            {"products": "finite_difference"},
+            'which products="cached" alone keeps',
+        ),
     ],
 )
 def test_words_say_why_there_are_no_terms(loss: Any, names: Any, settings: Any, why: str) -> None:
