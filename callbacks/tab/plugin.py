@@ -89,7 +89,7 @@ class CurvatureTab(base_plugin.TBPlugin):  # type: ignore[misc]
                 mark, compute = answer(request)
                 tag = f'"{hashlib.sha256(mark.encode()).hexdigest()[:32]}"'
                 if request.headers.get("If-None-Match") == tag:
-                    return wrappers.Response(status=304, headers=[("ETag", tag)])
+                    return _unchanged(tag)
                 text, headers = json.dumps(compute(), allow_nan=False), [("ETag", tag)]
             except Exception as error:
                 _logger.warning("The Curvature tab cannot read its data: %s", error)
@@ -168,6 +168,12 @@ def _file(path: str, kind: str) -> Callable[..., Any]:
         return http_util.Respond(request, (Path(__file__).parent / path[1:]).read_bytes(), kind)
 
     return serve
+
+
+def _unchanged(tag: str) -> wrappers.Response:
+    """Return an answer without a body, with the headers that TensorBoard asks of every answer."""
+    headers = [("ETag", tag), ("X-Content-Type-Options", "nosniff")]
+    return wrappers.Response(status=304, headers=headers, content_type="application/json")
 
 
 def _asker(request: wrappers.Request) -> tuple[Any, str]:
