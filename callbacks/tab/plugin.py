@@ -170,10 +170,18 @@ def _file(path: str, kind: str) -> Callable[..., Any]:
     return serve
 
 
-def _unchanged(tag: str) -> wrappers.Response:
-    """Return an answer without a body, with the headers that TensorBoard asks of every answer."""
-    headers = [("ETag", tag), ("X-Content-Type-Options", "nosniff")]
-    return wrappers.Response(status=304, headers=headers, content_type="application/json")
+def _unchanged(tag: str) -> Callable[..., Any]:
+    """Return a WSGI application that answers without a body, with the headers that TensorBoard asks of every answer.
+
+    werkzeug's Response drops the type of such an answer, and TensorBoard warns each time one comes without it.
+    """
+    headers = [("ETag", tag), ("Content-Type", "application/json"), ("X-Content-Type-Options", "nosniff")]
+
+    def answer(environ: Any, start_response: Any) -> list[bytes]:
+        start_response("304 NOT MODIFIED", headers)
+        return []
+
+    return answer
 
 
 def _asker(request: wrappers.Request) -> tuple[Any, str]:
