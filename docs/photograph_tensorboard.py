@@ -28,7 +28,7 @@ PAGES = {
     "tensorboard_images": ("images", 690),
     "tensorboard_histograms": ("histograms", 560),
     "tensorboard_text": ("text", 720),
-    "curvature_tab": ("newtonopt_curvature", 1760),
+    "curvature_tab": ("newtonopt_curvature", 2226),
 }
 _FLAGS = (
     "--headless=new",

@@ -294,7 +294,7 @@ class Chart {
     if (marks && lines.some((l) => l.certified?.includes(true))) entries.push(legendEntry('certified', {symbol: 'filled'}));
     if (marks && lines.some((l) => l.certified?.includes(false))) entries.push(legendEntry('tracked', {symbol: 'hollow'}));
     if (lines.some((l) => l.lower && l.upper)) entries.push(legendEntry(lines.some((l) => l.certified) ? 'interval' : 'interval or error', {symbol: 'band'}));
-    if (shades?.some((s) => s.values.stability_ratio.some((r) => r > 1))) entries.push(legendEntry(this.page.chosen().length > 1 ? 'strips on top: ratio above 1' : 'ratio above 1', {symbol: 'shade'}));
+    if (shades?.some((s) => s.values.stability_ratio.some((r) => r > 1))) entries.push(legendEntry('ratio above 1', {symbol: this.page.chosen().length > 1 ? 'strip' : 'shade'}));
     if (density || layers) {
       const {low, high, log} = this.heatRange();
       entries.push(el('span', {}, shown(log ? 10 ** low : low, 3), el('i', {className: 'ramp'}), shown(log ? 10 ** high : high, 3)));
@@ -556,10 +556,15 @@ class Chart {
   noteHiddenThreshold(c, theme) {
     const hidden = this.spec.lines.filter((l) => l.threshold && finite(l.values).length && finite(l.values).every((v) => this.y(v) < this.box.top - 1));
     hidden.forEach((l, k) => {
+      const text = `↑ threshold ${shown(finite(l.values).at(-1), 3)}`;
+      const [right, y] = [this.box.left + this.box.width - 4, this.box.top + 3 + 16 * k];
+      const wide = c.measureText(text).width;
+      c.fillStyle = theme.card;
+      c.fillRect(right - wide - 4, y - 2, wide + 8, 16);
       c.fillStyle = theme.run[l.series.colour];
       c.textAlign = 'right';
       c.textBaseline = 'top';
-      c.fillText(`↑ threshold ${shown(finite(l.values).at(-1), 3)}`, this.box.left + this.box.width - 4, this.box.top + 3 + 15 * k);
+      c.fillText(text, right, y);
     });
   }
 
@@ -781,6 +786,9 @@ function legendEntry(text, {symbol, width = 2, dash = [], alpha = 1}) {
     c.lineWidth = 1.4;
     if (symbol === 'filled') c.fill();
     else c.stroke();
+  } else if (symbol === 'strip') {
+    c.fillStyle = theme.text;
+    c.fillRect(2, 2, 18, 3);
   } else if (symbol) {
     c.fillStyle = symbol === 'shade' ? theme.shade : theme.text;
     c.globalAlpha = symbol === 'shade' ? 1 : 0.2;

@@ -89,7 +89,7 @@ class CurvatureTab(base_plugin.TBPlugin):  # type: ignore[misc]
                 mark, compute = answer(request)
                 tag = f'"{hashlib.sha256(mark.encode()).hexdigest()[:32]}"'
                 if request.headers.get("If-None-Match") == tag:
-                    return wrappers.Response(status=304, headers=[("ETag", tag)])
+                    return _unchanged(tag)
                 text, headers = json.dumps(compute(), allow_nan=False), [("ETag", tag)]
             except Exception as error:
                 _logger.warning("The Curvature tab cannot read its data: %s", error)
@@ -168,6 +168,20 @@ def _file(path: str, kind: str) -> Callable[..., Any]:
         return http_util.Respond(request, (Path(__file__).parent / path[1:]).read_bytes(), kind)
 
     return serve
+
+
+def _unchanged(tag: str) -> Callable[..., Any]:
+    """Return a WSGI application that answers without a body, with the headers that TensorBoard asks of every answer.
+
+    werkzeug's Response drops the type of such an answer, and TensorBoard warns each time one comes without it.
+    """
+    headers = [("ETag", tag), ("Content-Type", "application/json"), ("X-Content-Type-Options", "nosniff")]
+
+    def answer(environ: Any, start_response: Any) -> list[bytes]:
+        start_response("304 NOT MODIFIED", headers)
+        return []
+
+    return answer
 
 
 def _asker(request: wrappers.Request) -> tuple[Any, str]:

@@ -134,7 +134,11 @@ def test_what_the_page_has_is_not_sent_again_until_it_grows(tmp_path: Path) -> N
     served = Served(tmp_path)
     for path in ("/runs", "/data?run=a"):
         mark = served.get(path).headers["ETag"]
-        assert served.get(path, **{"If-None-Match": mark}).status_code == 304
+        unchanged = served.get(path, **{"If-None-Match": mark})
+        assert (unchanged.status_code, unchanged.data) == (304, b"")
+        # TensorBoard warns where these two are missing.
+        assert unchanged.headers["X-Content-Type-Options"] == "nosniff"
+        assert unchanged.content_type == "application/json"
     add(writer, 7, record(7))
     writer.close()
     served.files.Reload()
