@@ -28,6 +28,21 @@ def drawing(count: int) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(1, count, sharex=True, sharey=True, squeeze=False)[0])
 
 
+def sheet(width: float, height: float, known: bool) -> Figure:
+    """Return an empty figure of a size in inches, known to pyplot or not.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(_MISSING) from error
+    make = plt.figure if known else Figure
+    return make(figsize=(width, height), dpi=90, layout="constrained")
+
+
 def panels(ax: Any, count: int) -> list[Any]:
     """Return the `count` axes that a user gave as `ax`; None: axes in a new figure, which `plt.show()` shows.
 
