@@ -16,7 +16,7 @@ Measurements at a point, that is of an `Evaluation`, a closure or an optimizer:
 - `stability`: `stability_threshold` and `preconditioned`, the two numbers of the edge of stability.
 - `ascent`: `sharpness`. `slices`: `loss_slice`.
 
-`drawing` makes the axes that densities and slices are drawn in.
+`drawing` makes the axes that densities and slices are drawn in. `showing` makes the tables of results in notebooks.
 
 A training run measures again and again:
 

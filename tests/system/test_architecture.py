@@ -47,7 +47,7 @@ PURE = {"newtonopt.optimizers.rules"}
 CALLBACKS_ONLY = {"lightning", "lightning_utilities", "tensorboard"}
 # What may import matplotlib, and only when a figure is asked for.
 DRAWERS = {f"newtonopt.curvature.{name}" for name in ("drawing", "density", "gauss_newton_spectra", "slices")}
-DRAWERS |= {"newtonopt.curvature.dashboard"}
+DRAWERS |= {"newtonopt.curvature.dashboard", "newtonopt.curvature.eigenvalues.extreme"}
 DRAWERS |= {
     f"newtonopt.curvature.measurements.{name}" for name in ("measurement", "density", "gauss_newton", "loss_slice")
 }
