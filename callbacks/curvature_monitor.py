@@ -24,9 +24,12 @@ from newtonopt.closure.evaluation import Products
 from newtonopt.closure.isolation import UnprotectedError, Watch
 from newtonopt.curvature import Measured, Measurement, Sharpness
 from newtonopt.curvature.ascent import Kind
+from newtonopt.curvature.dashboard import dashboard
+from newtonopt.curvature.histories import Log, loss_tag
 from newtonopt.curvature.measurements.measurement import Matrix, Plan, take
 from newtonopt.curvature.measuring import list_of
 
+from .images import add_image, takes_images
 from .lightning import Batches, Probe, at_rest, is_trial, log_values, passes_multiple
 from .tensorboard import Charts, add_charts, add_figures, add_text, charts_of
 
@@ -136,6 +139,9 @@ class CurvatureMonitor(Callback):
         products: How curvature products are formed, "auto" (default), "cached", "streamed" or
             "finite_difference": see `evaluate`.
         seed: Seed of the random start vectors. Default 0.
+        figure_every: Every how many measurements a figure of the whole run so far, as `plot_history` draws it, goes to
+            every logger that takes images (TensorBoard, wandb, MLflow), and at the end of the fit; one or more. None
+            (default): no figure: drawing one takes about as long as a measurement.
         text: Whether to say in words what a measurement means, on TensorBoard's text page. Default True.
         prefix: Prefix of the tags. Default "curvature". Two monitors in one run need two.
         probe: The batches, loss and parameters that are measured; None (default): `Probe()`.
@@ -175,6 +181,7 @@ class CurvatureMonitor(Callback):
         curvature: Matrix = "hessian",
         products: Products = "auto",
         seed: int = 0,
+        figure_every: int | None = None,
         text: bool = True,
         prefix: str = "curvature",
         probe: Probe | None = None,
@@ -192,6 +199,7 @@ class CurvatureMonitor(Callback):
         self.curvature: Matrix = curvature
         self.products: Products = products
         self.seed = seed
+        self.figure_every = figure_every
         self.text = text
         self.prefix = prefix
         self.probe = Probe() if probe is None else probe
@@ -201,7 +209,7 @@ class CurvatureMonitor(Callback):
 
     def _check(self) -> None:
         """Refuse settings that are out of their range."""
-        for name in ("every_n_train_steps", "every_n_epochs"):
+        for name in ("every_n_train_steps", "every_n_epochs", "figure_every"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1)
         if self.every_n_train_steps is not None and self.every_n_epochs is not None:
@@ -245,6 +253,8 @@ class CurvatureMonitor(Callback):
         self._lacked_batches = False
         self._charts: dict[str, Charts] = {}
         self._warned: set[str] = set()
+        self._log = Log()
+        self._undrawn = 0
 
     # Hooks, and not `state_dict`: of two with one prefix Trainer would say that they cannot be saved, and not why.
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -316,6 +326,8 @@ class CurvatureMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.at_end or (is_trial(trainer) and self._measured_at is None):
             self._look(trainer, pl_module)
+        if self._undrawn:
+            self._draw(trainer)
         if self._enabled and self._measured_at is None:
             why = self._batches.lack() if self._lacked_batches else self._why_never_due(trainer.global_step)
             rank_zero_warn(f"CurvatureMonitor measured nothing in this fit: {why}, or set at_end=True.")
@@ -411,11 +423,35 @@ class CurvatureMonitor(Callback):
             add_figures(trainer, measured)
         except ImportError as error:
             self._warn("figures", f"CurvatureMonitor draws no figures: {error}")
+        if self.figure_every is not None:
+            self._remember(trainer, measured)
+            if self._undrawn >= self.figure_every:
+                self._draw(trainer)
         for category, charts in charts_of(measured).items():
             known = self._charts.get(category, {})
             if not charts.keys() <= known.keys():
                 self._charts[category] = {**known, **charts}
                 add_charts(trainer, category, self._charts[category])
+
+    def _remember(self, trainer: Trainer, measured: Measured) -> None:
+        """Keep a measurement for the figure of the run, beside the loss and the Newton steps that are logged."""
+        self._log.add(trainer.global_step, measured)
+        logged = trainer.callback_metrics
+        loss = loss_tag(logged)
+        for name, value in logged.items():
+            if name == loss or name.startswith("newton/"):
+                self._log.add_training(trainer.global_step, name, float(value))
+        self._undrawn += 1
+
+    def _draw(self, trainer: Trainer) -> None:
+        """Draw the run so far for the loggers that take images."""
+        self._undrawn = 0
+        if not takes_images(trainer):
+            return
+        try:
+            add_image(trainer, f"{self.prefix}/dashboard", dashboard(self._log.history()))
+        except Exception as error:
+            self._warn("figures", f"CurvatureMonitor draws no figures: {error}")
 
     def _stop(self, why: str) -> None:
         """Measure no more in this fit."""

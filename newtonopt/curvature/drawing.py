@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from newtonopt.checks import shown
 
 if TYPE_CHECKING:
@@ -67,6 +70,16 @@ def panels(ax: Any, count: int) -> list[Any]:
         )
         raise TypeError(f"ax must be {what}, got {shown(ax)}. Write {remedy}, or leave it out.")
     return given
+
+
+def pixels(figure: Figure) -> NDArray[np.uint8]:
+    """Return a figure as an image `(height, width, 3)`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return image
 
 
 def figure_of(axes: Axes) -> Figure:
