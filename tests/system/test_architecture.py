@@ -53,6 +53,8 @@ DRAWERS |= {
 }
 # What may import tensorboard, and only when event files are read.
 READERS = {"newtonopt.curvature.event_files"}
+# What may import SciPy, and only when an operator is handed to it.
+SCIPY = {"newtonopt.operators.linear_operator"}
 
 PROGRAMS = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -76,6 +78,8 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
             allowed |= CALLBACKS_ONLY
         if module in DRAWERS:
             allowed = {*allowed, "matplotlib"}
+        if module in SCIPY:
+            allowed = {*allowed, "scipy"}
         if module in READERS:
             allowed = {*allowed, "tensorboard"}
         if top not in allowed and top not in sys.stdlib_module_names:
