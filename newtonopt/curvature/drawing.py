@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MISSING = "A figure needs matplotlib, which is not installed: pip install matplotlib"
+_MISSING = "A figure needs matplotlib, which is not installed: pip install 'newtonopt[plots]'"
 
 
 def drawing(count: int) -> tuple[Figure, list[Axes]]:
