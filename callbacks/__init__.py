@@ -4,6 +4,7 @@
   `newtonopt.curvature`.
 - `step_monitor`: `StepMonitor`, which logs the reports of Newton steps.
 - `lightning`: the module's loss on kept batches as a closure, and workarounds for Lightning's peculiarities.
+- `images`: figures in every logger that takes images.
 - `tensorboard`: charts, words, figures and histograms. Tags and units stand in `newtonopt.curvature.measurements`.
 - `tab`: the "Curvature" tab of TensorBoard, which installs as a package of its own, `newtonopt_tensorboard`.
 

@@ -26,9 +26,12 @@ from newtonopt.closure.evaluation import Products
 from newtonopt.closure.isolation import UnprotectedError, Watch
 from newtonopt.curvature import Measured, Measurement, Sharpness
 from newtonopt.curvature.ascent import Kind
+from newtonopt.curvature.dashboard import dashboard
+from newtonopt.curvature.histories import Log, loss_tag
 from newtonopt.curvature.measurements.measurement import Matrix, Plan, take
 from newtonopt.curvature.measuring import for_optimizers, list_of
 
+from .images import add_image, takes_images
 from .lightning import PROBE_TAG, Batches, Probe, at_rest, is_trial, log_values, passes_multiple, show_in_bar
 from .tensorboard import add_figures, add_page, add_record, add_text, page_of
 
@@ -140,6 +143,9 @@ class CurvatureMonitor(Callback):
         products: How curvature products are formed, "auto" (default), "cached", "streamed" or
             "finite_difference": see `evaluate`.
         seed: Seed of the random start vectors. Default 0.
+        figure_every: Every how many measurements a figure of the whole run so far, as `plot_history` draws it, goes to
+            every logger that takes images (TensorBoard, wandb, MLflow), and at the end of the fit; one or more. None
+            (default): no figure: drawing one takes about as long as a measurement.
         text: Whether to say in words what a measurement means, on TensorBoard's text page. Default True.
         progress_bar: Whether the progress bar shows the largest eigenvalue, as last measured. Default False, as for
             `self.log`.
@@ -181,6 +187,7 @@ class CurvatureMonitor(Callback):
         curvature: Matrix = "hessian",
         products: Products = "auto",
         seed: int = 0,
+        figure_every: int | None = None,
         text: bool = True,
         progress_bar: bool = False,
         prefix: str = "curvature",
@@ -199,6 +206,7 @@ class CurvatureMonitor(Callback):
         self.curvature: Matrix = curvature
         self.products: Products = products
         self.seed = seed
+        self.figure_every = figure_every
         self.text = text
         self.progress_bar = progress_bar
         self.prefix = prefix
@@ -209,7 +217,7 @@ class CurvatureMonitor(Callback):
 
     def _check(self) -> None:
         """Refuse settings that are out of their range."""
-        for name in ("every_n_train_steps", "every_n_epochs"):
+        for name in ("every_n_train_steps", "every_n_epochs", "figure_every"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1)
         if self.every_n_train_steps is not None and self.every_n_epochs is not None:
@@ -254,6 +262,8 @@ class CurvatureMonitor(Callback):
         self._names: set[str] = set()
         self._charts = 0
         self._warned: set[str] = set()
+        self._log = Log()
+        self._undrawn = 0
 
     # Hooks, and not `state_dict`: of two with one prefix Trainer would say that they cannot be saved, and not why.
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -341,6 +351,8 @@ class CurvatureMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.at_end or (is_trial(trainer) and self._measured_at is None):
             self._look(trainer, pl_module)
+        if self._undrawn:
+            self._draw(trainer)
         if self._enabled and self._measured_at is None:
             why = self._batches.lack() if self._lacked_batches else self._why_never_due(trainer.global_step)
             rank_zero_warn(f"CurvatureMonitor measured nothing in this fit: {why}, or set at_end=True.")
@@ -447,6 +459,10 @@ class CurvatureMonitor(Callback):
             add_figures(trainer, measured)
         except ImportError as error:
             self._warn("figures", f"CurvatureMonitor draws no figures: {error}")
+        if self.figure_every is not None:
+            self._remember(trainer, measured)
+            if self._undrawn >= self.figure_every:
+                self._draw(trainer)
         self._names.update(measured.names())
         page = page_of(measured.plan, measured.charts(), self._names)
         # A value that comes late, such as the ratio to a threshold that a warm-up delays, brings its chart.
@@ -454,6 +470,26 @@ class CurvatureMonitor(Callback):
         if charts > self._charts:
             self._charts = charts
             add_page(trainer, page)
+
+    def _remember(self, trainer: Trainer, measured: Measured) -> None:
+        """Keep a measurement for the figure of the run, beside the loss and the Newton steps that are logged."""
+        self._log.add(trainer.global_step, measured)
+        logged = trainer.callback_metrics
+        loss = loss_tag(logged)
+        for name, value in logged.items():
+            if name == loss or name.startswith("newton/"):
+                self._log.add_training(trainer.global_step, name, float(value))
+        self._undrawn += 1
+
+    def _draw(self, trainer: Trainer) -> None:
+        """Draw the run so far for the loggers that take images."""
+        self._undrawn = 0
+        if not takes_images(trainer):
+            return
+        try:
+            add_image(trainer, f"{self.prefix}/dashboard", dashboard(self._log.history()))
+        except Exception as error:
+            self._warn("figures", f"CurvatureMonitor draws no figures: {error}")
 
     def _stop(self, why: str) -> None:
         """Measure no more in this fit."""

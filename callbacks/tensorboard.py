@@ -23,6 +23,8 @@ from torch.utils.tensorboard.summary import custom_scalars
 from newtonopt.curvature import Chart, Density, Histogram, Measured
 from newtonopt.curvature.measurements.measurement import Plan
 
+from .images import add_image, takes_images
+
 # The category of StepMonitor, which stands after those of CurvatureMonitor.
 STEPS = "Newton steps"
 
@@ -101,18 +103,19 @@ def add_text(trainer: Trainer, measured: Measured, remark: str) -> None:
 
 
 def add_figures(trainer: Trainer, measured: Measured) -> None:
-    """Write the histograms and figures of all measurements.
+    """Write the histograms of all measurements to TensorBoard, and their figures to every logger that takes images.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     prefix, step = measured.plan.prefix, trainer.global_step
-    for writer in _writers(trainer):
-        for measurement, result in measured.results():
-            for name, histogram in measurement.histograms(result).items():
+    for measurement, result in measured.results():
+        for name, histogram in measurement.histograms(result).items():
+            for writer in _writers(trainer):
                 _add_histogram(writer, f"{prefix}/{name}", histogram, step)
+        if takes_images(trainer):
             for name, figure in measurement.figures(result).items():
-                writer.add_figure(f"{prefix}/{name}", figure, step)
+                add_image(trainer, f"{prefix}/{name}", figure)
 
 
 def _record(measured: Measured) -> dict[str, Any]:

@@ -16,18 +16,20 @@ Measurements at a point, that is of an `Evaluation`, a closure or an optimizer:
 - `stability`: `stability_threshold` and `preconditioned`, the two numbers of the edge of stability.
 - `ascent`: `sharpness`. `slices`: `loss_slice`.
 
-`drawing` makes the axes that densities and slices are drawn in.
+`drawing` makes the axes that densities and slices are drawn in. `showing` makes the tables of results in notebooks.
 
 A training run measures again and again:
 
 - `measurements`, a package: one class for each, with its tags, charts, sentences and figures. They call the functions
   above.
 - `measuring`: `measure`, which takes a list of them, as the callbacks do.
+- `dashboard`: `plot_history`, what was measured over the steps of a run, from `histories`, which `event_files` reads.
 """
 
 from newtonopt.curvature.along_gradient import GradientCurvature, gradient_curvature
 from newtonopt.curvature.ascent import SharpnessEstimate, sharpness
 from newtonopt.curvature.critical_points import CriticalPoint, critical_point
+from newtonopt.curvature.dashboard import plot_history
 from newtonopt.curvature.density import SpectralDensity, spectral_density
 from newtonopt.curvature.diagonal_blocks import blocks
 from newtonopt.curvature.effective_dimensions import EffectiveDimension, effective_dimension
@@ -103,6 +105,7 @@ __all__ = [
     "loss_slice",
     "measure",
     "neural_tangent_kernel",
+    "plot_history",
     "preconditioned",
     "sharpness",
     "spectral_density",

@@ -10,11 +10,12 @@ import torch
 from newtonopt.closure.evaluation import Evaluation
 from newtonopt.curvature.eigenvalues.bounds import GUARD
 from newtonopt.curvature.eigenvalues.extreme import Eigenvalue, Spectrum, check_spectrum
+from newtonopt.curvature.showing import as_table, as_text
 from newtonopt.operators.matrices import hessian
 from newtonopt.vectors.scaling import InRange, dot, lost, norm, scale_of, times_power
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GradientCurvature:
     """Slope and curvature along the gradient g, with the Hessian H.
 
@@ -53,6 +54,12 @@ class GradientCurvature:
     alignments: tuple[float, ...]
     alignment_errors: tuple[float, ...]
     products: int
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_table(self)
 
     @property
     def alignment(self) -> float:

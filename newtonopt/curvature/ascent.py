@@ -23,6 +23,7 @@ from newtonopt.checks import (
 from newtonopt.closure.evaluation import Products, check_products
 from newtonopt.closure.objective import Objective
 from newtonopt.curvature.eigenvalues.extreme import Eigenvalue
+from newtonopt.curvature.showing import as_table, as_text
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.operators.matrices import hessian
 from newtonopt.solvers import secular
@@ -43,7 +44,7 @@ _MODEL_TOLERANCE = 1e-3
 _HALVINGS = 10
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SharpnessEstimate:
     """How much the loss rises around a point.
 
@@ -77,6 +78,12 @@ class SharpnessEstimate:
     converged: bool
     standard_error: float = 0.0
     prediction: float | None = None
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_table(self)
 
 
 @torch.inference_mode(False)

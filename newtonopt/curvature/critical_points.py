@@ -11,6 +11,7 @@ from torch import Tensor
 from newtonopt.checks import check_positive, check_seed, check_share, check_whole
 from newtonopt.closure.evaluation import Evaluation
 from newtonopt.curvature.eigenvalues.extreme import Eigenvalue, Spectrum, check_spectrum, extreme_eigenvalues
+from newtonopt.curvature.showing import as_table, as_text
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.operators.matrices import hessian
 from newtonopt.vectors.scaling import dot, lost, norm
@@ -23,7 +24,7 @@ CriticalKind = Literal["minimum", "maximum", "saddle", "degenerate", "not critic
 _TOLERANCES = (0.3, 1e-2, 1e-6)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CriticalPoint:
     """The verdict of the second-order test, with its evidence; `str()` puts it in words.
 
@@ -65,6 +66,12 @@ class CriticalPoint:
     products: int
     converged: bool
     confidence: float
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_table(self, sentences=[str(self)])
 
     def __str__(self) -> str:
         """Return the verdict and its evidence in words."""

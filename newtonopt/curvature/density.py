@@ -12,6 +12,7 @@ from torch import Tensor
 
 from newtonopt.checks import check_positive, check_seed, check_whole, shown
 from newtonopt.curvature.drawing import figure_of, panels
+from newtonopt.curvature.showing import as_table, as_text
 from newtonopt.curvature.traces import student_factor
 from newtonopt.operators.linear_operator import LinearOperator, check_operator
 from newtonopt.solvers.lanczos import lanczos
@@ -28,7 +29,7 @@ _WIDTH = 0.01
 _DECADES = 8.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SpectralDensity:
     """A distribution of eigenvalues, as nodes with weights.
 
@@ -55,6 +56,15 @@ class SpectralDensity:
     size: int
     exact: bool
     products: int
+
+    def __repr__(self) -> str:
+        return as_text(self, self._ends())
+
+    def _repr_html_(self) -> str:
+        return as_table(self, self._ends())
+
+    def _ends(self) -> dict[str, float]:
+        return {"smallest": float(self.nodes.min()), "largest": float(self.nodes.max())}
 
     def density(self, grid: Tensor | Sequence[float], width: float | None = None) -> Tensor:
         """Return the density at points, smoothed by a normal kernel; it integrates to one.

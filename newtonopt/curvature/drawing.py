@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from newtonopt.checks import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MISSING = "A figure needs matplotlib, which is not installed: pip install matplotlib"
+_MISSING = "A figure needs matplotlib, which is not installed: pip install 'newtonopt[plots]'"
 
 
 def drawing(count: int) -> tuple[Figure, list[Axes]]:
@@ -26,6 +29,21 @@ def drawing(count: int) -> tuple[Figure, list[Axes]]:
         raise ImportError(_MISSING) from error
     figure = Figure(figsize=size(count), layout="constrained")
     return figure, list(figure.subplots(1, count, sharex=True, sharey=True, squeeze=False)[0])
+
+
+def sheet(width: float, height: float, known: bool) -> Figure:
+    """Return an empty figure of a size in inches, known to pyplot or not.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(_MISSING) from error
+    make = plt.figure if known else Figure
+    return make(figsize=(width, height), dpi=90, layout="constrained")
 
 
 def panels(ax: Any, count: int) -> list[Any]:
@@ -52,6 +70,16 @@ def panels(ax: Any, count: int) -> list[Any]:
         )
         raise TypeError(f"ax must be {what}, got {shown(ax)}. Write {remedy}, or leave it out.")
     return given
+
+
+def pixels(figure: Figure) -> NDArray[np.uint8]:
+    """Return a figure as an image `(height, width, 3)`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return image
 
 
 def figure_of(axes: Axes) -> Figure:

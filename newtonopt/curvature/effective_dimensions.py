@@ -12,6 +12,7 @@ from torch import Tensor
 from newtonopt.checks import check_positive, check_seed, check_share, check_whole
 from newtonopt.curvature.density import all_eigenvalues
 from newtonopt.curvature.eigenvalues.bounds import GUARD
+from newtonopt.curvature.showing import as_table, as_text
 from newtonopt.curvature.traces import LEAST_SAMPLES, Samples
 from newtonopt.operators.linear_operator import LinearOperator, check_operator
 from newtonopt.solvers.lanczos import Tridiagonal, lanczos
@@ -22,7 +23,7 @@ from newtonopt.vectors.scaling import shifted, times_power
 _SHARE = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EffectiveDimension:
     """An estimate of an effective dimension.
 
@@ -49,6 +50,12 @@ class EffectiveDimension:
     damping: float
     products: int
     converged: bool
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_table(self)
 
 
 def effective_dimension(

@@ -19,6 +19,7 @@ from torch import Tensor
 from newtonopt.checks import check_flag, check_positive
 from newtonopt.closure.evaluation import Evaluation
 from newtonopt.curvature.drawing import figure_of, panels
+from newtonopt.curvature.showing import as_table, as_text
 from newtonopt.operators.matrices import gauss_newton
 from newtonopt.operators.rows import Rows, RowsError, residual_rows
 from newtonopt.vectors.memory import check_room, fits
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExactSpectrum:
     """All eigenvalues of a Gauss-Newton matrix.
 
@@ -54,6 +55,15 @@ class ExactSpectrum:
     vectors: Tensor | None = field(repr=False)
     rest: float
     size: int
+
+    def __repr__(self) -> str:
+        return as_text(self, self._ends())
+
+    def _repr_html_(self) -> str:
+        return as_table(self, self._ends())
+
+    def _ends(self) -> dict[str, float]:
+        return {"largest": float(self.values.max()) if len(self.values) else self.rest, "rank": self.rank}
 
     @property
     def nonzero(self) -> Tensor:

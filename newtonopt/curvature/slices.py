@@ -14,6 +14,7 @@ from newtonopt.checks import check_closure, check_positive, check_weight, check_
 from newtonopt.closure.evaluation import Products, check_products
 from newtonopt.closure.objective import Objective
 from newtonopt.curvature.drawing import figure_of, panels
+from newtonopt.curvature.showing import as_table, as_text
 from newtonopt.operators.matrices import hessian
 from newtonopt.vectors.flat import trained_parameters
 from newtonopt.vectors.scaling import dot, norm
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LossSurface:
     """The loss at `theta + a d`, or at `theta + a d + b e`, and its quadratic model there.
 
@@ -57,6 +58,12 @@ class LossSurface:
     curvatures: Tensor
     products: int
     names: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_table(self)
 
     def plot(self, ax: Axes | Sequence[Axes] | None = None) -> Figure:
         """Draw loss and model as two lines; in two dimensions as contours side by side.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from newtonopt.checks import check_choice, check_seed, check_share, check_whole
+from newtonopt.curvature.showing import as_table, as_text
 from newtonopt.operators.linear_operator import LinearOperator, check_operator
 from newtonopt.vectors.random import normals, signs, unit_vectors
 from newtonopt.vectors.scaling import InRange, dot, lost, norm, times_power
@@ -27,7 +28,7 @@ LEAST_SAMPLES = 10
 _WINDOW = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TraceEstimate:
     """An estimate of a trace.
 
@@ -52,8 +53,14 @@ class TraceEstimate:
     products: int
     converged: bool
 
+    def __repr__(self) -> str:
+        return as_text(self)
 
-@dataclass(frozen=True)
+    def _repr_html_(self) -> str:
+        return as_table(self)
+
+
+@dataclass(frozen=True, repr=False)
 class FrobeniusNorm:
     """An estimate of a Frobenius norm.
 
@@ -77,8 +84,14 @@ class FrobeniusNorm:
     products: int
     converged: bool
 
+    def __repr__(self) -> str:
+        return as_text(self)
 
-@dataclass(frozen=True, eq=False)
+    def _repr_html_(self) -> str:
+        return as_table(self)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Diagonal:
     """An estimate of a diagonal.
 
@@ -100,6 +113,12 @@ class Diagonal:
     standard_errors: Tensor = field(repr=False)
     products: int
     converged: bool
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_table(self)
 
 
 def trace(

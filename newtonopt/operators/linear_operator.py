@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from newtonopt.checks import check_instance
@@ -16,6 +19,10 @@ from newtonopt.vectors.random import normals
 from newtonopt.vectors.scaling import norm
 from newtonopt.vectors.sharded import Sharded
 
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+Array = NDArray[Any]
 # `v -> A v`, or row by row for rows `(k, n)`.
 Product = Callable[[Tensor], Tensor]
 
@@ -227,6 +234,39 @@ class LinearOperator:
                 tick(len(piece))
         return transposed.T if self._transpose is not None else _symmetrised(transposed)
 
+    def to_scipy(self) -> ScipyOperator:
+        """Return the operator for SciPy's solvers, such as `scipy.sparse.linalg.eigsh`; its products are counted here.
+
+        Vectors are NumPy's on the CPU, in the operator's dtype; float64 where NumPy has none for it (bfloat16).
+
+        Returns:
+            A `scipy.sparse.linalg.LinearOperator`.
+
+        Raises:
+            ImportError: SciPy is missing.
+            ValueError: The operator is sharded.
+
+        Example:
+            >>> import torch
+            >>> from scipy.sparse.linalg import eigsh
+            >>> from newtonopt import LinearOperator
+            >>> weights = torch.arange(10, dtype=torch.float64)
+            >>> A = LinearOperator(lambda v: weights * v, (10, 10), weights)
+            >>> values = eigsh(A.to_scipy(), k=2, which="LA", return_eigenvectors=False)
+            >>> [round(value, 6) for value in values.tolist()]
+            [8.0, 9.0]
+        """
+        try:
+            from scipy.sparse.linalg import LinearOperator as Operator
+        except ImportError as error:
+            raise ImportError("to_scipy needs SciPy, which is not installed: pip install scipy") from error
+        self._check_kind(torch.empty(0))
+        dtype = _as_numpy(self.like[:0].reshape(-1)).dtype
+        forward, backward = _on_arrays(self), _on_arrays(self.T)
+        return Operator(
+            shape=self.shape, dtype=dtype, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward
+        )
+
     def _agrees(self, V: Tensor, images: Tensor) -> bool:
         """Whether a random combination of products formed at once, row by row, is the product with the combination."""
         generator = torch.Generator().manual_seed(0)
@@ -264,6 +304,22 @@ class LinearOperator:
     def __repr__(self) -> str:
         rows, columns = self.shape
         return f"LinearOperator({rows} x {columns}, {self.dtype}, {self.device}, products={self.products})"
+
+
+def _on_arrays(A: LinearOperator) -> Callable[[Array], Array]:
+    """Return the product of arrays `(n,)` or `(n, k)`."""
+
+    def product(v: Array) -> Array:
+        # A copy: arrays may be read-only or of negative strides, which tensors cannot share.
+        return _as_numpy(A @ torch.tensor(np.ascontiguousarray(v), dtype=A.dtype, device=A.device))
+
+    return product
+
+
+def _as_numpy(t: Tensor) -> Array:
+    """Return a tensor as an array; NumPy has no bfloat16."""
+    array: Array = (t.double() if t.dtype == torch.bfloat16 else t).cpu().numpy()
+    return array
 
 
 def _symmetrised(matrix: Tensor) -> Tensor:

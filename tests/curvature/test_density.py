@@ -171,5 +171,5 @@ def test_the_figures_band_is_as_wide_below_as_above_on_its_logarithmic_scale() -
 def test_a_figure_without_matplotlib_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("matplotlib.figure", "matplotlib.pyplot"):
         monkeypatch.setitem(__import__("sys").modules, name, None)
-    with pytest.raises(ImportError, match="needs matplotlib, which is not installed: pip install matplotlib"):
+    with pytest.raises(ImportError, match=r"matplotlib, which is not installed: pip install 'newtonopt\[plots\]'"):
         spectral_density(dense(MATRICES["slow"]), steps=3, starts=2).plot()

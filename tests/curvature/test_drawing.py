@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from newtonopt import LinearOperator
-from newtonopt.curvature import loss_slice, spectral_density
+from newtonopt.curvature import extreme_eigenvalues, loss_slice, spectral_density
 from newtonopt.curvature.drawing import drawing
 
 
@@ -35,14 +35,30 @@ def square() -> Any:
     return line(2)
 
 
-@pytest.mark.parametrize("measured", [density, line, square])
+def spectrum() -> Any:
+    weights = torch.tensor([1.0, 2.0, 5.0, -1.0])
+    return extreme_eigenvalues(LinearOperator(lambda v: weights * v, (4, 4), weights), top=2, bottom=1)
+
+
+def test_eigenvalues_stand_in_ascending_order_with_their_intervals() -> None:
+    found = spectrum()
+    found.plot()
+    axes = plt.gca()
+    points = [(entry.get_xdata()[0], entry.get_ydata()[0]) for entry in axes.lines if entry.get_marker() == "o"]
+    entries = [found.bottom[0], found.top[1], found.top[0]]
+    assert points == [(place, entry.value) for place, entry in zip((0, 2, 3), entries, strict=True)]
+    bars = [tuple(bar.get_ydata()) for bar in axes.lines if bar.get_linewidth() == 6]
+    assert bars == [(entry.lower, entry.upper) for entry in entries]
+
+
+@pytest.mark.parametrize("measured", [density, line, square, spectrum])
 def test_a_figure_is_known_to_pyplot(measured: Callable[[], Any]) -> None:
     figure = measured().plot()
     assert plt.get_fignums() == [figure.number]
     assert plt.gcf() is figure
 
 
-@pytest.mark.parametrize("measured", [density, line])
+@pytest.mark.parametrize("measured", [density, line, spectrum])
 def test_it_draws_into_axes_that_are_given(measured: Callable[[], Any]) -> None:
     figure, (left, right) = plt.subplots(1, 2)
     assert measured().plot(ax=right) is figure

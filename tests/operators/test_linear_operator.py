@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.sparse.linalg
 import torch
 from problems import build, error
 from torch import Tensor, nn
@@ -150,3 +153,40 @@ def test_rounding_of_autocast_is_no_difference() -> None:
     A = hessian(evaluate(closure, net.parameters()))
     A.dense()
     assert A.products == A.shape[0] + 2
+
+
+def test_scipy_finds_the_eigenvalues_of_the_dense_matrix() -> None:
+    w = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).requires_grad_()
+    mix = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    A = hessian(evaluate(lambda: (mix @ w).tanh().square().sum() + w.pow(4).sum(), [w]))
+    truth = torch.linalg.eigvalsh(A.dense())
+    before = A.products
+    found = scipy.sparse.linalg.eigsh(A.to_scipy(), k=3, which="LA", return_eigenvectors=False)
+    close(torch.tensor(sorted(found)), truth[-3:])
+    assert A.products > before
+
+
+def test_scipy_solves_least_squares_with_a_rectangle() -> None:
+    B = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    b = torch.arange(7, dtype=torch.float64)
+    A = of(B, transpose=lambda u: B.T @ u).to_scipy()
+    assert A.shape == (7, 4) and A.dtype == np.float64
+    solution = scipy.sparse.linalg.lsqr(A, b.numpy(), atol=1e-14, btol=1e-14)[0]
+    close(torch.from_numpy(solution), torch.linalg.lstsq(B, b[:, None]).solution[:, 0])
+    close(torch.from_numpy(A @ np.eye(4)), B)
+    close(torch.from_numpy(A.T @ np.eye(7)), B.T)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, np.float32), (torch.bfloat16, np.float64)])
+def test_scipy_gets_the_operators_dtype_where_numpy_has_it(dtype: torch.dtype, expected: Any) -> None:
+    A = of(torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=dtype))).to_scipy()
+    vector = np.ones(6)[::-2]  # neither contiguous nor of the operator's dtype
+    vector.setflags(write=False)
+    assert A.dtype == expected and (A @ vector).dtype == expected
+    assert (A @ vector).tolist() == [1.0, 2.0, 4.0] and (A @ vector[:, None]).shape == (3, 1)
+
+
+def test_scipy_that_is_missing_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
+    with pytest.raises(ImportError, match="to_scipy needs SciPy, which is not installed: pip install scipy"):
+        of(torch.eye(2)).to_scipy()

@@ -33,3 +33,11 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = re.findall(r"^([\w-]+)==(.+)$", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE)
     assert dict(pins) == lower_bounds(project)
+
+
+def test_the_extras_for_plots_and_the_command_line_are_those_of_the_examples() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (plots,), (cli,) = extras["plots"], extras["cli"]
+    assert Requirement(plots).name == "matplotlib"
+    assert (Requirement(cli).name, Requirement(cli).extras) == ("jsonargparse", {"signatures"})
+    assert Requirement(extras["examples"][0]).extras == {"lightning", "plots", "cli"}

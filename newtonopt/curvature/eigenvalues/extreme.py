@@ -6,11 +6,13 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from newtonopt.checks import check_instance, check_seed, check_share, check_whole
+from newtonopt.curvature.drawing import figure_of, panels
 from newtonopt.curvature.eigenvalues.bounds import (
     GUARD,
     Interval,
@@ -25,8 +27,13 @@ from newtonopt.curvature.eigenvalues.bounds import (
 )
 from newtonopt.curvature.eigenvalues.search import search
 from newtonopt.curvature.eigenvalues.tracking import Previous, known_roughly, of_its_own_end, track
+from newtonopt.curvature.showing import as_table, as_text
 from newtonopt.operators.linear_operator import LinearOperator, check_operator
 from newtonopt.vectors.scaling import InRange, lost
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Vectors of length n that a measurement may hold, unless more eigenvalues are asked for.
 _VECTORS = 120
@@ -37,7 +44,7 @@ _FEW = 5
 _ANYWHERE = Interval(-math.inf, math.inf)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Eigenvalue:
     """One eigenvalue with its multiplicity counted: equal eigenvalues are separate entries.
 
@@ -71,8 +78,11 @@ class Eigenvalue:
     vector: Tensor = field(repr=False)
     error: float = math.inf
 
+    def __repr__(self) -> str:
+        return f"{self.value:.4g} in [{self.lower:.4g}, {self.upper:.4g}]"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Spectrum:
     """Both ends of a spectrum.
 
@@ -106,6 +116,40 @@ class Spectrum:
     confidence: float
     certified: bool
     asymmetry: float
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_table(self)
+
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """Draw the eigenvalues from the smallest to the largest, with their intervals; an infinite end is left out.
+
+        Args:
+            ax: Axes of matplotlib to draw in; None (default): a new figure, which `plt.show()` shows.
+
+        Returns:
+            The figure.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            TypeError: `ax` is not axes.
+        """
+        (axes,) = panels(ax, 1)
+        axes.axhline(0.0, color="0.6", linewidth=0.8, zorder=0)
+        # An empty place stands for the eigenvalues between.
+        places = [*range(len(self.bottom)), *range(len(self.bottom) + 1, len(self.bottom) + 1 + len(self.top))]
+        for place, entry in zip(places, (*self.bottom, *reversed(self.top)), strict=True):
+            ends = [end if math.isfinite(end) else entry.value for end in (entry.lower, entry.upper)]
+            axes.plot([place, place], ends, color="C0", linewidth=6, alpha=0.3, solid_capstyle="butt")
+            axes.plot(place, entry.value, "o", color="C0", markerfacecolor="C0" if self.certified else "white")
+        names = [f"{rank}" for rank in range(1, 1 + len(self.bottom))] + [f"{r}" for r in range(len(self.top), 0, -1)]
+        axes.set_xticks(places, names)
+        axes.set(xlabel="rank from the bottom, and from the top", ylabel="eigenvalue")
+        how = "certified" if self.certified else "not certified"
+        axes.set_title(f"{len(places)} eigenvalues ({how}, {self.products} products)", fontsize="medium")
+        return figure_of(axes)
 
 
 def extreme_eigenvalues(

@@ -22,6 +22,7 @@ from newtonopt.closure.evaluation import Matrix as Checked
 from newtonopt.closure.isolation import UnprotectedError
 from newtonopt.closure.objective import Objective, ParametersMovedError
 from newtonopt.curvature.eigenvalues.extreme import Spectrum
+from newtonopt.curvature.showing import html_table, text_table
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.operators.matrices import gauss_newton, hessian
 from newtonopt.vectors.flat import trained_parameters
@@ -555,7 +556,17 @@ class Measured(Mapping[str, float]):
         return len(self.numbers)
 
     def __repr__(self) -> str:
-        return f"Measured({dict(self)})"
+        return text_table("Measured", self._rows(), self.in_words().splitlines())
+
+    def _repr_html_(self) -> str:
+        return html_table("Measured", self._rows(), self.in_words().splitlines())
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        """Return names, values and units."""
+        tags = [*(tag for measurement in self.plan.measurements for tag in measurement.tags), *COST_TAGS]
+        units = {name: next((tag.unit for tag in tags if tag.fits(name)), "") for name in self.names()}
+        values = zip(units.items(), self.values(), strict=True)
+        return [(name, f"{value:.6g}", unit) for (name, unit), value in values]
 
     def read(self, name: str) -> float | None:
         """Return a value by its name, which is the last part of its tag; None if it was not measured."""

@@ -304,4 +304,4 @@ def test_the_bound_on_vectors_is_checked(vectors: Any, words: str) -> None:
 def test_a_spectrum_prints_without_its_vectors() -> None:
     spectrum = extreme_eigenvalues(diagonal(SPECTRA["slow"]), top=1, bottom=1)
     assert len(repr(spectrum)) < 500
-    assert f"value={spectrum.top[0].value!r}" in repr(spectrum)
+    assert repr(spectrum).startswith(f"Spectrum(top=({spectrum.top[0].value:.4g} in [")
