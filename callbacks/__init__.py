@@ -2,6 +2,7 @@
 
 - `curvature_monitor`: `CurvatureMonitor`, when it measures, and its budget. The measurements are those of
   `newtonopt.curvature`.
+- `step_margin_monitor`: `StepMarginMonitor`, which logs how near steps come to raising the loss, for a forward pass.
 - `step_monitor`: `StepMonitor`, which logs the reports of Newton steps.
 - `lightning`: the module's loss on kept batches as a closure, and workarounds for Lightning's peculiarities.
 - `tensorboard`: charts, words, figures and histograms. Tags and units stand in `newtonopt.curvature.measurements`.
@@ -12,6 +13,7 @@ The monitors call `lightning` for the closure and for writing values, and `tenso
 try:
     from .curvature_monitor import Budget, CurvatureMonitor
     from .lightning import Probe
+    from .step_margin_monitor import StepMarginMonitor
     from .step_monitor import StepMonitor
 except ModuleNotFoundError as error:
     raise ImportError(
@@ -19,4 +21,4 @@ except ModuleNotFoundError as error:
         "pip install lightning tensorboard."
     ) from error
 
-__all__ = ["Budget", "CurvatureMonitor", "Probe", "StepMonitor"]
+__all__ = ["Budget", "CurvatureMonitor", "Probe", "StepMarginMonitor", "StepMonitor"]
