@@ -37,8 +37,8 @@ class StepMargin:
 
     Example:
         >>> from newtonopt.curvature import StepMargin
-        >>> StepMargin(loss=1.0, slope=-0.2, rise=-0.15, critical_step=None, losses=1).margin
-        0.25
+        >>> StepMargin(loss=1.0, slope=-0.25, rise=-0.125, critical_step=None, losses=1).margin
+        0.5
     """
 
     loss: float
@@ -133,7 +133,7 @@ def step_margin(optimizer: Optimizer, closure: Callable[[], Any], critical: bool
     optimizer.step(watched)
     if not first:
         raise RuntimeError(
-            "The optimizer has not run the closure, so there is no step to measure. Call it without AMP."
+            "The optimizer has not run the closure, so there is no step to measure. Pass one that calls it."
         )
     before, gradient = first
     objective = Objective(closure, params, runs=Runs(isolation))

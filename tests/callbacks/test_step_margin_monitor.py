@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -422,3 +425,15 @@ def test_mistakes() -> None:
         StepMarginMonitor(critical_sharpness=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"Write every_n_train_steps=\.\.\."):
         StepMarginMonitor(every=3)  # type: ignore[call-arg]
+
+
+def test_the_manual_has_every_tag_and_every_argument_with_its_default(tmp_path: Path) -> None:
+    trainer = quiet_trainer(callbacks=[monitor(critical_sharpness=True)], logger=both_loggers(tmp_path), max_epochs=1)
+    trainer.fit(Regression(), data())
+    written = {tag.removeprefix("curvature/") for tag in from_csv(tmp_path) if tag.startswith("curvature/")}
+    manual = (Path(__file__).parents[2] / "docs" / "monitor.md").read_text().split("## StepMarginMonitor")[1]
+    arguments, tags = manual.split("| argument |")[1].split("| tag |")
+    assert set(re.findall(r"^\| `(\w+)` \|", tags, re.MULTILINE)) == written
+    defaults = {p.name: p.default for p in inspect.signature(StepMarginMonitor).parameters.values()}
+    told = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", arguments, re.MULTILINE)
+    assert {name: ast.literal_eval(value) for name, value in told} == defaults
