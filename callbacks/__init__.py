@@ -2,6 +2,7 @@
 
 - `curvature_monitor`: `CurvatureMonitor`, when it measures, and its budget. The measurements are those of
   `newtonopt.curvature`.
+- `step_margin_monitor`: `StepMarginMonitor`, which logs how near steps come to raising the loss, for a forward pass.
 - `step_monitor`: `StepMonitor`, which logs the reports of Newton steps.
 - `lightning`: the module's loss on kept batches as a closure, and workarounds for Lightning's peculiarities.
 - `images`: figures in every logger that takes images.
@@ -14,6 +15,7 @@ The monitors call `lightning` for the closure and for writing values, and `tenso
 try:
     from .curvature_monitor import Budget, CurvatureMonitor
     from .lightning import Probe
+    from .step_margin_monitor import StepMarginMonitor
     from .step_monitor import StepMonitor
 except ModuleNotFoundError as error:
     raise ImportError(
@@ -21,4 +23,4 @@ except ModuleNotFoundError as error:
         "pip install lightning tensorboard."
     ) from error
 
-__all__ = ["Budget", "CurvatureMonitor", "Probe", "StepMonitor"]
+__all__ = ["Budget", "CurvatureMonitor", "Probe", "StepMarginMonitor", "StepMonitor"]

@@ -83,6 +83,64 @@ def is_trial(trainer: Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
+def watch_step(
+    trainer: Trainer, around: Callable[[Callable[[], Any], tuple[Any, ...]], Any], after: Callable[[], None]
+) -> None:
+    """Be called inside the next training step, until `unwatch_step`.
+
+    Lightning has no hook between those before a batch, which may change the batch and the module, and `training_step`;
+    and none between the optimizer's step and the moment when `trainer.global_step` counts it, on which losses depend.
+    So two methods of the strategy are replaced for one batch. No closure can reach the strategy.
+
+    Args:
+        trainer: The trainer.
+        around: Called in place of `training_step` with a function that runs it and with its arguments; returns what
+            that function returns.
+        after: Called after the optimizer's step.
+    """
+    strategy = trainer.strategy
+    run, step = strategy.training_step, strategy.optimizer_step
+
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        return around(lambda: run(*args, **kwargs), args)
+
+    def optimizer_step(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        after()
+        return result
+
+    vars(strategy).update(training_step=training_step, optimizer_step=optimizer_step)
+
+
+def unwatch_step(trainer: Trainer) -> None:
+    """Give the strategy its own methods back."""
+    for name in ("training_step", "optimizer_step"):
+        vars(trainer.strategy).pop(name, None)
+
+
+def step_again(trainer: Trainer, module: LightningModule, args: tuple[Any, ...]) -> Callable[[], Tensor]:
+    """Return a function that runs `training_step` on a copy of these arguments, as training does; returns the loss."""
+    kept, plugin = _copied(args, None), trainer.precision_plugin
+
+    def again() -> Tensor:
+        with plugin.train_step_context():
+            return loss_in(module.training_step(*_copied(kept, None)), "training_step")
+
+    return again
+
+
+def loss_in(output: Any, step: str) -> Tensor:
+    """Return the loss in the output of a step: a tensor, a dictionary with "loss", or None to skip the batch.
+
+    Raises:
+        RuntimeError: There is none.
+    """
+    loss = output if isinstance(output, Tensor) else (output or {}).get("loss")
+    if not isinstance(loss, Tensor):
+        raise RuntimeError(f"{step} returned no loss for the probe batch.")
+    return loss
+
+
 @dataclass(frozen=True)
 class Probe:
     """The loss that CurvatureMonitor measures: which batches, which method of the module, and which parameters.
@@ -281,11 +339,7 @@ class Batches:
                 share = 1.0 if samples == 1 else _size(batch) / samples  # before the step, which may change the batch
                 with nullcontext() if uncast else plugin.train_step_context():
                     output = step(batch, *([batch_idx] if takes_index else []))
-                # A step returns a tensor, a dictionary with "loss", or None to skip the batch.
-                loss = output if isinstance(output, Tensor) else (output or {}).get("loss")
-                if not isinstance(loss, Tensor):
-                    raise RuntimeError(f"{self._probe.step} returned no loss for the probe batch.")
-                (loss * share).backward()
+                (loss_in(output, self._probe.step) * share).backward()
 
         return closure, samples
 

@@ -102,6 +102,12 @@ def add_text(trainer: Trainer, measured: Measured, remark: str) -> None:
         writer.add_text(f"{measured.plan.prefix}/in_words", "  \n".join(lines), trainer.global_step)
 
 
+def add_words(trainer: Trainer, tag: str, words: str) -> None:
+    """Write a text."""
+    for writer in _writers(trainer):
+        writer.add_text(tag, words, trainer.global_step)
+
+
 def add_figures(trainer: Trainer, measured: Measured) -> None:
     """Write the histograms of all measurements to TensorBoard, and their figures to every logger that takes images.
 

@@ -205,8 +205,10 @@ function chartsOf(all) {
   const smallest = all.flatMap((s) => Object.keys(s.values).filter((name) => /^lambda_min_\d+$/.test(name)).map((name, rank) => line(s, name, `λ min ${subscript(name.slice(11))}`, later(rank))));
   add('smallest', 'Smallest eigenvalues', 'L / θ²', [...each('lambda_min', 'λ min', {...main}).map((l) => ({...l, certified: l.series.certified})), ...smallest], {level: 0, marks: true});
   add('sharpness', 'Sharpness', 'L', each('sharpness', 'sharpness', main));
-  add('margin', 'Step margin', 'above 1 a step overshoots', each('step_margin', 'step margin', main), {level: 1});
-  add('critical', 'Critical sharpness', '', each('critical_sharpness', 'critical sharpness', main));
+  // StepMarginMonitor writes at other steps than CurvatureMonitor, as scalars.
+  const beside = (name, label) => all.filter((s) => s.leads).flatMap((s) => Object.keys(s.scalars).filter((tag) => tag.endsWith(`/${name}`)).map((tag) => scalarLine(s, tag, label, main)));
+  add('margin', 'Step margin', 'above 1 a step overshoots', beside('step_margin', 'step margin'), {level: 1});
+  add('critical', 'Critical sharpness', '1 / learning rate', beside('critical_sharpness', 'critical sharpness'));
   add('gradient', 'Curvature along the gradient', 'L / θ²', each('gradient_curvature', 'g′Hg / g′g', main), {level: 0});
   add('alignment', 'Gradient along top eigenvectors', 'share of g′g', each('gradient_alignment', 'share', main), {range: [0, 1]});
   heatMaps(all, charts);
@@ -222,7 +224,7 @@ function chartsOf(all) {
 
 const UNITS = new Map([['trace', 'L / θ²'], ['gauss_newton_trace', 'L / θ²']]);
 const capital = (name) => (name[0].toUpperCase() + name.slice(1)).replaceAll('_', ' ');
-const SHOWN = /^(lambda_(max|min|\d+|min_\d+)|(preconditioned_)?lambda_max|stability_(ratio|threshold)|sharpness|step_margin|critical_sharpness|gradient_(curvature|alignment)|products|seconds|certified|converged)$/;
+const SHOWN = /^(lambda_(max|min|\d+|min_\d+)|(preconditioned_)?lambda_max|stability_(ratio|threshold)|sharpness|gradient_(curvature|alignment)|products|seconds|certified|converged)$/;
 
 /** Names of values that have no chart of their own above. */
 function otherNames(all) {
@@ -1162,7 +1164,6 @@ function verdictCard(series, theme, open) {
   put('stability_ratio', 'of the threshold', value('stability_threshold') === null ? '' : `threshold ${shown(value('stability_threshold'), 3)}`);
   put('lambda_min', 'smallest eigenvalue', between('lambda_min'));
   put('sharpness', 'sharpness');
-  put('step_margin', 'step margin');
   const [kind, verdict] = ratio === null ? [] : ratio < EDGE[0] ? ['good', 'stable'] : ratio <= EDGE[1] ? ['warn', 'edge of stability'] : ['danger', 'beyond the edge'];
   const card = el(
     'article',

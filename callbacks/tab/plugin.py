@@ -190,7 +190,8 @@ def _asker(request: wrappers.Request) -> tuple[Any, str]:
 
 
 def _is_step(tag: str) -> bool:
-    return tag.startswith("newton/")
+    """Return whether a scalar is one of StepMonitor's or StepMarginMonitor's."""
+    return tag.startswith("newton/") or tag.endswith(("/step_margin", "/critical_sharpness"))
 
 
 def _prefix_of(tag: str) -> str:

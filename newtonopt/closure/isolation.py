@@ -76,6 +76,13 @@ class Isolation:
         self._shared: list[Tensor] = []
         self._visits = _Visits()
 
+    def begin(self) -> None:
+        """Note the state that runs start from, before a run that training makes itself; `ended` notes what that leaves.
+
+        Tensors that such a run writes to, other than buffers, are not put back.
+        """
+        self._begin()
+
     @contextmanager
     def recorded(self) -> Iterator[Writes]:
         """The run whose traces stay, as in any training step; they are taken back if it raises, or by `rewind`.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
 
 from newtonopt.autodiff.graph import all_behind
 from newtonopt.vectors.subclasses import is_wrapper
@@ -73,6 +74,26 @@ class Writes:
         keys = set(self._values) | {storage._cdata for storage in assigned if storage is not None}
         saved = map(storage_of, _saved_by(start))
         return any(storage is not None and storage._cdata in keys for storage in saved)
+
+
+class WriteTap(TorchFunctionMode):
+    """Tells a record of the writes of a run that needs no other tap: one whose loss is wanted and nothing else.
+
+    Args:
+        writes: The record.
+    """
+
+    def __init__(self, writes: Writes) -> None:
+        super().__init__()
+        self._writes = writes
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if is_write(func, kwargs):
+            self._writes.before(func, args, kwargs)
+        return func(*args, **kwargs)
 
 
 class Memory:

@@ -15,6 +15,7 @@ Measurements at a point, that is of an `Evaluation`, a closure or an optimizer:
 - `tangent_kernels`: `neural_tangent_kernel`.
 - `stability`: `stability_threshold` and `preconditioned`, the two numbers of the edge of stability.
 - `ascent`: `sharpness`. `slices`: `loss_slice`.
+- `step_margins`: `step_margin`, the loss along an optimizer's own step.
 
 `drawing` makes the axes that densities and slices are drawn in. `showing` makes the tables of results in notebooks.
 
@@ -59,6 +60,7 @@ from newtonopt.curvature.measurements.trace import Trace
 from newtonopt.curvature.measuring import measure
 from newtonopt.curvature.slices import LossSurface, loss_slice
 from newtonopt.curvature.stability import preconditioned, stability_threshold
+from newtonopt.curvature.step_margins import StepMargin, step_margin
 from newtonopt.curvature.tangent_kernels import neural_tangent_kernel
 from newtonopt.curvature.traces import Diagonal, FrobeniusNorm, TraceEstimate, diagonal, frobenius_norm, trace
 
@@ -89,6 +91,7 @@ __all__ = [
     "SpectralDensity",
     "Spectrum",
     "Stability",
+    "StepMargin",
     "Tag",
     "Trace",
     "TraceEstimate",
@@ -110,5 +113,6 @@ __all__ = [
     "sharpness",
     "spectral_density",
     "stability_threshold",
+    "step_margin",
     "trace",
 ]

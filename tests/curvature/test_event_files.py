@@ -95,7 +95,7 @@ def test_a_resumed_run_replaces_what_it_measured_again(tmp_path: Path) -> None:
 
 
 def test_certified_may_stand_in_a_group_of_its_own(tmp_path: Path) -> None:
-    history = history_of(tmp_path, GOOD + scalar(3, "curvature_cost/certified", 1.0))
+    history = history_of(tmp_path, GOOD + scalar(3, "curvature-bookkeeping/certified", 1.0))
     assert history is not None and history.measured[3]["certified"] == 1.0
 
 

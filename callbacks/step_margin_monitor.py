@@ -1,0 +1,329 @@
+"""How near an optimizer's steps come to raising the loss, logged while a model trains, for a forward pass each."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from tensorboard.plugins.custom_scalar.layout_pb2 import Category
+from torch import Tensor
+from torch.optim import Optimizer
+
+from newtonopt.checks import check_flag, check_whole, explains_arguments
+from newtonopt.closure.isolation import Isolation, UnprotectedError, Watch
+from newtonopt.closure.writes import WriteTap
+from newtonopt.curvature import StepMargin
+from newtonopt.curvature.step_margins import along
+from newtonopt.vectors.flat import differs
+from newtonopt.vectors.processes import Processes
+from newtonopt.vectors.sharded import is_sharded, local_part, resharded
+
+from .lightning import is_trial, log_values, loss_in, passes_multiple, step_again, unwatch_step, watch_step
+from .tensorboard import add_page, add_words, multiline
+
+# A replay whose loss differs from training's by more than this share of it is of another function. One that differs
+# by less, but by more than this share of g'd, was rounded in another way, as of a compiled model without its compiler.
+_ANOTHER, _ROUNDED = 0.01, 1e-3
+
+
+class StepMarginMonitor(Callback):
+    """Log how near an optimizer's own steps come to raising the loss, for a forward pass each time.
+
+    Let d be the step that the optimizer has just taken on a batch, phi(s) = L(theta + s d) - L(theta) the change of
+    that batch's loss, with the same random numbers, and g its gradient before clipping. The step margin
+    `1 - phi(1) / g'd` is 0 where the loss falls as the gradient foretells, 1/2 at the lowest point along the step, and
+    1 or more where the step has overshot. At the edge of stability it hovers around 1. Below the edge it tells nothing
+    of the largest eigenvalue, and it lags behind a rising one: `CurvatureMonitor` measures that.
+
+    It works with any optimizer, any kernel, mixed precision, gradient clipping and accumulation, compiled models, and
+    on several processes, where the loss is their mean. Training stays the same to the bit: parameters, `.grad`,
+    buffers, random state, metrics and logs. A measurement that fails warns once and is left out; training goes on.
+
+    Values go to every logger and to `trainer.callback_metrics`. Nothing is written for a step that does not go
+    downhill on its batch, or that a gradient scaler has skipped. A step that is measured keeps three copies of the
+    parameters for as long.
+
+    Args:
+        every_n_train_steps: Optimizer steps between measurements, one or more. Default 50: a forward pass is about
+            half of a training step, so that measuring adds about one percent.
+        critical_sharpness: Whether to look for the critical step too, where the loss would rise, for up to five more
+            forward passes (Kalra et al. 2026, arXiv 2601.16979). Default False.
+        prefix: Prefix of the tags. Default "curvature".
+
+    Raises:
+        ValueError: A setting is out of its range; when a fit starts, another monitor has the same `prefix`.
+
+    Warns:
+        UserWarning: The module optimizes manually, `training_step` computes another loss when it runs again, a
+            measurement fails, or a fit ends without one.
+
+    Example:
+        >>> from newtonopt.callbacks import StepMarginMonitor
+        >>> StepMarginMonitor(every_n_train_steps=10, critical_sharpness=True).every_n_train_steps
+        10
+    """
+
+    @explains_arguments(
+        {
+            **dict.fromkeys(("every", "every_n_steps", "every_n_batches", "log_every_n_steps"), "every_n_train_steps"),
+            "critical": "critical_sharpness",
+        }
+    )
+    def __init__(
+        self, every_n_train_steps: int = 50, critical_sharpness: bool = False, prefix: str = "curvature"
+    ) -> None:
+        check_whole("every_n_train_steps", every_n_train_steps, 1)
+        check_flag("critical_sharpness", critical_sharpness)
+        self.every_n_train_steps = every_n_train_steps
+        self.critical_sharpness = critical_sharpness
+        self.prefix = prefix
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget the last fit."""
+        self._enabled = True
+        self._watch: Watch | None = None
+        self._watched = False
+        self._checked = False
+        self._starts_again = False
+        self._measured = False
+        self._warned = False
+        self._step = 0
+        self._is_played = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget the last step."""
+        self._played: list[Played] = []
+        self._before: list[Tensor] = []
+        self._gradient: list[Tensor | None] | None = None
+        self._found: StepMargin | None = None
+        self._rate: float | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(c, StepMarginMonitor) for c in callbacks) > 1:
+            raise ValueError("callbacks must hold at most one StepMarginMonitor, got several. Remove the others.")
+        self._begin()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enabled = pl_module.automatic_optimization
+        if not self._enabled:
+            rank_zero_warn(
+                "StepMarginMonitor measures nothing: under manual optimization training_step would train the model "
+                "when it runs again. Use newtonopt.curvature.step_margin, or CurvatureMonitor with a Probe(step=...)."
+            )
+
+    # A training step, in the order of its hooks.
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._enabled:
+            return
+        if not self._watched:
+            # The first step of training tells whether running it again would change what cannot be put back.
+            self._watched, self._watch = True, Watch(pl_module.training_step)
+        every = 1 if is_trial(trainer) else self.every_n_train_steps
+        self._step, self._is_played = trainer.global_step, False
+        if passes_multiple(self._step, self._step + 1, every):
+            watch_step(
+                trainer,
+                lambda run, args: self._around(trainer, pl_module, run, args),
+                lambda: self._after(trainer, pl_module),
+            )
+
+    def _around(self, trainer: Trainer, module: LightningModule, run: Callable[[], Any], args: tuple[Any, ...]) -> Any:
+        """Run `training_step`, and keep what it takes to run it again."""
+        if self._is_played:  # an optimizer runs its closure again
+            return run()
+        self._is_played = True
+        # The tap of a Newton optimizer must not see what is done here.
+        with torch._C.DisableTorchFunction():
+            params = _trained(module)
+            again = step_again(trainer, module, args)
+            isolation = Isolation(again, params)
+            isolation.begin()
+        output = run()
+        if output is not None:  # a step that skips its batch
+            with torch._C.DisableTorchFunction():
+                isolation.ended()
+                self._before = _copies(params)
+                self._played.append(Played(again, isolation, float(loss_in(output, "training_step").detach())))
+                self._gradient = None
+        return output
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._played or self._gradient is not None:
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        with torch._C.DisableTorchFunction():
+            gradients = [p.grad for p in _trained(pl_module)]
+            self._gradient = [None if g is None else local_part(g).detach() / scale for g in gradients]
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        rates = {float(group["lr"]) for group in optimizer.param_groups if "lr" in group}
+        self._rate = rates.pop() if len(rates) == 1 else None
+
+    def _after(self, trainer: Trainer, module: LightningModule) -> None:
+        """Measure, right after the optimizer's step."""
+        self._check_watch()
+        if not self._enabled or self._gradient is None:
+            return
+        try:
+            self._found = self._measure(_trained(module), self._gradient, trainer.accumulate_grad_batches)
+        except Exception as error:
+            if not self._warned:
+                rank_zero_warn(
+                    f"StepMarginMonitor could not measure step {trainer.global_step + 1}, and training goes on: "
+                    f"{type(error).__name__}: {error}"
+                )
+            self._warned = True
+        for played in self._played:
+            if played.isolation.unprotected:
+                self._stop(f"it would have changed training further. {UnprotectedError(played.isolation.unprotected)}")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        unwatch_step(trainer)
+        self._check_watch()
+        if self._found is not None:
+            self._log(trainer, self._found)
+        if trainer.global_step != self._step:
+            self._forget()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        unwatch_step(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget()
+        if self._enabled and not self._measured and not self._warned:
+            rank_zero_warn(
+                f"StepMarginMonitor measured nothing in this fit, which ended at step {trainer.global_step}: no step "
+                f"was due by every_n_train_steps={self.every_n_train_steps}, or none went downhill. Lower that."
+            )
+
+    def _check_watch(self) -> None:
+        if self._watch is not None and (changed := self._watch.changed()):
+            self._stop(f"that would change training. {UnprotectedError(changed)}")
+        self._watch = None
+
+    def _stop(self, why: str) -> None:
+        """Measure no more in this fit."""
+        if self._enabled:
+            rank_zero_warn(f"StepMarginMonitor measures nothing from here on: {why}")
+        self._enabled = False
+
+    # A measurement.
+
+    def _measure(
+        self, params: Sequence[Tensor], gradient: Sequence[Tensor | None], micro_batches: int
+    ) -> StepMargin | None:
+        """Return the margin of the step just taken; None for a step that was skipped or does not go downhill."""
+        before, after = self._before, _copies(params)
+        processes = Processes(before[0])
+
+        def mean(compute: Callable[[], float]) -> float:
+            return float(processes.gather(lambda: (None, (compute(), 0.0)))[1][:, 0].mean())
+
+        def loss_at(place: Sequence[Tensor]) -> float:
+            return mean(lambda: sum(played.loss_at(params, place) for played in self._played) / micro_batches)
+
+        def rise(s: float) -> float:
+            place = after if s == 1.0 else [torch.lerp(b, a, s) for b, a in zip(before, after, strict=True)]
+            return loss_at(place) - loss
+
+        slope = mean(lambda: _inner(gradient, before, after))
+        slope *= processes.count if is_sharded(params) else 1
+        if not slope < 0.0:
+            return None
+        try:
+            loss = mean(lambda: sum(played.loss for played in self._played) / micro_batches)
+            if self._starts_again or not self._checked:
+                again = loss_at(before)
+                if not abs(again - loss) <= _ANOTHER * abs(loss):
+                    self._stop(
+                        f"training_step computes another loss ({again:.6g}, not {loss:.6g}) when it runs again on the "
+                        "same batch with the same random numbers."
+                    )
+                    return None
+                self._starts_again = self._starts_again or abs(again - loss) > _ROUNDED * abs(slope)
+                self._checked, loss = True, again if self._starts_again else loss
+            return along(rise, slope, loss, self.critical_sharpness)
+        finally:
+            _place(params, after)
+
+    def _log(self, trainer: Trainer, found: StepMargin) -> None:
+        names = {"step_margin": found.margin, "critical_step": found.critical_step}
+        if found.critical_step is not None and self._rate:
+            names["critical_sharpness"] = 2.0 / (self._rate * found.critical_step)
+        values = {f"{self.prefix}/{name}": value for name, value in names.items() if value is not None}
+        if not values:
+            return
+        log_values(trainer, values)
+        if not self._measured:
+            chart = multiline("Step margin", [f"{re.escape(self.prefix)}/step_margin$"])
+            add_page(trainer, [Category(title="Last step", chart=[chart])])
+        self._measured = True
+        add_words(trainer, f"{self.prefix}/step_in_words", found.in_words())
+
+
+@dataclass(frozen=True, eq=False)
+class Played:
+    """A run of `training_step` in training that can be run again.
+
+    Attributes:
+        again: Runs it again; returns the loss.
+        isolation: Where it started.
+        loss: The loss that it returned.
+    """
+
+    again: Callable[[], Tensor]
+    isolation: Isolation
+    loss: float
+
+    def loss_at(self, params: Sequence[Tensor], place: Sequence[Tensor]) -> float:
+        """Return the loss with the parameters at a place, from where the run in training started, without a trace."""
+        _place(params, place)
+        # The parameters have moved while a module compiled for training kept its code: run that without the compiler.
+        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        alone = self.isolation.isolated()
+        with torch.enable_grad(), alone as writes, resharded(params, trace=False), eager, WriteTap(writes):
+            return float(self.again().detach())
+
+
+def _trained(module: LightningModule) -> list[Tensor]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _copies(params: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies of this process's parts of the parameters."""
+    return [local_part(p).detach().clone() for p in params]
+
+
+def _place(params: Sequence[Tensor], place: Sequence[Tensor]) -> None:
+    """Write values into the parameters, hidden from autograd, where they differ."""
+    for p, values in zip(params, place, strict=True):
+        part = local_part(p).detach()
+        if differs(part, values):
+            part.data.copy_(values)
+
+
+def _inner(gradient: Sequence[Tensor | None], before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Return g'(after - before) over this process's parts, in float64."""
+    total = 0.0
+    for g, b, a in zip(gradient, before, after, strict=True):
+        if g is not None:
+            g = g.to_dense() if g.is_sparse else g
+            total += float((g.double() * (a - b).double()).sum())
+    return total
