@@ -23,7 +23,7 @@ from lightning_problems import (
 )
 from torch import Tensor, nn
 
-from newtonopt.callbacks import CurvatureMonitor
+from newtonopt.callbacks import Budget, CurvatureMonitor
 from newtonopt.callbacks.curvature_monitor import Allowance
 
 
@@ -125,6 +125,21 @@ def test_measuring_takes_no_larger_share_than_allowed(tmp_path: Path) -> None:
     assert measured_steps(tmp_path / "ends", quick(every_n_train_steps=1, **ends), max_epochs=1) == [0, 3]
     with pytest.raises(ValueError, match="max_overhead must be above 0 and at most 1, got 0"):
         quick(max_overhead=0)
+
+
+def test_measuring_is_bounded_unless_somebody_says_how_often() -> None:
+    bounds = [CurvatureMonitor(**settings)._share() for settings in ({}, {"every_n_train_steps": 100})]
+    assert bounds == [0.15, None]
+    assert CurvatureMonitor(every_n_epochs=1, budget=Budget(max_overhead=0.5))._share() == 0.5
+
+
+def test_the_first_measurement_of_a_kind_does_not_count() -> None:
+    allowance = Allowance(1e-15)
+    allowance.spend(True, 1e-9)
+    allowance.spend(False, 0.0)
+    assert allowance.allows(False)
+    allowance.spend(True, 1e-9)
+    assert not allowance.allows(False)
 
 
 def test_a_measurement_that_took_no_time_is_always_allowed() -> None:

@@ -199,7 +199,7 @@ def follow(
     """Track a spectrum as `extreme_eigenvalues` does, but from the gradient too, and end earlier.
 
     The run ends after `most` products at latest, and as soon as estimates say that the largest eigenvalue is known to
-    less than the tolerance and the others to a tenth.
+    less than the tolerance and the others to a twentieth.
 
     Returns:
         The spectrum; None if the start has equal eigenvalues, which cannot be tracked.
