@@ -88,8 +88,8 @@ def measure(
         last: The return value of the last call in this run, whose eigenvectors to track, until the largest eigenvalue
             is known to `tolerance` and the others to a tenth, both by estimates. Eigenvalues that these vectors know
             nothing of may be missed: `curvature/certified` is 0 then, and `_upper` and `_lower` enclose some
-            eigenvalue, perhaps not the extreme one. It is certified again only where tracking is seen to fail: leave `last` out now and then. None
-            (default): from random starts, with bounds that hold for the extreme ones.
+            eigenvalue, perhaps not the extreme one. It is certified again only where tracking is seen to fail: leave
+            `last` out now and then. None (default): from random starts, with bounds that hold for the extreme ones.
 
     Returns:
         The values by tag: `curvature/lambda_max` and so on.
