@@ -2,9 +2,9 @@
 
 Each network trains under Lightning with Adam, from the same weights with one monitor after the other, in one process.
 The same run times training steps and measurements apart, and the table compares their medians over all rounds. A
-monitor measures every 100 steps: nine measurements follow the last one, the tenth starts at random. A round takes 300
-steps, with one certified measurement and two that follow it. The overhead weighs them as they occur in training: (9
-followed + 1 certified) / 1000 steps.
+monitor measures every 100 steps: one measurement in `Budget.certify_every` starts at random, the others track the last
+one. A round takes 300 steps, with one certified measurement and two that track it. The overhead weighs them as they
+occur in training: (19 tracked + 1 certified) / 2000 steps.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 
 from newtonopt.callbacks import Budget, CurvatureMonitor
 
-EVERY, CERTIFY = 100, 10
-BUDGET = Budget(certify_every=3)  # in a round one measurement is certified, and two follow it
+EVERY, CERTIFY = 100, Budget().certify_every
+BUDGET = Budget(certify_every=3)  # in a round one measurement is certified, and two track it
 NETWORKS: dict[str, Callable[[], Setup]] = {
     "conv": convolutional,
     "gpt": lambda: gpt(4, 128, 4, 64, batch=16, length=64),
@@ -152,7 +152,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     clock = time.perf_counter if args.clock == "wall" else time.process_time
     table = Table(title=f"Added time at a measurement every {args.every} steps, one in {CERTIFY} certified")
-    for column in ("network", "monitor", "step, s", "followed: steps (products)", "certified", "added"):
+    for column in ("network", "monitor", "step, s", "tracked: steps (products)", "certified", "added"):
         table.add_column(column, justify="left" if column in ("network", "monitor") else "right")
     for name in args.networks:
         step, times = measure(name, args.rounds, args.every, clock)

@@ -335,11 +335,19 @@ class KeptGraph:
         outputs: The recorded outputs.
         outside: Whether the loss depends on the parameters other than through the outputs; None: to be found out from
             the graph if somebody asks.
+        gradients: The loss's gradient by each parameter with its own graph, for Hessian products; None: it has none.
     """
 
-    def __init__(self, loss: Tensor | None = None, outputs: Sequence[Output] = (), outside: bool | None = None) -> None:
+    def __init__(
+        self,
+        loss: Tensor | None = None,
+        outputs: Sequence[Output] = (),
+        outside: bool | None = None,
+        gradients: Gradients | None = None,
+    ) -> None:
         self._live = None if loss is None else (loss, tuple(outputs))
         self._outside = outside
+        self._gradients = gradients
         self._is_freed = False
 
     @property
@@ -353,6 +361,11 @@ class KeptGraph:
             raise RuntimeError(_FREED)
         return self._live
 
+    @property
+    def gradients(self) -> Gradients | None:
+        """The gradient by each parameter with its own graph; None if the gradient was computed without one."""
+        return self._gradients
+
     def leaves_outputs_out(self, params: Sequence[Tensor]) -> bool:
         """Whether the loss depends on the parameters other than through the outputs."""
         if self._outside is None:
@@ -363,11 +376,11 @@ class KeptGraph:
     def drop(self, params: Sequence[Tensor]) -> None:
         """Let the graph go, after a look at whether the loss leaves outputs out."""
         self.leaves_outputs_out(params)
-        self._live = None
+        self._live = self._gradients = None
 
     def free(self) -> None:
         """Let the graph go, and refuse all products."""
-        self._live = None
+        self._live = self._gradients = None
         self._is_freed = True
 
     def check_alive(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from newtonopt.autodiff.gradients import forward_mode, grad, gradient_of
+from newtonopt.autodiff.gradients import Gradients, forward_mode, grad, grad_with_graph, gradient_of
 from newtonopt.autodiff.graph import all_behind, coarsest, reaches
 from newtonopt.checks import check_closure, check_weight
 from newtonopt.closure.accumulation import Group
@@ -134,6 +134,8 @@ class Objective:
         products: How products are formed, "auto" (default) or as for `evaluate`.
         weight: Weight of this process in the mean, above zero; None (default): found from the losses.
         known: Findings of earlier steps about the closure; None (default): none.
+        twice: Whether an evaluation that keeps its graph computes the gradient with a graph too, so that Hessian
+            products need no second backward pass. Default False: without such products the graph serves nothing.
         point: The parameters' values, `(n,)`; None (default): copied from the parameters.
         runs: State of the closure's runs for another objective; None (default): there were none.
 
@@ -162,6 +164,7 @@ class Objective:
         weight: float | None = None,
         known: Known | None = None,
         *,
+        twice: bool = False,
         point: Tensor | None = None,
         runs: Runs | None = None,
     ) -> None:
@@ -173,6 +176,7 @@ class Objective:
         self.products: Products = supported(products) if self._sharded else products
         self._weight = weight
         self._known = Known() if known is None else known
+        self._twice = twice
         with torch.no_grad():
             self.point = flatten(self.params, self.params).clone() if point is None else point
         self._processes = Processes(self.point)
@@ -637,7 +641,9 @@ class Objective:
     def _run(self, writes: Writes, *, backward: bool, release: bool) -> Run:
         """Run the closure once, for an evaluation."""
         cached = self.products in ("auto", "cached")
-        recorder = Recorder(self.params, cached=cached, accumulates=backward and self._sharded)
+        recorder = Recorder(
+            self.params, cached=cached, accumulates=backward and self._sharded, twice=self._twice and cached
+        )
         recording: Recording | None = None
         tap = self._tap(
             backward=backward,
@@ -835,12 +841,16 @@ class Recorder:
         params: The parameters.
         cached: Whether the losses are kept.
         accumulates: Whether their gradients are added to `.grad`, as `backward` does it.
+        twice: Whether the gradient of losses that are kept gets a graph of its own. Default False.
     """
 
-    def __init__(self, params: Sequence[Tensor], *, cached: bool, accumulates: bool = False) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], *, cached: bool, accumulates: bool = False, twice: bool = False
+    ) -> None:
         self._params = params
         self._cached = cached
         self._accumulates = accumulates
+        self._twice = twice
         self._kept: list[Tensor] = []
         self._are_products = True
         self._related: set[int] = set()
@@ -905,10 +915,12 @@ class Recorder:
         loss, gradient = tap.total(returned), self._gradient
         if gradient is None:
             live = self._sum_of_losses()
-            gradients = local_gradients(live, self._params)
+            bound = self._gradients_with_graph(live)
+            gradients = local_gradients(live, self._params) if bound is None else bound
             self._relate(gradients)
-            loss, gradient, outputs = live.detach(), flatten(gradients, self._params), tap.outputs.of_all(live)
-            graph, sizes = KeptGraph(live, outputs), {z.number: z.tensor.numel() for z in outputs}
+            loss, outputs = live.detach(), tap.outputs.of_all(live)
+            gradient = flatten([None if g is None else g.detach() for g in gradients], self._params)
+            graph, sizes = KeptGraph(live, outputs, gradients=bound), {z.number: z.tensor.numel() for z in outputs}
         else:
             if not self._related:
                 raise UnrelatedError(UNRELATED)
@@ -930,6 +942,17 @@ class Recorder:
             weight=tap.outputs.weight(),
             advice=tap.outputs.advice(),
         )
+
+    def _gradients_with_graph(self, live: Tensor) -> Gradients | None:
+        """Return the gradient with a graph of its own; None where none is wanted or none can be computed."""
+        if not self._twice:
+            return None
+        try:
+            gradients = grad_with_graph(live, self._params)
+        except RuntimeError:
+            return None  # the ordinary gradient, or its error, says more
+        there = [g for g in gradients if g is not None]
+        return gradients if there and all(g.layout == torch.strided for g in there) else None
 
     @torch.enable_grad()
     def _sum_of_losses(self) -> Tensor:

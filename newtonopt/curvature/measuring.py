@@ -71,7 +71,8 @@ def measure(
         top: How many of the largest eigenvalues, one or more. Default 3.
         bottom: How many of the smallest eigenvalues, zero or more. Default 1.
         sharpness: "ball" (default), "adaptive_ball" or "average", at a radius of 0.05; for another radius a
-            `Sharpness`; None: not measured.
+            `Sharpness`; None: not measured. Where eigenvalues are tracked (see `last`) it is left out, unless you give
+            `Sharpness(always=True)`.
         measurements: Further measurements: `Layers`, `Trace`, `Density`, `GaussNewtonSpectrum`, `Alignment`,
             `RelativeSharpness`, `LossSlice`, or one of your own.
         gradient: Whether to measure the curvature along the gradient, for one product. Default True.
@@ -88,11 +89,11 @@ def measure(
         weight: Weight of this process in the mean over several, as for `evaluate`; None (default): found from the
             losses.
         prefix: Prefix of the tags. Default "curvature".
-        last: The return value of the last call in this run, whose eigenvectors to follow, until the largest eigenvalue
-            is known to `tolerance` and the others to a tenth. Eigenvalues that these vectors know nothing of may be
-            missed: `certified` is 0 then, and `_upper` and `_lower` enclose some eigenvalue, perhaps not the
-            extreme one. It is certified again only where following is seen to fail: leave `last` out now and then. None
-            (default): from random starts, with bounds that hold for the extreme ones.
+        last: The return value of the last call in this run, whose eigenvectors to track, until the largest eigenvalue
+            is known to `tolerance` and the others to a tenth, both by estimates. Eigenvalues that these vectors know
+            nothing of may be missed: `certified` is 0 then, and `_upper` and `_lower` enclose some
+            eigenvalue, perhaps not the extreme one. It is certified again only where tracking is seen to fail: leave
+            `last` out now and then. None (default): from random starts, with bounds that hold for the extreme ones.
 
     Returns:
         The values by tag: `curvature/lambda_max` and so on.

@@ -119,7 +119,7 @@ def _hessian(evaluation: Evaluation, number: int | None) -> LinearOperator:
 
     def form(manner: Manner, block: int | None) -> Product:
         if manner.form == "cached":
-            return products.cached(evaluation, products.hessian_of, block)
+            return products.cached_hessian(evaluation, block)
         if manner.form == "streamed":
             return products.streamed_hessian(evaluation)
         return products.differenced_hessian(evaluation, manner.length)

@@ -63,6 +63,14 @@ def hessian_of(
     return _derivative(grad_with_graph(loss, params), params, keep)
 
 
+def cached_hessian(evaluation: Evaluation, number: int | None = None) -> Product:
+    """Return `v -> H v` on the graph that the evaluation keeps, from its gradient's own graph if it has one."""
+    bound = evaluation.recording.graph.gradients
+    if bound is None or number is not None:
+        return cached(evaluation, hessian_of, number)
+    return cached(evaluation, lambda loss, outputs, params, keep: _derivative(bound, params, keep))
+
+
 def _derivative(gradients: Gradients, params: Sequence[Tensor], keep: bool) -> Callable[[Tensor], Gradients]:
     """Return `v -> H v` from gradients with their graph: `H v` is the derivative of `g'v`."""
     # Entries that are constant in the parameters have no graph, and no second derivative.

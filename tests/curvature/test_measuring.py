@@ -159,7 +159,7 @@ def test_tracking_follows_the_preconditioned_eigenvalue_that_nobody_asked_for() 
 def test_following_takes_fewer_products_and_says_that_it_certifies_nothing() -> None:
     problem = Problem()
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.05)
-    settings: dict[str, Any] = {"top": 2, "tolerance": 1e-3, "sharpness": Sharpness(radius=0.3)}
+    settings: dict[str, Any] = {"top": 2, "tolerance": 1e-3, "sharpness": Sharpness(radius=0.3, always=True)}
     first = measure(problem.closure, problem.model.parameters(), optimizer, **settings)
     for _ in range(3):
         optimizer.step(problem.closure)
@@ -168,8 +168,8 @@ def test_following_takes_fewer_products_and_says_that_it_certifies_nothing() -> 
     assert (first["curvature-bookkeeping/certified"], followed["curvature-bookkeeping/certified"]) == (1.0, 0.0)
     assert followed["curvature-bookkeeping/products"] < 0.7 * fresh["curvature-bookkeeping/products"]
     assert followed.keys() == fresh.keys()
-    for name in ("lambda_max", "lambda_2", "lambda_min", "sharpness"):
-        assert followed[f"curvature/{name}"] == pytest.approx(fresh[f"curvature/{name}"], rel=1e-2)
+    for name, error in (("lambda_max", 1e-2), ("lambda_2", 0.1), ("lambda_min", 0.1), ("sharpness", 1e-2)):
+        assert followed[f"curvature/{name}"] == pytest.approx(fresh[f"curvature/{name}"], rel=error)
     _, hessian = problem.dense()
     values = torch.linalg.eigvalsh(hessian)
     for name in ("lambda_max", "lambda_min"):
@@ -188,30 +188,42 @@ def test_what_was_followed_and_lost_is_looked_for_afresh() -> None:
     def closure() -> Tensor:
         return 0.5 * (2.0 * p[0] ** 2 + growth * (weights * p[1:] ** 2).sum())
 
-    settings: dict[str, Any] = {"top": 1, "bottom": 0, "sharpness": None, "max_products": 24}
+    settings: dict[str, Any] = {"top": 1, "bottom": 0, "sharpness": None}
     first = measure(closure, [p], **settings)
     assert first["curvature/lambda_max"] == pytest.approx(2.0)
     growth.fill_(1.0)
-    blind = measure(closure, [p], **settings, gradient=False, last=first)
-    assert blind["curvature-bookkeeping/certified"] == 0.0 and blind["curvature/lambda_max"] < 44.0
-    found = measure(closure, [p], **settings, last=first)
-    assert found["curvature-bookkeeping/certified"] == 1.0
+    # One product is too few to tell the old eigenvector from the gradient in the start.
+    blind = measure(closure, [p], **settings, gradient=False, last=first, max_products=1)
+    assert blind["curvature-bookkeeping/certified"] == 0.0 and blind["curvature/lambda_max"] < 40.0
+    assert measure(closure, [p], **settings, last=first, max_products=1)["curvature-bookkeeping/certified"] == 1.0
+    # With a few more, tracking finds the new eigenvector by itself, since it starts from the gradient too.
+    found = measure(closure, [p], **settings, last=first, max_products=24)
     assert found["curvature/lambda_max"] == pytest.approx(45.0, rel=1e-2)
 
 
-def test_following_takes_a_quarter_of_the_products_allowed() -> None:
+def test_sharpness_is_left_to_certified_measurements_unless_it_is_asked_for() -> None:
+    problem = Problem()
+    params = list(problem.model.parameters())
+    first = measure(problem.closure, params)
+    assert "curvature/sharpness" in first
+    assert "curvature/sharpness" not in measure(problem.closure, params, last=first)
+    always = measure(problem.closure, params, last=first, sharpness=Sharpness(always=True))
+    assert always["curvature/sharpness"] == pytest.approx(first["curvature/sharpness"], rel=1e-2)
+
+
+def test_following_takes_a_quarter_of_the_products_allowed_at_most() -> None:
     problem = Problem()
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.05)
     settings: dict[str, Any] = {"tolerance": 1e-9, "sharpness": None, "gradient": False, "max_products": 60}
     first = measure(problem.closure, problem.model.parameters(), optimizer, **settings)
     optimizer.step(problem.closure)
-    for allowed, taken in ((60, 15), (24, 12), (8, 8)):  # a quarter, or twice the four eigenvalues and four
+    for allowed, most in ((60, 15), (24, 12), (6, 6)):  # a quarter, or twice the four eigenvalues and four
         settings["max_products"] = allowed
         followed = measure(problem.closure, problem.model.parameters(), last=first, **settings)
-        assert followed["curvature-bookkeeping/products"] == taken
+        assert 6 <= followed["curvature-bookkeeping/products"] <= most
     settings |= {"tolerance": 1e-2, "max_products": 24}
     followed = measure(problem.closure, problem.model.parameters(), last=first, **settings)
-    assert 6 <= followed["curvature-bookkeeping/products"] <= 12
+    assert 4 <= followed["curvature-bookkeeping/products"] <= 12
     _, hessian = problem.dense()
     assert followed["curvature/lambda_max"] == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-2)
 

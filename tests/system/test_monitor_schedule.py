@@ -23,7 +23,7 @@ from lightning_problems import (
 )
 from torch import Tensor, nn
 
-from newtonopt.callbacks import CurvatureMonitor
+from newtonopt.callbacks import Budget, CurvatureMonitor
 from newtonopt.callbacks.curvature_monitor import Allowance
 
 
@@ -150,6 +150,21 @@ def test_measuring_takes_no_larger_share_than_allowed(tmp_path: Path) -> None:
         quick(max_overhead=0)
 
 
+def test_measuring_is_bounded_unless_somebody_says_how_often() -> None:
+    bounds = [CurvatureMonitor(**settings)._share() for settings in ({}, {"every_n_train_steps": 100})]
+    assert bounds == [0.15, None]
+    assert CurvatureMonitor(every_n_epochs=1, budget=Budget(max_overhead=0.5))._share() == 0.5
+
+
+def test_the_first_measurement_of_a_kind_does_not_count() -> None:
+    allowance = Allowance(1e-15)
+    allowance.spend(True, 1e-9)
+    allowance.spend(False, 0.0)
+    assert allowance.allows(False)
+    allowance.spend(True, 1e-9)
+    assert not allowance.allows(False)
+
+
 def test_a_measurement_that_took_no_time_is_always_allowed() -> None:
     allowance = Allowance(1.0)
     allowance.spend(True, 0.0)
@@ -158,10 +173,10 @@ def test_a_measurement_that_took_no_time_is_always_allowed() -> None:
     assert not allowance.allows(True)
 
 
-def test_every_tenth_measurement_is_certified(tmp_path: Path) -> None:
+def test_every_twentieth_measurement_is_certified(tmp_path: Path) -> None:
     measured_steps(tmp_path, quick(every_n_train_steps=1, gradient=False), max_epochs=7)
     certified = [value for _, value in from_csv(tmp_path)["curvature-bookkeeping/certified"]]
-    assert certified == [float(i % 10 == 0) for i in range(21)]
+    assert certified == [float(i % 20 == 0) for i in range(21)]
     # TensorBoard draws a margin chart only where all three were written at the same steps.
     for name in ("lambda_max", "lambda_max_lower", "lambda_max_upper"):
         assert len(from_csv(tmp_path)[f"curvature/{name}"]) == 21

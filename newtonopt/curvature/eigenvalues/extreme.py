@@ -58,7 +58,7 @@ class Eigenvalue:
         multiplicity: Number of entries at this end, this one included, that equal it within the tolerance.
         vector: Unit vector x `(n,)`, in the operator's dtype and on its device.
         error: Estimated error of a tracked value: residual^2 over the distance to the nearest other Ritz value, and at
-            most the residual. It holds if no eigenvalue nearby was missed. Infinite (default): not estimated, as the
+            most the residual. It holds if no eigenvalue nearby was missed. Default inf: not estimated, as the
             interval says more.
 
     Example:
@@ -243,7 +243,7 @@ def follow(
     """Track a spectrum as `extreme_eigenvalues` does, but from the gradient too, and end earlier.
 
     The run ends after `most` products at latest, and as soon as estimates say that the largest eigenvalue is known to
-    less than the tolerance and the others to a tenth.
+    less than the tolerance and the others to a twentieth.
 
     Returns:
         The spectrum; None if the start has equal eigenvalues, which cannot be tracked.

@@ -660,7 +660,8 @@ def take(
     params = trained_parameters(params)
     began = time.perf_counter()
     known = None if last is None else Known(last.verdicts)
-    objective = Objective(closure, params, products=plan.products, weight=weight, known=known)
+    twice = plan.curvature == "hessian"
+    objective = Objective(closure, params, products=plan.products, weight=weight, known=known, twice=twice)
     evaluation = objective.evaluate()
     if last is None:
         objective.check_replay(evaluation)
