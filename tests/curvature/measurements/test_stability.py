@@ -33,7 +33,7 @@ def words(measurement: Any, result: Any) -> str:
         (StabilityRatio(20.0, -0.5, False, 0.1), "-0.5 times the stability threshold 20: steps are stable, and far"),
         (StabilityRatio(6.2, 2.0, False), "overshoot and grow"),
         (StabilityRatio(6.2, 2.0, False), "divide the learning rates by 2; at the start"),
-        (StabilityRatio(20.0, 1.6, False, 0.1), "lower lr from 0.1 to 0.0625; at the start of training, warm up to it."),
+        (StabilityRatio(20.0, 1.6, False, 0.1), "lower lr from 0.1 to 0.0625; at the start of training, warm up"),
         (StabilityRatio(38e3, 0.5, True), "The largest eigenvalue of the preconditioned matrix is 0.5 times"),
     ],
 )
