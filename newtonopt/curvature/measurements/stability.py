@@ -15,9 +15,10 @@ from newtonopt.curvature.measurements.measurement import Chart, Measured, Measur
 from newtonopt.curvature.measurements.preconditioned import Preconditioned
 from newtonopt.curvature.stability import stability_threshold
 
-# Between these ratios of the largest eigenvalue to the threshold training is called at the edge: full-batch gradient
-# descent and Adam hover within 6 % of it (Cohen et al. 2021, 2022). Below the first it is called far from it.
-_FAR, _BELOW, _BEYOND = 0.1, 0.9, 1.1
+# Between the last two ratios of the largest eigenvalue to the threshold training is called at the edge: full-batch
+# gradient descent and Adam hover within 6 % of it (Cohen et al. 2021, 2022), and small networks up to 22 % above it
+# while their loss falls (docs/draw_curvature_runs.py). Below the first it is called far from it.
+_FAR, _BELOW, _BEYOND = 0.1, 0.9, 1.25
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def words(measurement: Any, result: Any) -> str:
         (StabilityRatio(20.0, -0.5, False, 0.1), "-0.5 times the stability threshold 20: steps are stable, and far"),
         (StabilityRatio(6.2, 2.0, False), "overshoot and grow"),
         (StabilityRatio(6.2, 2.0, False), "divide the learning rates by 2; at the start"),
-        (StabilityRatio(20.0, 1.25, False, 0.1), "lower lr from 0.1 to 0.08; at the start of training, warm up to it."),
+        (StabilityRatio(20.0, 1.6, False, 0.1), "lower lr from 0.1 to 0.0625; at the start of training, warm up"),
         (StabilityRatio(38e3, 0.5, True), "The largest eigenvalue of the preconditioned matrix is 0.5 times"),
     ],
 )
@@ -42,7 +42,7 @@ def test_words_say_whether_steps_are_stable(result: StabilityRatio, meaning: str
 
 
 @pytest.mark.parametrize(
-    ("ratio", "verdict"), [(0.5, "below the edge of stability (ratio 0.5)"), (1.02, "at the"), (1.2, "beyond the")]
+    ("ratio", "verdict"), [(0.5, "below the edge of stability (ratio 0.5)"), (1.02, "at the"), (1.3, "beyond the")]
 )
 def test_the_verdict_says_where_training_is(ratio: float, verdict: str) -> None:
     measured = Measured(Plan((Stability(),)), {}, "auto", {}, "", {Stability: StabilityRatio(1.0, ratio, False)}, {})
