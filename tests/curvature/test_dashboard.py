@@ -66,7 +66,7 @@ def log_of_all() -> Log:
         log.add_training(step, "newton/damping", 1.0 + step)
         log.add_training(step, "newton/ratio", 0.5)
         log.add_training(step, "train_loss", 1.0 / (1.0 + step))
-    log.add_words(["Costs $\\frac{ of it.", "Measured with 5 products in 1 s."])
+    log.add_words(["Costs $\\frac{$ of it.", "Measured with 5 products in 1 s."])
     return log
 
 
@@ -158,7 +158,7 @@ def test_heat_maps_show_counts_and_layers() -> None:
 
 def test_the_last_sentences_are_the_caption_and_are_no_formulas() -> None:
     figure = dashboard(log_of_all().history())
-    assert figure.get_supxlabel() == "Step 30. Costs $\\frac{ of it."
+    assert figure.get_supxlabel() == "Step 30. Costs $\\frac{$ of it."
     drawn(figure)
 
 
@@ -201,13 +201,13 @@ def folder_of(path: Path, values: dict[str, float]) -> Path:
 
 def test_runs_of_a_folder_are_compared_by_colour(tmp_path: Path) -> None:
     folder_of(tmp_path / "_sgd", {"lambda_max": 1.0, "stability_threshold": 2.0, "stability_ratio": 0.5})
-    folder_of(tmp_path / "adam$^{", {"lambda_max": 3.0})
+    folder_of(tmp_path / "adam$^{$", {"lambda_max": 3.0})
     figure = plot_history(str(tmp_path))
     axes = panel(figure, "Largest eigenvalues")
     known = {tuple(values): to_hex(line.get_color()) for line, (_, values) in zip(axes.lines, lines(axes), strict=True)}
     assert known[1.0, 2.0] == known[2.0, 4.0] != known[3.0, 6.0]
     (legend,) = figure.legends
-    assert [text.get_text().strip() for text in legend.get_texts()] == ["_sgd", "adam$^{"]
+    assert [text.get_text().strip() for text in legend.get_texts()] == ["_sgd", "adam$^{$"]
     assert not axes.patches
     drawn(figure)
 
@@ -244,7 +244,7 @@ def test_no_measurements_give_an_empty_figure_that_says_so() -> None:
     "values",
     [
         {"lambda_max": 9e99, "lambda_max_upper": -9e99, "stability_ratio": -9e99, "stability_threshold": 0.0},
-        {"lambda_max": 0.0, "lambda_max_of/$_{": -1.0, "lambda_max_of/\n\x00" + "x" * 500: 0.0, "lambda_min": 1e-45},
+        {"lambda_max": 0.0, "lambda_max_of/$_{$": -1.0, "lambda_max_of/\n\x00" + "x" * 500: 0.0, "lambda_min": 1e-45},
     ],
 )
 def test_values_that_no_measurement_has_can_be_drawn(values: dict[str, float]) -> None:
