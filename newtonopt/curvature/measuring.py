@@ -31,6 +31,7 @@ from newtonopt.curvature.measurements.preconditioned import Preconditioned
 from newtonopt.curvature.measurements.sharpness import Sharpness
 from newtonopt.curvature.measurements.stability import Stability
 from newtonopt.curvature.stability import adapts
+from newtonopt.vectors.flat import trained_parameters
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -178,7 +179,7 @@ def for_optimizers(plan: Plan, optimizers: Sequence[Optimizer], params: Sequence
         optimizers: Optimizers that train some of the parameters.
         params: Parameters that are measured.
     """
-    trained = [p for p in params if p.requires_grad]
+    trained = trained_parameters(params)
     asked = any(isinstance(measurement, Preconditioned) for measurement in plan.measurements)
     if asked or not any(adapts(optimizer, trained) for optimizer in training(optimizers, trained)[:1]):
         return plan
