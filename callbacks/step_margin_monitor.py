@@ -24,6 +24,7 @@ from newtonopt.curvature import StepMargin
 from newtonopt.curvature.step_margins import along
 from newtonopt.vectors.flat import differs
 from newtonopt.vectors.processes import Processes
+from newtonopt.vectors.scaling import dot
 from newtonopt.vectors.sharded import is_sharded, local_part, resharded
 
 from .lightning import is_trial, log_values, loss_in, passes_multiple, step_again, unwatch_step, watch_step
@@ -320,10 +321,10 @@ def _place(params: Sequence[Tensor], place: Sequence[Tensor]) -> None:
 
 
 def _inner(gradient: Sequence[Tensor | None], before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Return g'(after - before) over this process's parts, in float64."""
+    """Return g'(after - before) over this process's parts."""
     total = 0.0
     for g, b, a in zip(gradient, before, after, strict=True):
         if g is not None:
-            g = g.to_dense() if g.is_sparse else g
-            total += float((g.double() * (a - b).double()).sum())
+            whole = g.to_dense() if g.is_sparse else g
+            total += dot(whole.reshape(-1), (a - b).reshape(-1))
     return total

@@ -11,6 +11,7 @@ from keepers import content
 from torch import Tensor, nn
 
 from newtonopt import HessianFree, evaluate, hessian
+from newtonopt.closure.writes import Memory, Writes, WriteTap
 
 
 def test_inputs_that_a_closure_makes_leaves_are_not_written_to() -> None:
@@ -69,3 +70,15 @@ def test_a_network_in_the_graph_that_the_closure_writes_to(when: str, how: str) 
     if evaluation.form == "streamed":
         with pytest.raises(RuntimeError, match=r"writes in place to a tensor that its loss is computed from.*streamed"):
             evaluate(closure, actor.parameters(), products="cached")
+
+
+def test_a_run_under_the_write_tap_is_taken_back() -> None:
+    kept, own = torch.ones(3), torch.zeros(2)
+    writes = Writes(Memory([kept], []))
+    with WriteTap(writes):
+        kept.add_(1.0)
+        torch.mul(kept, 2.0, out=kept)
+        own.add_(1.0)
+    writes.swap()
+    assert kept.tolist() == [1.0] * 3
+    assert own.tolist() == [1.0] * 2, "it is not among the tensors"
