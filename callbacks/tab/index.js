@@ -1053,7 +1053,9 @@ class Page {
 
   fillCards() {
     const open = new Set([...this.cards.querySelectorAll('details[open]')].map((details) => details.dataset.id));
-    this.cards.replaceChildren(...this.chosen().filter((s) => s.steps.length).map((s) => verdictCard(s, this.theme, open.has(s.id))));
+    const measured = this.chosen().filter((s) => s.steps.length);
+    const sentences = measured.length > 2 ? 1 : 2;
+    this.cards.replaceChildren(...measured.map((s) => verdictCard(s, this.theme, sentences, open.has(s.id))));
   }
 
   /** Show what is wrong with the data, a sentence each. */
@@ -1151,7 +1153,7 @@ class Page {
 }
 
 /** What the last measurement of a run says, in numbers and words. */
-function verdictCard(series, theme, open) {
+function verdictCard(series, theme, sentences, open) {
   const k = series.steps.length - 1;
   const value = (name) => series.values[name]?.[k] ?? null;
   const numbers = [];
@@ -1175,7 +1177,7 @@ function verdictCard(series, theme, open) {
   // First what somebody has to know: whether to trust the numbers, then whether the steps are stable.
   const rank = (word) => (/^Nothing is certified/.test(word) ? 0 : /stab|overshoot|diverg/i.test(word) ? 1 : 2);
   const items = [...series.words].sort((a, b) => rank(a) - rank(b)).map((word) => el('li', {}, word));
-  const first = items.slice(0, 2);
+  const first = items.slice(0, sentences);
   card.append(el('ul', {}, ...first));
   if (items.length > first.length) {
     const details = el('details', {open}, el('summary', {}, `${items.length - first.length} more`), el('ul', {}, ...items.slice(first.length)));
