@@ -35,20 +35,22 @@ class Equation:
     anew: bool = False  # whether points are drawn anew in each step
 
 
-def convection(seed: int, beta: float, count: int = 1000, anew: bool = False) -> Problem:
-    """The problem with `count` residual points at random, 128 initial points and 64 boundary times.
+def convection(seed: int, beta: float, count: int = 1000, anew: bool = False, times: int = 64) -> Problem:
+    """The problem with `count` residual points at random, 128 initial points and `times` boundary times.
 
     Args:
         seed: Seed of the weights and the residual points.
         beta: Speed of the convection; the larger, the harder.
         count: Number of residual points.
         anew: Whether residual points are drawn anew before each step.
+        times: Number of times at which the values at both edges agree. In the time between two of them the solution
+            moves by `beta / (times - 1)`.
     """
     torch.manual_seed(seed)
     model = tanh_network()
     inside = _Points(count, (0.0, 0.0), (2 * pi, 1.0))
     initial = torch.cartesian_prod(_linspace(0.0, 2 * pi, 128), _linspace(0.0, 0.0, 1))
-    left, right = _edges(0.0, 2 * pi, 64)
+    left, right = _edges(0.0, 2 * pi, times)
 
     def loss() -> Tensor:
         x, t = inside.columns
@@ -404,7 +406,9 @@ EQUATIONS = {
         "u_t + a u u_x = b u_xx, a and b unknown", inverse_burgers, _burgers, "relative error of a and b"
     ),
 }
-# The first equation with more points, and with points drawn anew: remedies for spurious solutions.
+# Convection with more points, and with points drawn anew: remedies for spurious solutions. At the higher speed 64 times
+# at the edges are too few: the solution moves by an eighth of its period between two of them, and what lies in between
+# is free: with points drawn anew, seed 0 ended at a loss of 4e-14 and an error of 3e-3.
 REMEDIES = {
     "convection-30-more": Equation(
         "u_t + 30 u_x = 0, 2000 points",
@@ -415,6 +419,12 @@ REMEDIES = {
         "u_t + 30 u_x = 0, points drawn anew in each step",
         partial(convection, beta=30.0, anew=True),
         EQUATIONS["convection-30"].solution,
+        anew=True,
+    ),
+    "convection-50-anew": Equation(
+        "u_t + 50 u_x = 0, points drawn anew in each step, 200 times at the edges",
+        partial(convection, beta=50.0, anew=True, times=200),
+        EQUATIONS["convection-50"].solution,
         anew=True,
     ),
 }

@@ -51,9 +51,15 @@ class Factors:
         """Add the rows' inner products to the lower half of `out`, `(m, m)`, block by block."""
         size = min(_block_of(out), len(out))
         one, other = out.new_empty(size * size), out.new_empty(size * size)
+        # Blocks whose rows use the parameter fewer times than others do are filled up with zeros, which add nothing.
+        uses = {
+            i.start: [a for a, left in enumerate(self.left[:, i]) if bool(left.any())]
+            for i, j in _lower_blocks(out)
+            if i == j
+        }
         for i, j in _lower_blocks(out):
             block = out[i, j]
-            for a, b in itertools.product(range(len(self.left)), repeat=2):
+            for a, b in itertools.product(uses[i.start], uses[j.start]):
                 left = torch.mm(self.left[a, i], self.left[b, j].T, out=one[: block.numel()].view(block.shape))
                 right = torch.mm(self.right[a, i], self.right[b, j].T, out=other[: block.numel()].view(block.shape))
                 block.addcmul_(left, right)
@@ -229,20 +235,40 @@ def assembled(pieces: Sequence[Piece], shape: torch.Size, m: int, like: Tensor) 
 
 
 def merged(outers: Sequence[Outers]) -> list[Outers]:
-    """Return the outer products with those of the same rows that have an equal factor made one."""
+    """Return the pieces; those of the same rows become one where their left or right factors are multiples."""
     found: list[Outers] = []
     for new in outers:
         for place, old in enumerate(found):
-            if old.first == new.first and old.left.shape == new.left.shape and old.right.shape == new.right.shape:
-                if torch.equal(old.left, new.left):
-                    found[place] = Outers(old.first, old.left, old.right + new.right)
-                    break
-                if torch.equal(old.right, new.right):
-                    found[place] = Outers(old.first, old.left + new.left, old.right)
-                    break
+            both = _made_one(old, new)
+            if both is not None:
+                found[place] = both
+                break
         else:
             found.append(new)
     return found
+
+
+def _made_one(old: Outers, new: Outers) -> Outers | None:
+    """Return the sum of two pieces of the same rows that share a factor, up to multiples; None if they do not."""
+    if (old.first, old.left.shape, old.right.shape) != (new.first, new.left.shape, new.right.shape):
+        return None
+    if (times := _multiple(new.left, old.left)) is not None:
+        return Outers(old.first, old.left, old.right + times * new.right)
+    if (times := _multiple(new.right, old.right)) is not None:
+        return Outers(old.first, old.left + times * new.left, old.right)
+    return None
+
+
+def _multiple(new: Tensor, old: Tensor) -> Tensor | None:
+    """Return `c`, a number for each vector, with `new = c old` up to rounding; None if there is none."""
+    squares = old.square().sum(-1, keepdim=True)
+    c = (new * old).sum(-1, keepdim=True) / squares.where(squares > 0, 1)
+    rounding = _ROUNDING * torch.finfo(new.dtype).eps * new.norm(dim=-1)
+    return c if bool(((new - c * old).norm(dim=-1) <= rounding).all()) else None
+
+
+# Rounding units by which multiples may differ: second derivatives compute one factor in two ways, up to 10 units apart.
+_ROUNDING = 64
 
 
 def _factors(outers: Sequence[Outers], m: int, s: int, like: Tensor) -> Factors:

@@ -166,6 +166,41 @@ def test_outer_products_with_an_equal_factor_become_one() -> None:
     assert len(merged([*pieces, Outers(4, left, right)])) == 2
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_outer_products_with_factors_that_are_multiples_become_one(side: str) -> None:
+    left, right, rows = outers(5, 2, 10, 12)
+    left[3], rows[3] = 0.0, 0.0
+    other = numbers(5, 2, 12 if side == "left" else 10, shift=5.0)
+    # A number for each outer product, as where a residual has a coefficient that varies from sample to sample.
+    c = torch.tensor([2.0, -1e-9, 0.0, 7.0, 1e9], dtype=D)[:, None, None] * numbers(5, 2, 1, shift=6.0)
+    new = Outers(0, c * left, other) if side == "left" else Outers(0, other, c * right)
+    both = [Outers(0, left, right), new]
+    true = rows + torch.einsum("ntp,ntq->npq", new.left, new.right).flatten(1)
+    [one] = merged(both)
+    assert one.left.shape == left.shape
+    for found, row in zip(torch.einsum("ntp,ntq->npq", one.left, one.right).flatten(1), true, strict=True):
+        close(found, row)
+
+
+def test_outer_products_are_not_made_one_where_a_single_row_differs() -> None:
+    left, right, _ = outers(5, 1, 10, 12)
+    other = numbers(5, 1, 12, shift=5.0)
+    for change in (1e-12, 1.0):
+        nearly = 3 * left
+        nearly[4, 0, 0] += change * left[4].norm()
+        assert len(merged([Outers(0, left, right), Outers(0, nearly, other)])) == 2
+    # No multiple of zeros.
+    assert len(merged([Outers(0, 0 * left, right), Outers(0, left, other)])) == 2
+
+
+@pytest.mark.parametrize("block", [2, 3, 192])
+def test_inner_products_of_rows_with_different_numbers_of_uses(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK", block)
+    found = joined([both(s, m, 4, 5, shift=float(s))[0] for s, m in ((1, 4), (3, 5), (2, 1))])
+    assert isinstance(found, Factors) and found.left.shape == (3, 10, 4)
+    close(grammed(found), found.dense() @ found.dense().T)
+
+
 def test_formed_rows_beside_factors_are_formed() -> None:
     left, right, rows = outers(3, 1, 10, 12)
     more = numbers(2, 120, shift=4.0)

@@ -848,6 +848,14 @@ def test_sequences_flattened_for_a_loss_are_samples(flat: Callable[[Tensor], Ten
 # Precision.
 
 
+def test_second_derivatives_use_a_weight_twice_and_once_for_each_dimension() -> None:
+    model, x = network(2, 1, width=40), numbers(9, 2).requires_grad_()
+    closure = lambda: F.mse_loss(laplacian(model, x), x[:, 0].sin().detach())  # noqa: E731
+    _, rows = check((closure, list(model.parameters())))
+    # Autograd uses a weight twice for each dimension instead, with factors that are multiples of each other.
+    assert [len(part.left) for part in rows.parts if isinstance(part, Factors)] == [4]
+
+
 def test_rows_in_single_precision() -> None:
     model = network(3, 2).float()
     x, y = numbers(100, 3).float(), numbers(100, 2).float()
