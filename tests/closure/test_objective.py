@@ -226,3 +226,24 @@ def test_every_model_replays_bit_equal() -> None:
         objective = Objective(case.closure, case.params)
         loss = float(objective.record().loss)
         assert objective.loss_at(torch.zeros_like(objective.point)) == loss, name
+
+
+def test_gradient_and_hessian_can_share_one_backward_pass() -> None:
+    """Loss, gradient and products are those of two passes, and the graphs go with the evaluation."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    inputs, labels = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 2
+
+    def closure() -> Tensor:
+        loss = F.cross_entropy(model(inputs), labels)
+        loss.backward()
+        return loss
+
+    apart, joined = (Objective(closure, model.parameters(), twice=twice).evaluate() for twice in (False, True))
+    assert apart.recording.graph.gradients is None
+    assert joined.recording.graph.gradients is not None
+    assert not joined.gradient.requires_grad
+    torch.testing.assert_close(joined.gradient, apart.gradient, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(hessian(joined).dense(), hessian(apart).dense(), rtol=1e-10, atol=1e-12)
+    joined.free()
+    assert joined.recording.graph.gradients is None
