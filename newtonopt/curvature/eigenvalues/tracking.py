@@ -36,8 +36,8 @@ _WEIGHT = 0.3
 # Norm of the random part of the start where there is no gradient.
 _RANDOM_PART = 0.1
 # Share of the tolerance to which the largest eigenvalue must be known by the estimate, and share of its own size to
-# which the others must be: the estimate is exceeded where two eigenvalues are close. With a tenth for the others, the
-# third one of a convolutional network was once 19 % off.
+# which the others must be: the estimate is exceeded where two eigenvalues are close. It cannot see a neighbour that was
+# missed: the third eigenvalue of a convolutional network was once 19 % off, with a tenth for the others as with this.
 _LARGEST, _OTHERS = 0.3, 0.05
 # A tracked value is dropped if its vector is a new one and it has moved inwards by the first share of the spectrum's
 # width, or has crossed zero and is the second share of the width away from it. A vector is a new one if its part in the
