@@ -51,7 +51,7 @@ class Budget:
         max_seconds: How long a measurement may take, roughly; what does not fit is left out. None (default): no bound.
         max_overhead: The share of the training time that measuring may add, above 0 and at most 1, such as 0.15 for
             15 %: measurements that would exceed it are left out, but for the first of each kind and those at the start
-            and the end, which do not count. None (default): 0.15 where the monitor is given neither
+            and the end, which do not count. None (default): 0.1 where the monitor is given neither
             `every_n_train_steps` nor `every_n_epochs`, and no bound where it is given one of them.
         certify_every: Every how many measurements start at random, one or more; 1: all. The others track the
             eigenvectors of the last one, with a quarter of `max_products` or a little more, and certify nothing:
@@ -87,7 +87,7 @@ class Budget:
 
 
 # Share of the training time that measuring may add where nobody has said how often to measure.
-_SHARE = 0.15
+_SHARE = 0.1
 
 # Names that other callbacks and libraries give to an argument, and its name here.
 _ELSEWHERE = {

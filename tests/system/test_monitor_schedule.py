@@ -152,7 +152,7 @@ def test_measuring_takes_no_larger_share_than_allowed(tmp_path: Path) -> None:
 
 def test_measuring_is_bounded_unless_somebody_says_how_often() -> None:
     bounds = [CurvatureMonitor(**settings)._share() for settings in ({}, {"every_n_train_steps": 100})]
-    assert bounds == [0.15, None]
+    assert bounds == [0.1, None]
     assert CurvatureMonitor(every_n_epochs=1, budget=Budget(max_overhead=0.5))._share() == 0.5
 
 
