@@ -10,7 +10,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
@@ -181,8 +182,10 @@ def _written_layout(folder: str) -> Layout:
     """Return the last layout in a run's event files; an empty one if there is none."""
     layout = Layout()
     for path in sorted(Path(folder).glob("*tfevents*")):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
+        for record in RawEventFileLoader(str(path)).Load():
+            if CONFIG_SUMMARY_TAG.encode() not in record:  # parsing every event of a long run would take seconds
+                continue
+            for value in Event.FromString(record).summary.value:
                 if value.tag == CONFIG_SUMMARY_TAG and value.tensor.string_val:
                     layout = Layout.FromString(value.tensor.string_val[0])
     return layout
