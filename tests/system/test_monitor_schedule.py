@@ -173,10 +173,10 @@ def test_a_measurement_that_took_no_time_is_always_allowed() -> None:
     assert not allowance.allows(True)
 
 
-def test_every_twentieth_measurement_is_certified(tmp_path: Path) -> None:
+def test_every_tenth_measurement_is_certified(tmp_path: Path) -> None:
     measured_steps(tmp_path, quick(every_n_train_steps=1, gradient=False), max_epochs=7)
     certified = [value for _, value in from_csv(tmp_path)["curvature-bookkeeping/certified"]]
-    assert certified == [float(i % 20 == 0) for i in range(21)]
+    assert certified == [float(i % 10 == 0) for i in range(21)]
     # TensorBoard draws a margin chart only where all three were written at the same steps.
     for name in ("lambda_max", "lambda_max_lower", "lambda_max_upper"):
         assert len(from_csv(tmp_path)[f"curvature/{name}"]) == 21
