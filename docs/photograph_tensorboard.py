@@ -1,10 +1,10 @@
 """Take the pictures of TensorBoard: `python docs/photograph_tensorboard.py LOGDIR [NAME ...]`.
 
-NAME is a picture. "tensorboard" (default) is the README's and needs the logs of `make demo`.
-"tensorboard_custom_scalars", "tensorboard_images", "tensorboard_histograms" and "tensorboard_text" are the monitor
-page's and need the logs of `configs/everything_measured.yaml`. "curvature_tab" is that of docs/tab.md and needs a
-folder with the logs of `configs/sgd_edge_of_stability.yaml`, with Density and Layers measured too, and of
-`configs/adam_with_curvature.yaml`. The program needs chromium, its chromedriver and `pip install selenium`.
+NAME is a picture. "tensorboard_custom_scalars", "tensorboard_images", "tensorboard_histograms" and "tensorboard_text" are
+the monitor page's and need the logs of `configs/everything_measured.yaml`. "curvature_tab" is that of docs/tab.md, and
+"curvature_tab_top" (default) the README's; both need a folder with the logs of `configs/sgd_edge_of_stability.yaml`,
+with Density and Layers measured too, and of `configs/adam_with_curvature.yaml`. LOGDIR is shown in the pictures. The
+program needs chromium, its chromedriver and `pip install selenium`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from tensorboard import program
 
 # The page of each picture, and its height.
 PAGES = {
-    "tensorboard": ("custom_scalars", 1290),
     "tensorboard_custom_scalars": ("custom_scalars", 1600),
     "tensorboard_images": ("images", 690),
     "tensorboard_histograms": ("histograms", 560),
     "tensorboard_text": ("text", 720),
     "curvature_tab": ("newtonopt_curvature", 2226),
+    "curvature_tab_top": ("newtonopt_curvature", 1345),
 }
 _FLAGS = (
     "--headless=new",
@@ -101,4 +101,4 @@ for (const box of visit(document, 'paper-checkbox', [])) {
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:] or ["tensorboard"])
+    main(sys.argv[1], sys.argv[2:] or ["curvature_tab_top"])
