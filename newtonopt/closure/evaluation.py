@@ -308,6 +308,7 @@ class Recording:
         holds_constant: Whether the closure holds parts of its loss constant, by `detach` or `no_grad`.
         hooks_gradients: Whether hooks that it registers change gradients.
         weight: Number of entries that its losses are means over; zero: not known.
+        losses: Number of its losses: of the calls of `backward` that count.
         advice: Error message for a closure without recorded outputs, which says what to write.
     """
 
@@ -322,6 +323,7 @@ class Recording:
     holds_constant: bool = False
     hooks_gradients: bool = False
     weight: float = 0.0
+    losses: int = 1
     advice: str = ""
 
 

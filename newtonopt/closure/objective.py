@@ -940,6 +940,7 @@ class Recorder:
             holds_constant=tap.holds_constant or tap.gradients.was_read,
             hooks_gradients=tap.hooks.change,
             weight=tap.outputs.weight(),
+            losses=max(1, tap.terms),
             advice=tap.outputs.advice(),
         )
 

@@ -105,9 +105,9 @@ class Alignment(Measurement[TermGradients]):
     `torch.stack(...).sum()` is one term; a parameter that is added by itself, as a learned weight is, is none.
 
     Args:
-        names: Names of the terms, two to eight, such as ["equation", "start"]. With a multiple of as many summands, as
-            of a closure that goes through several batches, every summand in turn belongs to the next name, and those
-            of one name are added up. None (default): "1", "2" and so on, for up to eight summands.
+        names: Names of the terms, two to eight, such as ["equation", "start"], as many as each loss has summands that
+            the closure calls `backward` on; the terms of several batches are added up by name. None (default): "1", "2"
+            and so on, for up to eight summands.
 
     Example:
         >>> import torch
@@ -158,8 +158,8 @@ class Alignment(Measurement[TermGradients]):
             raise UnmeasurableError(
                 'The terms of the loss are found in its graph, which products="cached" alone keeps.'
             )
-        places = _places(evaluation)
-        names = self._names(len(places), view)
+        calls = _places(evaluation)
+        names, places = self._names([len(call) for call in calls], view), [place for call in calls for place in call]
         if view.affordable(len(places)) < len(places):
             return None
         gradients = [
@@ -178,15 +178,20 @@ class Alignment(Measurement[TermGradients]):
             along_top = tuple(sign * _cosine(vector, g) for g in gradients)
         return TermGradients(names, norms, cosines, conflict, along_top)
 
-    def _names(self, count: int, view: View) -> tuple[str, ...]:
+    def _names(self, per_call: Sequence[int], view: View) -> tuple[str, ...]:
         """Return the terms' names.
+
+        Args:
+            per_call: Number of summands of each loss that `backward` is called on.
+            view: The point.
 
         Raises:
             UnmeasurableError: The loss has another number of terms, on some process.
         """
-        # All processes come to the same decision.
-        found = torch.tensor([float(count)], dtype=torch.float64, device=view.gradient.device)
-        counts = [int(float(own)) for own in view.objective.collect(found)]
+        # All processes come to the same decision: on the number of terms, and on whether all losses have as many.
+        own = [float(sum(per_call)), float(per_call[0]), float(len(set(per_call)))]
+        found = view.objective.collect(torch.tensor(own, dtype=torch.float64, device=view.gradient.device))
+        counts, firsts, kinds = ([int(number) for number in column] for column in torch.stack(list(found)).T)
         count = counts[0]
         if len(set(counts)) > 1:
             raise UnmeasurableError(f"The loss must have as many summands on all processes, got {counts}.")
@@ -199,10 +204,11 @@ class Alignment(Measurement[TermGradients]):
                 f"The loss must have at most {_MOST} summands where names is None, got {count}. Give names, or write "
                 "torch.stack([...]).sum() for summands that are one term."
             )
-        if self.names is not None and count % len(self.names):
+        # Summands of one loss are never added up: nobody could tell the summands of a sum within it from terms.
+        if self.names is not None and ({*firsts} != {len(self.names)} or {*kinds} != {1}):
             raise UnmeasurableError(
-                f"The number of summands must be a multiple of the {len(self.names)} names, got {count}. Write "
-                "torch.stack([...]).sum() for summands that are one term."
+                f"The loss must have {len(self.names)} summands, as many as names, got {firsts[0]}. Write "
+                "torch.stack([...]).sum() for summands that are one term, and call backward once for each batch."
             )
         return tuple(self.names or map(str, range(1, count + 1)))
 
@@ -263,29 +269,40 @@ _SCALINGS = frozenset({"Mul", "Div", "Mean", "Sum", "ToCopy", "View", "Squeeze",
 _Entry = tuple[GradientEdge, Tensor, Tensor | None]
 
 
-def _places(evaluation: Evaluation) -> list[_Entry]:
-    """Return where each term enters, in the order in which terms are added."""
-    found: list[_Entry] = []
+def _places(evaluation: Evaluation) -> list[list[_Entry]]:
+    """Return for each loss where its terms enter, in the order in which they are added."""
+    found: list[list[_Entry]] = []
     for part in (one for one, _ in evaluation.parts) if evaluation.parts else (evaluation,):
         loss, _ = part.graph
-        edges = summands(loss)
+        calls = [summands(edge) for edge in _losses(get_gradient_edge(loss), part.recording.losses)]
+        edges = [edge for call in calls for edge in call]
         nodes = {edge.node for edge in edges}
         if reached([operand for node in nodes for operand, _ in node.next_functions], nodes):
             # The derivative by the one has a part that belongs to the other.
             raise UnmeasurableError("One summand of the loss is computed from another one.")
-        weights = torch.autograd.grad(loss, edges, retain_graph=True)
-        found += [(edge, weight, part.mask) for edge, weight in zip(edges, weights, strict=True)]
+        weights = iter(torch.autograd.grad(loss, edges, retain_graph=True))
+        found += [[(edge, next(weights), part.mask) for edge in call] for call in calls]
     return found
 
 
-def summands(loss: Tensor) -> list[GradientEdge]:
+def _losses(total: GradientEdge, count: int) -> list[GradientEdge]:
+    """Return the edges of the losses whose sum `((l1 + l2) + l3) + ...` an evaluation keeps."""
+    found = []
+    for _ in range(count - 1):
+        (left, left_number), (right, right_number) = total.node.next_functions
+        assert left is not None and right is not None
+        found.append(GradientEdge(right, right_number))
+        total = GradientEdge(left, left_number)
+    return [total, *reversed(found)]
+
+
+def summands(loss: GradientEdge) -> list[GradientEdge]:
     """Return the edges of the scalars that a loss is a sum of, with constant weights, in the order of the sum.
 
     A leaf, such as a learned weight that is added by itself, is none of them.
     """
     found: dict[tuple[Node, int], GradientEdge] = {}
-    start = get_gradient_edge(loss)
-    waiting = [(start.node, start.output_nr)]
+    waiting = [(loss.node, loss.output_nr)]
     while waiting:
         node, number = waiting.pop()
         live = [(operand, nr) for operand, nr in node.next_functions if operand is not None]

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from newtonopt.curvature import Alignment, Measured, measure
 from newtonopt.curvature.measurements.alignment import TermGradients, summands
@@ -151,7 +152,7 @@ def test_losses_for_parameters_of_their_own_are_terms_too() -> None:
 def test_terms_are_the_summands_of_the_loss(total: Callable[..., Tensor], weights: list[float]) -> None:
     w = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
     loss = total(*(w * torch.eye(3, dtype=torch.float64) @ w).pow(2).unbind())
-    found = torch.autograd.grad(loss, summands(loss), retain_graph=True)
+    found = torch.autograd.grad(loss, summands(get_gradient_edge(loss)), retain_graph=True)
     assert [float(weight) for weight in found] == weights
 
 
@@ -172,7 +173,9 @@ def test_a_learned_weight_that_is_added_is_no_term() -> None:
             {},
             "must have at most 8 summands where names is None, got 9",
         ),
-        (lambda w: w[0] ** 2 + w[1] ** 2, ["a", "b", "c"], {}, "a multiple of the 3 names, got 2"),
+        (lambda w: w[0] ** 2 + w[1] ** 2, ["a", "b", "c"], {}, "must have 3 summands, as many as names, got 2"),
+        # A sum of Python's, of which half the summands would be taken for the other term.
+        (lambda w: (w[0] - 2) ** 2 + 0.1 * sum(w[i] ** 2 for i in range(3)), ["a", "b"], {}, "as many as names, got 4"),
         (lambda w: (a := w[0] ** 2 + 0 * w[1].exp()) + (a * 5).exp(), None, {}, "is computed from another one"),
         (
             lambda w: w[0] ** 2 + w[1] ** 2,
@@ -183,7 +186,7 @@ def test_a_learned_weight_that_is_added_is_no_term() -> None:
     ],
 )
 def test_words_say_why_there_are_no_terms(loss: Any, names: Any, settings: Any, why: str) -> None:
-    w = torch.tensor([0.5, 0.7], dtype=torch.float64, requires_grad=True)
+    w = torch.tensor([0.5, 0.7, 0.9], dtype=torch.float64, requires_grad=True)
     found = of(lambda: loss(w), [w], Alignment(names), **settings)
     assert why in found.unmeasurable()["Alignment"]
     assert not [tag for tag in found if "alignment" in tag]
