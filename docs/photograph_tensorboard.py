@@ -1,10 +1,10 @@
 """Take the pictures of TensorBoard: `python docs/photograph_tensorboard.py LOGDIR [NAME ...]`.
 
 NAME is a picture. "tensorboard_custom_scalars", "tensorboard_images", "tensorboard_histograms" and "tensorboard_text"
-are the monitor page's and need the logs of `configs/everything_measured.yaml`. "curvature_tab" is that of docs/tab.md, and
-"curvature_tab_top" (default) the README's; both need a folder with the logs of `configs/sgd_edge_of_stability.yaml`,
-with Density and Layers measured too, and of `configs/adam_with_curvature.yaml`. LOGDIR is shown in the pictures. The
-program needs chromium, its chromedriver and `pip install selenium`.
+are the monitor page's and need the logs of `configs/everything_measured.yaml`. "curvature_tab" is that of
+docs/tab.md, and "curvature_tab_top" (default) the README's; both need a folder with the logs of
+`configs/sgd_edge_of_stability.yaml`, with Density and Layers measured too, and of `configs/adam_with_curvature.yaml`.
+LOGDIR is shown in the pictures. The program needs chromium, its chromedriver and `pip install selenium`.
 """
 
 from __future__ import annotations
