@@ -148,15 +148,18 @@ def of_its_own_end(request: Request, known: Knowledge, previous: Previous) -> Re
     """Return the request without the values of each end that come from the other end of the spectrum.
 
     A run sees equal eigenvalues once, and nearly equal ones late: if several of the top ones are about zero, the next
-    largest Ritz value is one of the bottom's. Such a value lies far further in than the one measured last, or on the
-    other side of zero, and its vector contains little of the old ones. The first value of each end stays.
+    largest Ritz value is one of the bottom's. Such a value is the bottom's first, unless the run saw the whole space, or
+    lies far further in than the one measured last, or on the other side of zero, and its vector contains little of the
+    old ones. The first value of each end stays.
     """
     values = known.block.values.tolist()
     before = (*previous.top, *previous.bottom)
     width, width_before = max(values) - min(values), max(before) - min(before)
     olds = ((previous.top, previous.top_vectors), (previous.bottom, previous.bottom_vectors))
+    is_whole = len(values) == known.block.vectors[0].shape[0]
     ends = []
     for (sign, count), (old, vectors) in zip(request.ends, olds, strict=True):
+        opposite = min(range(len(values)), key=lambda index: sign * values[index])
         order = sorted(range(len(values)), key=lambda index: -sign * values[index])[:count]
         rank = min(1, len(order))
         while 0 < rank < len(order) and old:
@@ -166,6 +169,8 @@ def of_its_own_end(request: Request, known: Knowledge, previous: Previous) -> Re
             far = inwards > _MOVED * width * width_before
             across = value < -_ACROSS * width and was > -_ACROSS * width_before
             if (far or across) and _part(known.block.vectors[order[rank]], vectors) < _PART:
+                break
+            if order[rank] == opposite and not is_whole:
                 break
             rank += 1
         ends.append((sign, rank if old else len(order)))

@@ -188,3 +188,14 @@ def test_followed_values_are_those_of_their_own_end(sign: float, budget: int) ->
 def test_a_start_of_another_kind_is_refused() -> None:
     with pytest.raises(TypeError, match="start must be a Spectrum, or None, got 'last'"):
         extreme_eigenvalues(diagonal(SLOW), start="last")  # type: ignore[arg-type]
+
+
+def test_the_smallest_value_is_never_shown_as_the_next_largest() -> None:
+    """Equal top eigenvalues are seen once, so that a short run has the other end's value next."""
+    values = torch.cat([torch.full((10,), 66.0), torch.linspace(-1e-6, 0.0, 90)]).double()
+    first = extreme_eigenvalues(diagonal(values + torch.linspace(0.0, 30.0, 100).flip(0)), top=3, bottom=1)
+    towards = torch.zeros(100, dtype=torch.float64)
+    towards[-2:] = 1.0
+    found = follow(diagonal(values), first, 3, 1, 1e-2, 12, 0, towards)
+    assert found is not None and found.top[0].value == pytest.approx(66.0, rel=1e-2)
+    assert all(entry.value > 1.0 for entry in found.top)
