@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from newtonopt.curvature.histories import DENSITY, History, Log, may_be_loss
+from newtonopt.curvature.measurements.measurement import GROUPS
 
 # Longer records are images or foreign and passed over unread; of one file no more than these bytes are read.
 _LONGEST_RECORD, _MOST_BYTES = 2**20, 2**30
@@ -26,8 +27,6 @@ _RECORD_PLUGIN = "newtonopt_curvature"
 _NEWTON = "newton/"
 _MISSING = "Event files are read by tensorboard, which is not installed: pip install 'newtonopt[lightning]'"
 _EVENTS, _TABLE = "tfevents", "metrics.csv"
-# Groups of the monitor's tags beside those under the prefix itself.
-_GROUPS = ("bookkeeping", "more")
 
 
 def read(source: Path, prefix: str, loss: str | None) -> list[History]:
@@ -145,7 +144,8 @@ def _enter_value(log: Log, step: int, value: Any, prefix: str, loss: str | None)
         log.add_density(step, [value.histo.min, *value.histo.bucket_limit], value.histo.bucket)
     elif kind == "tensor" and len(value.tensor.string_val) == 1:
         text: bytes = value.tensor.string_val[0]
-        if ours and value.metadata.plugin_data.plugin_name == _RECORD_PLUGIN:
+        # Another monitor in the run may have a prefix below this one's: its record is "<prefix>/gn/record", say.
+        if name == "record" and ours and value.metadata.plugin_data.plugin_name == _RECORD_PLUGIN:
             _enter_record(log, step, text)
         elif ours and name == "in_words/text_summary":
             log.add_words(text.decode(errors="replace").splitlines())
@@ -156,7 +156,7 @@ def _enter_value(log: Log, step: int, value: Any, prefix: str, loss: str | None)
 
 
 def _enter_number(log: Log, step: int, tag: str, number: float, prefix: str, loss: str | None) -> None:
-    ours = re.fullmatch(rf"{re.escape(prefix)}(-({'|'.join(_GROUPS)}))?/(.+)", tag)
+    ours = re.fullmatch(rf"{re.escape(prefix)}(-({'|'.join(GROUPS)}))?/(.+)", tag)
     if ours is not None:
         log.add_value(step, ours[3], number)
     elif tag.startswith(_NEWTON) or tag == loss or (loss is None and may_be_loss(tag)):

@@ -261,10 +261,20 @@ def _made_one(old: Outers, new: Outers) -> Outers | None:
 
 def _multiple(new: Tensor, old: Tensor) -> Tensor | None:
     """Return `c`, a number for each vector, with `new = c old` up to rounding; None if there is none."""
-    squares = old.square().sum(-1, keepdim=True)
-    c = (new * old).sum(-1, keepdim=True) / squares.where(squares > 0, 1)
-    rounding = _ROUNDING * torch.finfo(new.dtype).eps * new.norm(dim=-1)
-    return c if bool(((new - c * old).norm(dim=-1) <= rounding).all()) else None
+    # Scaled to entries of at most one, so that no square underflows.
+    (a, old_size), (b, new_size) = _scaled(old), _scaled(new)
+    c = (b * a).sum(-1, keepdim=True) / a.square().sum(-1, keepdim=True).clamp(min=1)  # zero for a zero
+    rounding = _ROUNDING * torch.finfo(new.dtype).eps * b.norm(dim=-1)
+    times = c * (new_size / old_size)
+    is_multiple = ((b - c * a).norm(dim=-1) <= rounding).all() & times.isfinite().all()
+    return times if bool(is_multiple) else None
+
+
+def _scaled(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return vectors divided by their largest entries, and these, one for a vector of zeros."""
+    size = vectors.abs().amax(-1, keepdim=True)
+    size = size.where(size > 0, 1)
+    return vectors / size, size
 
 
 # Rounding units by which multiples may differ: second derivatives compute one factor in two ways, up to 10 units apart.

@@ -310,8 +310,14 @@ def _on_arrays(A: LinearOperator) -> Callable[[Array], Array]:
     """Return the product of arrays `(n,)` or `(n, k)`."""
 
     def product(v: Array) -> Array:
-        # A copy: arrays may be read-only or of negative strides, which tensors cannot share.
-        return _as_numpy(A @ torch.tensor(np.ascontiguousarray(v), dtype=A.dtype, device=A.device))
+        if np.iscomplexobj(v):
+            raise TypeError(
+                f"v must be real, as the operator is, got an array of {np.asarray(v).dtype}. Multiply its real and its "
+                "imaginary part one after the other."
+            )
+        # A copy in the machine's format: arrays may be read-only or of negative strides, which tensors cannot share.
+        own = torch.tensor(np.array(v, dtype=np.float64, order="C"), dtype=A.dtype, device=A.device)
+        return _as_numpy(A @ own if own.numel() else own.new_zeros(A.shape[0], *own.shape[1:]))
 
     return product
 

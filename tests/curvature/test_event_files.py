@@ -113,6 +113,10 @@ def test_a_record_is_read(tmp_path: Path) -> None:
     assert history.measured == {5: {"lambda_min": -1.0, "certified": 0.0, "lambda_max_of/encoder": 3.0}}
     assert history.words == ("One.", "Two.")
     assert history.densities[5].counts.tolist() == pytest.approx([9.0, 0.0])
+    # The record of another monitor, whose prefix lies below.
+    below = text(5, "curvature/gn/record", json.dumps(content).encode(), "newtonopt_curvature")
+    history = history_of(tmp_path, GOOD + below)
+    assert history is not None and history.words == () and len(history.series("lambda_min")[1]) == 0
 
 
 @pytest.mark.parametrize(

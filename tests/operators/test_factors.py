@@ -182,6 +182,18 @@ def test_outer_products_with_factors_that_are_multiples_become_one(side: str) ->
         close(found, row)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_tiny_and_huge_multiples_are_joined_without_loss(size: float) -> None:
+    """In float32 the squares of their entries are zero or infinite."""
+    left, right, _ = (t.float() for t in outers(5, 2, 10, 12))
+    new = Outers(0, size * left.flip(2), right)
+    other = Outers(0, 2 * size * left.flip(2), numbers(5, 2, 12, shift=5.0).float())
+    [one] = merged([new, other])
+    true = torch.einsum("ntp,ntq->npq", new.left / size, new.right + 2 * other.right)
+    torch.testing.assert_close(torch.einsum("ntp,ntq->npq", one.left / size, one.right), true, rtol=1e-5, atol=1e-6)
+    assert len(merged([Outers(0, size * left, right), Outers(0, size * left.flip(2), other.right)])) == 2
+
+
 def test_outer_products_are_not_made_one_where_a_single_row_differs() -> None:
     left, right, _ = outers(5, 1, 10, 12)
     other = numbers(5, 1, 12, shift=5.0)

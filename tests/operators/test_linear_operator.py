@@ -186,6 +186,16 @@ def test_scipy_gets_the_operators_dtype_where_numpy_has_it(dtype: torch.dtype, e
     assert (A @ vector).tolist() == [1.0, 2.0, 4.0] and (A @ vector[:, None]).shape == (3, 1)
 
 
+def test_arrays_of_any_kind_but_complex_ones_are_multiplied() -> None:
+    A = of(torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))).to_scipy()
+    v = np.array([1.0, -1.0, 0.5])
+    for kind in (">f8", "float32", "longdouble", "int64"):
+        np.testing.assert_allclose(A @ v.astype(kind), [1.0, 2.0, 4.0] * v.astype(kind).astype(float))
+    assert (A @ np.zeros((3, 0))).shape == (3, 0)
+    with pytest.raises(TypeError, match="v must be real, as the operator is, got an array of complex128"):
+        A @ (v * 1j)
+
+
 def test_scipy_that_is_missing_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
     with pytest.raises(ImportError, match="to_scipy needs SciPy, which is not installed: pip install scipy"):

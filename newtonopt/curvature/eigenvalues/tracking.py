@@ -148,9 +148,9 @@ def of_its_own_end(request: Request, known: Knowledge, previous: Previous) -> Re
     """Return the request without the values of each end that come from the other end of the spectrum.
 
     A run sees equal eigenvalues once, and nearly equal ones late: if several of the top ones are about zero, the next
-    largest Ritz value is one of the bottom's. Such a value is the bottom's first, unless the run saw the whole space, or
-    lies far further in than the one measured last, or on the other side of zero, and its vector contains little of the
-    old ones. The first value of each end stays.
+    largest Ritz value is one of the bottom's. Such a value is the bottom's first, where the run did not see the whole
+    space; or it lies far further in than the one measured last, or on the other side of zero, and its vector contains
+    little of the old ones. The first value of each end stays.
     """
     values = known.block.values.tolist()
     before = (*previous.top, *previous.bottom)

@@ -39,6 +39,10 @@ Result = TypeVar("Result")
 _WHOLE_PRODUCTS, _LEAST_PRODUCTS = 100, 10
 
 
+# Groups that the tags of this library's measurements have beside those under the prefix itself.
+GROUPS = ("bookkeeping", "more")
+
+
 @dataclass(frozen=True)
 class Tag:
     """The name of a value in a log.
@@ -279,6 +283,11 @@ class Plan:
             raise ValueError(
                 "prefix must consist of letters, digits, '_', '-' and '.', with single '/' between, got "
                 f"{shown(self.prefix)}. Write 'curvature', for example."
+            )
+        if self.prefix.endswith(tuple(f"-{group}" for group in GROUPS)):
+            raise ValueError(
+                f"prefix must not end like a group of tags (-{', -'.join(GROUPS)}), got {shown(self.prefix)}. Write "
+                "'curvature', for example."
             )
 
     def tag_of(self, name: str) -> str:

@@ -69,6 +69,8 @@ def test_words_say_how_to_narrow_and_how_to_certify() -> None:
 def test_a_bad_prefix_is_refused() -> None:
     with pytest.raises(ValueError, match=r"prefix must consist of letters, .* got 'my tags'"):
         Plan((), prefix="my tags")
+    with pytest.raises(ValueError, match=r"prefix must not end like a group of tags .*, got 'curvature-more'"):
+        Plan((), prefix="curvature-more")
 
 
 class Flawed(Measurement[float]):
