@@ -156,7 +156,8 @@ def of_its_own_end(request: Request, known: Knowledge, previous: Previous) -> Re
     before = (*previous.top, *previous.bottom)
     width, width_before = max(values) - min(values), max(before) - min(before)
     olds = ((previous.top, previous.top_vectors), (previous.bottom, previous.bottom_vectors))
-    is_whole = len(values) == known.block.vectors[0].shape[0]
+    # Unless the run saw the whole space, no value is shown at both ends.
+    shared = all(count for _, count in request.ends) and len(values) < known.block.vectors[0].shape[0]
     ends = []
     for (sign, count), (old, vectors) in zip(request.ends, olds, strict=True):
         opposite = min(range(len(values)), key=lambda index: sign * values[index])
@@ -170,7 +171,7 @@ def of_its_own_end(request: Request, known: Knowledge, previous: Previous) -> Re
             across = value < -_ACROSS * width and was > -_ACROSS * width_before
             if (far or across) and _part(known.block.vectors[order[rank]], vectors) < _PART:
                 break
-            if order[rank] == opposite and not is_whole:
+            if shared and order[rank] == opposite:
                 break
             rank += 1
         ends.append((sign, rank if old else len(order)))

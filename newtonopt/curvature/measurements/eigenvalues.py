@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from newtonopt.checks import check_whole
 from newtonopt.curvature.eigenvalues.bounds import ASYMMETRIC
 from newtonopt.curvature.eigenvalues.extreme import Eigenvalue, Spectrum, check_count, extreme_eigenvalues, follow
@@ -96,14 +98,14 @@ class ExtremeEigenvalues(Measurement[Spectrum]):
 
     def measure(self, view: View) -> Spectrum | None:
         """Return the eigenvalues, followed from the last ones unless those are seen to have been lost."""
-        found = spectrum(view, view.matrix, self.top, self.bottom, view.before(ExtremeEigenvalues))
+        found = spectrum(view, view.matrix, self.top, self.bottom, view.before(ExtremeEigenvalues), view.gradient)
         # The quotient of any vector is a lower bound on the largest eigenvalue. If the tracked value lies below that of
         # the gradient, tracking has lost the top eigenvector, and the search starts again at random.
         bound = view.quotient
         if found is None or found.certified or not found.top or bound is None:
             return found
         lost = found.top[0].value < bound - view.plan.tolerance * abs(bound)
-        return spectrum(view, view.matrix, self.top, self.bottom, None) if lost else found
+        return spectrum(view, view.matrix, self.top, self.bottom, None, None) if lost else found
 
     def values(self, result: Spectrum) -> dict[str, float]:
         """Return the outermost eigenvalue of each end with its interval, and those next to it without."""
@@ -140,7 +142,9 @@ class ExtremeEigenvalues(Measurement[Spectrum]):
         return (result,)
 
 
-def spectrum(view: View, A: LinearOperator, top: int, bottom: int, last: Spectrum | None) -> Spectrum | None:
+def spectrum(
+    view: View, A: LinearOperator, top: int, bottom: int, last: Spectrum | None, gradient: Tensor | None
+) -> Spectrum | None:
     """Return the extreme eigenvalues of a matrix within the budget of the view.
 
     Args:
@@ -149,6 +153,7 @@ def spectrum(view: View, A: LinearOperator, top: int, bottom: int, last: Spectru
         top: How many of the largest.
         bottom: How many of the smallest.
         last: Eigenvalues to track; None: start at random.
+        gradient: The gradient in the matrix's coordinates, from which tracking starts too, `(n,)`; None: not known.
 
     Returns:
         The eigenvalues; None where there is no time for a product.
@@ -160,8 +165,7 @@ def spectrum(view: View, A: LinearOperator, top: int, bottom: int, last: Spectru
     # Vectors of another length belong to other parameters, which were trained then.
     if last is not None and all(entry.vector.shape[0] == A.shape[0] for entry in (*last.top, *last.bottom)):
         most = max(plan.max_products // _TRACKED_PART, _TRACKED_BASE + _TRACKED_EACH * (top + bottom))
-        toward = view.gradient if view.gradient.shape[0] == A.shape[0] else None  # a layer's block has a shorter one
-        followed = follow(A, last, top, bottom, plan.tolerance, min(budget, most), plan.seed, toward)
+        followed = follow(A, last, top, bottom, plan.tolerance, min(budget, most), plan.seed, gradient)
         if followed is not None:
             return followed
     return extreme_eigenvalues(A, top, bottom, plan.tolerance, max_products=budget, seed=plan.seed)

@@ -76,7 +76,7 @@ class Layers(Measurement[dict[str, Spectrum]]):
         found = {}
         for part, block in blocks(view.matrix, view.named, self.patterns).items():
             name = _OUTSIDE_TAGS.sub("_", part.removesuffix(".*"))
-            largest = spectrum(view, block, 1, 0, last.get(name))
+            largest = spectrum(view, block, 1, 0, last.get(name), None)
             if largest is not None:
                 found[name] = largest
         return found
