@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
-from newtonopt.autodiff.gradients import Gradients, grad, grad_with_graph
-from newtonopt.autodiff.graph import bytes_handed_on, coarsest
+from newtonopt.autodiff.gradients import Gradients, differentiable_kernels, grad, grad_with_graph
+from newtonopt.autodiff.graph import behind, bytes_handed_on, coarsest, kind_of
 from newtonopt.closure.evaluation import SAME_FUNCTION, Evaluation, Source, eps_of, source_of
 from newtonopt.closure.losses import Output, Root
 from newtonopt.closure.objective import ParametersMovedError
@@ -124,8 +125,8 @@ _GOLDEN = 0.6180339887
 
 def curve_of(loss: Tensor, outputs: Sequence[Output]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """Return `t -> H_L t` for one loss, in the outputs."""
-    scales = _squared_roots(loss, outputs)
-    others = [i for i, z in enumerate(outputs) if z.root is None]
+    scales, softmaxes = _squared_roots(loss, outputs), _softmaxes(loss, outputs)
+    others = [i for i, z in enumerate(outputs) if z.root is None and i not in softmaxes]
     tensors = [outputs[i].tensor for i in others]
     gradients = grad_with_graph(loss, tensors) if tensors else ()
     live = [(i, g) for i, g in zip(others, gradients, strict=True) if g is not None and g.requires_grad]
@@ -134,12 +135,13 @@ def curve_of(loss: Tensor, outputs: Sequence[Output]) -> Callable[[Sequence[Tens
         along = [pushed[i] for i, _ in live]
         before = pushed[0].shape[: pushed[0].dim() - outputs[0].tensor.dim()]
         curved: list[Tensor | None] = [scale * pushed[i] for i, scale in scales.items()]
+        curved += [softmax.curved(pushed[i]) for i, softmax in softmaxes.items()]
         # If there is none, the loss is linear in the outputs.
         if live:
             curved += grad([g for _, g in live], tensors, along, keep=True, batched=len(before) == 1)
         else:
             curved += [None] * len(tensors)
-        found = dict(zip([*scales, *others], curved, strict=True))
+        found = dict(zip([*scales, *softmaxes, *others], curved, strict=True))
         return _filled(tuple(found[i] for i in range(len(outputs))), [z.tensor for z in outputs], before)
 
     return curve
@@ -175,6 +177,65 @@ def _spread(bend: Tensor, root: Root, z: Tensor) -> Tensor:
         bend = bend.reshape(())
     # A complex entry has two real ones, in a last dimension.
     return bend.unsqueeze(-1) if bend.dim() and bend.dim() < z.dim() else bend
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """The Hessian `diag(w) (diag(p) - p p')` by logits, of a loss that is linear in their log-softmax.
+
+    Formed so, a product takes a third of the passes over the logits of differentiating the log-softmax twice, whose
+    vocabulary may be large.
+
+    Attributes:
+        node: The log-softmax's node, which keeps the log-probabilities.
+        weight: `w`, with one entry in the dimension of the classes.
+        dim: Dimension of the classes, counted from the last one.
+    """
+
+    node: Node
+    weight: Tensor
+    dim: int
+
+    def curved(self, t: Tensor) -> Tensor:
+        p = _log_probabilities(self.node).exp()
+        curved = p * t
+        return curved.addcmul_(p, curved.sum(self.dim, keepdim=True), value=-1).mul_(self.weight)
+
+
+def _softmaxes(loss: Tensor, outputs: Sequence[Output]) -> dict[int, _Softmax]:
+    """Return the softmax of each output, by its place, that enters the loss through a log-softmax alone, in which the
+    loss is linear.
+    """
+    places = {(z.tensor.grad_fn, z.tensor.output_nr): i for i, z in enumerate(outputs) if z.root is None}
+    consumers: dict[int, list[Node]] = {}
+    for node in behind(loss.grad_fn, {z.tensor.grad_fn for z in outputs if z.tensor.grad_fn is not None}):
+        for operand in node.next_functions:
+            if operand in places:
+                consumers.setdefault(places[operand], []).append(node)
+    alone = {i: met[0] for i, met in consumers.items() if len(met) == 1 and kind_of(met[0]) == "LogSoftmax"}
+    alone = {i: n for i, n in alone.items() if _log_probabilities(n).dtype == outputs[i].tensor.dtype}
+    if not alone:
+        return {}
+    edges: Any = [GradientEdge(node, 0) for node in alone.values()]
+    slopes = grad_with_graph(loss, edges)
+    live = [slope for slope in slopes if slope is not None and slope.requires_grad]
+    # The loss's second derivatives by the log-probabilities times a generic vector: zero where the loss is linear.
+    bends = grad(live, edges, [_generic(slope).detach() for slope in live], keep=True) if live else [None] * len(edges)
+    softmaxes = {}
+    for (i, node), slope, bend in zip(alone.items(), slopes, bends, strict=True):
+        if slope is not None and (bend is None or not bool(bend.any())):
+            # The graph's node gives its dimension as an unsigned number.
+            dim = (node._saved_dim + 2**63) % 2**64 - 2**63  # type: ignore[attr-defined]
+            dim = dim if dim < 0 else dim - slope.dim()
+            # The log-probabilities' second derivatives are `p p' - diag(p)`, the same for each.
+            softmaxes[i] = _Softmax(node, -slope.detach().sum(dim, keepdim=True), dim)
+    return softmaxes
+
+
+def _log_probabilities(node: Any) -> Tensor:
+    with differentiable_kernels():  # for checkpoints, which compute again what a node has saved
+        kept: Tensor = node._saved_result
+    return kept.detach()
 
 
 def _pieces(v: Tensor, params: Sequence[Tensor]) -> list[Tensor]:

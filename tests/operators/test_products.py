@@ -26,6 +26,7 @@ from newtonopt import (
     jacobian,
     mark_outputs,
 )
+from newtonopt.closure.losses import Output, own_view
 from newtonopt.operators import matrices as _matrices
 from newtonopt.operators import products as _products
 
@@ -602,3 +603,38 @@ def test_an_error_of_the_products_is_not_taken_for_one_of_products() -> None:
     Broken.armed = True
     with pytest.raises(ZeroDivisionError, match="of the user's"):
         H.dense()
+
+
+LABELS = torch.tensor([0, 2, 1, -100, 2])
+CHANCES = torch.linspace(0.1, 2.0, 15, dtype=torch.float64).view(5, 3)
+SOFTMAX_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "labels": lambda z: F.cross_entropy(z, LABELS),
+    "weights": lambda z: F.cross_entropy(z, LABELS, torch.tensor([1.0, 0.5, 2.0]).double(), reduction="sum"),
+    "smoothed": lambda z: F.cross_entropy(z, LABELS, label_smoothing=0.2),
+    "probabilities": lambda z: F.cross_entropy(z, CHANCES),
+    "classes first": lambda z: -F.log_softmax(z, 0)[2].sum(),
+    "log-softmax": lambda z: F.nll_loss(F.log_softmax(z, -1), LABELS) / 3,
+    "divergence": lambda z: F.kl_div(F.log_softmax(z, 1), CHANCES, reduction="batchmean"),
+}
+OTHER_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "logits used twice": lambda z: F.cross_entropy(z, LABELS) + 0.1 * z.logsumexp(1).square().mean(),
+    "square": lambda z: F.cross_entropy(z, LABELS).square(),
+    "entropy": lambda z: (F.log_softmax(z, 1).exp() * F.log_softmax(z, 1)).sum(),
+    "perplexity": lambda z: F.cross_entropy(z, LABELS).exp(),
+}
+
+
+@pytest.mark.parametrize("name", [*SOFTMAX_LOSSES, *OTHER_LOSSES])
+def test_a_loss_curves_along_its_logits_as_its_dense_hessian(name: str) -> None:
+    loss = {**SOFTMAX_LOSSES, **OTHER_LOSSES}[name]
+    generator = torch.Generator().manual_seed(0)
+    values, t, u = torch.randn(3, 5, 3, dtype=torch.float64, generator=generator)
+    dense = torch.func.hessian(loss)(values)
+    z = own_view(values.requires_grad_())
+    value, output = loss(z), Output(z, 0)
+    assert bool(_products._softmaxes(value, [output])) == (name in SOFTMAX_LOSSES)
+    curve = _products.curve_of(value, [output])
+    (curved,) = curve([t])
+    assert error(curved, torch.einsum("abcd,cd->ab", dense, t)) < 1e-12
+    (rows,) = curve([torch.stack([t, u])])
+    assert error(rows[1], torch.einsum("abcd,cd->ab", dense, u)) < 1e-12
