@@ -702,11 +702,11 @@ class Chart {
   /** For each line the index of its value next to a step, if it is near enough to speak of one step. */
   at(step) {
     const found = [];
-    const tolerance = Math.abs(this.stepAt(6) - this.stepAt(0));
+    const tolerance = Math.abs(this.stepAt(NEAR) - this.stepAt(0));
     for (const l of this.spec.lines) {
       let k = nearest(l.steps, step);
       while (k > 0 && l.values[k] === null && step - l.steps[k - 1] <= tolerance) k -= 1;
-      if (k >= 0 && l.values[k] !== null && (l.threshold || Math.abs(l.steps[k] - step) <= tolerance)) found.push({l, k});
+      if (k >= 0 && l.values[k] !== null && Math.abs(l.steps[k] - step) <= tolerance) found.push({l, k});
     }
     return found;
   }
@@ -714,22 +714,28 @@ class Chart {
   fillReadout() {
     const {cursor} = this.page;
     const main = cursor === null ? this.spec.lines.map((l) => ({l, k: l.values.findLastIndex((v) => v !== null)})).filter(({k}) => k >= 0) : this.at(cursor);
-    const entries = main.filter(({l}) => l.main).slice(0, this.spec.wide ? 8 : 4).map(({l, k}) => {
-      const entry = el('span', {}, shown(l.values[k], 3));
+    const found = main.filter(({l}) => l.main);
+    const entries = found.slice(0, MOST_READ).map(({l, k}) => {
+      const old = cursor === null && k < l.steps.length - 1;
+      const entry = el('span', {title: l.series.label}, shown(l.values[k], 3), old ? el('small', {}, ` step ${grouped(l.steps[k])}`) : '');
       entry.style.setProperty('--swatch', this.page.theme.run[l.series.colour]);
       return entry;
     });
+    if (found.length > entries.length) entries.push(el('small', {}, `and ${found.length - entries.length} more`));
     this.readout.replaceChildren(...entries);
   }
 
   /** Rows of the box beside the pointer: label, value, remark, colour. */
   rows(step, y) {
-    const several = this.page.chosen().length > 1;
-    const rows = this.at(step).map(({l, k}) => {
-      const name = several ? `${l.series.label} · ${l.label}` : l.label;
-      const interval = l.lower && l.upper && l.lower[k] !== null && l.upper[k] !== null ? `${shown(l.lower[k])} … ${shown(l.upper[k])}` : '';
+    const several = new Set(this.spec.lines.map((l) => l.series.id)).size > 1;
+    const at = this.at(step);
+    // For several runs a row each: the main value, and the threshold that it is compared with.
+    const rows = at.filter(({l}) => !several || l.main).map(({l, k}) => {
+      const limit = several && at.find((other) => other.l.threshold && other.l.series === l.series);
+      const within = several ? '' : interval(l.lower?.[k], l.upper?.[k]);
       const kind = l.certified ? {true: 'certified', false: 'tracked'}[l.certified[k]] || '' : '';
-      return [name, shown(l.values[k], 5), [interval, kind].filter(Boolean).join(', '), l.series.colour];
+      const remarks = [limit ? `threshold ${shown(limit.l.values[limit.k], 3)}` : '', within, several ? '' : kind];
+      return [several ? l.series.label : l.label, shown(l.values[k], 5), remarks.filter(Boolean).join(', '), l.series.colour];
     });
     const {density, layers, series} = this.spec;
     if (density) {
@@ -1023,10 +1029,7 @@ class Page {
     for (const series of this.all) series.chosen = chosen.has(series.id);
     for (const id of [...this.colours.keys()]) if (!chosen.has(id)) this.colours.delete(id);
     for (const series of this.chosen()) {
-      if (!this.colours.has(series.id)) {
-        const uses = Array.from({length: COLOURS}, (_, k) => [...this.colours.values()].filter((used) => used === k).length);
-        this.colours.set(series.id, uses.indexOf(Math.min(...uses)));
-      }
+      if (!this.colours.has(series.id)) this.colours.set(series.id, freeColour(hashOf(series.label), [...this.colours.values()]));
       series.colour = this.colours.get(series.id);
     }
   }
@@ -1183,8 +1186,8 @@ class Page {
       })),
     );
     const {width, height} = this.tip.getBoundingClientRect();
-    const right = clientX + 18 + width < window.innerWidth;
-    this.tip.style.left = `${Math.max(4, right ? clientX + 18 : clientX - 18 - width)}px`;
+    const right = clientX + BESIDE + width < window.innerWidth;
+    this.tip.style.left = `${Math.max(4, right ? clientX + BESIDE : clientX - BESIDE - width)}px`;
     this.tip.style.top = `${Math.max(4, Math.min(clientY - 12, window.innerHeight - height - 6))}px`;
     return rows;
   }
@@ -1210,6 +1213,20 @@ class Page {
       for (const chart of this.charts.values()) chart.drawCursor();
     });
   }
+}
+
+/** The colour that a name has by itself, or the next one after it that fewer runs have. */
+function freeColour(hash, taken) {
+  const order = Array.from({length: COLOURS}, (_, k) => (hash + k) % COLOURS);
+  const uses = order.map((colour) => taken.filter((used) => used === colour).length);
+  return order[uses.indexOf(Math.min(...uses))];
+}
+
+/** A number that depends on a text only (FNV-1a). */
+function hashOf(text) {
+  let hash = 0x811c9dc5;
+  for (let k = 0; k < text.length; k += 1) hash = Math.imul(hash ^ text.charCodeAt(k), 0x01000193) >>> 0;
+  return (hash ^ (hash >>> 16)) >>> 0;
 }
 
 /** How a run is going: its last measurement, and its last Newton step, in numbers and words. */
