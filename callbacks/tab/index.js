@@ -27,6 +27,10 @@ const BESIDE = 18; // between the pointer and the box of values
 const LATER = [{width: 1.4, alpha: 0.75}, {width: 1.2, alpha: 0.5}, {width: 1, alpha: 0.4}]; // lines of λ₂, λ₃ and the rest
 const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3]]; // lines of several losses of one run
 
+// Cards.
+const SENTENCES = {few: 2, many: 1}; // sentences on a card that are not folded away, for up to two runs and for more
+const ALARMS = 2; // sentences in red that begin the words of a run that has failed or diverged
+
 /** Badges on the cards, by the state of a run. */
 const BADGES = {
   failed: ['danger', 'failed'],
@@ -1117,7 +1121,7 @@ class Page {
   fillCards() {
     const open = new Set([...this.cards.querySelectorAll('details[open]')].map((details) => details.dataset.id));
     const measured = this.chosen().filter(isMeasured);
-    const sentences = measured.length > 2 ? 1 : 2;
+    const sentences = measured.length > 2 ? SENTENCES.many : SENTENCES.few;
     this.cards.replaceChildren(...measured.map((s) => verdictCard(s, this.theme, sentences, open.has(s.id))));
   }
 
@@ -1238,13 +1242,13 @@ function verdictCard(series, theme, most, open) {
     el('div', {className: 'row'}, el('h2', {title: series.label}, series.label), verdict ? el('span', {className: `pill ${kind}`}, verdict) : ''),
   );
   card.style.setProperty('--swatch', theme.run[series.colour]);
-  const bad = ['failed', 'diverged'].includes(series.state);
-  if (bad && series.remark) card.append(el('p', {className: 'alarm'}, series.remark));
+  const sentences = sentencesOf(series);
+  const alarms = ['failed', 'diverged'].includes(series.state) ? sentences.splice(0, ALARMS) : [];
+  if (alarms.length) card.append(el('p', {className: 'alarm'}, alarms.join(' ')));
   const numbers = numbersOf(series);
   if (numbers.length) card.append(el('dl', {className: 'numbers'}, ...numbers));
   const steps = stepSentences(series);
   if (steps.length) card.append(el('ul', {}, ...steps.map((sentence) => el('li', {}, sentence))));
-  const sentences = sentencesOf(series, bad);
   const items = sentences.map((sentence) => el('li', {}, sentence));
   const first = items.slice(0, most);
   if (first.length) card.append(el('ul', {}, ...first));
@@ -1255,7 +1259,8 @@ function verdictCard(series, theme, most, open) {
   }
   if (series.steps.length) {
     const how = Object.keys(series.values).some((name) => lastOf(series, name)?.current) ? {true: 'certified', false: 'tracked'}[series.certified.at(-1)] : '';
-    card.append(el('div', {className: 'quiet foot'}, [`step ${grouped(series.steps.at(-1))}`, how].filter(Boolean).join(' · ')));
+    const about = [`step ${grouped(series.steps.at(-1))}`, how].filter(Boolean).join(' · ');
+    card.append(el('div', {className: 'quiet foot'}, el('div', {}, about), series.remark ? el('div', {}, series.remark) : ''));
   }
   return card;
 }
@@ -1322,12 +1327,11 @@ function stepSentences(series) {
   return found;
 }
 
-/** A monitor's sentences, in the order in which somebody has to know them. */
-function sentencesOf(series, bad) {
-  const rank = (word) => (word === series.remark ? 0 : /^Nothing is certified/.test(word) ? 1 : /stab|overshoot|diverg/i.test(word) ? 2 : 3);
-  const words = new Set(series.remark ? [series.remark, ...series.words] : series.words);
-  if (bad) words.delete(series.remark); // it stands above the numbers
-  return [...words].sort((a, b) => rank(a) - rank(b));
+/** A monitor's sentences in its own order. Without a failure, whether to trust the numbers comes first. */
+function sentencesOf(series) {
+  if (series.state === 'failed' || series.state === 'diverged') return [...series.words];
+  const isDoubt = (word) => word.startsWith('Nothing is certified');
+  return [...series.words.filter(isDoubt), ...series.words.filter((word) => !isDoubt(word))];
 }
 
 function emptyPage() {

@@ -35,7 +35,7 @@ class Record:
             density was not measured.
         layers: The largest eigenvalue of each layer.
         state: "diverged", "failed", "below", "edge" or "beyond" the edge of stability; None if that is not known.
-        remark: The sentence that explains the state; empty if there is none.
+        remark: A sentence that says which loss was measured; empty if that is not known.
     """
 
     values: dict[str, float]

@@ -272,6 +272,7 @@ return count;
 """
 
 BADGES = "return [...document.querySelectorAll('.card .pill')].map(e => [e.className, e.textContent])"
+ALARMS = "return [...document.querySelectorAll('.card .alarm')].map(e => e.textContent)"
 HEADER = 'return document.querySelector(`[data-chart="${arguments[0]}"] .readout`).textContent'
 SWATCHES = """
 return Object.fromEntries([...document.querySelectorAll('.runs label')].map(
@@ -452,22 +453,23 @@ class TestTab:
         assert "zoom=" not in browser.execute_script("return parent.location.hash")
 
     def test_a_run_that_failed_has_a_card_and_one_that_diverged_a_red_badge(self, browser: Any, tmp_path: Path) -> None:
-        failed, diverged = "The loss is not finite at step 10.", "The loss is 16 times its lowest so far."
-        nothing = {"values": {}, "words": [], "certified": None}
+        failed, diverged = "The loss is not finite at step 10.", "In short: diverged: the loss is 16 times its lowest."
         with SummaryWriter(str(tmp_path / "a")) as writer:
-            add(writer, 10, record(10, state="failed", remark=failed, **nothing))
-        run(tmp_path / "b", state="diverged", remark=diverged).close()
+            add(writer, 10, record(10, values={}, words=[failed], certified=None, state="failed", remark=""))
+        words = [diverged, "Go back to an earlier checkpoint.", "Measured with 7 products."]
+        run(tmp_path / "b", words=words, state="diverged", remark="Measured on the training loss.").close()
         shown = open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 2)
         assert failed in shown["cards"][0]
         assert "step 10" in shown["cards"][0]
-        assert shown["cards"][1].count(diverged) == 1
+        assert browser.execute_script(ALARMS) == [failed, f"{diverged} Go back to an earlier checkpoint."]
+        assert "Measured on the training loss." in shown["cards"][1]
         assert browser.execute_script(BADGES) == [["pill danger", "failed"], ["pill danger", "diverged"]]
 
     def test_a_failure_after_good_measurements_keeps_their_numbers_and_says_their_step(
         self, browser: Any, tmp_path: Path
     ) -> None:
         with run(tmp_path / "a") as writer:
-            add(writer, 7, record(7, values={}, words=[], state="failed", remark="Not finite."))
+            add(writer, 7, record(7, values={}, words=["Not finite."], state="failed"))
         shown = open_tab(browser, tmp_path, lambda s: s["charts"].get("sharpness") == [4])
         (sharpness,) = [text for text in numbers(browser) if text.startswith("sharpness")]
         assert sharpness == "sharpness|0.01|step 2"
