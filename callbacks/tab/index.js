@@ -1260,7 +1260,7 @@ function verdictCard(series, theme, most, open) {
   if (series.steps.length) {
     const how = Object.keys(series.values).some((name) => lastOf(series, name)?.current) ? {true: 'certified', false: 'tracked'}[series.certified.at(-1)] : '';
     const about = [`step ${grouped(series.steps.at(-1))}`, how].filter(Boolean).join(' · ');
-    card.append(el('div', {className: 'quiet foot'}, el('div', {}, about), series.remark ? el('div', {}, series.remark) : ''));
+    card.append(el('div', {className: 'quiet foot'}, el('div', {}, about), series.remark ? el('div', {}, series.remark.replaceAll('`', '')) : ''));
   }
   return card;
 }
