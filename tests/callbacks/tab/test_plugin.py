@@ -540,9 +540,9 @@ class TestTab:
 
     def test_eigenvalues_that_span_decades_are_on_a_logarithmic_scale(self, browser: Any, tmp_path: Path) -> None:
         with SummaryWriter(str(tmp_path / "a")) as writer:
-            for step, largest in enumerate((2.5e6, 2.0, 3.0, 40.0)):
+            for step, largest in enumerate((2.5e6, 2.0, 3.0, 4e3)):
                 add(writer, step, record(step, values={"lambda_max": largest, "lambda_2": -1.0}))
         open_tab(browser, tmp_path, lambda s: "eigenvalues" in s["charts"])
         wait(browser, lambda _: browser.execute_script(PAINTED, "eigenvalues") > 300)
-        # The line from 3 to 40 at the right rises: on a linear scale both ends would lie on the axis.
-        assert browser.execute_script(RISE, "eigenvalues") > 10
+        # The line from 3 to 4000 at the right rises: on a linear scale both ends would lie on the axis.
+        assert browser.execute_script(RISE, "eigenvalues") > 40
