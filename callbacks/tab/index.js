@@ -3,12 +3,42 @@
 // Names, words and numbers come from event files that anybody may have written. They become text by `textContent` and
 // `fillText` only, never markup.
 
-const COLOURS = 8; // --run-0 ... in style.css
-const MOST_CHOSEN = 8; // runs shown before anybody has chosen
+// Server.
 const POLL = 5000; // milliseconds between questions, at least
 const RUNS_IN_A_REQUEST = 16;
-const GUTTER = {left: 60, right: 14, top: 10, bottom: 30};
+
+// Runs.
+const COLOURS = 8; // --run-0 ... in style.css
+const MOST_CHOSEN = 8; // runs shown before anybody has chosen
+const MOST_READ = 8; // values in the header of a chart; the header counts the others
 const EDGE = [0.9, 1.1]; // ratios between which training is called at the edge of stability, as in the words
+
+// Numbers.
+const DIGITS = 4; // significant digits
+const INTERVAL_DIGITS = 6; // most significant digits of an interval's ends
+const PLAIN = [1e-4, 1e6]; // sizes between which numbers are written without a power of ten, as in the words
+const SPREAD = 100; // highest over lowest value from which a scale is logarithmic by itself
+const DEPTH = 100; // how far below the lowest main line a logarithmic scale reaches, as a factor
+
+// Charts, in pixels.
+const GUTTER = {left: 60, right: 14, top: 10, bottom: 30};
+const NEAR = 6; // between the pointer's measurement and the values shown with it
+const BESIDE = 18; // between the pointer and the box of values
+const LATER = [{width: 1.4, alpha: 0.75}, {width: 1.2, alpha: 0.5}, {width: 1, alpha: 0.4}]; // lines of λ₂, λ₃ and the rest
+const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3]]; // lines of several losses of one run
+
+// Cards.
+const SENTENCES = {few: 2, many: 1}; // sentences on a card that are not folded away, for up to two runs and for more
+const ALARMS = 2; // sentences in red that begin the words of a run that has failed or diverged
+
+/** Badges on the cards, by the state of a run. */
+const BADGES = {
+  failed: ['danger', 'failed'],
+  diverged: ['danger', 'diverged'],
+  below: ['good', 'stable'],
+  edge: ['warn', 'edge of stability'],
+  beyond: ['danger', 'beyond the edge'],
+};
 
 // --- Small things -------------------------------------------------------------------------------------------------
 
@@ -29,19 +59,40 @@ const number = (value) => (value === null ? null : Number(value)); // "NaN" and 
 const superscript = (n) => String(n).replace(/./g, (c) => ({'-': '⁻', 0: '⁰', 1: '¹', 2: '²', 3: '³', 4: '⁴', 5: '⁵', 6: '⁶', 7: '⁷', 8: '⁸', 9: '⁹'})[c]);
 const grouped = (n) => String(n).replace(/\B(?=(\d{3})+(?!\d))/g, ' ');
 
+const isPlain = (size) => size >= PLAIN[0] && size < PLAIN[1];
+
+/** A number as a multiple of a power of ten: 1.2×10⁻⁷, 10³, 1. */
+function withPower(value, digits) {
+  const [mantissa, exponent] = Math.abs(value).toExponential(digits - 1).split('e');
+  const short = mantissa.includes('.') ? mantissa.replace(/\.?0+$/, '') : mantissa;
+  const power = {0: '', 1: '10'}[exponent.replace('+', '')] ?? `10${superscript(Number(exponent))}`;
+  return (value < 0 ? '−' : '') + (power ? (short === '1' ? power : `${short}×${power}`) : short);
+}
+
+/** Labels of the ticks of one axis: powers of ten for all where one of them needs a power. */
+function labelled(values, digits) {
+  const plain = values.every((value) => value === 0 || isPlain(Math.abs(value)));
+  return values.map((value) => ({value, label: plain || value === 0 ? shown(value, digits) : withPower(value, digits)}));
+}
+
+/** The ends of an interval, with as many digits as tell them apart; nothing where they agree in all digits. */
+function interval(lower, upper) {
+  if (lower === null || lower === undefined || upper === null || upper === undefined) return '';
+  for (let digits = DIGITS; digits <= INTERVAL_DIGITS; digits += 1) {
+    if (shown(lower, digits) !== shown(upper, digits)) return `${shown(lower, digits)} … ${shown(upper, digits)}`;
+  }
+  return '';
+}
+
 /** A number with so many digits, as people write it: 0.0123, 5.021, 12 300, 1.2×10⁻⁷. */
-function shown(value, digits = 4) {
+function shown(value, digits = DIGITS) {
   if (value === null || value === undefined) return '–';
   if (Number.isNaN(value)) return 'NaN';
   if (!Number.isFinite(value)) return value > 0 ? '∞' : '−∞';
   if (value === 0) return '0';
   const size = Math.abs(value);
   const sign = value < 0 ? '−' : '';
-  if (size >= 1e6 || size < 1e-3) {
-    const [mantissa, exponent] = size.toExponential(digits - 1).split('e');
-    const short = mantissa.includes('.') ? mantissa.replace(/\.?0+$/, '') : mantissa;
-    return `${sign}${short === '1' ? '' : `${short}×`}10${superscript(Number(exponent))}`;
-  }
+  if (!isPlain(size)) return withPower(value, digits);
   if (size >= 1e4) return sign + grouped(Math.round(size));
   const text = size.toPrecision(digits);
   return sign + (text.includes('.') ? text.replace(/\.?0+$/, '') : text);
@@ -98,9 +149,9 @@ function logScale(low, high, height) {
     for (let p = Math.floor(a); p <= Math.ceil(b); p += 1) {
       for (const factor of b - a < 1 ? [1, 1.5, 2, 3, 4, 5, 6, 8] : [1, 2, 5]) ticks.push(factor * 10 ** p);
     }
-    return {place, ticks: ticks.filter((v) => v >= low && v <= high).map((value) => ({value, label: shown(value, 3)}))};
+    return {place, ticks: labelled(ticks.filter((v) => v >= low && v <= high), 3)};
   }
-  return {place, ticks: powersWithin(a, b, height).map((p) => ({value: 10 ** p, label: shown(10 ** p, 2)}))};
+  return {place, ticks: labelled(powersWithin(a, b, height).map((p) => 10 ** p), 2)};
 }
 
 /** Logarithmic on both sides of zero, linear within a ten-thousandth of the largest size. */
@@ -109,14 +160,14 @@ function symlogScale(low, high, height) {
   const bend = (v) => Math.sign(v) * Math.log10(1 + Math.abs(v) / unit);
   const [a, b] = [bend(low), bend(high)];
   const start = Math.ceil(Math.log10(unit) + 0.7);
-  const ticks = [{value: 0, label: '0'}];
+  const ticks = [0];
   for (const [limit, sign] of [[high, 1], [-low, -1]]) {
-    for (let p = start; 10 ** p <= limit; p += 1) ticks.push({value: sign * 10 ** p, label: shown(sign * 10 ** p, 2)});
+    for (let p = start; 10 ** p <= limit; p += 1) ticks.push(sign * 10 ** p);
   }
-  return {place: (v) => (bend(v) - a) / (b - a), ticks: ticks.filter((t) => t.value >= low && t.value <= high)};
+  return {place: (v) => (bend(v) - a) / (b - a), ticks: labelled(ticks.filter((v) => v >= low && v <= high), 2)};
 }
 
-function scaleFor(low, high, mode, height, spread = 100) {
+function scaleFor(low, high, mode, height, spread = SPREAD) {
   const wide = low > 0 && high / low > spread;
   if (mode === 'log' || (mode === 'auto' && wide)) {
     if (low > 0) return logScale(low / 1.08, high * 1.08, height);
@@ -131,7 +182,12 @@ function scaleFor(low, high, mode, height, spread = 100) {
 
 const known = (series, name) => series.values[name]?.some((value) => Number.isFinite(value));
 
-/** A line of a monitor's values, with its interval or error where there is one. */
+/**
+ * A line of a monitor's values, with its interval or error where there is one.
+ *
+ * Where a value is missing, a line that `breaks` has a gap. The others join the values that there are, as some are
+ * measured now and then only.
+ */
 function line(series, name, label, style = {}) {
   const values = series.values[name];
   const error = series.values[`${name}_error`];
@@ -150,9 +206,7 @@ function line(series, name, label, style = {}) {
 /** A line of a scalar's points. */
 const scalarLine = (series, tag, label, style = {}) => ({series, label, ...series.scalars[tag], ...style});
 
-const LATER = [{width: 1.4, alpha: 0.75}, {width: 1.2, alpha: 0.5}, {width: 1, alpha: 0.4}];
 const later = (rank) => LATER[Math.min(rank, LATER.length - 1)];
-const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3]];
 
 const subscript = (text) => text.replace(/\d/g, (c) => '₀₁₂₃₄₅₆₇₈₉'[c]);
 
@@ -169,10 +223,10 @@ function isPreconditioned(series) {
 function eigenvalueLines(all) {
   const lines = [];
   for (const series of all.filter((s) => known(s, 'lambda_max'))) {
-    lines.push(line(series, 'lambda_max', 'λ max', {main: true, certified: series.certified}));
+    lines.push(line(series, 'lambda_max', 'λ max', {main: true, breaks: true, certified: series.certified}));
     const others = Object.keys(series.values).filter((name) => /^lambda_\d+$/.test(name));
     others.sort((a, b) => Number(a.slice(7)) - Number(b.slice(7)));
-    others.forEach((name, rank) => lines.push(line(series, name, `λ${subscript(name.slice(7))}`, later(rank))));
+    others.forEach((name, rank) => lines.push(line(series, name, `λ${subscript(name.slice(7))}`, {...later(rank), breaks: true})));
     if (known(series, 'stability_threshold') && !isPreconditioned(series)) lines.push(thresholdLine(series));
   }
   return lines;
@@ -191,7 +245,7 @@ function chartsOf(all) {
   const main = {main: true};
   const unstable = all.filter((s) => known(s, 'stability_ratio'));
 
-  add('eigenvalues', 'Largest eigenvalues', 'L / θ²', eigenvalueLines(all), {wide: true, height: 300, shades: unstable.filter((s) => !isPreconditioned(s)), marks: true});
+  add('eigenvalues', 'Largest eigenvalues', 'L / θ²', eigenvalueLines(all), {wide: true, height: 300, shades: unstable.filter((s) => !isPreconditioned(s)), marks: true, leading: true});
   add('loss', 'Training loss', '', lossLines(all), {wide: true, height: 160, spread: 8});
   add('ratio', 'Stability ratio', 'largest eigenvalue / threshold', each('stability_ratio', 'ratio', main), {level: 1, shades: unstable});
   const preconditioned = all.filter((s) => known(s, 'preconditioned_lambda_max'));
@@ -202,8 +256,8 @@ function chartsOf(all) {
     preconditioned.flatMap((s) => [line(s, 'preconditioned_lambda_max', 'preconditioned λ max', {...main}), isPreconditioned(s) && thresholdLine(s)]),
     {shades: preconditioned.filter(isPreconditioned)},
   );
-  const smallest = all.flatMap((s) => Object.keys(s.values).filter((name) => /^lambda_min_\d+$/.test(name)).map((name, rank) => line(s, name, `λ min ${subscript(name.slice(11))}`, later(rank))));
-  add('smallest', 'Smallest eigenvalues', 'L / θ²', [...each('lambda_min', 'λ min', {...main}).map((l) => ({...l, certified: l.series.certified})), ...smallest], {level: 0, marks: true});
+  const smallest = all.flatMap((s) => Object.keys(s.values).filter((name) => /^lambda_min_\d+$/.test(name)).map((name, rank) => line(s, name, `λ min ${subscript(name.slice(11))}`, {...later(rank), breaks: true})));
+  add('smallest', 'Smallest eigenvalues', 'L / θ²', [...each('lambda_min', 'λ min', {main: true, breaks: true}).map((l) => ({...l, certified: l.series.certified})), ...smallest], {level: 0, marks: true});
   add('sharpness', 'Sharpness', 'L', each('sharpness', 'sharpness', main));
   // StepMarginMonitor writes at other steps than CurvatureMonitor, as scalars.
   const beside = (name, label) => all.filter((s) => s.leads).flatMap((s) => Object.keys(s.scalars).filter((tag) => tag.endsWith(`/${name}`)).map((tag) => scalarLine(s, tag, label, main)));
@@ -339,11 +393,14 @@ class Chart {
 
   yScale(first, last) {
     const {lines, range, level, density, layers} = this.spec;
-    const mode = this.page.state.scale;
     if (layers) return {place: (v) => v, ticks: []};
+    const leading = this.spec.leading && leadingRange(lines, first, last);
+    const scale = this.page.state.scale;
+    const led = leading && leading.low > 0 && (scale === 'log' || (scale === 'auto' && leading.high > SPREAD * leading.low));
+    const mode = led ? 'log' : scale;
     let [low, high] = [Infinity, -Infinity];
     const take = (v) => {
-      if (Number.isFinite(v)) [low, high] = [Math.min(low, v), Math.max(high, v)];
+      if (Number.isFinite(v) && !(led && v < leading.low / DEPTH)) [low, high] = [Math.min(low, v), Math.max(high, v)];
     };
     if (density) density.steps.forEach((step, k) => (step >= first && step <= last) && [take(density.edges[k][0]), take(density.edges[k].at(-1))]);
     for (const l of lines.filter((entry) => !entry.threshold)) l.steps.forEach((step, k) => step >= first && step <= last && l.values[k] !== null && take(l.values[k]));
@@ -451,8 +508,8 @@ class Chart {
 
   paintBand(c, theme, l) {
     if (!l.lower || !l.upper) return;
-    const up = this.path(l.steps, l.upper, true);
-    const down = this.path(l.steps, l.lower, true);
+    const up = this.path(l.steps, l.upper, {whole: true});
+    const down = this.path(l.steps, l.lower, {whole: true});
     const colour = theme.run[l.series.colour];
     c.fillStyle = colour;
     c.globalAlpha = 0.16;
@@ -470,12 +527,12 @@ class Chart {
     const colour = theme.run[l.series.colour];
     const dash = l.dash || [];
     let points = [];
-    for (const point of [...this.path(l.steps, l.values), null]) {
+    for (const point of [...this.path(l.steps, l.values, {breaks: l.breaks}), null]) {
       if (point) points.push(point);
       if (point || !points.length) continue;
       if (points.length === 1) {
         c.fillStyle = colour;
-        disc(c, points[0][0], points[0][1], 2.5);
+        disc(c, points[0][0], points[0][1], 1 + (l.width ?? 2) / 2);
         c.fill();
       } else stroke(c, colour, points.length > this.box.width ? Math.min(1, l.width ?? 1) : l.width ?? 2, dash, points);
       points = [];
@@ -484,7 +541,7 @@ class Chart {
   }
 
   /** Points in pixels, `null` between pieces; many points in one column of pixels become the extremes among them. */
-  path(steps, values, whole = false) {
+  path(steps, values, {whole = false, breaks = false}) {
     const points = [];
     const [first, last] = this.visible(steps);
     let column = null;
@@ -499,12 +556,13 @@ class Chart {
       held = [];
     };
     for (let k = first; k <= last; k += 1) {
-      if (values[k] === null) continue; // not measured this time
-      const [x, y] = [this.x(steps[k]), this.y(values[k])];
+      if (values[k] === null && !breaks) continue; // not measured this time
+      const [x, y] = [this.x(steps[k]), values[k] === null ? NaN : this.y(values[k])];
       if (!Number.isFinite(y)) {
         if (whole) continue;
         flush();
         points.push(null);
+        column = null;
         continue;
       }
       if (Math.floor(x) !== column) flush();
@@ -648,11 +706,11 @@ class Chart {
   /** For each line the index of its value next to a step, if it is near enough to speak of one step. */
   at(step) {
     const found = [];
-    const tolerance = Math.abs(this.stepAt(6) - this.stepAt(0));
+    const tolerance = Math.abs(this.stepAt(NEAR) - this.stepAt(0));
     for (const l of this.spec.lines) {
       let k = nearest(l.steps, step);
       while (k > 0 && l.values[k] === null && step - l.steps[k - 1] <= tolerance) k -= 1;
-      if (k >= 0 && l.values[k] !== null && (l.threshold || Math.abs(l.steps[k] - step) <= tolerance)) found.push({l, k});
+      if (k >= 0 && l.values[k] !== null && Math.abs(l.steps[k] - step) <= tolerance) found.push({l, k});
     }
     return found;
   }
@@ -660,22 +718,28 @@ class Chart {
   fillReadout() {
     const {cursor} = this.page;
     const main = cursor === null ? this.spec.lines.map((l) => ({l, k: l.values.findLastIndex((v) => v !== null)})).filter(({k}) => k >= 0) : this.at(cursor);
-    const entries = main.filter(({l}) => l.main).slice(0, this.spec.wide ? 8 : 4).map(({l, k}) => {
-      const entry = el('span', {}, shown(l.values[k], 3));
+    const found = main.filter(({l}) => l.main);
+    const entries = found.slice(0, MOST_READ).map(({l, k}) => {
+      const old = cursor === null && k < l.steps.length - 1;
+      const entry = el('span', {title: l.series.label}, shown(l.values[k], 3), old ? el('small', {}, ` step ${grouped(l.steps[k])}`) : '');
       entry.style.setProperty('--swatch', this.page.theme.run[l.series.colour]);
       return entry;
     });
+    if (found.length > entries.length) entries.push(el('small', {}, `and ${found.length - entries.length} more`));
     this.readout.replaceChildren(...entries);
   }
 
   /** Rows of the box beside the pointer: label, value, remark, colour. */
   rows(step, y) {
-    const several = this.page.chosen().length > 1;
-    const rows = this.at(step).map(({l, k}) => {
-      const name = several ? `${l.series.label} · ${l.label}` : l.label;
-      const interval = l.lower && l.upper && l.lower[k] !== null && l.upper[k] !== null ? `${shown(l.lower[k])} … ${shown(l.upper[k])}` : '';
+    const several = new Set(this.spec.lines.map((l) => l.series.id)).size > 1;
+    const at = this.at(step);
+    // For several runs a row each: the main value, and the threshold that it is compared with.
+    const rows = at.filter(({l}) => !several || l.main).map(({l, k}) => {
+      const limit = several && at.find((other) => other.l.threshold && other.l.series === l.series);
+      const within = several ? '' : interval(l.lower?.[k], l.upper?.[k]);
       const kind = l.certified ? {true: 'certified', false: 'tracked'}[l.certified[k]] || '' : '';
-      return [name, shown(l.values[k], 5), [interval, kind].filter(Boolean).join(', '), l.series.colour];
+      const remarks = [limit ? `threshold ${shown(limit.l.values[limit.k], 3)}` : '', within, several ? '' : kind];
+      return [several ? l.series.label : l.label, shown(l.values[k], 5), remarks.filter(Boolean).join(', '), l.series.colour];
     });
     const {density, layers, series} = this.spec;
     if (density) {
@@ -753,6 +817,12 @@ function shortened(c, text, width) {
   let kept = text;
   while (kept.length > 1 && c.measureText(`…${kept}`).width > width) kept = kept.slice(1);
   return `…${kept}`;
+}
+
+/** Lowest and highest value of the main lines in view. */
+function leadingRange(lines, first, last) {
+  const values = lines.filter((l) => l.main).flatMap((l) => l.values.filter((value, k) => Number.isFinite(value) && l.steps[k] >= first && l.steps[k] <= last));
+  return {low: values.reduce((a, b) => Math.min(a, b), Infinity), high: values.reduce((a, b) => Math.max(a, b), -Infinity)};
 }
 
 /** Intervals of steps where the ratio exceeds one, with crossings between measurements on the line between them. */
@@ -951,7 +1021,7 @@ class Page {
       const data = this.data.get(run);
       (prefixes.length ? prefixes : [null]).forEach((prefix, k) => {
         const measured = prefix !== null && Object.hasOwn(data?.monitors || {}, prefix);
-        const monitor = measured ? data.monitors[prefix] : {steps: [], values: {}, certified: [], words: []};
+        const monitor = measured ? data.monitors[prefix] : {steps: [], values: {}, certified: [], words: [], state: null, remark: ''};
         const label = prefix === null || prefix === 'curvature' ? run : `${run} · ${prefix}`;
         const values = table(Object.entries(monitor.values).map(([name, column]) => [name, column.map(number)]));
         const layers = monitor.layers && {...monitor.layers, values: monitor.layers.values.map((row) => row.map(number))};
@@ -963,10 +1033,7 @@ class Page {
     for (const series of this.all) series.chosen = chosen.has(series.id);
     for (const id of [...this.colours.keys()]) if (!chosen.has(id)) this.colours.delete(id);
     for (const series of this.chosen()) {
-      if (!this.colours.has(series.id)) {
-        const uses = Array.from({length: COLOURS}, (_, k) => [...this.colours.values()].filter((used) => used === k).length);
-        this.colours.set(series.id, uses.indexOf(Math.min(...uses)));
-      }
+      if (!this.colours.has(series.id)) this.colours.set(series.id, freeColour(hashOf(series.label), [...this.colours.values()]));
       series.colour = this.colours.get(series.id);
     }
   }
@@ -1053,8 +1120,8 @@ class Page {
 
   fillCards() {
     const open = new Set([...this.cards.querySelectorAll('details[open]')].map((details) => details.dataset.id));
-    const measured = this.chosen().filter((s) => s.steps.length);
-    const sentences = measured.length > 2 ? 1 : 2;
+    const measured = this.chosen().filter(isMeasured);
+    const sentences = measured.length > 2 ? SENTENCES.many : SENTENCES.few;
     this.cards.replaceChildren(...measured.map((s) => verdictCard(s, this.theme, sentences, open.has(s.id))));
   }
 
@@ -1123,8 +1190,8 @@ class Page {
       })),
     );
     const {width, height} = this.tip.getBoundingClientRect();
-    const right = clientX + 18 + width < window.innerWidth;
-    this.tip.style.left = `${Math.max(4, right ? clientX + 18 : clientX - 18 - width)}px`;
+    const right = clientX + BESIDE + width < window.innerWidth;
+    this.tip.style.left = `${Math.max(4, right ? clientX + BESIDE : clientX - BESIDE - width)}px`;
     this.tip.style.top = `${Math.max(4, Math.min(clientY - 12, window.innerHeight - height - 6))}px`;
     return rows;
   }
@@ -1152,41 +1219,119 @@ class Page {
   }
 }
 
-/** What the last measurement of a run says, in numbers and words. */
-function verdictCard(series, theme, sentences, open) {
-  const k = series.steps.length - 1;
-  const value = (name) => series.values[name]?.[k] ?? null;
-  const numbers = [];
-  const put = (name, label, remark = '') => {
-    if (value(name) !== null) numbers.push(el('div', {}, el('dt', {}, label), el('dd', {}, shown(value(name)), remark ? el('small', {}, remark) : '')));
-  };
-  const between = (name) => (value(`${name}_lower`) === null ? '' : `${shown(value(`${name}_lower`), 3)} … ${shown(value(`${name}_upper`), 3)}`);
-  const ratio = value('stability_ratio');
-  put('lambda_max', 'largest eigenvalue', between('lambda_max'));
-  put('stability_ratio', 'of the threshold', value('stability_threshold') === null ? '' : `threshold ${shown(value('stability_threshold'), 3)}`);
-  put('lambda_min', 'smallest eigenvalue', between('lambda_min'));
-  put('sharpness', 'sharpness');
-  const [kind, verdict] = ratio === null ? [] : ratio < EDGE[0] ? ['good', 'stable'] : ratio <= EDGE[1] ? ['warn', 'edge of stability'] : ['danger', 'beyond the edge'];
+/** The colour that a name has by itself, or the next one after it that fewer runs have. */
+function freeColour(hash, taken) {
+  const order = Array.from({length: COLOURS}, (_, k) => (hash + k) % COLOURS);
+  const uses = order.map((colour) => taken.filter((used) => used === colour).length);
+  return order[uses.indexOf(Math.min(...uses))];
+}
+
+/** A number that depends on a text only (FNV-1a). */
+function hashOf(text) {
+  let hash = 0x811c9dc5;
+  for (let k = 0; k < text.length; k += 1) hash = Math.imul(hash ^ text.charCodeAt(k), 0x01000193) >>> 0;
+  return (hash ^ (hash >>> 16)) >>> 0;
+}
+
+/** How a run is going: its last measurement, and its last Newton step, in numbers and words. */
+function verdictCard(series, theme, most, open) {
+  const [kind, verdict] = badgeOf(series) || [];
   const card = el(
     'article',
     {className: 'card'},
     el('div', {className: 'row'}, el('h2', {title: series.label}, series.label), verdict ? el('span', {className: `pill ${kind}`}, verdict) : ''),
-    el('dl', {className: 'numbers'}, ...numbers),
   );
   card.style.setProperty('--swatch', theme.run[series.colour]);
-  // First what somebody has to know: whether to trust the numbers, then whether the steps are stable.
-  const rank = (word) => (/^Nothing is certified/.test(word) ? 0 : /stab|overshoot|diverg/i.test(word) ? 1 : 2);
-  const items = [...series.words].sort((a, b) => rank(a) - rank(b)).map((word) => el('li', {}, word));
-  const first = items.slice(0, sentences);
-  card.append(el('ul', {}, ...first));
+  const sentences = sentencesOf(series);
+  const alarms = ['failed', 'diverged'].includes(series.state) ? sentences.splice(0, ALARMS) : [];
+  if (alarms.length) card.append(el('p', {className: 'alarm'}, alarms.join(' ')));
+  const numbers = numbersOf(series);
+  if (numbers.length) card.append(el('dl', {className: 'numbers'}, ...numbers));
+  const steps = stepSentences(series);
+  if (steps.length) card.append(el('ul', {}, ...steps.map((sentence) => el('li', {}, sentence))));
+  const items = sentences.map((sentence) => el('li', {}, sentence));
+  const first = items.slice(0, most);
+  if (first.length) card.append(el('ul', {}, ...first));
   if (items.length > first.length) {
     const details = el('details', {open}, el('summary', {}, `${items.length - first.length} more`), el('ul', {}, ...items.slice(first.length)));
     details.dataset.id = series.id;
     card.append(details);
   }
-  const how = {true: 'certified', false: 'tracked'}[series.certified[k]];
-  card.append(el('div', {className: 'quiet'}, [`step ${grouped(series.steps[k])}`, how].filter(Boolean).join(' · ')));
+  if (series.steps.length) {
+    const how = Object.keys(series.values).some((name) => lastOf(series, name)?.current) ? {true: 'certified', false: 'tracked'}[series.certified.at(-1)] : '';
+    const about = [`step ${grouped(series.steps.at(-1))}`, how].filter(Boolean).join(' · ');
+    card.append(el('div', {className: 'quiet foot'}, el('div', {}, about), series.remark ? el('div', {}, series.remark.replaceAll('`', '')) : ''));
+  }
   return card;
+}
+
+const isMeasured = (series) => series.steps.length > 0 || stepSentences(series).length > 0;
+
+/** Class and text of the badge of a run, if there is anything to say. */
+function badgeOf(series) {
+  if (series.state in BADGES) return BADGES[series.state];
+  const ratio = lastOf(series, 'stability_ratio');
+  if (ratio?.current) return BADGES[ratio.value < EDGE[0] ? 'below' : ratio.value <= EDGE[1] ? 'edge' : 'beyond'];
+  const accepted = lastScalar(series, 'newton/accepted');
+  return accepted && (accepted.value ? ['good', 'step accepted'] : ['warn', 'step rejected']);
+}
+
+/** The numbers on the card of a run. A number older than the last measurement says of which step it is. */
+function numbersOf(series) {
+  const numbers = [];
+  const put = (name, label, remark = () => '') => {
+    const last = lastOf(series, name);
+    if (!last) return;
+    const remarks = [remark(last.k), last.current ? '' : `step ${grouped(last.step)}`].filter(Boolean).join(', ');
+    numbers.push(el('div', {}, el('dt', {}, label), el('dd', {}, shown(last.value), remarks ? el('small', {}, remarks) : '')));
+  };
+  const at = (name, k) => series.values[name]?.[k] ?? null;
+  const between = (name) => (k) => interval(at(`${name}_lower`, k), at(`${name}_upper`, k));
+  const threshold = (k) => (at('stability_threshold', k) === null ? '' : `threshold ${shown(at('stability_threshold', k))}`);
+  put('lambda_max', 'largest eigenvalue', between('lambda_max'));
+  if (isPreconditioned(series)) put('preconditioned_lambda_max', 'preconditioned eigenvalue', between('preconditioned_lambda_max'));
+  put('stability_ratio', 'of the threshold', threshold);
+  put('lambda_min', 'smallest eigenvalue', between('lambda_min'));
+  put('sharpness', 'sharpness');
+  return numbers;
+}
+
+/** The last value that a monitor has measured, its step, and whether it is of the last measurement. */
+function lastOf(series, name) {
+  const values = series.values[name] || [];
+  const k = values.findLastIndex((value) => value !== null);
+  return k < 0 ? null : {value: values[k], k, step: series.steps[k], current: k === series.steps.length - 1};
+}
+
+/** The last point of a scalar. */
+function lastScalar(series, tag) {
+  const found = series.leads && series.scalars[tag];
+  return found && found.steps.length ? {value: found.values.at(-1), step: found.steps.at(-1)} : null;
+}
+
+/** What the optimizer's last steps were like. */
+function stepSentences(series) {
+  const found = [];
+  const last = (tag) => lastScalar(series, tag);
+  const [ratio, accepted] = [last('newton/ratio'), last('newton/accepted')];
+  const controls = ['damping', 'radius', 'sigma'].filter((name) => last(`newton/${name}`)).map((name) => `${name} ${shown(last(`newton/${name}`).value)}`);
+  if (ratio || accepted || controls.length) {
+    const parts = [accepted && (accepted.value ? 'accepted' : 'rejected'), ratio && `actual over predicted decrease ${shown(ratio.value, 3)}`, ...controls];
+    const {step} = ratio || accepted || last('newton/damping') || last('newton/radius') || last('newton/sigma');
+    found.push(`Last Newton step (step ${grouped(step)}): ${parts.filter(Boolean).join(', ')}.`);
+  }
+  for (const tag of Object.keys(series.scalars).filter((name) => name.endsWith('/step_margin'))) {
+    const margin = last(tag);
+    if (margin) found.push(`Step margin ${shown(margin.value, 3)} at step ${grouped(margin.step)}; above 1 a step overshoots.`);
+  }
+  return found;
+}
+
+/** A monitor's sentences in its own order. Without a failure, whether to trust the numbers comes first. */
+function sentencesOf(series) {
+  if (series.state === 'failed' || series.state === 'diverged') return [...series.words];
+  const isDoubt = (word) => word.startsWith('Nothing is certified');
+  return [...series.words.filter(isDoubt), ...series.words.filter((word) => !isDoubt(word))];
 }
 
 function emptyPage() {

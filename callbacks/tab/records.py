@@ -10,6 +10,8 @@ from itertools import pairwise
 from typing import Any
 
 VERSION = 1
+# How a run is going. A record without a state, or with another one, says nothing of it.
+_STATES = ("diverged", "failed", "below", "edge", "beyond")
 # A record has some kilobytes. Larger ones are foreign, or would make the page slow.
 _MAX_BYTES = 1 << 20
 _MAX_NAMES, _MAX_NAME, _MAX_WORDS, _MAX_WORD, _MAX_BARS = 2000, 300, 40, 2000, 500
@@ -32,6 +34,8 @@ class Record:
         density: Ends of the bars of a histogram of all eigenvalues, and their heights log10(1 + count); None if the
             density was not measured.
         layers: The largest eigenvalue of each layer.
+        state: "diverged", "failed", "below", "edge" or "beyond" the edge of stability; None if that is not known.
+        remark: A sentence that says which loss was measured; empty if that is not known.
     """
 
     values: dict[str, float]
@@ -39,6 +43,8 @@ class Record:
     certified: bool | None
     density: tuple[list[float], list[float]] | None
     layers: dict[str, float]
+    state: str | None = None
+    remark: str = ""
 
 
 def read_record(raw: object) -> Record:
@@ -61,13 +67,15 @@ def read_record(raw: object) -> Record:
         raise RecordError("it is not a JSON object")
     if found.get("version") != VERSION:
         raise RecordError(f"it has another version than {VERSION}")
-    certified = found.get("certified")
+    certified, state, remark = (found.get(name) for name in ("certified", "state", "remark"))
     return Record(
-        _numbers(found.get("values"), "values"),
-        _sentences(found.get("words")),
+        _numbers(found.get("values", {}), "values"),
+        _sentences(found.get("words", [])),
         certified if isinstance(certified, bool) else None,
         _density(found.get("density")),
         _numbers(found.get("layers", {}), "layers"),
+        state if isinstance(state, str) and state in _STATES else None,
+        remark[:_MAX_WORD] if isinstance(remark, str) else "",
     )
 
 
@@ -118,9 +126,9 @@ def series(points: Iterable[tuple[int, float, object]]) -> dict[str, Any]:
             when a run was resumed. Records that cannot be read are counted and left out.
 
     Returns:
-        What JSON can hold: `steps`; `values` by name, `null` where there is none; `certified`; `words` of the last
-        record; `density` and `layers` at up to 400 steps, each None if no record has it; `unread`, how many records
-        were left out, and `why`, the reason for the last of them.
+        What JSON can hold: `steps`; `values` by name, `null` where there is none; `certified`; `words`, `state` and
+        `remark` of the last record; `density` and `layers` at up to 400 steps, each None if no record has it;
+        `unread`, how many records were left out, and `why`, the reason for the last of them.
     """
     by_step: dict[int, Record] = {}
     unread, why = 0, ""
@@ -137,6 +145,8 @@ def series(points: Iterable[tuple[int, float, object]]) -> dict[str, Any]:
         "values": {name: [_plain(record.values.get(name)) for record in records] for name in names},
         "certified": [record.certified for record in records],
         "words": records[-1].words if records else [],
+        "state": records[-1].state if records else None,
+        "remark": records[-1].remark if records else "",
         "density": _densities(steps, records),
         "layers": _layers(steps, records),
         "unread": unread,

@@ -271,6 +271,54 @@ for (let k = 0; k < bytes.length; k += 4) count += bytes[k + 3] > 0 && colourful
 return count;
 """
 
+BADGES = "return [...document.querySelectorAll('.card .pill')].map(e => [e.className, e.textContent])"
+ALARMS = "return [...document.querySelectorAll('.card .alarm')].map(e => e.textContent)"
+HEADER = 'return document.querySelector(`[data-chart="${arguments[0]}"] .readout`).textContent'
+SWATCHES = """
+return Object.fromEntries([...document.querySelectorAll('.runs label')].map(
+  label => [label.textContent, getComputedStyle(label).getPropertyValue('--swatch')]
+));
+"""
+BOXES = """
+return [...document.querySelectorAll('.card')].map(card => {
+  const {top, left, right} = card.getBoundingClientRect();
+  return [top, left, right];
+});
+"""
+NUMBERS = """
+const texts = div => [div.querySelector('dt'), div.querySelector('dd').firstChild, div.querySelector('small')];
+return [...document.querySelectorAll('.numbers div')].map(div => texts(div).map(e => e ? e.textContent : '').join('|'));
+"""
+# How many pixels have any colour in the middle of a chart, from left to right.
+IN_THE_MIDDLE = """
+const canvas = document.querySelector(`[data-chart="${arguments[0]}"] .plot canvas`);
+const bytes = canvas.getContext('2d').getImageData(canvas.width / 2, 0, 40, canvas.height).data;
+let count = 0;
+for (let k = 0; k < bytes.length; k += 4) {
+  const colours = [bytes[k], bytes[k + 1], bytes[k + 2]];
+  count += bytes[k + 3] > 0 && Math.max(...colours) - Math.min(...colours) > 60;
+}
+return count;
+"""
+# By how many pixels the coloured line rises in the last fifth of a chart.
+RISE = """
+const canvas = document.querySelector(`[data-chart="${arguments[0]}"] .plot canvas`);
+const width = Math.round(canvas.width / 5);
+const bytes = canvas.getContext('2d').getImageData(canvas.width - width, 0, width, canvas.height).data;
+const rows = new Set();
+for (let k = 0; k < bytes.length; k += 4) {
+  const colours = [bytes[k], bytes[k + 1], bytes[k + 2]];
+  if (bytes[k + 3] > 0 && Math.max(...colours) - Math.min(...colours) > 60) rows.add(Math.floor(k / 4 / width));
+}
+return Math.max(...rows) - Math.min(...rows);
+"""
+
+
+def numbers(driver: Any) -> list[str]:
+    """The numbers on all cards: label, number and remark, with bars between them."""
+    found: list[str] = driver.execute_script(NUMBERS)
+    return found
+
 
 def open_tab(driver: Any, folder: Path, ready: Callable[[Any], bool]) -> Any:
     """Open the tab in TensorBoard over a folder, and return what it shows as soon as that is as wanted."""
@@ -403,3 +451,98 @@ class TestTab:
         assert "zoom=" in browser.execute_script("return parent.location.hash")
         chart.send_keys("0")
         assert "zoom=" not in browser.execute_script("return parent.location.hash")
+
+    def test_a_run_that_failed_has_a_card_and_one_that_diverged_a_red_badge(self, browser: Any, tmp_path: Path) -> None:
+        failed, diverged = "The loss is not finite at step 10.", "In short: diverged: the loss is 16 times its lowest."
+        with SummaryWriter(str(tmp_path / "a")) as writer:
+            add(writer, 10, record(10, values={}, words=[failed], certified=None, state="failed", remark=""))
+        words = [diverged, "Go back to an earlier checkpoint.", "Measured with 7 products."]
+        run(tmp_path / "b", words=words, state="diverged", remark="Measured on the training loss.").close()
+        shown = open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 2)
+        assert failed in shown["cards"][0]
+        assert "step 10" in shown["cards"][0]
+        assert browser.execute_script(ALARMS) == [failed, f"{diverged} Go back to an earlier checkpoint."]
+        assert "Measured on the training loss." in shown["cards"][1]
+        assert browser.execute_script(BADGES) == [["pill danger", "failed"], ["pill danger", "diverged"]]
+
+    def test_a_failure_after_good_measurements_keeps_their_numbers_and_says_their_step(
+        self, browser: Any, tmp_path: Path
+    ) -> None:
+        with run(tmp_path / "a") as writer:
+            add(writer, 7, record(7, values={}, words=["Not finite."], state="failed"))
+        shown = open_tab(browser, tmp_path, lambda s: s["charts"].get("sharpness") == [4])
+        (sharpness,) = [text for text in numbers(browser) if text.startswith("sharpness")]
+        assert sharpness == "sharpness|0.01|step 2"
+        assert browser.execute_script(BADGES) == [["pill danger", "failed"]]
+        wait(browser, lambda _: "step 2" in browser.execute_script(HEADER, "sharpness"))
+        assert "step 2" in browser.execute_script(HEADER, "sharpness")
+        assert shown["notes"] == []
+
+    def test_eigenvalues_have_gaps_where_values_measured_now_and_then_are_joined(
+        self, browser: Any, tmp_path: Path
+    ) -> None:
+        with SummaryWriter(str(tmp_path / "a")) as writer:
+            for step in range(6):
+                more = {"lambda_min": -1.0, "sharpness": 2.0} if step in (0, 1, 4, 5) else {}
+                add(writer, step, record(step, values={"lambda_max": 2.0, **more}))
+        open_tab(browser, tmp_path, lambda s: s["charts"].get("sharpness") == [6])
+        wait(browser, lambda _: browser.execute_script(IN_THE_MIDDLE, "sharpness") > 0)
+        assert browser.execute_script(IN_THE_MIDDLE, "sharpness") > 0
+        assert browser.execute_script(IN_THE_MIDDLE, "smallest") == 0
+
+    def test_runs_keep_their_colours_when_one_is_added(self, browser: Any, tmp_path: Path) -> None:
+        for name in ("sgd", "lbfgs"):
+            run(tmp_path / name).close()
+        open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 2)
+        before = browser.execute_script(SWATCHES)
+        run(tmp_path / "adam").close()
+        wait(browser, lambda s: len(s["cards"]) == 3)
+        after = browser.execute_script(SWATCHES)
+        assert len(set(after.values())) == 3
+        assert before.items() < after.items()
+        browser.refresh()
+        wait(browser, lambda s: len(s["cards"]) == 3)
+        assert browser.execute_script(SWATCHES) == after
+
+    def test_cards_wrap_in_a_narrow_window(self, browser: Any, tmp_path: Path) -> None:
+        for name in "abcd":
+            run(tmp_path / name).close()
+        size = browser.get_window_size()
+        browser.set_window_size(800, 1000)
+        try:
+            open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 4)
+            boxes = browser.execute_script(BOXES)
+        finally:
+            browser.set_window_size(size["width"], size["height"])
+        assert len({top for top, _, _ in boxes}) >= 2
+        assert all(left >= 0 and right <= 800 for _, left, right in boxes)
+
+    def test_a_card_shows_the_eigenvalue_that_the_threshold_is_for_and_the_last_steps(
+        self, browser: Any, tmp_path: Path
+    ) -> None:
+        values = {
+            "lambda_max": 1.647,
+            "preconditioned_lambda_max": 251.3,
+            "preconditioned_lambda_max_lower": 251.31,
+            "preconditioned_lambda_max_upper": 251.34,
+            "stability_threshold": 12666.0,
+            "stability_ratio": 251.3 / 12666.0,
+        }
+        with run(tmp_path / "a", values=values) as writer:
+            for tag, value in {"newton/ratio": 0.5, "newton/accepted": 1.0, "newton/damping": 1e-3}.items():
+                writer.add_scalar(tag, value, 2)
+            writer.add_scalar("curvature/step_margin", 0.25, 1)
+        shown = open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 1)
+        assert "preconditioned eigenvalue|251.3|251.31 … 251.34" in numbers(browser)
+        sentence = "Last Newton step (step 2): accepted, actual over predicted decrease 0.5, damping 0.001."
+        assert sentence in shown["cards"][0]
+        assert "Step margin 0.25 at step 1" in shown["cards"][0]
+
+    def test_eigenvalues_that_span_decades_are_on_a_logarithmic_scale(self, browser: Any, tmp_path: Path) -> None:
+        with SummaryWriter(str(tmp_path / "a")) as writer:
+            for step, largest in enumerate((2.5e6, 2.0, 3.0, 4e3)):
+                add(writer, step, record(step, values={"lambda_max": largest, "lambda_2": -1.0}))
+        open_tab(browser, tmp_path, lambda s: "eigenvalues" in s["charts"])
+        wait(browser, lambda _: browser.execute_script(PAINTED, "eigenvalues") > 300)
+        # The line from 3 to 4000 at the right rises: on a linear scale both ends would lie on the axis.
+        assert browser.execute_script(RISE, "eigenvalues") > 40

@@ -78,6 +78,29 @@ def test_certified_is_a_flag_or_unknown() -> None:
     assert read_record(record(certified="<b>")).certified is None
 
 
+def test_a_state_is_one_of_five_and_its_remark_is_text() -> None:
+    found = read_record(record(state="diverged", remark="Measured on the training loss."))
+    assert (found.state, found.remark) == ("diverged", "Measured on the training loss.")
+    for state in (None, "<b>", 3, ["failed"]):
+        assert read_record(record(state=state, remark=state)).state is None
+    assert read_record(record(remark=3)).remark == ""
+    assert read_record(record(remark="x" * 5000)).remark == "x" * 2000
+    assert (read_record(record()).state, read_record(record()).remark) == (None, "")
+
+
+def test_a_failure_needs_neither_values_nor_words() -> None:
+    failed = json.dumps({"version": 1, "state": "failed"}).encode()
+    found = series([(10, 1.0, failed)])
+    assert (found["steps"], found["values"], found["words"]) == ([10], {}, [])
+    assert (found["state"], found["remark"]) == ("failed", "")
+
+
+def test_a_series_has_the_state_of_its_last_record() -> None:
+    found = series([(20, 2.0, record(state="edge", remark="Loss.")), (10, 1.0, record(state="beyond"))])
+    assert (found["state"], found["remark"]) == ("edge", "Loss.")
+    assert series([])["state"] is None
+
+
 def test_a_series_has_a_column_for_each_value_and_none_where_it_is_missing() -> None:
     found = series(
         [
