@@ -35,7 +35,7 @@ from newtonopt.curvature.measuring import for_optimizers, list_of
 
 from .images import add_image, takes_images
 from .lightning import PROBE_TAG, Batches, Probe, at_rest, is_trial, log_values, passes_multiple, show_in_bar
-from .tensorboard import add_figures, add_page, add_record, add_text, page_of
+from .tensorboard import add_failure, add_figures, add_page, add_record, add_text, page_of
 
 # Key in checkpoints of the monitors' state, which is kept by prefix.
 _STATE = "CurvatureMonitor"
@@ -422,10 +422,13 @@ class CurvatureMonitor(Callback):
             return
         except Exception as error:
             self._last = None
+            why = str(error) or type(error).__name__
+            if isinstance(error, FloatingPointError):
+                why = f"{why} If training has brought it there, lower the learning rate."
+                add_failure(trainer, self.prefix, f"Nothing could be measured at step {trainer.global_step}. {why}")
             self._warn(
                 "measure",
-                f"CurvatureMonitor could not measure at step {trainer.global_step}, and training goes on: "
-                f"{str(error) or type(error).__name__}",
+                f"CurvatureMonitor could not measure at step {trainer.global_step}, and training goes on: {why}",
             )
             return
         finally:

@@ -94,6 +94,15 @@ def add_record(trainer: Trainer, measured: Measured, remark: str) -> None:
     _write_record(trainer, measured.plan.prefix, _record(measured, remark))
 
 
+def add_failure(trainer: Trainer, prefix: str, words: str) -> None:
+    """Write a record of a measurement that has failed, with the reason in words and no values."""
+    _write_record(
+        trainer,
+        prefix,
+        {"version": _VERSION, "values": {}, "words": [words], "certified": None, "state": "failed", "remark": ""},
+    )
+
+
 def _write_record(trainer: Trainer, prefix: str, content: Mapping[str, Any]) -> None:
     record = json.dumps(content).encode()
     metadata = SummaryMetadata(

@@ -6,6 +6,7 @@ import copy
 import inspect
 import itertools
 import json
+import math
 import random
 import re
 import warnings
@@ -503,6 +504,23 @@ def test_a_run_whose_loss_has_risen_far_is_called_diverged(
     found = records_of(tmp_path)
     assert [record["state"] for record in found.values()] == states
     assert found[2]["words"][0].startswith("In short: diverged: the loss is 2e+03, ") is ("diverged" in states)
+
+
+@pytest.mark.parametrize(("place", "what"), [(math.inf, "The loss is inf"), (0.0, "The gradient is not finite")])
+def test_a_loss_that_is_not_finite_leaves_a_record_that_says_so(place: float, what: str, tmp_path: Path) -> None:
+    class Overflowing(Root):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.w.abs().sqrt().sum()
+
+    monitor = CurvatureMonitor(every_n_train_steps=2)
+    trainer = quiet_trainer(callbacks=[Thrown(place), monitor], logger=both_loggers(tmp_path), max_epochs=1)
+    with pytest.warns(UserWarning, match=f"could not measure at step 2, .*{what}.* lower the learning rate"):
+        trainer.fit(Overflowing(), loader())
+    found = records_of(tmp_path)[2]
+    (words,) = found.pop("words")
+    assert found == {"version": 1, "values": {}, "certified": None, "state": "failed", "remark": ""}
+    assert words.startswith(f"Nothing could be measured at step 2. {what}")
+    assert words.endswith("If training has brought it there, lower the learning rate.")
 
 
 class Hopeless(Speechless):
