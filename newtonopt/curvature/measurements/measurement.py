@@ -183,6 +183,7 @@ class Measurement(ABC, Generic[Result]):
         uses_matrix: Whether `measure` forms products with `view.matrix`. Default True. Measurements that do not are
             taken last, when the graph behind the matrix has been freed.
         uses_quotient: Whether `measure` reads `view.quotient`, which costs one product. Default False.
+        leads: Whether its verdict and its sentences stand before those of the others. Default False.
 
     Example:
         >>> import torch
@@ -204,6 +205,7 @@ class Measurement(ABC, Generic[Result]):
     charts: ClassVar[tuple[Chart, ...]] = ()
     uses_matrix: ClassVar[bool] = True
     uses_quotient: ClassVar[bool] = False
+    leads: ClassVar[bool] = False
 
     @abstractmethod
     def measure(self, view: View) -> Result | None:
@@ -689,13 +691,17 @@ class Measured(Mapping[str, float]):
 
     def _meaning(self) -> list[str]:
         """Return the verdict in one line, and the measurements' sentences."""
-        verdicts = [measurement.verdict(result, self) for measurement, result in self.results()]
-        verdict = "; ".join(words for words in verdicts if words)
-        lines = [f"In short: {verdict}."] if verdict else []
-        lines += [f"Nothing is certified: {self.doubt}"] if self.doubt else []
-        for measurement, result in self.results():
-            lines += measurement.sentences(result, self)
-        return lines
+        found = sorted(self.results(), key=lambda entry: not entry[0].leads)
+        verdict = "; ".join(filter(None, (measurement.verdict(result, self) for measurement, result in found)))
+        said = [
+            (measurement.leads, words) for measurement, result in found for words in measurement.sentences(result, self)
+        ]
+        return [
+            *([f"In short: {verdict}."] if verdict else []),
+            *(words for leads, words in said if leads),
+            *([f"Nothing is certified: {self.doubt}"] if self.doubt else []),
+            *(words for leads, words in said if not leads),
+        ]
 
 
 def take(

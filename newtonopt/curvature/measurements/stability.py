@@ -76,6 +76,7 @@ class Stability(Measurement[StabilityRatio]):
             "optimizers train only part of the measured parameters",
         ),
     )
+    leads: ClassVar[bool] = True
     charts: ClassVar[tuple[Chart, ...]] = (
         # The ratio means the same for every optimizer, so that a folder of different runs has one chart.
         Chart("Stability ratio: above 1 steps overshoot", ("stability_ratio",)),

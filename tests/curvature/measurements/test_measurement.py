@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +51,33 @@ def test_words_say_what_measuring_cost() -> None:
     p = nn.Parameter(torch.ones(2))
     found = measure(lambda: p.square().sum(), [p], sharpness=None)
     assert f"Measured with {found.read('products'):.0f} products in " in found.in_words().splitlines()[-1]
+
+
+class Leading(Measurement[float]):
+    """A measurement whose words stand first."""
+
+    tags = (Tag("lead", "", "always one"),)
+    leads = True
+
+    def measure(self, view: View) -> float:
+        return 1.0
+
+    def values(self, result: float) -> dict[str, float]:
+        return {"lead": result}
+
+    def verdict(self, result: float, measured: Measured) -> str:
+        return "first"
+
+    def sentences(self, result: float, measured: Measured) -> list[str]:
+        return ["This leads."]
+
+
+def test_words_begin_with_the_verdict_and_the_sentences_that_lead() -> None:
+    p = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    found = measure(lambda: p.square().sum(), [p], sharpness=None, measurements=[Leading()])
+    first, second, third, *_ = replace(found, doubt="Reason.").in_words().splitlines()
+    assert first == "In short: first; convex here."
+    assert second == "This leads." and third == "Nothing is certified: Reason."
 
 
 def test_words_say_how_to_narrow_and_how_to_certify() -> None:
