@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 
 from newtonopt.checks import (
     check_flag,
@@ -28,12 +30,12 @@ from newtonopt.curvature import Measured, Measurement, Sharpness
 from newtonopt.curvature.ascent import Kind
 from newtonopt.curvature.dashboard import dashboard
 from newtonopt.curvature.histories import Log, loss_tag
-from newtonopt.curvature.measurements.measurement import Matrix, Plan, take
+from newtonopt.curvature.measurements.measurement import Losses, Matrix, Plan, take
 from newtonopt.curvature.measuring import for_optimizers, list_of
 
 from .images import add_image, takes_images
 from .lightning import PROBE_TAG, Batches, Probe, at_rest, is_trial, log_values, passes_multiple, show_in_bar
-from .tensorboard import add_figures, add_page, add_record, add_text, page_of
+from .tensorboard import add_failure, add_figures, add_page, add_record, add_text, page_of
 
 # Key in checkpoints of the monitors' state, which is kept by prefix.
 _STATE = "CurvatureMonitor"
@@ -260,6 +262,7 @@ class CurvatureMonitor(Callback):
         self._watch: Watch | None = None
         self._watched = False
         self._last: Measured | None = None
+        self._losses: Losses | None = None
         self._followed = 0
         self._differences = False
         self._last_step = 0
@@ -339,6 +342,8 @@ class CurvatureMonitor(Callback):
         if self._watch is not None and (changed := self._watch.changed()):
             self._stop(f"measuring would change training. {UnprotectedError(changed)}")
         self._watch = None
+        if self._losses is None:
+            self._losses = self._loss_of(trainer, outputs)
         due = self._due_after_step(self._last_step, trainer.global_step)
         self._last_step = trainer.global_step
         if trainer.is_last_batch:
@@ -362,6 +367,16 @@ class CurvatureMonitor(Callback):
         if self._enabled and self._measured_at is None:
             why = self._batches.lack() if self._lacked_batches else self._why_never_due(trainer.global_step)
             rank_zero_warn(f"CurvatureMonitor measured nothing in this fit: {why}, or set at_end=True.")
+
+    def _loss_of(self, trainer: Trainer, outputs: STEP_OUTPUT) -> Losses | None:
+        """Return the loss of the first step of training, which tells whether the loss has risen since, even where the
+        first measurement comes late; None where it is another one than the probe's.
+        """
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if self.probe.step != "training_step" or self.probe.dataloader is not None or not isinstance(loss, Tensor):
+            return None
+        first = float(loss) * trainer.accumulate_grad_batches
+        return Losses(first, first, first) if math.isfinite(first) else None
 
     def _due_after_step(self, before: int, now: int) -> bool:
         return self.every_n_epochs is None and passes_multiple(before, now, self.every_n_train_steps or 100)
@@ -407,10 +422,13 @@ class CurvatureMonitor(Callback):
             return
         except Exception as error:
             self._last = None
+            why = str(error) or type(error).__name__
+            if isinstance(error, FloatingPointError):
+                why = f"{why} If training has brought it there, lower the learning rate."
+                add_failure(trainer, self.prefix, f"Nothing could be measured at step {trainer.global_step}. {why}")
             self._warn(
                 "measure",
-                f"CurvatureMonitor could not measure at step {trainer.global_step}, and training goes on: "
-                f"{str(error) or type(error).__name__}",
+                f"CurvatureMonitor could not measure at step {trainer.global_step}, and training goes on: {why}",
             )
             return
         finally:
@@ -439,7 +457,17 @@ class CurvatureMonitor(Callback):
             watch = Watch(closure)
             try:
                 measured = at_rest(
-                    lambda: take(closure, params, trainer.optimizers, plan, samples, named, last, lenient=True),
+                    lambda: take(
+                        closure,
+                        params,
+                        trainer.optimizers,
+                        plan,
+                        samples,
+                        named,
+                        last,
+                        lenient=True,
+                        losses=self._losses,
+                    ),
                     params,
                     trainer.optimizers,
                 )
@@ -449,7 +477,7 @@ class CurvatureMonitor(Callback):
         if self._batches.began:
             since = {f"{PROBE_TAG.folder(plan.prefix)}/{PROBE_TAG.name}": float(self._batches.began)}
             measured = replace(measured, numbers={**measured.numbers, **since})
-        self._last = measured
+        self._last, self._losses = measured, measured.losses
         self._followed = 0 if last is None or measured.read("certified") == 1.0 else self._followed + 1
         # A loss that has no second derivative now has none the next time.
         self._differences = measured.form == "finite_difference"
@@ -457,9 +485,10 @@ class CurvatureMonitor(Callback):
 
     def _show(self, trainer: Trainer, pl_module: LightningModule, measured: Measured) -> None:
         """Write words, figures and charts of the measurement to TensorBoard."""
-        add_record(trainer, measured)
+        remark = self.probe.in_words(trainer, pl_module, self._batches.began)
+        add_record(trainer, measured, remark)
         if self.text:
-            add_text(trainer, measured, self.probe.in_words(trainer, pl_module, self._batches.began))
+            add_text(trainer, measured, remark)
         # An optimizer that has taken no step yet may still do.
         for name, reason in measured.unmeasurable().items() if trainer.global_step > 0 else ():
             self._warn(name, f"CurvatureMonitor cannot measure {name}: {reason}")

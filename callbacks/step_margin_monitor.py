@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -97,6 +98,7 @@ class StepMarginMonitor(Callback):
         self._starts_again = False
         self._measured = False
         self._warned = False
+        self._infinite_at: int | None = None
         self._step = 0
         self._is_played = False
         self._forget()
@@ -209,9 +211,13 @@ class StepMarginMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._forget()
         if self._enabled and not self._measured and not self._warned:
+            why = (
+                f"no step was due by every_n_train_steps={self.every_n_train_steps}, or none went downhill. Lower that."
+                if self._infinite_at is None
+                else f"the loss is not finite at step {self._infinite_at}. Lower the learning rate."
+            )
             rank_zero_warn(
-                f"StepMarginMonitor measured nothing in this fit, which ended at step {trainer.global_step}: no step "
-                f"was due by every_n_train_steps={self.every_n_train_steps}, or none went downhill. Lower that."
+                f"StepMarginMonitor measured nothing in this fit, which ended at step {trainer.global_step}: {why}"
             )
 
     def _check_watch(self) -> None:
@@ -230,7 +236,7 @@ class StepMarginMonitor(Callback):
     def _measure(
         self, params: Sequence[Tensor], gradient: Sequence[Tensor | None], micro_batches: int
     ) -> StepMargin | None:
-        """Return the margin of the step just taken; None for a step that was skipped or does not go downhill."""
+        """Return the margin of the step just taken; None for one that was skipped or does not go downhill."""
         before, after = self._before, _copies(params)
         processes = Processes(before[0])
 
@@ -244,12 +250,15 @@ class StepMarginMonitor(Callback):
             place = after if s == 1.0 else [torch.lerp(b, a, s) for b, a in zip(before, after, strict=True)]
             return loss_at(place) - loss
 
+        loss = mean(lambda: sum(played.loss for played in self._played) / micro_batches)
+        if not math.isfinite(loss):
+            self._infinite_at = self._step + 1 if self._infinite_at is None else self._infinite_at
+            return None
         slope = mean(lambda: _inner(gradient, before, after))
         slope *= processes.count if is_sharded(params) else 1
         if not slope < 0.0:
             return None
         try:
-            loss = mean(lambda: sum(played.loss for played in self._played) / micro_batches)
             if self._starts_again or not self._checked:
                 again = loss_at(before)
                 if not abs(again - loss) <= _ANOTHER * abs(loss):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars
 
-from newtonopt.curvature import Chart, Density, Histogram, Measured
+from newtonopt.curvature import Chart, Density, Histogram, Measured, Stability
 from newtonopt.curvature.measurements.measurement import Plan
 
 from .images import add_image, takes_images
@@ -83,14 +83,33 @@ def add_page(trainer: Trainer, page: Sequence[Category]) -> None:
         _merge_layout(writer, page)
 
 
-def add_record(trainer: Trainer, measured: Measured) -> None:
-    """Write a measurement as one record for the "Curvature" tab, so that all of its values belong to one step."""
-    record = json.dumps(_record(measured)).encode()
+def add_record(trainer: Trainer, measured: Measured, remark: str) -> None:
+    """Write a measurement as one record for the "Curvature" tab, so that all of its values belong to one step.
+
+    Args:
+        trainer: The trainer.
+        measured: The measurement.
+        remark: Sentence that says which loss was measured.
+    """
+    _write_record(trainer, measured.plan.prefix, _record(measured, remark))
+
+
+def add_failure(trainer: Trainer, prefix: str, words: str) -> None:
+    """Write a record of a measurement that has failed, with the reason in words and no values."""
+    _write_record(
+        trainer,
+        prefix,
+        {"version": _VERSION, "values": {}, "words": [words], "certified": None, "state": "failed", "remark": ""},
+    )
+
+
+def _write_record(trainer: Trainer, prefix: str, content: Mapping[str, Any]) -> None:
+    record = json.dumps(content).encode()
     metadata = SummaryMetadata(
         plugin_data=SummaryMetadata.PluginData(plugin_name=_PLUGIN), data_class=DATA_CLASS_TENSOR
     )
     tensor = TensorProto(dtype="DT_STRING", string_val=[record], tensor_shape=TensorShapeProto())
-    summary = Summary(value=[Summary.Value(tag=f"{measured.plan.prefix}/record", tensor=tensor, metadata=metadata)])
+    summary = Summary(value=[Summary.Value(tag=f"{prefix}/record", tensor=tensor, metadata=metadata)])
     for writer in _writers(trainer):
         file_writer: Any = writer.file_writer  # torch types it as None, which it is only after close()
         file_writer.add_summary(summary, trainer.global_step)
@@ -125,7 +144,7 @@ def add_figures(trainer: Trainer, measured: Measured) -> None:
                 add_image(trainer, f"{prefix}/{name}", figure)
 
 
-def _record(measured: Measured) -> dict[str, Any]:
+def _record(measured: Measured, remark: str) -> dict[str, Any]:
     """Return what the tab shows of a measurement; newtonopt_tensorboard reads it."""
     values = {name: measured.read(name) for name in measured.names()}
     certified = values.get("certified")
@@ -134,6 +153,8 @@ def _record(measured: Measured) -> dict[str, Any]:
         "values": values,
         "words": measured.in_words().splitlines(),
         "certified": None if certified is None else certified == 1.0,
+        "state": _state(measured),
+        "remark": remark,
     }
     density = measured.of(Density)
     if density is not None:
@@ -143,6 +164,12 @@ def _record(measured: Measured) -> dict[str, Any]:
     if layers := {name.removeprefix(_LAYER): x for name, x in values.items() if name.startswith(_LAYER)}:
         record["layers"] = layers
     return record
+
+
+def _state(measured: Measured) -> str | None:
+    """Return whether training has diverged, or where it is with regard to the edge of stability, if that is known."""
+    stability = measured.of(Stability)
+    return "diverged" if measured.diverged else None if stability is None else stability.state
 
 
 def _writers(trainer: Trainer) -> Iterator[SummaryWriter]:

@@ -266,7 +266,7 @@ def _caption(figure: Figure, runs: Sequence[_Run], count: int) -> None:
         last = max(runs[0].history.measured)
         if words:
             whole = f"Step {last}. {words}"
-            cut = whole if len(whole) <= _MOST_WORDS else whole[:_MOST_WORDS].rpartition(". ")[0] + "."
+            cut = whole if len(whole) <= _MOST_WORDS else whole[:_MOST_WORDS].rpartition(". ")[0] + ". ..."
             _say(figure.supxlabel(_wrapped(cut, 148), x=0.01, ha="left", fontsize=8.5, color="0.2"))
         return
     handles = [_line(run) for run in runs]
@@ -331,10 +331,13 @@ def _largest(axes: Axes, runs: Sequence[_Run]) -> None:
 
 
 def _preconditioned(axes: Axes, runs: Sequence[_Run]) -> None:
+    """Draw the preconditioned eigenvalue of runs that have it, against their thresholds."""
+    runs = [run for run in runs if len(run.history.series("preconditioned_lambda_max")[0])]
     for run in runs:
         _eigenvalue(axes, run, "preconditioned_lambda_max")
         _threshold(axes, run, "preconditioned_lambda_max")
-    _scale(axes, runs, "preconditioned_lambda_max")
+    # A threshold far above the eigenvalues would press them to the bottom of a linear axis.
+    _scale(axes, runs, "preconditioned_lambda_max", "stability_threshold")
 
 
 def _smallest(axes: Axes, runs: Sequence[_Run]) -> None:
@@ -492,8 +495,8 @@ def _heat_map(axes: Axes, steps: Sequence[float], edges: Numbers, values: Any, l
         axes.text(x, 1.09, text, transform=axes.transAxes, ha=side, va="center", fontsize=8, color="0.3")
 
 
-def _scale(axes: Axes, runs: Sequence[_Run], name: str) -> None:
-    _log_if_wide(axes, np.concatenate([run.history.series(name)[1] for run in runs]))
+def _scale(axes: Axes, runs: Sequence[_Run], *names: str) -> None:
+    _log_if_wide(axes, np.concatenate([run.history.series(name)[1] for run in runs for name in names]))
 
 
 def _log_if_wide(axes: Axes, values: Numbers) -> None:

@@ -183,7 +183,7 @@ def for_optimizers(plan: Plan, optimizers: Sequence[Optimizer], params: Sequence
     asked = any(isinstance(measurement, Preconditioned) for measurement in plan.measurements)
     if asked or not any(adapts(optimizer, trained) for optimizer in training(optimizers, trained)[:1]):
         return plan
-    # Before the ratio to the threshold, so that the text names the eigenvalue first.
+    # Before the ratio to the threshold, which is computed from it.
     at = next(i for i, measurement in enumerate(plan.measurements) if isinstance(measurement, Stability))
     return replace(plan, measurements=(*plan.measurements[:at], Preconditioned(), *plan.measurements[at:]))
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from newtonopt.checks import check_closure, check_flag, check_instance
 from newtonopt.closure.isolation import Isolation
 from newtonopt.closure.objective import Objective, Runs
+from newtonopt.curvature.showing import as_table, as_text
 from newtonopt.vectors.flat import flatten, trained_parameters
 from newtonopt.vectors.scaling import dot
 
@@ -22,9 +23,11 @@ from newtonopt.vectors.scaling import dot
 _TOLERANCE, _MOST, _FARTHEST = 0.03, 5, 256.0
 # One move of the search is at most this long, as a factor.
 _FACTOR = 16.0
+# Up to this margin a step that has overshot is called normal at the edge of stability.
+_FAR = 2.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StepMargin:
     """The loss along an optimizer's last step d, with phi(s) = L(theta + s d) - L(theta).
 
@@ -47,6 +50,12 @@ class StepMargin:
     critical_step: float | None
     losses: int
 
+    def __repr__(self) -> str:
+        return as_text(self, {"margin": self.margin})
+
+    def _repr_html_(self) -> str:
+        return as_table(self, {"margin": self.margin}, [self.in_words()])
+
     @property
     def margin(self) -> float | None:
         """Return 1 - phi(1) / g'd, which is d'Hd / (2 |g'd|) for a quadratic loss; None where that says nothing.
@@ -64,6 +73,14 @@ class StepMargin:
         margin = self.margin
         if margin is None:
             return "The last step did not go downhill on its own batch, or ended where the loss is not finite."
+        if margin > _FAR:
+            # The crossing of a quadratic loss is 1 / margin.
+            crossing, about = (1.0 / margin, "about ") if self.critical_step is None else (self.critical_step, "")
+            return (
+                f"The last step overshot far (step margin {margin:.3g}): on its own batch the loss would fall only for "
+                f"steps shorter than {about}{crossing:.2g} of it. Divide the learning rate by {1.0 / crossing:.2g} or "
+                "more."
+            )
         if margin >= 1.0:
             return (
                 f"The last step overshot (step margin {margin:.3g}): on its own batch the loss has not fallen. Around "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import json
+import math
 import random
 import re
 import warnings
@@ -34,7 +36,8 @@ from lightning_problems import (
     quiet_trainer,
 )
 from problems import Doubled
-from torch import Tensor
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
 from torch.autograd.functional import hessian as dense_hessian
 from torch.func import functional_call
 
@@ -444,6 +447,80 @@ def test_a_measurement_that_cannot_be_shown_warns_once_and_training_goes_on(tmp_
         trainer.fit(Classifier("SGD"), loader())
     assert trainer.global_step == 2 * BATCHES
     assert {value for _, value in from_csv(tmp_path)["curvature/one"]} == {1.0}
+
+
+class Root(L.LightningModule):
+    """A loss that has next to no curvature far out, where it is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (1.0 + self.w.square()).sqrt().sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Thrown(L.Callback):
+    """Puts the parameters elsewhere after the second step."""
+
+    def __init__(self, place: float) -> None:
+        self.place = place
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            module.w.data.fill_(self.place)
+
+
+def records_of(folder: Path) -> dict[int, Any]:
+    """The records for the Curvature tab, by step."""
+    accumulator = EventAccumulator(str(folder / "tb"), size_guidance={"tensors": 0})
+    accumulator.Reload()
+    return {
+        event.step: json.loads(event.tensor_proto.string_val[0]) for event in accumulator.Tensors("curvature/record")
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "states"),
+    [
+        ({"every_n_train_steps": 1}, ["below", "diverged", "diverged"]),  # each certified
+        ({"every_n_train_steps": 2}, ["diverged"]),  # measured late
+        (
+            {"every_n_train_steps": 2, "probe": Probe(dataloader=[torch.zeros(1)])},
+            ["below"],
+        ),  # training has another loss
+        ({"every_n_train_steps": 1, "probe": Probe(dataloader=[torch.zeros(1)])}, ["below", "diverged", "diverged"]),
+    ],
+)
+def test_a_run_whose_loss_has_risen_far_is_called_diverged(
+    settings: dict[str, Any], states: list[str], tmp_path: Path
+) -> None:
+    monitor = CurvatureMonitor(budget=Budget(certify_every=1), **settings)
+    trainer = quiet_trainer(callbacks=[Thrown(1000.0), monitor], logger=both_loggers(tmp_path), max_epochs=1)
+    trainer.fit(Root(), loader())
+    found = records_of(tmp_path)
+    assert [record["state"] for record in found.values()] == states
+    assert found[2]["words"][0].startswith("In short: diverged: the loss is 2e+03, ") is ("diverged" in states)
+
+
+@pytest.mark.parametrize(("place", "what"), [(math.inf, "The loss is inf"), (0.0, "The gradient is not finite")])
+def test_a_loss_that_is_not_finite_leaves_a_record_that_says_so(place: float, what: str, tmp_path: Path) -> None:
+    class Overflowing(Root):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.w.abs().sqrt().sum()
+
+    monitor = CurvatureMonitor(every_n_train_steps=2)
+    trainer = quiet_trainer(callbacks=[Thrown(place), monitor], logger=both_loggers(tmp_path), max_epochs=1)
+    with pytest.warns(UserWarning, match=f"could not measure at step 2, .*{what}.* lower the learning rate"):
+        trainer.fit(Overflowing(), loader())
+    found = records_of(tmp_path)[2]
+    (words,) = found.pop("words")
+    assert found == {"version": 1, "values": {}, "certified": None, "state": "failed", "remark": ""}
+    assert words.startswith(f"Nothing could be measured at step 2. {what}")
+    assert words.endswith("If training has brought it there, lower the learning rate.")
 
 
 class Hopeless(Speechless):

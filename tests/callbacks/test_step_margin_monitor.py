@@ -338,6 +338,12 @@ def test_a_fit_without_a_measurement_says_so() -> None:
         fit(Regression(), None, StepMarginMonitor())
 
 
+def test_a_fit_whose_loss_is_not_finite_names_that_as_the_reason() -> None:
+    with pytest.warns(UserWarning, match="at step 3: the loss is not finite at step 2. Lower the learning rate.$"):
+        trainer = fit(Regression(rate=1e200), None, StepMarginMonitor(every_n_train_steps=2), max_epochs=1)
+    assert trainer.global_step == 3
+
+
 def test_early_stopping() -> None:
     stop = EarlyStopping("curvature/step_margin", mode="max", stopping_threshold=-1e9)
     trainer = fit(Regression(), None, monitor(), stop, max_epochs=4)

@@ -91,6 +91,8 @@ def test_each_measurement_is_one_record_with_the_values_that_were_logged(tmp_pat
     assert [record["certified"] for record in found.values()] == [True, False, True]
     assert all(record["certified"] == (record["values"]["certified"] == 1.0) for record in found.values())
     assert any("largest eigenvalue" in word for word in found[3]["words"])
+    assert [record["state"] for record in found.values()] == ["below"] * 3
+    assert found[3]["remark"] == "Measured on the loss of `training_step` in train mode, in float32."
     edges, heights = found[3]["density"]["edges"], found[3]["density"]["heights"]
     assert len(edges) == len(heights) + 1
     assert edges == sorted(edges)
@@ -106,7 +108,7 @@ def test_without_density_and_layers_the_record_has_none(tmp_path: Path) -> None:
     monitor = CurvatureMonitor(every_n_train_steps=3, text=False)
     quiet_trainer(max_epochs=1, callbacks=[monitor], logger=both_loggers(tmp_path)).fit(Classifier("Adam"), loader())
     (folder,) = {path.parent for path in (tmp_path / "tb").rglob("*tfevents*")}
-    assert records(folder)[3].keys() == {"version", "values", "words", "certified"}
+    assert records(folder)[3].keys() == {"version", "values", "words", "certified", "state", "remark"}
 
 
 @pytest.mark.browser

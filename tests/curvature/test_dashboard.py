@@ -162,6 +162,22 @@ def test_the_last_sentences_are_the_caption_and_are_no_formulas() -> None:
     drawn(figure)
 
 
+def test_a_long_caption_keeps_the_verdict_and_what_to_do_and_marks_what_it_leaves_out() -> None:
+    log = log_of_all()
+    log.add_words(["In short: beyond the edge.", "Lower lr.", *(f"Sentence {number}." for number in range(100))])
+    caption = " ".join(dashboard(log.history()).get_supxlabel().split())
+    assert caption.startswith("Step 30. In short: beyond the edge. Lower lr. Sentence 0. ")
+    assert caption.endswith(". ...") and len(caption) < 760
+
+
+def test_a_preconditioned_panel_holds_the_runs_that_have_that_eigenvalue(tmp_path: Path) -> None:
+    folder_of(tmp_path / "sgd", {"lambda_max": 1.0, "stability_threshold": 2.0})
+    folder_of(tmp_path / "adam", {"lambda_max": 3.0, "preconditioned_lambda_max": 5.0, "stability_threshold": 4000.0})
+    axes = panel(plot_history(str(tmp_path)), "Largest preconditioned")
+    assert sorted(max(values) for _, values in lines(axes) if values) == [10.0, 10.0, 8000.0]
+    assert axes.get_yscale() == "log"
+
+
 def test_a_threshold_of_the_preconditioned_matrix_stands_with_that_matrix() -> None:
     log = Log()
     for step in STEPS:
@@ -188,7 +204,7 @@ def test_results_of_measure_by_step_by_pairs_and_in_a_list_are_one_picture() -> 
         steps, values = lines(panel(figure, "Largest eigenvalues"))[0]
         assert steps == [0.0, 1.0] and values == pytest.approx([3.0, 6.0])
     assert figures[0].number in plt.get_fignums()
-    assert figures[0].get_supxlabel().startswith("Step 1. In short: convex here;")
+    assert figures[0].get_supxlabel().startswith("Step 1. In short: beyond the edge of stability (ratio 1.5); ")
 
 
 def folder_of(path: Path, values: dict[str, float]) -> Path:

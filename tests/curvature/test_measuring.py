@@ -116,8 +116,8 @@ def test_the_adaptive_optimizers_threshold_is_for_the_preconditioned_matrix() ->
     (chart,) = (chart for chart in found.charts() if "stability_threshold" in chart.names(found.names()))
     assert chart.patterns == ("preconditioned_lambda_max", "stability_threshold")
     words = found.in_words().splitlines()
-    at = next(i for i, line in enumerate(words) if "stability threshold" in line)
-    assert words[at - 1].startswith("The largest eigenvalue of the preconditioned matrix is")
+    assert words[0].startswith("In short: below the edge") and "the stability threshold 3.8e+04" in words[1]
+    assert any(line.startswith("The largest eigenvalue of the preconditioned matrix is ") for line in words[2:])
     by_hand = measure(
         problem.closure,
         problem.model.parameters(),

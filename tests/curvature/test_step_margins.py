@@ -183,6 +183,20 @@ def test_a_step_uphill_or_to_infinity_has_no_margin() -> None:
 def test_words_say_what_to_do() -> None:
     assert "lower the learning rate" in StepMargin(1.0, -1.0, 0.1, 0.95, 2).in_words()
     assert "would rise from 4 steps on" in StepMargin(1.0, -1.0, -0.75, 4.0, 2).in_words()
+    assert "Around 1 is normal" in StepMargin(1.0, -1.0, 0.1, 0.95, 2).in_words()
+
+
+@pytest.mark.parametrize(("crossing", "words"), [(0.04, "than 0.04 of it"), (None, "than about 0.067 of it")])
+def test_words_say_how_far_a_step_is_too_long(crossing: float | None, words: str) -> None:
+    said = StepMargin(1.0, -1.0, 14.0, crossing, 2).in_words()
+    assert "(step margin 15)" in said and words in said and "normal" not in said
+    assert said.endswith(f"Divide the learning rate by {15 if crossing is None else 25} or more.")
+
+
+def test_a_margin_shows_itself() -> None:
+    found = StepMargin(1.0, -0.25, -0.125, None, 1)
+    assert repr(found) == "StepMargin(margin=0.5, loss=1, slope=-0.25, rise=-0.125, critical_step=None, losses=1)"
+    assert "The last step kept its margin" in found._repr_html_()
 
 
 def test_mistakes() -> None:

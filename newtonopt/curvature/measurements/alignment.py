@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
 # Most terms: each takes a backward pass, and a vector of the gradient's length until all are compared.
 _MOST = 8
-# Cosines beyond these are called a conflict, or an agreement; gradients whose lengths differ by this factor unbalanced.
-_CONFLICT, _AGREEMENT, _UNBALANCED = -0.1, 0.1, 10.0
+# Cosines below the first are called a conflict, up to the second nearly orthogonal, from the third on an agreement;
+# gradients whose lengths differ by the last factor unbalanced.
+_CONFLICT, _WEAK, _AGREEMENT, _UNBALANCED = -0.1, 0.1, 0.5, 10.0
 
 
 @dataclass(frozen=True)
@@ -237,8 +238,13 @@ class Alignment(Measurement[TermGradients]):
                     f"that lowers one raises the other, and {result.conflict:.0%} of the terms' gradients cancels. "
                     "Change the weights of the terms, or take second-order steps."
                 )
-            elif smallest > _AGREEMENT:
+            elif smallest >= _AGREEMENT:
                 found.append(f"The gradients of all terms agree: the smallest cosine is {smallest:.2g}.")
+            elif smallest > _WEAK:
+                found.append(
+                    f"The gradients of the {between} agree only in part (cosine {smallest:.2g}): a gradient step that "
+                    "lowers one lowers the other less."
+                )
             else:
                 found.append(
                     f"The gradients of the {between} are nearly orthogonal (cosine {smallest:.2g}): neither term helps "

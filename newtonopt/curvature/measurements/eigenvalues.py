@@ -20,8 +20,9 @@ from newtonopt.operators.linear_operator import LinearOperator
 _TRACKED_PART, _TRACKED_BASE, _TRACKED_EACH = 4, 4, 2
 # Bounds this close to a value of zero are those of underflow.
 _NOTHING = 1e-30
-# Negative curvature below this share of the largest eigenvalue is called slight, and a larger condition number ill.
-_SLIGHT, _ILL = 0.05, 1000.0
+# Negative curvature below the first share of the largest eigenvalue is called slight, and from the second on it stands
+# in the verdict: nearly all networks in training have some. A condition number above the last is called ill.
+_SLIGHT, _LARGE, _ILL = 0.05, 0.5, 1000.0
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,11 @@ class ExtremeEigenvalues(Measurement[Spectrum]):
         return found
 
     def verdict(self, result: Spectrum, measured: Measured) -> str:
-        """Return what the sign of the smallest eigenvalue shows."""
+        """Return what the sign of the smallest eigenvalue shows; nothing where it is negative and not large."""
         for entry in result.bottom[:1] if measured.plan.curvature == "hessian" else ():
             lower, upper = interval(entry)
             if upper < 0.0:
-                return "not at a minimum"
+                return "not at a minimum" if -entry.value >= _LARGE * _largest(result) else ""
             if lower > 0.0 and result.certified:
                 return "convex here"
         return ""
@@ -216,12 +217,17 @@ def in_words(found: Spectrum, eigenvalue: Eigenvalue, missed: str = "larger") ->
     return f"{value:.4g} within {width:.2g}"
 
 
+def _largest(found: Spectrum) -> float:
+    """Return the largest eigenvalue; zero where none was measured."""
+    return found.top[0].value if found.top else 0.0
+
+
 def _smallest(found: Spectrum, eigenvalue: Eigenvalue) -> str:
     lower, upper = interval(eigenvalue)
     if eigenvalue.value == 0.0 and max(-lower, upper) < _NOTHING:
         return "The smallest eigenvalue is zero: the loss is flat along its eigenvector."
     said = f"The smallest eigenvalue is {in_words(found, eigenvalue, 'smaller')}"
-    largest = found.top[0].value if found.top else 0.0
+    largest = _largest(found)
     if upper < 0.0:
         return f"{said}, which shows that this is not a minimum{_negative(eigenvalue.value, largest)}"
     if lower > 0.0 and found.certified:
@@ -232,7 +238,7 @@ def _smallest(found: Spectrum, eigenvalue: Eigenvalue) -> str:
 def _negative(value: float, largest: float) -> str:
     if largest <= 0.0:
         return ": the loss is concave along all directions that were measured. Train on."
-    share = f", and its size is {-value / largest:.2g} of the largest"
+    share = f", and its size is {-value / largest:.2g} times the largest"
     if -value < _SLIGHT * largest:
         return f"{share}: as usual late in the training of a network. Nothing needs to be done."
     return (

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch.optim import SGD
+
 from newtonopt.curvature.measurements.eigenvalues import ExtremeEigenvalues
 from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, View
 from newtonopt.vectors.scaling import dot, norm
@@ -22,10 +24,12 @@ class GradientShare:
     Attributes:
         curvature: The Rayleigh quotient g'Ag / g'g.
         alignment: Share of g'g along the top eigenvectors; None where these were not measured.
+        plain: Whether SGD without momentum trains, whose step is along the gradient. Default False.
     """
 
     curvature: float
     alignment: float | None
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,9 @@ class AlongGradient(Measurement[GradientShare]):
             return None
         spectrum, length = view.of(ExtremeEigenvalues), norm(view.gradient)
         if spectrum is None:
-            return GradientShare(view.quotient, None)
+            return GradientShare(view.quotient, None, _is_plain(view))
         cosines = [(dot(entry.vector, view.gradient) / length) ** 2 for entry in spectrum.top]
-        return GradientShare(view.quotient, math.fsum(cosines))
+        return GradientShare(view.quotient, math.fsum(cosines), _is_plain(view))
 
     def values(self, result: GradientShare) -> dict[str, float]:
         """Return curvature and share."""
@@ -74,7 +78,10 @@ class AlongGradient(Measurement[GradientShare]):
         return "" if excess is None else f"ill conditioned for gradient descent ({excess:.2g} times)"
 
     def sentences(self, result: GradientShare, measured: Measured) -> list[str]:
-        """Return the learning rate at which the loss falls most, and whether the largest eigenvalue forbids it."""
+        """Return how the loss falls along the gradient, and whether the largest eigenvalue forbids to go that far.
+
+        A learning rate is named only where SGD without momentum trains: it says nothing of other optimizers' steps.
+        """
         curvature = result.curvature
         if not math.isfinite(curvature):
             return []
@@ -85,16 +92,18 @@ class AlongGradient(Measurement[GradientShare]):
                 f"Along the gradient the curvature is {curvature:.3g}: the loss falls faster than linearly, and longer "
                 "steps lower it more."
             ]
-        best = 1.0 / curvature
-        said = f"a gradient step decreases the loss most at a learning rate of {best:.3g}"
+        best, rates = 1.0 / curvature, result.plain
+        said = f"Along the gradient the curvature is {curvature:.3g}"
+        if rates:
+            said += f": plain gradient descent on this batch lowers the loss most at a learning rate of {best:.3g}"
         excess = _excess(result, measured)
         if excess is not None:
+            allowed = f" and allows it less than {2.0 * best / excess:.3g}" if rates else ""
             said += (
-                f". The largest eigenvalue is {excess:.3g} times as large and allows gradient descent less than "
-                f"{2.0 * best / excess:.3g}: the loss is ill conditioned. Adam, or a second-order optimizer such as "
-                "HessianFree, can take the longer step"
+                f". The largest eigenvalue is {excess:.3g} times as large{allowed}: for gradient descent the loss is "
+                "ill conditioned. Adam, or a second-order optimizer such as HessianFree, can take the longer step"
             )
-        return [f"Along the gradient the curvature is {curvature:.3g}: {said}."]
+        return [f"{said}."]
 
 
 def _excess(result: GradientShare, measured: Measured) -> float | None:
@@ -103,3 +112,11 @@ def _excess(result: GradientShare, measured: Measured) -> float | None:
     if largest is None or not 0.0 < _ILL * result.curvature <= largest:
         return None
     return largest / result.curvature
+
+
+def _is_plain(view: View) -> bool:
+    """Return whether SGD without momentum trains."""
+    return bool(view.training) and all(
+        isinstance(optimizer, SGD) and all(group["momentum"] == 0.0 for group in optimizer.param_groups)
+        for optimizer in view.training
+    )

@@ -38,6 +38,10 @@ Result = TypeVar("Result")
 # anything about it.
 _WHOLE_PRODUCTS, _LEAST_PRODUCTS = 100, 10
 
+# A run has diverged where its loss is this many times the lowest so far, and has lost this share of what it had gained.
+# The first alone would call each bump in a loss near zero a divergence; the second alone, noise near the start.
+_TIMES, _LOST = 10.0, 0.5
+
 
 # Groups that the tags of this library's measurements have beside those under the prefix itself.
 GROUPS = ("bookkeeping", "more")
@@ -183,6 +187,7 @@ class Measurement(ABC, Generic[Result]):
         uses_matrix: Whether `measure` forms products with `view.matrix`. Default True. Measurements that do not are
             taken last, when the graph behind the matrix has been freed.
         uses_quotient: Whether `measure` reads `view.quotient`, which costs one product. Default False.
+        leads: Whether its verdict and its sentences stand before those of the others. Default False.
 
     Example:
         >>> import torch
@@ -204,6 +209,7 @@ class Measurement(ABC, Generic[Result]):
     charts: ClassVar[tuple[Chart, ...]] = ()
     uses_matrix: ClassVar[bool] = True
     uses_quotient: ClassVar[bool] = False
+    leads: ClassVar[bool] = False
 
     @abstractmethod
     def measure(self, view: View) -> Result | None:
@@ -521,6 +527,55 @@ COST_TAGS = (
 COST_CHART = Chart("Products", ("products",), more=True)
 
 
+@dataclass(frozen=True)
+class Losses:
+    """The losses of a run so far.
+
+    Attributes:
+        first: The first one.
+        lowest: The lowest one.
+        now: The loss at the point that was measured.
+
+    Example:
+        >>> from newtonopt.curvature.measurements.measurement import Losses
+        >>> Losses(first=2.3, lowest=0.1, now=36.0).diverged, Losses(first=2.3, lowest=0.001, now=0.05).diverged
+        (True, False)
+    """
+
+    first: float
+    lowest: float
+    now: float
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss is not finite, or ten times its lowest with half or more of what it had fallen lost.
+
+        For a lowest loss of zero or less, ten times it stands for a rise by nine times its size.
+        """
+        if not math.isfinite(self.now):
+            return True
+        rise, gain = self.now - self.lowest, self.first - self.lowest
+        return rise > 0.0 and rise >= max((_TIMES - 1.0) * abs(self.lowest), _LOST * gain)
+
+    def then(self, loss: float) -> Losses:
+        """Return the losses with a further one."""
+        return Losses(self.first, min(self.lowest, loss), loss)
+
+    def in_words(self) -> str:
+        """Return the loss beside the lowest one."""
+        if not math.isfinite(self.now):
+            return "the loss is not finite"
+        if self.lowest > 0.0:
+            return f"the loss is {self.now:.3g}, {self.now / self.lowest:.2g} times its lowest so far"
+        return f"the loss is {self.now:.3g}, and {self.lowest:.3g} was its lowest so far"
+
+
+# What to do where a run has diverged, whose curvature, often none, would suggest a longer step.
+_DIVERGED = (
+    "Curvature says little here. Go back to an earlier checkpoint, or restart with a lower learning rate or a warm-up."
+)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Measured(Mapping[str, float]):
     """Values by tag, such as `{"curvature/lambda_max": 12.4, ...}`, and the results they come from.
@@ -534,6 +589,7 @@ class Measured(Mapping[str, float]):
         by_class: Results by the class of their measurement.
         reasons: Why there is nothing to measure, by the class of the measurement.
         failures: The error's message of each measurement that was left out for it, by its class.
+        losses: The loss here and earlier in the run; None: not known.
 
     Example:
         >>> import torch
@@ -554,6 +610,7 @@ class Measured(Mapping[str, float]):
     by_class: Mapping[type, Any]
     reasons: Mapping[type, str]
     failures: Mapping[type, str] = field(default_factory=dict)
+    losses: Losses | None = None
 
     def __getitem__(self, tag: str) -> float:
         return self.numbers[tag]
@@ -608,14 +665,21 @@ class Measured(Mapping[str, float]):
         """Return by the name of its class the message of the error for which a measurement was left out."""
         return {kind.__name__: message for kind, message in self.failures.items()}
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss is not finite, or has risen far above its lowest so far; False where it is not known."""
+        return self.losses is not None and self.losses.diverged
+
     def in_words(self) -> str:
-        """Return what the values mean and what to do, a line for each measurement, after the verdict in one line."""
-        verdicts = [measurement.verdict(result, self) for measurement, result in self.results()]
-        verdict = "; ".join(words for words in verdicts if words)
-        lines = [f"In short: {verdict}."] if verdict else []
-        lines += [f"Nothing is certified: {self.doubt}"] if self.doubt else []
-        for measurement, result in self.results():
-            lines += measurement.sentences(result, self)
+        """Return what the values mean and what to do, a line for each measurement, after the verdict in one line.
+
+        Where the run has diverged, the measurements say nothing.
+        """
+        if self.losses is not None and self.losses.diverged:
+            lines = [f"In short: diverged: {self.losses.in_words()}.", _DIVERGED]
+            lines += [f"Nothing is certified: {self.doubt}"] if self.doubt else []
+        else:
+            lines = self._meaning()
         lines += [f"{name} is not measured: {reason}" for name, reason in self.unmeasurable().items()]
         lines += [f"{name} could not be measured: {message}" for name, message in self.failed().items()]
         certified = self.read("certified")
@@ -634,6 +698,20 @@ class Measured(Mapping[str, float]):
             lines.append(f"Measured with {products:.0f} products in {seconds:.2g} s.")
         return "\n".join(lines)
 
+    def _meaning(self) -> list[str]:
+        """Return the verdict in one line, and the measurements' sentences."""
+        found = sorted(self.results(), key=lambda entry: not entry[0].leads)
+        verdict = "; ".join(filter(None, (measurement.verdict(result, self) for measurement, result in found)))
+        said = [
+            (measurement.leads, words) for measurement, result in found for words in measurement.sentences(result, self)
+        ]
+        return [
+            *([f"In short: {verdict}."] if verdict else []),
+            *(words for leads, words in said if leads),
+            *([f"Nothing is certified: {self.doubt}"] if self.doubt else []),
+            *(words for leads, words in said if not leads),
+        ]
+
 
 def take(
     closure: Callable[[], Any],
@@ -644,6 +722,7 @@ def take(
     named: Sequence[tuple[str, Tensor]] = (),
     last: Measured | None = None,
     lenient: bool = False,
+    losses: Losses | None = None,
 ) -> Measured:
     """Take the measurements of a plan, whose settings have been checked, at the parameters.
 
@@ -657,6 +736,7 @@ def take(
         last: The results to follow; None: start at random.
         lenient: Whether a measurement that raises an error is left out while others succeed. Default False. Errors of
             the loss and the gradient, parameters that the closure moves, and state that cannot be put back end all.
+        losses: The losses of the run before; None (default): as `last` has them, or none.
 
     Returns:
         Their results.
@@ -720,7 +800,9 @@ def take(
         raise RuntimeError(next(iter(view.failures.values())))
     numbers["products"], numbers["seconds"] = float(products), time.perf_counter() - began
     numbers = {plan.tag_of(name): value for name, value in numbers.items()}
-    return Measured(plan, numbers, form, verdicts, doubt, view.taken, view.reasons, view.failures)
+    before = last.losses if losses is None and last is not None else losses
+    here = Losses(view.loss, view.loss, view.loss) if before is None else before.then(view.loss)
+    return Measured(plan, numbers, form, verdicts, doubt, view.taken, view.reasons, view.failures, here)
 
 
 def _timed_quotient(A: LinearOperator, gradient: Tensor) -> tuple[float | None, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.optim import SGD, Optimizer
@@ -19,6 +19,8 @@ from newtonopt.curvature.stability import stability_threshold
 # gradient descent and Adam hover within 6 % of it (Cohen et al. 2021, 2022), and small networks up to 22 % above it
 # while their loss falls (docs/draw_curvature_runs.py). Below the first it is called far from it.
 _FAR, _BELOW, _BEYOND = 0.1, 0.9, 1.25
+
+State = Literal["below", "edge", "beyond"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class StabilityRatio:
     ratio: float
     preconditioned: bool
     lr: float | None = None
+
+    @property
+    def state(self) -> State:
+        """Where training is with regard to the edge of stability."""
+        return "below" if self.ratio < _BELOW else "edge" if self.ratio <= _BEYOND else "beyond"
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class Stability(Measurement[StabilityRatio]):
             "optimizers train only part of the measured parameters",
         ),
     )
+    leads: ClassVar[bool] = True
     charts: ClassVar[tuple[Chart, ...]] = (
         # The ratio means the same for every optimizer, so that a folder of different runs has one chart.
         Chart("Stability ratio: above 1 steps overshoot", ("stability_ratio",)),
@@ -110,7 +118,7 @@ class Stability(Measurement[StabilityRatio]):
 
     def verdict(self, result: StabilityRatio, measured: Measured) -> str:
         """Return where training is with regard to the edge of stability."""
-        where = "below" if result.ratio < _BELOW else "at" if result.ratio <= _BEYOND else "beyond"
+        where = {"below": "below", "edge": "at", "beyond": "beyond"}[result.state]
         return f"{where} the edge of stability (ratio {result.ratio:.2g})"
 
     def sentences(self, result: StabilityRatio, measured: Measured) -> list[str]:
@@ -122,7 +130,7 @@ class Stability(Measurement[StabilityRatio]):
 
 def _advice(result: StabilityRatio) -> str:
     ratio, lr = result.ratio, result.lr
-    if ratio > _BEYOND:
+    if result.state == "beyond":
         lower = (
             f"divide the learning rates by {ratio:.3g}" if lr is None else f"lower lr from {lr:.3g} to {lr / ratio:.3g}"
         )
@@ -130,7 +138,7 @@ def _advice(result: StabilityRatio) -> str:
             "steps along its eigenvector overshoot and grow until the curvature falls. Where the loss does not fall "
             f"again by itself, {lower}; at the start of training, warm up to it."
         )
-    if ratio >= _BELOW:
+    if result.state == "edge":
         lower = "halve the learning rates" if lr is None else f"lower lr from {lr:.3g} to {lr / 2:.3g}"
         return (
             "training is at the edge of stability, which is normal at a constant learning rate. Nothing needs to be "

@@ -222,6 +222,13 @@ def gradients(cosine: float, norms: tuple[float, float], conflict: float = 0.4) 
         ),
         (gradients(0.5, (1.0, 2.0)), ["The gradients of all terms agree: the smallest cosine is 0.5."]),
         (
+            gradients(0.104, (1.0, 2.0)),
+            [
+                "The gradients of the terms pde and start agree only in part (cosine 0.1): a gradient step that lowers "
+                "one lowers the other less."
+            ],
+        ),
+        (
             gradients(0.02, (1.0, 45.0)),
             [
                 "The gradients of the terms pde and start are nearly orthogonal (cosine 0.02): neither term helps the "

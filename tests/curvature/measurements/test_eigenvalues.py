@@ -58,17 +58,25 @@ def both(largest: float, smallest: float) -> Spectrum:
         ),
         (bottom(0.3, 0.2, 0.31), "0.3 within 0.1, which shows that the loss is convex here."),
         (bottom(0.3, 0.2, 0.31, False), "a smaller one may have been missed), so its sign is not known. Raise"),
-        (both(12.0, -0.3), "not a minimum, and its size is 0.025 of the largest: as usual late"),
-        (both(12.0, -3.0), "not a minimum, and its size is 0.25 of the largest. While the loss falls, train on. Where"),
+        (both(12.0, -0.3), "not a minimum, and its size is 0.025 times the largest: as usual late"),
+        (
+            both(12.0, -3.0),
+            "not a minimum, and its size is 0.25 times the largest. While the loss falls, train on. Where",
+        ),
         (both(12.0, 3.0), "the loss is convex here, with a condition number of 4."),
         (both(12.0, 1e-3), "condition number of 1.2e+04: gradient descent needs about that many steps to reduce"),
-        (both(12.0, -0.3), "In short: not at a minimum."),
+        (both(12.0, -9.0), "In short: not at a minimum."),
+        (bottom(-0.3, -0.4, -0.29), "In short: not at a minimum."),
         (both(12.0, 3.0), "In short: convex here."),
         (bottom(0.0, -0.1, 0.1), "0 within 0.1, so its sign is not known."),
     ],
 )
 def test_words_say_what_the_eigenvalues_mean(spectrum: Spectrum, words: str) -> None:
     assert words in said(spectrum)
+
+
+def test_the_verdict_leaves_out_negative_curvature_that_is_not_large() -> None:
+    assert "In short" not in said(both(12.0, -3.0))
 
 
 def test_words_draw_no_conclusion_from_the_smallest_eigenvalue_of_a_gauss_newton_matrix() -> None:

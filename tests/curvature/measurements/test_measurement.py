@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 from newtonopt.closure.isolation import UnprotectedError
 from newtonopt.closure.objective import ParametersMovedError
 from newtonopt.curvature import Chart, ExtremeEigenvalues, Measured, Measurement, Tag, View, measure
-from newtonopt.curvature.measurements.measurement import COST_TAGS, Plan, take
+from newtonopt.curvature.measurements.measurement import COST_TAGS, Losses, Plan, take
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,33 @@ def test_words_say_what_measuring_cost() -> None:
     assert f"Measured with {found.read('products'):.0f} products in " in found.in_words().splitlines()[-1]
 
 
+class Leading(Measurement[float]):
+    """A measurement whose words stand first."""
+
+    tags = (Tag("lead", "", "always one"),)
+    leads = True
+
+    def measure(self, view: View) -> float:
+        return 1.0
+
+    def values(self, result: float) -> dict[str, float]:
+        return {"lead": result}
+
+    def verdict(self, result: float, measured: Measured) -> str:
+        return "first"
+
+    def sentences(self, result: float, measured: Measured) -> list[str]:
+        return ["This leads."]
+
+
+def test_words_begin_with_the_verdict_and_the_sentences_that_lead() -> None:
+    p = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    found = measure(lambda: p.square().sum(), [p], sharpness=None, measurements=[Leading()])
+    first, second, third, *_ = replace(found, doubt="Reason.").in_words().splitlines()
+    assert first == "In short: first; convex here."
+    assert second == "This leads." and third == "Nothing is certified: Reason."
+
+
 def test_words_say_how_to_narrow_and_how_to_certify() -> None:
     p = nn.Parameter(torch.ones(60, dtype=torch.float64))
 
@@ -64,6 +93,65 @@ def test_words_say_how_to_narrow_and_how_to_certify() -> None:
     assert followed.read("certified") == 0.0
     assert "This measurement followed the last one. CurvatureMonitor certifies each with" in followed.in_words()
     assert {tag.name for tag in COST_TAGS} <= set(found.names())
+
+
+@pytest.mark.parametrize(
+    ("first", "lowest", "now", "diverged"),
+    [
+        (2.25, 2.25, 36.0, True),
+        (2.3, 0.1, 36.0, True),
+        (2.3, 0.05, 2.3, True),  # back where it started, as a network whose units have died
+        (2.3, 0.05, 0.6, False),  # a spike
+        (2.3, 1e-5, 1e-2, False),  # a bump near zero
+        (2.3, 2.3, 2.9, False),
+        (2.3, 1.9, 2.3, False),
+        (0.0, 0.0, 0.0, False),
+        (1.0, -3.0, 0.5, False),
+        (1.0, -3.0, 30.0, True),
+        (1.0, 0.0, 1.2, True),
+        (1.0, 1.0, math.nan, True),
+        (1.0, 1.0, math.inf, True),
+    ],
+)
+def test_a_run_diverges_where_its_loss_is_far_above_its_lowest(
+    first: float, lowest: float, now: float, diverged: bool
+) -> None:
+    assert Losses(first, lowest, now).diverged is diverged
+
+
+def test_losses_name_the_lowest_one() -> None:
+    assert Losses(2.25, 2.25, 36.0).in_words() == "the loss is 36, 16 times its lowest so far"
+    assert Losses(1.0, -3.0, 30.0).in_words() == "the loss is 30, and -3 was its lowest so far"
+    assert Losses(1.0, 1.0, math.inf).in_words() == "the loss is not finite"
+    assert Losses(3.0, 2.0, 2.5).then(1.0) == Losses(3.0, 1.0, 1.0)
+
+
+def test_where_a_run_has_diverged_words_say_what_to_do_and_draw_no_conclusion_from_curvature() -> None:
+    w = torch.tensor([1.0, 1.0], dtype=torch.float64, requires_grad=True)
+    sgd = torch.optim.SGD([w], lr=0.1)
+
+    def closure() -> torch.Tensor:  # bounded curvature far out, and next to none
+        return (1.0 + w.square()).sqrt().sum()
+
+    def at(place: float, last: Measured | None) -> Measured:
+        with torch.no_grad():
+            w.fill_(place)
+        return measure(closure, [w], sgd, sharpness=None, last=last)
+
+    start = at(1.0, None)
+    low = at(0.0, start)
+    far = at(100.0, low)
+    assert low.losses == Losses(pytest.approx(2.0**1.5), 2.0, 2.0) and not low.diverged
+    assert far.diverged and far.read("stability_ratio") is not None
+    words = far.in_words().splitlines()
+    assert words[:2] == [
+        "In short: diverged: the loss is 200, 1e+02 times its lowest so far.",
+        "Curvature says little here. Go back to an earlier checkpoint, or restart with a lower learning rate or a "
+        "warm-up.",
+    ]
+    assert "raise" not in "\n".join(words) and "HessianFree" not in "\n".join(words)
+    alone = at(100.0, None)
+    assert not alone.diverged and "raise the learning rate" in alone.in_words()
 
 
 def test_a_bad_prefix_is_refused() -> None:

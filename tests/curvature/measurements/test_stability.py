@@ -46,6 +46,7 @@ def test_words_say_whether_steps_are_stable(result: StabilityRatio, meaning: str
 )
 def test_the_verdict_says_where_training_is(ratio: float, verdict: str) -> None:
     measured = Measured(Plan((Stability(),)), {}, "auto", {}, "", {Stability: StabilityRatio(1.0, ratio, False)}, {})
+    assert StabilityRatio(1.0, ratio, False).state == {"at the": "edge"}.get(verdict, verdict.split()[0])
     assert measured.in_words().splitlines()[0].startswith(f"In short: {verdict}")
 
 
