@@ -229,18 +229,21 @@ def _smallest(found: Spectrum, eigenvalue: Eigenvalue) -> str:
     said = f"The smallest eigenvalue is {in_words(found, eigenvalue, 'smaller')}"
     largest = _largest(found)
     if upper < 0.0:
-        return f"{said}, which shows that this is not a minimum{_negative(eigenvalue.value, largest)}"
+        return f"{said}, which shows that this is not a minimum{_negative(found, eigenvalue, largest)}"
     if lower > 0.0 and found.certified:
         return f"{said}, which shows that the loss is convex here{_conditioned(eigenvalue.value, largest)}"
     return f"{said}, so its sign is not known. Raise max_products to learn it."
 
 
-def _negative(value: float, largest: float) -> str:
+def _negative(found: Spectrum, eigenvalue: Eigenvalue, largest: float) -> str:
     if largest <= 0.0:
         return ": the loss is concave along all directions that were measured. Train on."
-    share = f", and its size is {-value / largest:.2g} times the largest"
-    if -value < _SLIGHT * largest:
+    lower, _ = interval(eigenvalue)
+    share = f", and its size is {-eigenvalue.value / largest:.2g} times the largest"
+    if -lower < _SLIGHT * largest and found.certified:
         return f"{share}: as usual late in the training of a network. Nothing needs to be done."
+    if -eigenvalue.value < _SLIGHT * largest:
+        return f"{share}. A certified measurement with more products tells whether that is all."
     return (
         f"{share}. While the loss falls, train on. Where it stalls, this may be a saddle: smaller batches, or "
         "TrustRegionNewton and CubicNewton, which step along negative curvature, leave it."

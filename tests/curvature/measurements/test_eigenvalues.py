@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from newtonopt.curvature import Eigenvalue, ExtremeEigenvalues, Measured, Spectrum
+from newtonopt.curvature import Eigenvalue, ExtremeEigenvalues, Measured, Spectrum, measure
 from newtonopt.curvature.measurements.measurement import Plan
 
 
@@ -97,3 +97,14 @@ def test_without_a_bound_the_interval_is_that_of_some_eigenvalue() -> None:
 def test_counts_out_of_range_are_refused(settings: dict[str, int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ExtremeEigenvalues(**settings)
+
+
+def test_slight_negative_curvature_is_called_usual_only_where_it_is_certified() -> None:
+    weights = torch.cat([torch.linspace(1.0, 10.0, 30), torch.tensor([-0.2])]).double()
+    w = torch.ones(31, dtype=torch.float64, requires_grad=True)
+    settings: dict[str, Any] = {"top": 1, "bottom": 1, "sharpness": None, "tolerance": 1e-3}
+    first = measure(lambda: 0.5 * (weights * w.square()).sum(), [w], **settings)
+    tracked = measure(lambda: 0.5 * (weights * w.square()).sum(), [w], **settings, last=first)
+    assert "as usual late in the training of a network" in first.in_words()
+    assert "as usual" not in tracked.in_words()
+    assert "A certified measurement with more products tells whether that is all." in tracked.in_words()
