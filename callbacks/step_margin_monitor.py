@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from newtonopt.autodiff.graph import coarsest
-from newtonopt.checks import check_flag, check_whole, explains_arguments
+from newtonopt.checks import check_flag, check_prefix, check_whole, explains_arguments
 from newtonopt.closure.isolation import Isolation, UnprotectedError, Watch
 from newtonopt.closure.writes import WriteTap
 from newtonopt.curvature import StepMargin
@@ -97,6 +97,7 @@ class StepMarginMonitor(Callback):
     ) -> None:
         check_whole("every_n_train_steps", every_n_train_steps, 1)
         check_flag("critical_sharpness", critical_sharpness)
+        check_prefix(prefix)
         self.every_n_train_steps = every_n_train_steps
         self.critical_sharpness = critical_sharpness
         self.prefix = prefix

@@ -338,6 +338,16 @@ def test_a_fit_without_a_measurement_says_so() -> None:
         fit(Regression(), None, StepMarginMonitor())
 
 
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf])
+def test_a_fit_whose_loss_is_not_finite_says_so(factor: float) -> None:
+    class Infinite(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return factor * self.loss(batch)
+
+    with pytest.warns(UserWarning, match="measured nothing in this fit, .* the loss or its gradient was not finite"):
+        fit(Infinite(), None, monitor())
+
+
 def test_early_stopping() -> None:
     stop = EarlyStopping("curvature/step_margin", mode="max", stopping_threshold=-1e9)
     trainer = fit(Regression(), None, monitor(), stop, max_epochs=4)
@@ -535,6 +545,8 @@ def test_mistakes() -> None:
         StepMarginMonitor(0)
     with pytest.raises(ValueError, match="critical_sharpness must be True or False, got 1"):
         StepMarginMonitor(critical_sharpness=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"prefix must consist of letters, .* got '<b> x//'. Write 'curvature'"):
+        StepMarginMonitor(prefix="<b> x//")
     with pytest.raises(TypeError, match=r"Write every_n_train_steps=\.\.\."):
         StepMarginMonitor(every=3)  # type: ignore[call-arg]
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from newtonopt.checks import check_choice, check_positive, check_seed, check_share, check_whole, shown
+from newtonopt.checks import check_choice, check_positive, check_prefix, check_seed, check_share, check_whole, shown
 from newtonopt.closure.evaluation import Evaluation, Known, Products, Verdict, check_products
 from newtonopt.closure.evaluation import Matrix as Checked
 from newtonopt.closure.isolation import UnprotectedError
@@ -275,11 +275,7 @@ class Plan:
         if self.max_seconds is not None:
             check_positive("max_seconds", self.max_seconds)
         check_seed(self.seed)
-        if not isinstance(self.prefix, str) or not re.fullmatch(r"[-\w.]+(/[-\w.]+)*", self.prefix):
-            raise ValueError(
-                "prefix must consist of letters, digits, '_', '-' and '.', with single '/' between, got "
-                f"{shown(self.prefix)}. Write 'curvature', for example."
-            )
+        check_prefix(self.prefix)
 
     def tag_of(self, name: str) -> str:
         """Return the tag of a value: its name behind the prefix and the group of its tag, if it has one."""
