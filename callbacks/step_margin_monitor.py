@@ -18,7 +18,8 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Category
 from torch import Tensor
 from torch.optim import Optimizer
 
-from newtonopt.checks import check_flag, check_whole, explains_arguments
+from newtonopt.autodiff.graph import coarsest
+from newtonopt.checks import check_flag, check_prefix, check_whole, explains_arguments
 from newtonopt.closure.isolation import Isolation, UnprotectedError, Watch
 from newtonopt.closure.writes import WriteTap
 from newtonopt.curvature import StepMargin
@@ -34,6 +35,17 @@ from .tensorboard import add_page, add_words, multiline
 # A replay whose loss differs from training's by more than this share of it is of another function. One that differs
 # by less, but by more than this share of g'd, was rounded in another way, as of a compiled model without its compiler.
 _ANOTHER, _ROUNDED = 0.01, 1e-3
+# The first measurements, and one in so many later ones, check that `.grad` is the gradient of the loss: it may differ
+# from a difference of losses by this share, and four rounding units. TF32, which GPUs may take for float32, keeps ten
+# bits.
+_FIRST, _LATER, _SLOPE, _TF32 = 3, 50, 0.02, 2.0**-11
+_NOT_THE_GRADIENT = (
+    "`.grad` is not the gradient of training_step's loss: along the step the loss changes {:.3g} times as much as it "
+    "foretells. Usual reasons: tensor hooks that change gradients; clipping in `backward`; a loss scale of your own; "
+    "gradients that `optimizer_zero_grad` keeps; a detached part of the loss that depends on the parameters; "
+    "a tensor other than a buffer that training_step writes to. Clip by gradient_clip_val, and accumulate by "
+    "accumulate_grad_batches."
+)
 
 
 class StepMarginMonitor(Callback):
@@ -50,8 +62,9 @@ class StepMarginMonitor(Callback):
     buffers, random state, metrics and logs. A measurement that fails warns once and is left out; training goes on.
 
     Values go to every logger and to `trainer.callback_metrics`. Nothing is written for a step that does not go
-    downhill on its batch, or that a gradient scaler has skipped. A step that is measured keeps three copies of the
-    parameters for as long.
+    downhill on its batch, or that a gradient scaler has skipped. The first three measurements, and every fiftieth, run
+    two forward passes more, to check that `.grad` is the gradient of the loss that `training_step` returns. A step that
+    is measured keeps three copies of the parameters for as long.
 
     Args:
         every_n_train_steps: Optimizer steps between measurements, one or more. Default 50: a forward pass is about
@@ -64,8 +77,8 @@ class StepMarginMonitor(Callback):
         ValueError: A setting is out of its range; when a fit starts, another monitor has the same `prefix`.
 
     Warns:
-        UserWarning: The module optimizes manually, `training_step` computes another loss when it runs again, a
-            measurement fails, or a fit ends without one.
+        UserWarning: The module optimizes manually, `training_step` computes another loss when it runs again,
+            `.grad` is not the gradient of that loss, a measurement fails, or a fit ends without one.
 
     Example:
         >>> from newtonopt.callbacks import StepMarginMonitor
@@ -84,6 +97,7 @@ class StepMarginMonitor(Callback):
     ) -> None:
         check_whole("every_n_train_steps", every_n_train_steps, 1)
         check_flag("critical_sharpness", critical_sharpness)
+        check_prefix(prefix)
         self.every_n_train_steps = every_n_train_steps
         self.critical_sharpness = critical_sharpness
         self.prefix = prefix
@@ -96,6 +110,7 @@ class StepMarginMonitor(Callback):
         self._watched = False
         self._checked = False
         self._starts_again = False
+        self._count = 0
         self._measured = False
         self._warned = False
         self._infinite_at: int | None = None
@@ -160,7 +175,8 @@ class StepMarginMonitor(Callback):
             with torch._C.DisableTorchFunction():
                 isolation.ended()
                 self._before = _copies(params)
-                self._played.append(Played(again, isolation, float(loss_in(output, "training_step").detach())))
+                loss = loss_in(output, "training_step")
+                self._played.append(Played(again, isolation, float(loss.detach()), _rounding(trainer, loss)))
                 self._gradient = None
         return output
 
@@ -214,7 +230,8 @@ class StepMarginMonitor(Callback):
             why = (
                 f"no step was due by every_n_train_steps={self.every_n_train_steps}, or none went downhill. Lower that."
                 if self._infinite_at is None
-                else f"the loss is not finite at step {self._infinite_at}. Lower the learning rate."
+                else f"the loss or its gradient was not finite at step {self._infinite_at}. Lower the learning rate, "
+                "or look for a root or a logarithm at zero."
             )
             rank_zero_warn(
                 f"StepMarginMonitor measured nothing in this fit, which ended at step {trainer.global_step}: {why}"
@@ -246,16 +263,25 @@ class StepMarginMonitor(Callback):
         def loss_at(place: Sequence[Tensor]) -> float:
             return mean(lambda: sum(played.loss_at(params, place) for played in self._played) / micro_batches)
 
-        def rise(s: float) -> float:
-            place = after if s == 1.0 else [torch.lerp(b, a, s) for b, a in zip(before, after, strict=True)]
-            return loss_at(place) - loss
+        def place_at(s: float) -> Sequence[Tensor]:
+            return after if s == 1.0 else [torch.lerp(b, a, s) for b, a in zip(before, after, strict=True)]
 
+        def rise(s: float) -> float:
+            return loss_at(place_at(s)) - loss
+
+        def foretold(place: Sequence[Tensor]) -> float:
+            whole = processes.count if is_sharded(params) else 1
+            return whole * mean(lambda: _inner(gradient, before, place))
+
+        def rise_and_foretold(s: float) -> tuple[float, float]:
+            # A training_step that clamps parameters has put them elsewhere, and its loss is the one there.
+            return rise(s), foretold([local_part(p).detach() for p in params])
+
+        slope = foretold(after)
         loss = mean(lambda: sum(played.loss for played in self._played) / micro_batches)
-        if not math.isfinite(loss):
+        if not (math.isfinite(slope) and math.isfinite(loss)):
             self._infinite_at = self._step + 1 if self._infinite_at is None else self._infinite_at
             return None
-        slope = mean(lambda: _inner(gradient, before, after))
-        slope *= processes.count if is_sharded(params) else 1
         if not slope < 0.0:
             return None
         try:
@@ -269,7 +295,20 @@ class StepMarginMonitor(Callback):
                     return None
                 self._starts_again = self._starts_again or abs(again - loss) > _ROUNDED * abs(slope)
                 self._checked, loss = True, again if self._starts_again else loss
-            return along(rise, slope, loss, self.critical_sharpness)
+            end, slope = rise_and_foretold(1.0)
+            if not slope < 0.0:
+                return None
+            found = along(lambda s: end if s == 1.0 else rise(s), slope, loss, self.critical_sharpness)
+            if found.margin is None and self._infinite_at is None:
+                self._infinite_at = self._step + 1
+            if found.margin is not None and (self._count < _FIRST or self._count % _LATER == 0):
+                unit = mean(lambda: max(played.unit for played in self._played))
+                wrong = _disagreement(rise_and_foretold, found, unit)
+                if wrong is not None:
+                    self._stop(_NOT_THE_GRADIENT.format(wrong))
+                    return None
+            self._count += found.margin is not None
+            return found
         finally:
             _place(params, after)
 
@@ -296,11 +335,13 @@ class Played:
         again: Runs it again; returns the loss.
         isolation: Where it started.
         loss: The loss that it returned.
+        unit: The rounding unit of its coarsest dtype.
     """
 
     again: Callable[[], Tensor]
     isolation: Isolation
     loss: float
+    unit: float
 
     def loss_at(self, params: Sequence[Tensor], place: Sequence[Tensor]) -> float:
         """Return the loss with the parameters at a place, from where the run in training started, without a trace."""
@@ -310,6 +351,42 @@ class Played:
         alone = self.isolation.isolated()
         with torch.enable_grad(), alone as writes, resharded(params, trace=False), eager, WriteTap(writes):
             return float(self.again().detach())
+
+
+def _disagreement(
+    rise_and_foretold: Callable[[float], tuple[float, float]], found: StepMargin, unit: float
+) -> float | None:
+    """Return the change of the loss across the step's start over the one that `.grad` foretells, if they disagree.
+
+    None: they agree, or rounding may explain the difference. Costs two forward passes, and four where they disagree.
+
+    Args:
+        rise_and_foretold: Returns phi(s), and the change that `.grad` foretells.
+        found: The margin of the step.
+        unit: The rounding unit of the loss.
+    """
+    rounding = unit * abs(found.loss)
+    # Short enough for the curvature along the step not to count, and long enough for rounding not to count.
+    longest = 0.25 / max(1.0, abs(found.margin or 0.0))
+    h = min(longest, max(unit ** (1 / 3) / max(1.0, abs(found.margin or 0.0)), 20.0 * rounding / -found.slope))
+    for s in (h, 0.5 * h):
+        (ahead, expected_ahead), (behind, expected_behind) = rise_and_foretold(s), rise_and_foretold(-s)
+        change, expected = ahead - behind, expected_ahead - expected_behind
+        # The second difference is small for a smooth loss, and as large as the change at a kink such as ReLU's.
+        allowed = (_SLOPE + 4.0 * unit) * abs(expected) + abs(ahead + behind) + 4.0 * rounding
+        if not abs(change - expected) > allowed:
+            return None
+    return change / expected if expected else math.inf
+
+
+def _rounding(trainer: Trainer, loss: Tensor) -> float:
+    """Return the rounding unit of the coarsest dtype that a loss was computed in."""
+    unit, device = torch.finfo(loss.dtype).eps, loss.device.type
+    with trainer.precision_plugin.train_step_context():
+        if torch.is_autocast_enabled(device):  # a compiled graph does not show its dtypes
+            unit = max(unit, torch.finfo(torch.get_autocast_dtype(device)).eps)
+    unit = coarsest([loss.grad_fn], unit)
+    return unit if device == "cpu" or loss.dtype == torch.float64 else max(unit, _TF32)
 
 
 def _trained(module: LightningModule) -> list[Tensor]:

@@ -9,6 +9,7 @@ import difflib
 import functools
 import inspect
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -209,6 +210,15 @@ def _plain(value: object) -> str:
     """Return a sentence that makes a Python number of a NumPy scalar or a tensor with one entry."""
     is_scalar = isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1)
     return " Write a Python number: .item() gives it." if is_scalar else ""
+
+
+def check_prefix(prefix: object) -> None:
+    """Raise a ValueError if something is not a prefix of tags."""
+    if not isinstance(prefix, str) or not re.fullmatch(r"[-\w.]+(/[-\w.]+)*", prefix):
+        raise ValueError(
+            "prefix must consist of letters, digits, '_', '-' and '.', with single '/' between, got "
+            f"{shown(prefix)}. Write 'curvature', for example."
+        )
 
 
 def check_flag(name: str, value: object) -> None:

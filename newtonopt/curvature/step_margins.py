@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,16 +95,16 @@ def step_margin(optimizer: Optimizer, closure: Callable[[], Any], critical: bool
     """Take a step of any optimizer, `optimizer.step(closure)`, and return how near it came to raising the loss.
 
     Training is the same to the bit as with `optimizer.step(closure)`. Two further forward passes are run, at both ends
-    of the step, on the closure's own batch and with its own random numbers; they leave no trace. No second derivative
-    is taken.
+    of the step, on the closure's own batch and with its own random numbers, and a backward pass at its start; they
+    leave no trace. No second derivative is taken.
 
     Below the edge of stability the margin tells nothing of the largest eigenvalue of the Hessian: only the curvature
     along the step counts. On another batch than the step's it has no meaning.
 
     Args:
         optimizer: The optimizer that takes the step.
-        closure: Computes the loss and calls `backward`, as for `torch.optim.LBFGS`. Its first gradient is compared with
-            the loss, so it must not clip; clip in a hook of the optimizer's.
+        closure: Computes the loss and calls `backward`, as for `torch.optim.LBFGS`. It, and hooks on the
+            parameters, may change gradients. It may clamp parameters, which ends the step where they are clamped to.
         critical: Whether to look for the critical step too, for up to five more forward passes. Default False.
 
     Returns:
@@ -144,7 +145,7 @@ def step_margin(optimizer: Optimizer, closure: Callable[[], Any], critical: bool
         returned = closure()
         if not first:
             with torch.no_grad():
-                first.extend((flatten(params, params).clone(), flatten([p.grad for p in params], params).clone()))
+                first.append(flatten(params, params).clone())
         return returned
 
     optimizer.step(watched)
@@ -152,11 +153,42 @@ def step_margin(optimizer: Optimizer, closure: Callable[[], Any], critical: bool
         raise RuntimeError(
             "The optimizer has not run the closure, so there is no step to measure. Pass one that calls it."
         )
-    before, gradient = first
-    objective = Objective(closure, params, runs=Runs(isolation))
-    step = objective.point - before
-    start = objective.loss_at(-step)
-    return along(lambda s: objective.loss_at((s - 1.0) * step) - start, dot(gradient, step), start, critical)
+    before, runs = first[0], Runs(isolation)
+    # "streamed": no graph is kept.
+    objective = Objective(closure, params, products="streamed", runs=runs)
+    after = objective.point
+    try:
+        # `.grad` may hold more than the gradient of the closure's loss, or less.
+        objective.return_to(before)
+        with _without_hooks(params):
+            evaluation = objective.evaluate()
+        objective.return_to(after)
+        end = objective.loss_at(torch.zeros_like(after))
+        if runs.moves:
+            # A closure that clamps parameters ends the step where it clamps them to.
+            objective.move(torch.zeros_like(after))
+        step = objective.point - before
+    finally:
+        objective.return_to(after)
+    start, rest = float(evaluation.loss), before + step - after
+
+    def rise(s: float) -> float:
+        return (end if s == 1.0 else objective.loss_at((s - 1.0) * step + rest)) - start
+
+    return along(rise, dot(evaluation.gradient, step), start, critical)
+
+
+@contextmanager
+def _without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
+    """Take away the parameters' hooks on their gradients, which may clamp or centralise them."""
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in params if p._backward_hooks]
+    try:
+        for own, _ in hooks:
+            own.clear()
+        yield
+    finally:
+        for own, before in hooks:
+            own.update(before)
 
 
 def along(rise: Callable[[float], float], slope: float, loss: float, critical: bool) -> StepMargin:

@@ -272,7 +272,7 @@ class Keeping(L.LightningModule):
         with torch.no_grad():
             self.layers[0].weight.clamp_(-0.3, 0.3)
         drawn = sum(keeper.draw() for keeper in self.keepers.values()) / len(self.keepers)
-        return F.cross_entropy((1 + 0.1 * drawn) * self.layers(batch[0]), batch[1])
+        return F.cross_entropy((1 + 0.02 * drawn) * self.layers(batch[0]), batch[1])
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.layers.parameters(), lr=0.1)
@@ -339,9 +339,19 @@ def test_a_fit_without_a_measurement_says_so() -> None:
 
 
 def test_a_fit_whose_loss_is_not_finite_names_that_as_the_reason() -> None:
-    with pytest.warns(UserWarning, match="at step 3: the loss is not finite at step 2. Lower the learning rate.$"):
+    with pytest.warns(UserWarning, match="at step 3: the loss or its gradient was not finite at step 2. Lower the"):
         trainer = fit(Regression(rate=1e200), None, StepMarginMonitor(every_n_train_steps=2), max_epochs=1)
     assert trainer.global_step == 3
+
+
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf])
+def test_a_fit_whose_loss_is_not_finite_says_so(factor: float) -> None:
+    class Infinite(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return factor * self.loss(batch)
+
+    with pytest.warns(UserWarning, match="measured nothing in this fit, .* the loss or its gradient was not finite"):
+        fit(Infinite(), None, monitor())
 
 
 def test_early_stopping() -> None:
@@ -386,6 +396,119 @@ def test_a_loss_that_is_another_one_the_second_time_ends_measuring() -> None:
     assert seen.margins == []
 
 
+class Hooked(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer.weight.register_hook(lambda g: g.clamp(-0.1, 0.1))
+
+
+class Clipping(Regression):
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+
+class Scaling(Regression):
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        (128.0 * loss).backward()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.layer.weight.grad /= 128.0
+
+
+class Accumulating(Regression):
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        if batch_idx % 2 == 0:
+            optimizer.zero_grad()
+
+
+class HalfDetached(Regression):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        return loss * loss.detach()
+
+
+@pytest.mark.parametrize("kind", [Hooked, Clipping, Scaling, Accumulating, HalfDetached])
+def test_a_gradient_that_is_not_the_losss_ends_measuring(kind: Callable[[], Regression]) -> None:
+    seen, ends = Seen(), [kind(), kind()]
+    fit(ends[0])
+    with pytest.warns(UserWarning, match=r"measures nothing from here on: `\.grad` is not the gradient") as caught:
+        fit(ends[1], None, monitor(), seen)
+    assert sum("StepMarginMonitor" in str(w.message) for w in caught) == 1
+    # A sum over two steps is wrong from the second one on.
+    assert seen.margins == pytest.approx(by_hand(RATE)[:1] if kind is Accumulating else [], rel=1e-6)
+    assert torch.equal(*(model.layer.weight for model in ends))
+
+
+def test_the_gradient_is_checked_again_later() -> None:
+    class Late(Regression):
+        def __init__(self) -> None:
+            super().__init__(rate=1e-3)
+            self.layer.weight.register_hook(lambda g: 0.5 * g if self.global_step > 10 else g)
+
+    seen = Seen()
+    with pytest.warns(UserWarning, match="the loss changes 2 times as much as it foretells"):
+        fit(Late(), None, monitor(), seen, max_epochs=18)
+    assert len(seen.margins) == 50
+
+
+def test_the_check_of_the_gradient_costs_two_forward_passes_of_the_first_measurements() -> None:
+    from problems import unseen
+
+    calls = unseen([])
+
+    class Counting(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            calls().append(self.global_step)
+            return self.loss(batch)
+
+    fit(Counting(), None, monitor(), max_epochs=2)
+    assert [calls().count(step) for step in range(6)] == [1 + 1 + 1 + 2, 1 + 1 + 2, 1 + 1 + 2, 2, 2, 2]
+
+
+def test_a_step_that_training_step_clamps_ends_where_it_is_clamped_to() -> None:
+    class Clamped(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                self.layer.weight.clamp_(-0.4, 0.4)
+            return self.loss(batch)
+
+    x, y = rows()
+    w, expected = torch.full((2,), 0.4, dtype=torch.float64), []
+    for part in torch.arange(12).split(4):
+        a, b = x[part], y[part].reshape(-1)
+        hessian, gradient = 2 * a.T @ a / len(a), 2 * a.T @ (a @ w - b) / len(a)
+        step = (w - RATE * gradient).clamp(-0.4, 0.4) - w
+        expected.append(float(0.5 * step @ hessian @ step / -(gradient @ step)))
+        w = w + step
+    seen = Seen()
+    fit(Clamped(), None, monitor(), seen)
+    assert seen.margins == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_kink_at_the_start_of_a_step_passes_the_check() -> None:
+    class Kinked(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.loss(batch) + self.shift.relu().sum() - 0.1 * self.shift.sum()
+
+    seen = Seen()
+    fit(Kinked(), None, monitor(), seen)
+    assert len(seen.margins) == BATCHES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_does_not_fail_the_check(dtype: torch.dtype) -> None:
+    class Offset(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.loss(batch) + 1000.0
+
+    fit(Offset(rate=1e-3, dtype=dtype), data(dtype), monitor())  # a warning is an error
+
+
 def test_a_failure_warns_once_and_training_goes_on() -> None:
     from problems import unseen
 
@@ -428,6 +551,8 @@ def test_mistakes() -> None:
         StepMarginMonitor(0)
     with pytest.raises(ValueError, match="critical_sharpness must be True or False, got 1"):
         StepMarginMonitor(critical_sharpness=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"prefix must consist of letters, .* got '<b> x//'. Write 'curvature'"):
+        StepMarginMonitor(prefix="<b> x//")
     with pytest.raises(TypeError, match=r"Write every_n_train_steps=\.\.\."):
         StepMarginMonitor(every=3)  # type: ignore[call-arg]
 

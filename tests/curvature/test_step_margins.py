@@ -55,6 +55,65 @@ def test_the_critical_learning_rate_along_the_top_eigenvector_is_two_over_its_ei
     assert found.critical_step == pytest.approx(1.0, abs=1e-12)
 
 
+def test_gradients_left_over_are_no_part_of_the_slope() -> None:
+    scales = torch.tensor([10.0, 3.0], dtype=torch.float64)
+    w = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    w.grad = torch.tensor([5.0, -7.0], dtype=torch.float64)
+    gradient, step = scales * w.detach(), -0.1 * (scales * w.detach() + w.grad)
+
+    def closure() -> Tensor:
+        loss = 0.5 * (scales * w.square()).sum()
+        loss.backward()
+        return loss
+
+    found = step_margin(torch.optim.SGD([w], lr=0.1), closure)
+    assert found.slope == pytest.approx(float(gradient @ step), rel=1e-12)
+    assert found.margin == pytest.approx(float(0.5 * step @ (scales * step) / -(gradient @ step)), rel=1e-9)
+
+
+@pytest.mark.parametrize("way", ["hook", "clipping"])
+def test_a_changed_gradient_takes_the_step_and_is_not_the_slope(way: str) -> None:
+    scales = torch.tensor([10.0, 3.0], dtype=torch.float64)
+    w = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    gradient, plain = scales * w.detach(), quadratic(scales, w)
+    if way == "hook":
+        w.register_hook(lambda g: g.clamp(-1.0, 1.0))
+
+    def closure() -> Tensor:
+        loss = plain()
+        nn.utils.clip_grad_value_([w], 1.0)
+        return loss
+
+    found = step_margin(torch.optim.SGD([w], lr=0.1), plain if way == "hook" else closure)
+    step = -0.1 * gradient.sign()
+    assert w.detach().tolist() == pytest.approx([0.9, -1.9], rel=1e-12)
+    assert found.slope == pytest.approx(float(gradient @ step), rel=1e-12)
+    assert found.margin == pytest.approx(float(0.5 * step @ (scales * step) / -(gradient @ step)), rel=1e-9)
+    plain()
+    assert (w.grad.abs().max() == 1.0) == (way == "hook"), "hooks stay"
+
+
+@pytest.mark.parametrize("bound", [1.0, 1.5])
+def test_a_step_that_the_closure_clamps_ends_where_it_is_clamped_to(bound: float) -> None:
+    w = torch.tensor([3.0, 0.5], dtype=torch.float64, requires_grad=True)
+
+    def closure() -> Tensor:
+        with torch.no_grad():
+            w.clamp_(-bound, bound)
+        w.grad = None
+        loss = (w - 5.0).square().sum()
+        loss.backward()
+        return loss
+
+    found = step_margin(torch.optim.SGD([w], lr=0.1), closure)
+    # The first entry is clamped back to the bound; the second goes from 0.5 to 1.4.
+    end = min(1.4, bound)
+    assert w.detach().tolist() == pytest.approx([bound + 0.2 * (5.0 - bound), 1.4], rel=1e-12)
+    assert found.loss == pytest.approx((bound - 5.0) ** 2 + 4.5**2, rel=1e-12)
+    assert found.slope == pytest.approx(-9.0 * (end - 0.5), rel=1e-12)
+    assert found.margin == pytest.approx((end - 0.5) / 9.0, rel=1e-9)
+
+
 class Network:
     """A small network with Dropout and BatchNorm, a counter and a closure."""
 

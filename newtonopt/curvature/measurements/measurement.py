@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from newtonopt.checks import check_choice, check_positive, check_seed, check_share, check_whole, shown
+from newtonopt.checks import check_choice, check_positive, check_prefix, check_seed, check_share, check_whole, shown
 from newtonopt.closure.evaluation import Evaluation, Known, Products, Verdict, check_products
 from newtonopt.closure.evaluation import Matrix as Checked
 from newtonopt.closure.isolation import UnprotectedError
@@ -285,11 +285,7 @@ class Plan:
         if self.max_seconds is not None:
             check_positive("max_seconds", self.max_seconds)
         check_seed(self.seed)
-        if not isinstance(self.prefix, str) or not re.fullmatch(r"[-\w.]+(/[-\w.]+)*", self.prefix):
-            raise ValueError(
-                "prefix must consist of letters, digits, '_', '-' and '.', with single '/' between, got "
-                f"{shown(self.prefix)}. Write 'curvature', for example."
-            )
+        check_prefix(self.prefix)
         if self.prefix.endswith(tuple(f"-{group}" for group in GROUPS)):
             raise ValueError(
                 f"prefix must not end like a group of tags (-{', -'.join(GROUPS)}), got {shown(self.prefix)}. Write "
