@@ -84,7 +84,7 @@ class Point:
     """Cost of an action.
 
     Attributes:
-        sweep: What varies: "parameters", "batch" or "processes".
+        sweep: Name of the quantity that varies: "parameters", "batch" or "processes".
         at: Its value.
         action: Name of the action.
         seconds: Processor time; None if there was not enough memory.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -57,9 +57,9 @@ class Budget:
             `every_n_train_steps` nor `every_n_epochs`, and no bound where it is given one of them.
         certify_every: Every how many measurements start at random, one or more; 1: all. The others track the
             eigenvectors of the last one, with a quarter of `max_products` or a little more, and certify nothing:
-            `certified` is 0, and the bounds enclose some eigenvalue, perhaps not the extreme one. Between
-            measurements vectors are kept, `top + bottom + 1` times the parameters. Default 10: a
-            certified measurement costs four to six times as much as a tracked one, and has the sharpness too.
+            `certified` is 0, and the bounds enclose some eigenvalue, perhaps not the extreme one. Between measurements
+            vectors are kept, `top + bottom + 1` times the parameters. Default 10: a certified measurement costs four to
+            six times as much as a tracked one, and has the sharpness too.
         tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
             no more.
 
@@ -425,7 +425,8 @@ class CurvatureMonitor(Callback):
             why = str(error) or type(error).__name__
             if isinstance(error, FloatingPointError):
                 why = f"{why} If training has brought it there, lower the learning rate."
-                add_failure(trainer, self.prefix, f"Nothing could be measured at step {trainer.global_step}. {why}")
+                words = f"Nothing could be measured at step {trainer.global_step}. {why}"
+                self._guard(trainer, partial(add_failure, trainer, self.prefix, words))
             self._warn(
                 "measure",
                 f"CurvatureMonitor could not measure at step {trainer.global_step}, and training goes on: {why}",
@@ -433,18 +434,21 @@ class CurvatureMonitor(Callback):
             return
         finally:
             self._allowance.spend(certifies, time.perf_counter() - began)
-        shows = [partial(log_values, trainer, measured), partial(self._show, trainer, pl_module, measured)]
         if self.progress_bar:
-            shows.insert(0, partial(show_in_bar, trainer, measured, measured.plan.tag_of("lambda_max")))
-        for show in shows:
-            try:
-                show()
-            except Exception as error:
-                self._warn(
-                    "show",
-                    f"CurvatureMonitor could not show all of a measurement at step {trainer.global_step}, and training "
-                    f"goes on: {type(error).__name__}: {error}",
-                )
+            self._guard(trainer, partial(show_in_bar, trainer, measured, measured.plan.tag_of("lambda_max")))
+        self._guard(trainer, partial(log_values, trainer, measured))
+        self._guard(trainer, partial(self._show, trainer, pl_module, measured))
+
+    def _guard(self, trainer: Trainer, show: Callable[[], None]) -> None:
+        """Show something; an error gives one warning and lets training go on."""
+        try:
+            show()
+        except Exception as error:
+            self._warn(
+                "show",
+                f"CurvatureMonitor could not show all of a measurement at step {trainer.global_step}, and training "
+                f"goes on: {type(error).__name__}: {error}",
+            )
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> Measured:
         plan = replace(self._plan(), products="finite_difference") if self._differences else self._plan()

@@ -74,7 +74,7 @@ class StepMarginMonitor(Callback):
         prefix: Prefix of the tags. Default "curvature".
 
     Raises:
-        ValueError: A setting is out of its range; when a fit starts, another monitor has the same `prefix`.
+        ValueError: A setting is out of its range; when a fit starts, the Trainer has another StepMarginMonitor.
 
     Warns:
         UserWarning: The module optimizes manually, `training_step` computes another loss when it runs again,

@@ -118,8 +118,7 @@ def _write_record(trainer: Trainer, prefix: str, content: Mapping[str, Any]) -> 
 def add_text(trainer: Trainer, measured: Measured, remark: str) -> None:
     """Write in words what the values mean, a line each."""
     lines = [*measured.in_words().splitlines(), remark]
-    for writer in _writers(trainer):
-        writer.add_text(f"{measured.plan.prefix}/in_words", "  \n".join(lines), trainer.global_step)
+    add_words(trainer, f"{measured.plan.prefix}/in_words", "  \n".join(lines))
 
 
 def add_words(trainer: Trainer, tag: str, words: str) -> None:

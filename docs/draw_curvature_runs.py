@@ -43,7 +43,7 @@ class Run:
         steps: Number of steps.
         every: Steps between measurements.
         told: Step of the measurement whose words are printed.
-        remedy: What its words say to do: a name, and a maker of another optimizer; None for a run that needs none.
+        remedy: Name and maker of the optimizer that its words advise; None for a run that needs none.
     """
 
     model: nn.Module
@@ -58,7 +58,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Record:
-    """What a run showed: the loss at each step, and the measurements by their step."""
+    """Record of a run: the loss at each step, and the measurements by their step."""
 
     losses: list[float]
     measured: dict[int, Measured]

@@ -48,7 +48,7 @@ class CurvatureTab(base_plugin.TBPlugin):  # type: ignore[misc]
     """The "Curvature" tab: its page and the data that the page asks for. It reads and never writes.
 
     Args:
-        context: What TensorBoard gives its plugins.
+        context: The context that TensorBoard passes to its plugins.
     """
 
     plugin_name = NAME

@@ -126,7 +126,7 @@ def series(points: Iterable[tuple[int, float, object]]) -> dict[str, Any]:
             when a run was resumed. Records that cannot be read are counted and left out.
 
     Returns:
-        What JSON can hold: `steps`; `values` by name, `null` where there is none; `certified`; `words`, `state` and
+        A mapping for JSON: `steps`; `values` by name, `null` where there is none; `certified`; `words`, `state` and
         `remark` of the last record; `density` and `layers` at up to 400 steps, each None if no record has it;
         `unread`, how many records were left out, and `why`, the reason for the last of them.
     """

@@ -141,6 +141,11 @@ def preconditioned(operator: LinearOperator, optimizer: Optimizer, params: Itera
             f"params must be the parameters passed to evaluate, with {operator.shape[0]} entries in total, got "
             f"{size} entries."
         )
+    return scaled(operator, weights, decay)
+
+
+def scaled(operator: LinearOperator, weights: Tensor, decay: Tensor) -> LinearOperator:
+    """Return `P^-1/2 (H + decay) P^-1/2` from what `preconditioner` returns."""
     shifted = operator.shift(decay) if bool(decay.any()) else operator
     return shifted.scale(weights)
 

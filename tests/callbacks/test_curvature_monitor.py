@@ -523,6 +523,23 @@ def test_a_loss_that_is_not_finite_leaves_a_record_that_says_so(place: float, wh
     assert words.endswith("If training has brought it there, lower the learning rate.")
 
 
+def test_a_record_of_a_failure_that_cannot_be_written_does_not_end_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("newtonopt.callbacks.curvature_monitor.add_failure", full)
+    monitor = CurvatureMonitor(every_n_train_steps=2)
+    trainer = quiet_trainer(callbacks=[Thrown(math.inf), monitor], logger=both_loggers(tmp_path), max_epochs=1)
+    with (
+        pytest.warns(UserWarning, match="could not show all of a measurement at step 2, .*no space left"),
+        pytest.warns(UserWarning, match="could not measure at step 2"),
+    ):
+        trainer.fit(Root(), loader())
+    assert trainer.global_step == BATCHES
+
+
 class Hopeless(Speechless):
     """Cannot measure anything."""
 

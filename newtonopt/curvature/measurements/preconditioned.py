@@ -8,7 +8,7 @@ from typing import ClassVar
 from newtonopt.curvature.eigenvalues.extreme import Spectrum
 from newtonopt.curvature.measurements.eigenvalues import in_words, spectrum, with_interval
 from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, UnmeasurableError, View
-from newtonopt.curvature.stability import preconditioned, preconditioner, stability_threshold
+from newtonopt.curvature.stability import preconditioner, scaled, stability_threshold
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class Preconditioned(Measurement[Spectrum]):
                 raise ValueError("optimizer must train some of the measured parameters, got none that does.")
             for optimizer in view.training:
                 stability_threshold(optimizer)
-            matrix = preconditioned(view.matrix, view.training[0], view.params)
-            weights, _ = preconditioner(view.training[0], view.params)
+            weights, decay = preconditioner(view.training[0], view.params)
         except (TypeError, ValueError) as error:  # no threshold is known, or never stable, or no step so far
             raise UnmeasurableError(str(error)) from error
+        matrix = scaled(view.matrix, weights, decay)
         # Two, because they cross as the preconditioner changes, and a vector that was the second one becomes the first.
         return spectrum(view, matrix, 2, 0, view.before(Preconditioned), weights * view.gradient)
 
