@@ -137,7 +137,7 @@ def loss_in(output: Any, step: str) -> Tensor:
     """
     loss = output if isinstance(output, Tensor) else (output or {}).get("loss")
     if not isinstance(loss, Tensor):
-        raise RuntimeError(f"{step} returned no loss for the probe batch.")
+        raise RuntimeError(f'{step} returned no loss. Return a tensor, or a dictionary with "loss".')
     return loss
 
 

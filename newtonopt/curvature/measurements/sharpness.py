@@ -67,7 +67,7 @@ class Sharpness(Measurement[SharpnessEstimate]):
     def measure(self, view: View) -> SharpnessEstimate | None:
         """Return the largest rise found, or the mean rise; None where eigenvalues are tracked, unless `always`."""
         spectrum = view.of(ExtremeEigenvalues)
-        # Equal eigenvalues are never tracked: then each measurement is certified, and none starts without a last one.
+        # A measurement after another is certified too where the eigenvalues could not be tracked, as equal ones.
         if not self.always and view.last is not None and not (spectrum is not None and spectrum.certified):
             return None
         budget = view.affordable(_GRADIENTS)
