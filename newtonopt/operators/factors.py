@@ -263,7 +263,7 @@ def _multiple(new: Tensor, old: Tensor) -> Tensor | None:
     """Return `c`, a number for each vector, with `new = c old` up to rounding; None if there is none."""
     # Scaled to entries of at most one, so that no square underflows.
     (a, old_size), (b, new_size) = _scaled(old), _scaled(new)
-    c = (b * a).sum(-1, keepdim=True) / a.square().sum(-1, keepdim=True).clamp(min=1)  # zero for a zero
+    c = (b * a).sum(-1, keepdim=True) / a.square().sum(-1, keepdim=True).clamp(min=1)  # one or more but for zeros
     rounding = _ROUNDING * torch.finfo(new.dtype).eps * b.norm(dim=-1)
     times = c * (new_size / old_size)
     is_multiple = ((b - c * a).norm(dim=-1) <= rounding).all() & times.isfinite().all()
