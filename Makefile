@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 OLDEST := VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt VENV_OPTIONS=--upgrade-deps
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-oldest gpu lint format clean
+.PHONY: help demo test test-slow test-oldest docs gpu lint format clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -31,6 +31,10 @@ test-oldest: ## run the tests with the oldest versions allowed, which are gigaby
 gpu: $(if $(filter file,$(origin PYTHON)),$(VENV)/dev.stamp) ## run the gpu tests and measure on a CUDA device; PYTHON=... uses that Python as it is
 	$(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(OPTIONS)
 
+docs: $(VENV)/docs.stamp ## build the site into docs/_build/html, with every warning an error
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
 lint: $(VENV)/dev.stamp ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,7 +45,7 @@ format: $(VENV)/dev.stamp ## reformat, and mend what the linter can mend
 	$(BIN)/ruff format .
 
 clean: ## remove the environment, caches and builds; logs/ is kept
-	rm -rf $(VENV) .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest build dist docs/_build docs/gallery docs/reference/generated *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -1,0 +1,59 @@
+"""Settings of the site: `make docs` builds it, with every warning an error and without the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import newtonopt
+
+HERE = Path(__file__).parent
+
+project = "newtonopt"
+author = "newtonopt developers"
+project_copyright = author
+version = release = newtonopt.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.intersphinx",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["_build"]
+# Every reference must lead somewhere.
+nitpicky = True
+
+# Pages are Markdown. Headings of three levels can be linked to by their text, as on a code host.
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_title = f"newtonopt {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+# Prompts and results are not copied.
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"show-inheritance": True}
+autosummary_generate = True
+napoleon_numpy_docstring = False
+
+# Names of other projects that our docstrings mention, in text files, because building needs no network.
+intersphinx_mapping = {
+    name: (url, str(HERE / "inventories" / f"{name}.txt"))
+    for name, url in {
+        "python": "https://docs.python.org/3/",
+        "torch": "https://docs.pytorch.org/docs/stable/",
+        "lightning": "https://lightning.ai/docs/pytorch/stable/",
+        "numpy": "https://numpy.org/doc/stable/",
+        "scipy": "https://docs.scipy.org/doc/scipy/",
+        "matplotlib": "https://matplotlib.org/stable/",
+    }.items()
+}
