@@ -84,6 +84,11 @@ class StepMarginMonitor(Callback):
         >>> from newtonopt.callbacks import StepMarginMonitor
         >>> StepMarginMonitor(every_n_train_steps=10, critical_sharpness=True).every_n_train_steps
         10
+
+    See Also:
+        - `step_margin()`: the same for one step, in any training loop.
+        - `CurvatureMonitor`: eigenvalues, with bounds.
+        - `docs/monitor.md`: every setting and tag.
     """
 
     @explains_arguments(

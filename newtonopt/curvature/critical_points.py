@@ -53,6 +53,11 @@ class CriticalPoint:
         "Saddle: the gradient's norm is 0, the"
         >>> [round(abs(entry), 6) for entry in found.direction.tolist()]
         [0.0, 1.0]
+
+    See Also:
+        - `critical_point()`: computes it.
+        - `Spectrum`: both ends of the spectrum.
+        - `docs/read_your_curvature.md`: how a saddle looks during training.
     """
 
     kind: CriticalKind
@@ -134,6 +139,11 @@ def critical_point(
         >>> theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         >>> critical_point(evaluate(lambda: (theta**2).sum(), [theta])).kind
         'minimum'
+
+    See Also:
+        - `CriticalPoint`: the result.
+        - `extreme_eigenvalues()`: the intervals that decide.
+        - `docs/read_your_curvature.md`: how a saddle looks during training.
     """
     curvature = hessian(evaluation)
     check_positive("tolerance", tolerance)

@@ -81,6 +81,12 @@ def stability_threshold(optimizer: Optimizer) -> float:
         4.0
         >>> round(stability_threshold(torch.optim.Adam(params, lr=0.01)))
         3800
+
+    See Also:
+        - `preconditioned()`: the matrix whose eigenvalue to compare with it for Adam and its kin.
+        - `Stability`: threshold and ratio in a training run.
+        - `docs/edge_of_stability.md`: a run that goes there.
+        - `docs/reference/mathematics.md`: a threshold derived.
     """
     kind = _kind_of(optimizer)
     return min(_group_threshold(kind, group) for group in optimizer.param_groups)
@@ -132,6 +138,11 @@ def preconditioned(operator: LinearOperator, optimizer: Optimizer, params: Itera
         >>> H = preconditioned(hessian(evaluate(loss, [theta])), optimizer, [theta])
         >>> H.dense().diagonal().round(decimals=6).tolist()  # the Hessian 2 I over the gradient's size, 2
         [1.0, 1.0]
+
+    See Also:
+        - `stability_threshold()`: what to compare the largest eigenvalue with.
+        - `Preconditioned`: the same in a training run.
+        - `docs/edge_of_stability.md`: a run that goes there.
     """
     check_operator(operator)
     weights, decay = preconditioner(optimizer, params)

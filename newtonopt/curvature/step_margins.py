@@ -43,6 +43,11 @@ class StepMargin:
         >>> from newtonopt.curvature import StepMargin
         >>> StepMargin(loss=1.0, slope=-0.25, rise=-0.125, critical_step=None, losses=1).margin
         0.5
+
+    See Also:
+        - `step_margin()`: computes it.
+        - `RelativeSharpness`: critical steps for two losses.
+        - `docs/edge_of_stability.md`: where margins hover around one.
     """
 
     loss: float
@@ -130,6 +135,12 @@ def step_margin(optimizer: Optimizer, closure: Callable[[], Any], critical: bool
         >>> found = step_margin(sgd, closure, critical=True)
         >>> found.margin, found.critical_step
         (0.25, 4.0)
+
+    See Also:
+        - `StepMargin`: the result.
+        - `StepMarginMonitor`: the same in a Lightning run.
+        - `stability_threshold()`: the threshold for the whole spectrum.
+        - `docs/reference/mathematics.md`: margin and critical sharpness.
     """
     check_instance(
         "optimizer", optimizer, Optimizer, "a torch.optim.Optimizer", "Write torch.optim.SGD(params, lr=0.1)."

@@ -68,6 +68,11 @@ class Eigenvalue:
         >>> largest = extreme_eigenvalues(LinearOperator(A.mv, A.shape, A), top=1, bottom=0).top[0]
         >>> largest.lower <= 5.0 <= largest.upper
         True
+
+    See Also:
+        - `Spectrum`: all entries of both ends.
+        - `loss_slice()`: the loss along `vector`.
+        - `docs/reference/mathematics.md`: where the bounds come from.
     """
 
     value: float
@@ -107,6 +112,11 @@ class Spectrum:
         >>> spectrum = extreme_eigenvalues(LinearOperator(A.mv, A.shape, A), top=2, bottom=1)
         >>> [round(entry.value, 6) for entry in spectrum.top], spectrum.certified
         ([5.0, 4.0], True)
+
+    See Also:
+        - `extreme_eigenvalues()`: computes it.
+        - `Eigenvalue`: one entry, with its interval.
+        - `docs/read_your_curvature.md`: what eigenvalues say about a run.
     """
 
     top: tuple[Eigenvalue, ...]
@@ -216,6 +226,12 @@ def extreme_eigenvalues(
         >>> spectrum = extreme_eigenvalues(hessian(evaluation), top=1, bottom=1)
         >>> round(spectrum.top[0].value, 6), round(spectrum.bottom[0].value, 6)
         (5.0, -2.0)
+
+    See Also:
+        - `Spectrum`: the result.
+        - `spectral_density()`: where all eigenvalues lie, not only the outermost.
+        - `critical_point()`: minimum or saddle, decided by the signs of both ends.
+        - `docs/reference/mathematics.md`: where the bounds come from.
     """
     request = _request(operator, top, bottom, tolerance, confidence, max_products, max_vectors)
     check_seed(seed)
