@@ -20,14 +20,14 @@ class GradientCurvature:
     """Slope and curvature along the gradient g, with the Hessian H.
 
     Attributes:
-        curvature: Rayleigh quotient g'Hg / g'g, exact up to rounding.
+        curvature: Rayleigh quotient `g'Hg / g'g`, exact up to rounding.
         residual: `|H g - curvature g| / |g|`: an eigenvalue of H lies within it of `curvature`.
         gradient_norm: `|g|`.
-        cauchy_step: Learning rate 1 / curvature, which minimises the quadratic model along -g (the Cauchy point);
+        cauchy_step: Learning rate `1 / curvature`, which minimises the quadratic model along -g (the Cauchy point);
             infinite if the curvature is not positive.
-        longest_step: Learning rate 2 / curvature, up to which the quadratic model does not rise; infinite if the
+        longest_step: Learning rate `2 / curvature`, up to which the quadratic model does not rise; infinite if the
             curvature is not positive.
-        stable_step: Learning rate 2 / lambda_max below which gradient descent is stable in all directions, with the
+        stable_step: Learning rate `2 / lambda_max` below which gradient descent is stable in all directions, with the
             upper bound on lambda_max (its value, if the spectrum is not certified); infinite if that is not positive,
             None without a spectrum.
         alignments: Squared cosines between g and each of the spectrum's top eigenvectors.

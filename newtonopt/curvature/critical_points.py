@@ -105,9 +105,9 @@ def critical_point(
     """Apply the second-order test, with intervals in place of eigenvalues.
 
     Both ends of the spectrum above zero make a minimum, both below a maximum, one on each side a saddle. An interval
-    that contains zero leaves the test undecided, as a positive semi-definite Hessian always does: x^3, x^4 and -x^4
-    all have the second derivative zero at zero. With a gradient above the tolerance the point is not critical, whatever
-    the eigenvalues.
+    that contains zero leaves the test undecided, as a positive semi-definite Hessian always does: `x^3`, `x^4` and
+    `-x^4` all have the second derivative zero at zero. With a gradient above the tolerance the point is not critical,
+    whatever the eigenvalues.
 
     A minimum is local: nothing is said of other points. If the gradient is small and not zero, the critical point
     itself is elsewhere, `distance` away if the curvature changes little on the way, which second derivatives cannot

@@ -121,7 +121,7 @@ def step_margin(optimizer: Optimizer, closure: Callable[[], Any], critical: bool
         RuntimeError: The optimizer does not run the closure, or as `evaluate`.
 
     Example:
-        Gradient descent on w^2 with a learning rate of 1/4 covers half the way to the minimum.
+        Gradient descent on `w^2` with a learning rate of 1/4 covers half the way to the minimum.
 
         >>> import torch
         >>> from newtonopt.curvature import step_margin
