@@ -218,10 +218,10 @@ def spurious(league: League) -> str:
 _COLOURS = [*(f"C{index}" for index in range(10)), "black"]
 
 
-def draw(league: League, curve: Callable[[Run], list[float]], label: str) -> Figure:
+def draw(league: League, curve: Callable[[Run], list[float]], label: str, columns: int = 5) -> Figure:
     """Draw a panel for each equation: a bold line for a method's median, a thin one for each seed."""
     equations = league.equations
-    columns = min(len(equations), 5)
+    columns = min(len(equations), columns)
     rows = -(-len(equations) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.7 * rows + 0.8), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+from sphinx.application import Sphinx
 
 import newtonopt
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import draw_benchmarks  # noqa: E402
 
 project = "newtonopt"
 author = "newtonopt developers"
@@ -22,7 +28,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "benchmarks/drawn"]
 # Every reference must lead somewhere.
 nitpicky = True
 
@@ -57,3 +63,8 @@ intersphinx_mapping = {
         "matplotlib": "https://matplotlib.org/stable/",
     }.items()
 }
+
+
+def setup(app: Sphinx) -> None:
+    """Draw the benchmark pages' tables and pictures from the committed records."""
+    app.connect("builder-inited", lambda _: draw_benchmarks.write(draw_benchmarks.DRAWN))
