@@ -239,7 +239,7 @@ def draw(league: League, curve: Callable[[Run], list[float]], label: str, column
         panel.set(title=equation, yscale="log", xlabel=f"{_clock(league)} (s)", ylabel=label)
         panel.grid(alpha=0.25)
     named = {name: line for panel in panels for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
