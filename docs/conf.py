@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from sphinx.application import Sphinx
+from sphinx_gallery.sorting import ExplicitOrder
 
 import newtonopt
 
@@ -27,6 +28,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinx_gallery.gen_gallery",
 ]
 exclude_patterns = ["_build", "benchmarks/drawn"]
 # Every reference must lead somewhere.
@@ -62,6 +64,34 @@ intersphinx_mapping = {
         "scipy": "https://docs.scipy.org/doc/scipy/",
         "matplotlib": "https://matplotlib.org/stable/",
     }.items()
+}
+
+# The gallery's programs are run while the site is built; each becomes a page and a notebook.
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples/gallery",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"\.py$",
+    "within_subsection_order": ExplicitOrder(
+        [
+            "batch_jacobian.py",
+            "quadratic.py",
+            "hessian_spectrum.py",
+            "critical_points.py",
+            "saddle_map.py",
+            "taylor.py",
+            "fastest_direction.py",
+            "optimizer_paths.py",
+            "tangent_kernel.py",
+            "gpt_learning_rate.py",
+        ]
+    ),
+    "download_all_examples": False,
+    "remove_config_comments": True,
+    "show_memory": False,
+    "min_reported_time": 1e9,
+    "write_computation_times": False,
+    "image_srcset": ["2x"],
+    "first_notebook_cell": "# Needs newtonopt and matplotlib.\n%matplotlib inline",
 }
 
 
