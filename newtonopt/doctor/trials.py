@@ -314,7 +314,7 @@ def _flat(model: nn.Module) -> Tensor:
 def monitor() -> str:
     """Train with Lightning and CurvatureMonitor in a temporary folder, and read the eigenvalue from the event files."""
     try:
-        callbacks = importlib.import_module("newtonopt.callbacks")
+        from newtonopt import callbacks
     except ImportError as error:
         raise Unavailable(str(error).split(":")[0], "pip install 'lightning>=2.4' 'tensorboard>=2.16.2'") from error
     try:

@@ -170,6 +170,7 @@ def test_a_machine_whose_network_does_not_work(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_lightning_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(newtonopt, "callbacks")
     monkeypatch.delitem(sys.modules, "newtonopt.callbacks")
     monkeypatch.setitem(sys.modules, "newtonopt.callbacks.curvature_monitor", None)
     assert "lightning>=" in unavailable(trials.monitor, "newtonopt.callbacks needs Lightning and TensorBoard").remedy
