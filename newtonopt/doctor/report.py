@@ -89,7 +89,8 @@ def visit(lanes: Sequence[Sequence[Check]], sections: Sequence[str], limit: floa
 
 def heading() -> str:
     """Return the versions and the machine, in one line."""
-    return f"newtonopt {newtonopt.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    machine = f"{platform.system()} {platform.machine()}"
+    return f"newtonopt {newtonopt.__version__}, Python {platform.python_version()}, {machine}"
 
 
 _STATUS, _NAME, _WIDTH = 15, 20, 120
@@ -117,5 +118,6 @@ def document(findings: Mapping[Check, Finding], seconds: float) -> str:
         for check, finding in findings.items()
     ]
     return json.dumps(
-        {"newtonopt": newtonopt.__version__, "machine": heading(), "seconds": seconds, "checks": checks}, indent=2
+        {"newtonopt": newtonopt.__version__, "machine": platform.platform(), "seconds": seconds, "checks": checks},
+        indent=2,
     )
