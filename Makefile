@@ -45,7 +45,7 @@ format: $(VENV)/dev.stamp ## reformat, and mend what the linter can mend
 	$(BIN)/ruff format .
 
 clean: ## remove the environment, caches and builds; logs/ is kept
-	rm -rf $(VENV) .venv-oldest build dist docs/_build docs/gallery docs/reference/generated *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest build dist docs/_build docs/benchmarks/drawn docs/gallery docs/reference/generated *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
