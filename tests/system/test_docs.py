@@ -1,4 +1,4 @@
-"""Pages name things that exist, their programs run, and each optimizer has one."""
+"""Pages name things that exist, and each optimizer has one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ast
 import inspect
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -104,24 +103,12 @@ def _defaults(text: str) -> dict[str, object]:
     return found
 
 
-def test_standard_errors_are_those_that_nist_certifies() -> None:
-    text = (ROOT / "docs" / "optimizers" / "levenberg_marquardt.md").read_text()
-    program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    names: dict[str, Any] = {}
-    exec(program, names)
-    assert names["b"].tolist() == pytest.approx([2.3894212918e02, 5.5015643181e-04], rel=1e-8)
-    assert names["errors"].tolist() == pytest.approx([2.7070075241, 7.2668688436e-06], rel=1e-6)
-
-
 @pytest.mark.parametrize("name", MEMBERS)
-def test_the_program_of_a_page_converges(name: str) -> None:
+def test_the_program_of_a_page_asserts_that_it_converges(name: str) -> None:
+    """The test of pages runs both."""
     text = (ROOT / "docs" / "optimizers" / f"{name}.md").read_text()
-    program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
-    names: dict[str, object] = {}
-    exec(program, names)
-    optimizer = names["optimizer"]
-    assert type(optimizer) is MEMBERS[name]
-    if name in ("hessian_free", "levenberg_marquardt"):
-        assert names["error"] < 1e-2
-    else:
-        assert optimizer.last_step.gradient_norm < 1e-6
+    program, assertion = re.search(
+        r"```python\n(.*?)```\n+<!--- invisible-code-block: python\n(.*?)--->", text, re.DOTALL
+    ).groups()  # type: ignore[union-attr]
+    assert f"optimizer = {MEMBERS[name].__name__}(" in program
+    assert re.match(r"assert (optimizer\.last_step\.gradient_norm < 1e-6|error < 1e-2)$", assertion, re.MULTILINE)
