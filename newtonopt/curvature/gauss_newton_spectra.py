@@ -166,8 +166,8 @@ def gauss_newton_spectrum(evaluation: Evaluation, vectors: bool = False) -> Exac
 
     Raises:
         TypeError: `evaluation` is no `Evaluation`, or `vectors` no bool.
-        RowsError: Samples are coupled, or a loss is not convex in its outputs.
-        RuntimeError: No output was recorded, or the evaluation was freed.
+        RuntimeError: Samples are coupled, a loss is not convex in its outputs, no output was recorded, or the
+            evaluation was freed.
         MemoryError: The triangle or the vectors would not fit.
         FloatingPointError: The loss or a row is not finite.
 

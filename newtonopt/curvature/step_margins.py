@@ -30,13 +30,13 @@ _FAR = 2.0
 
 @dataclass(frozen=True, repr=False)
 class StepMargin:
-    """The loss along an optimizer's last step d, with phi(s) = L(theta + s d) - L(theta).
+    """The loss along an optimizer's last step d, with `phi(s) = L(theta + s d) - L(theta)`.
 
     Attributes:
-        loss: The loss L(theta) before the step.
-        slope: The derivative g'd of the loss along the step; below zero for a step downhill.
-        rise: The change phi(1) of the loss; below zero where the loss has fallen.
-        critical_step: The s at which the loss rises above L(theta), in steps; None: not looked for, or too far to find.
+        loss: The loss `L(theta)` before the step.
+        slope: The derivative `g'd` of the loss along the step; below zero for a step downhill.
+        rise: The change `phi(1)` of the loss; below zero where the loss has fallen.
+        critical_step: The s at which the loss rises above `L(theta)`, in steps; None: not looked for, or too far.
         losses: Losses computed, one forward pass each.
 
     Example:
@@ -59,7 +59,7 @@ class StepMargin:
 
     @property
     def margin(self) -> float | None:
-        """Return 1 - phi(1) / g'd, which is d'Hd / (2 |g'd|) for a quadratic loss; None where that says nothing.
+        """Return `1 - phi(1) / g'd`, which is `d'Hd / (2 |g'd|)` for a quadratic loss; None where that says nothing.
 
         It is 0 where the loss falls as its gradient foretells, 1/2 at the lowest point along the step, and 1 or more
         where the step has overshot, so that the loss has not fallen. None: the step does not go downhill, or the loss

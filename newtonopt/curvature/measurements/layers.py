@@ -23,8 +23,8 @@ class Layers(Measurement[dict[str, Spectrum]]):
     """The largest eigenvalue of each layer's diagonal block, for as many products each as the eigenvalues may have.
 
     Args:
-        patterns: Patterns of parameters' names, such as ["encoder.*", "*.bias"], as for `blocks`: one block each. None
-            (default): a block for each of the model's parts.
+        patterns: Patterns of parameters' names, such as `["encoder.*", "*.bias"]`, as for `blocks`: one block each.
+            None (default): a block for each of the model's parts.
 
     Example:
         >>> import torch
