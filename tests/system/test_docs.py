@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,13 @@ def test_each_set_up_is_held_up_by_a_test(entry: str) -> None:
     assert names, "the entry names no test"
     for name in names:
         file, test = re.fullmatch(r"`((?:\w+/)*test_\w+\.py)::(test_\w+)`", name).groups()  # type: ignore[union-attr]
-        functions = [
-            n.name for n in ast.parse((ROOT / "tests" / file).read_text()).body if isinstance(n, ast.FunctionDef)
-        ]
-        assert test in functions, f"{file} has no {test}"
+        assert test in functions_in(file), f"{file} has no {test}"
+
+
+@cache
+def functions_in(file: str) -> set[str]:
+    """The names of the functions at the top level of a file of tests."""
+    return {n.name for n in ast.parse((ROOT / "tests" / file).read_text()).body if isinstance(n, ast.FunctionDef)}
 
 
 def test_all_set_ups_are_entries() -> None:
@@ -118,7 +122,10 @@ def test_standard_errors_are_those_that_nist_certifies() -> None:
     assert names["errors"].tolist() == pytest.approx([2.7070075241, 7.2668688436e-06], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", MEMBERS)
+# A physics-informed network takes seconds.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "levenberg_marquardt")) for name in MEMBERS]
+)
 def test_the_program_of_a_page_converges(name: str) -> None:
     text = (ROOT / "docs" / "optimizers" / f"{name}.md").read_text()
     program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
