@@ -218,10 +218,10 @@ def spurious(league: League) -> str:
 _COLOURS = [*(f"C{index}" for index in range(10)), "black"]
 
 
-def draw(league: League, curve: Callable[[Run], list[float]], label: str) -> Figure:
+def draw(league: League, curve: Callable[[Run], list[float]], label: str, columns: int = 5) -> Figure:
     """Draw a panel for each equation: a bold line for a method's median, a thin one for each seed."""
     equations = league.equations
-    columns = min(len(equations), 5)
+    columns = min(len(equations), columns)
     rows = -(-len(equations) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.7 * rows + 0.8), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -239,7 +239,7 @@ def draw(league: League, curve: Callable[[Run], list[float]], label: str) -> Fig
         panel.set(title=equation, yscale="log", xlabel=f"{_clock(league)} (s)", ylabel=label)
         panel.grid(alpha=0.25)
     named = {name: line for panel in panels for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from sphinx.application import Sphinx
+from sphinx_gallery.sorting import ExplicitOrder
+
 import newtonopt
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "extensions"))
+sys.path[:0] = [str(HERE), str(HERE / "extensions")]
+
+import draw_benchmarks  # noqa: E402
 
 project = "newtonopt"
 author = "newtonopt developers"
@@ -23,10 +28,11 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinx_gallery.gen_gallery",
     "formulas",
     "reference",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "benchmarks/drawn"]
 # Every reference must lead somewhere.
 nitpicky = True
 
@@ -80,3 +86,36 @@ intersphinx_mapping = {
         "matplotlib": "https://matplotlib.org/stable/",
     }.items()
 }
+
+# The gallery's programs are run while the site is built; each becomes a page and a notebook.
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples/gallery",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"\.py$",
+    "within_subsection_order": ExplicitOrder(
+        [
+            "batch_jacobian.py",
+            "quadratic.py",
+            "hessian_spectrum.py",
+            "critical_points.py",
+            "saddle_map.py",
+            "taylor.py",
+            "fastest_direction.py",
+            "optimizer_paths.py",
+            "tangent_kernel.py",
+            "gpt_learning_rate.py",
+        ]
+    ),
+    "download_all_examples": False,
+    "remove_config_comments": True,
+    "show_memory": False,
+    "min_reported_time": 1e9,
+    "write_computation_times": False,
+    "image_srcset": ["2x"],
+    "first_notebook_cell": "# Needs newtonopt and matplotlib.\n%matplotlib inline",
+}
+
+
+def setup(app: Sphinx) -> None:
+    """Draw the benchmark pages' tables and pictures from the committed records."""
+    app.connect("builder-inited", lambda _: draw_benchmarks.write(draw_benchmarks.DRAWN))

@@ -1,24 +1,19 @@
-"""Critical points told apart: minima, maxima, saddles, and points where eigenvalues cannot decide.
+"""
+Is it a minimum, a maximum or a saddle?
+=======================================
 
-python examples/gallery/critical_points.py
+Where the gradient is zero, the signs of the Hessian's eigenvalues tell the kind of a critical point, unless one of them
+is zero. ``critical_point`` gives a verdict with its evidence in words, and says "degenerate" where eigenvalues cannot
+decide.
 """
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Callable
-from pathlib import Path
-
+import matplotlib.pyplot as plt
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor
 
-from newtonopt import Evaluation, evaluate, hessian
+from newtonopt import evaluate, hessian
 from newtonopt.curvature import critical_point
 
-Function = Callable[[Tensor, Tensor], Tensor]
-
-FUNCTIONS: dict[str, Function] = {
+functions = {
     "3x³ - 6y² + 3": lambda x, y: 3 * x**3 - 6 * y**2 + 3,
     "x² + y² - y³": lambda x, y: x**2 + y**2 - y**3,
     "-x² - y²": lambda x, y: -(x**2) - y**2,
@@ -26,52 +21,74 @@ FUNCTIONS: dict[str, Function] = {
     "x² + y⁴": lambda x, y: x**2 + y**4,
     "x² - y⁴": lambda x, y: x**2 - y**4,
 }
-PLACES = [(1.2, 3.4), (-1.0, 1.0), (0.0, 0.0)]
 
 
-def evaluation_at(function: Function, place: tuple[float, float]) -> Evaluation:
-    """Evaluate a function of two numbers at a place."""
+def at(name, place):
+    """Evaluate a function at a place."""
     point = torch.tensor(place, dtype=torch.float64, requires_grad=True)
-    return evaluate(lambda: function(point[0], point[1]), [point])
+    return evaluate(lambda: functions[name](*point), [point])
 
 
-def shortcut(evaluation: Evaluation) -> str:
-    """Return the verdict of the textbook shortcut, which takes "not negative" for "positive"."""
-    values = torch.linalg.eigvalsh(hessian(evaluation).dense())
+# %%
+# A point whose gradient is not zero is not critical
+# --------------------------------------------------
+#
+# Eigenvalues alone would call the first of these points a saddle.
+
+cubic = "3x³ - 6y² + 3"
+elsewhere = {place: critical_point(at(cubic, place)) for place in ((1.2, 3.4), (-1.0, 1.0))}
+for place, found in elsewhere.items():
+    print(f"{cubic} at {place}: {found}")
+
+# %%
+# Six functions at the origin
+# ---------------------------
+
+verdicts = {name: critical_point(at(name, (0.0, 0.0))) for name in functions}
+for name, found in verdicts.items():
+    print(f"{name}: {found}")
+
+# %%
+# A zero eigenvalue leaves the kind open
+# --------------------------------------
+#
+# x² + y⁴ and x² - y⁴ have the same Hessian at the origin, and only the first has a minimum there. The textbook shortcut
+# "no eigenvalue is negative, so it is a minimum" guesses:
+
+
+def shortcut(name):
+    """Return the verdict that takes "not negative" for "positive"."""
+    values = torch.linalg.eigvalsh(hessian(at(name, (0.0, 0.0))).dense())
     if bool((values >= 0).all()):
         return "minimum"
     return "maximum" if bool((values <= 0).all()) else "saddle"
 
 
-def main(folder: Path) -> dict[str, str]:
-    """Write the picture and return the verdicts."""
-    figure = Figure(figsize=(9, 6.4), layout="constrained")
-    said = {}
-    for axes, (name, function) in zip(figure.subplots(2, 3).flat, FUNCTIONS.items(), strict=True):
-        places = PLACES if name.startswith("3x") else [(0.0, 0.0)]
-        reach = 5.0 if len(places) > 1 else 1.5
-        line = torch.linspace(-reach, reach, 81, dtype=torch.float64)
-        heights = function(line[None, :], line[:, None])
-        axes.contourf(line, line, heights, levels=16, cmap="viridis")
-        for place in places:
-            found = critical_point(evaluation_at(function, place))
-            said[f"{name} at {place}"] = found.kind
-            print(f"{name} at {place}: {found}")
-            axes.plot(*place, "wo", markeredgecolor="k")
-            below = {"xytext": (0, -16 if found.kind == "degenerate" else 7), "textcoords": "offset points"}
-            axes.annotate(found.kind, place, **below, ha="center", bbox={"color": "w", "alpha": 0.8, "pad": 1})
-        naive = shortcut(evaluation_at(function, (0.0, 0.0)))
-        lower = f"local: it falls to {float(heights.min()):.2f} elsewhere" if found.kind == "minimum" else ""
-        remark = lower if naive == found.kind else f"the signs alone would say {naive}"
-        said |= {f"{name}, shortcut": naive, f"{name}, remark": remark}
-        axes.set(title=f"{name}\n{remark}", xlabel="x", ylabel="y", aspect="equal")
-        axes.title.set_fontsize(9)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "critical_points.png", dpi=80)
-    return said
+guesses = {name: shortcut(name) for name in functions}
+for name, guess in guesses.items():
+    print(f"{name}: {verdicts[name].kind}" + (f", by the shortcut a {guess}" if guess != verdicts[name].kind else ""))
 
+# %%
+# A minimum is a local one
+# ------------------------
+#
+# Curvature at a point knows nothing of other places, such as those where x² + y² - y³ is lower.
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[2] / "docs/pictures/gallery")
-    numbers = main(parser.parse_args().output)
+line = torch.linspace(-1.5, 1.5, 81, dtype=torch.float64)
+heights = {name: function(line[None, :], line[:, None]) for name, function in functions.items()}
+print(f"x² + y² - y³ falls to {float(heights['x² + y² - y³'].min()):.2f} within this map")
+
+figure, panels = plt.subplots(2, 3, figsize=(7.2, 5.2), sharex=True, sharey=True, layout="constrained")
+for axes, name in zip(panels.flat, functions, strict=True):
+    axes.contourf(line, line, heights[name], levels=16, cmap="viridis")
+    axes.plot(0, 0, "wo", markeredgecolor="k")
+    axes.annotate(
+        verdicts[name].kind,
+        (0, 0),
+        (0, 9),
+        textcoords="offset points",
+        ha="center",
+        bbox={"color": "w", "alpha": 0.85, "pad": 1.5},
+    )
+    axes.set(title=name, aspect="equal")
+plt.show()

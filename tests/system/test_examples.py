@@ -1,4 +1,4 @@
-"""The programs of the README and the pages and the configurations of the examples do what they say."""
+"""The programs and the configurations of the examples do what they say."""
 
 from __future__ import annotations
 
@@ -18,19 +18,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from newtonopt import LinearOperator
 
 ROOT = Path(__file__).parents[2]
-
-
-def test_the_programs_of_the_readme_and_the_pages_that_continue_them_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    for page, count in (("README.md", 2), ("docs/start.md", 4), ("docs/choosing.md", 1)):
-        programs = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-        assert len(programs) == count
-        for program in programs:
-            exec(program, names)
-    assert float(names["loss"]) < 1e-3  # type: ignore[arg-type]
 
 
 def fit(config: str, folder: Path, *more: str) -> str:
@@ -94,7 +81,7 @@ def test_a_physics_informed_network_is_trained_and_drawn(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     program = runpy.run_path(str(ROOT / "examples/convection.py"))
     first = program["main"](beta=2.0, steps=2)
-    assert program["main"](beta=2.0, steps=30) < min(1e-2, first)
+    assert program["main"](beta=2.0, steps=20) < min(1e-2, first)
     assert Path("convection.png").stat().st_size > 10_000
 
 
@@ -225,7 +212,3 @@ def test_a_measurement_of_ones_own_is_taken(capsys: pytest.CaptureFixture[str]) 
     found = program["main"]()
     assert found["curvature/gap"] == pytest.approx(found["curvature/lambda_max"] / found["curvature/lambda_3"])
     assert capsys.readouterr().out.count("times the one of rank 3.") == 2
-    names: dict[str, object] = {}
-    (page,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own_measurement.md").read_text(), re.DOTALL)
-    exec(page, names)
-    assert names["values"]["curvature/gap"] == pytest.approx(4.0)  # type: ignore[index]

@@ -49,7 +49,7 @@ class Layers(Measurement[dict[str, Spectrum]]):
         Tag(
             "lambda_max_of/PART",
             "L / θ²",
-            "the largest eigenvalue of a diagonal block, if accurate to 10 %; PART has `_` for `*`",
+            "the largest eigenvalue of a diagonal block, left out by the same rule; PART has `_` for `*`",
         ),
     )
     charts: ClassVar[tuple[Chart, ...]] = (Chart("Largest eigenvalue of each part", ("lambda_max_of/.*",), more=True),)
