@@ -67,6 +67,10 @@ class SharpnessEstimate:
         >>> found = sharpness(lambda: w[0] ** 2 + 3 * w[1] ** 2, [w], radius=0.1)
         >>> round(found.value, 6), round(found.prediction, 6), found.converged
         (0.03, 0.03, True)
+
+    See Also:
+        - `sharpness()`: computes it.
+        - `docs/read_your_curvature.md`: what sharpness says about a run, and what it does not.
     """
 
     value: float
@@ -144,6 +148,12 @@ def sharpness(
         >>> w = torch.ones(2, dtype=torch.float64, requires_grad=True)
         >>> round(sharpness(lambda: w[0] + 2 * w[1], [w], radius=0.1).value, 6)
         0.223607
+
+    See Also:
+        - `SharpnessEstimate`: the result.
+        - `Sharpness`: the same in a training run.
+        - `extreme_eigenvalues()`: the limit for small radii, with bounds.
+        - `docs/reference/mathematics.md`: how the largest rise is found.
     """
     check_choice("kind", kind, get_args(Kind))
     check_positive("radius", radius)

@@ -122,6 +122,10 @@ class Alignment(Measurement[TermGradients]):
         (-0.707, 0.177)
         >>> print(found.in_words().splitlines()[-2][:77])
         The gradients of the terms data and decay point against each other (cosine -0
+
+    See Also:
+        - `AlongGradient`: the gradient of the whole loss along the top eigenvectors.
+        - `docs/monitor.md`: how to add a measurement to a run.
     """
 
     names: Sequence[str] | None = None
