@@ -32,7 +32,7 @@ gpu: $(if $(filter file,$(origin PYTHON)),$(VENV)/dev.stamp) ## run the gpu test
 	$(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(OPTIONS)
 
 docs: $(VENV)/docs.stamp ## build the site into docs/_build/html, with every warning an error
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
 lint: $(VENV)/dev.stamp ## check style, format and types

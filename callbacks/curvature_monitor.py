@@ -35,6 +35,7 @@ from newtonopt.curvature.measuring import for_optimizers, list_of
 
 from .images import add_image, takes_images
 from .lightning import PROBE_TAG, Batches, Probe, at_rest, is_trial, log_values, passes_multiple, show_in_bar
+from .step_monitor import last_step_of
 from .tensorboard import add_failure, add_figures, add_page, add_record, add_text, page_of
 
 # Key in checkpoints of the monitors' state, which is kept by prefix.
@@ -518,11 +519,13 @@ class CurvatureMonitor(Callback):
     def _remember(self, trainer: Trainer, measured: Measured) -> None:
         """Keep a measurement for the figure of the run, beside the loss and the Newton steps that are logged."""
         self._log.add(trainer.global_step, measured)
+        # The step's own report: a StepMonitor that stands behind this callback has not logged it yet.
+        values = last_step_of(trainer)
         logged = trainer.callback_metrics
-        loss = loss_tag(logged)
-        for name, value in logged.items():
-            if name == loss or name.startswith("newton/"):
-                self._log.add_training(trainer.global_step, name, float(value))
+        if loss := loss_tag(logged):
+            values[loss] = float(logged[loss])
+        for name, value in values.items():
+            self._log.add_training(trainer.global_step, name, value)
         self._undrawn += 1
 
     def _draw(self, trainer: Trainer) -> None:

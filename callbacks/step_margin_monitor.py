@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +114,7 @@ class StepMarginMonitor(Callback):
         self._measured = False
         self._warned = False
         self._infinite_at: int | None = None
+        self._first_loss: float | None = None
         self._step = 0
         self._is_played = False
         self._forget()
@@ -216,6 +217,9 @@ class StepMarginMonitor(Callback):
     ) -> None:
         unwatch_step(trainer)
         self._check_watch()
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if self._enabled and self._first_loss is None and isinstance(loss, Tensor):
+            self._first_loss = abs(float(loss.detach()))
         if self._found is not None:
             self._log(trainer, self._found)
         if trainer.global_step != self._step:
@@ -303,7 +307,10 @@ class StepMarginMonitor(Callback):
                 self._infinite_at = self._step + 1
             if found.margin is not None and (self._count < _FIRST or self._count % _LATER == 0):
                 unit = mean(lambda: max(played.unit for played in self._played))
-                wrong = _disagreement(rise_and_foretold, found, unit)
+                # A loss near zero is the small difference of terms as large as the first loss was, such as the
+                # logarithm of a probability near one, and has their rounding.
+                terms = max(abs(found.loss), mean(lambda: self._first_loss or 0.0))
+                wrong = _disagreement(rise_and_foretold, found, unit, unit * terms)
                 if wrong is not None:
                     self._stop(_NOT_THE_GRADIENT.format(wrong))
                     return None
@@ -354,7 +361,7 @@ class Played:
 
 
 def _disagreement(
-    rise_and_foretold: Callable[[float], tuple[float, float]], found: StepMargin, unit: float
+    rise_and_foretold: Callable[[float], tuple[float, float]], found: StepMargin, unit: float, rounding: float
 ) -> float | None:
     """Return the change of the loss across the step's start over the one that `.grad` foretells, if they disagree.
 
@@ -364,8 +371,8 @@ def _disagreement(
         rise_and_foretold: Returns phi(s), and the change that `.grad` foretells.
         found: The margin of the step.
         unit: The rounding unit of the loss.
+        rounding: The rounding error of the loss.
     """
-    rounding = unit * abs(found.loss)
     # Short enough for the curvature along the step not to count, and long enough for rounding not to count.
     longest = 0.25 / max(1.0, abs(found.margin or 0.0))
     h = min(longest, max(unit ** (1 / 3) / max(1.0, abs(found.margin or 0.0)), 20.0 * rounding / -found.slope))

@@ -67,18 +67,26 @@ class StepMonitor(Callback):
         every = 1 if is_trial(trainer) else self.every_n_train_steps
         due = passes_multiple(self._last_step, trainer.global_step, every)
         self._last_step = trainer.global_step
-        reports = [
-            o.last_step for o in trainer.optimizers if isinstance(o, NewtonOptimizer) and o.last_step is not None
-        ]
-        if not due or not reports:
+        report = _last_report(trainer)
+        if not due or report is None:
             return
-        log_values(trainer, _tags(reports[0]))
+        log_values(trainer, _tags(report))
         if not self._charts_written:
-            report = reports[0]
             controlled = any(value is not None for value in (report.damping, report.radius, report.sigma))
             charts = [_CONTROL, *_CHARTS] if controlled else _CHARTS
             add_page(trainer, [Category(title=STEPS, chart=charts)])
             self._charts_written = True
+
+
+def last_step_of(trainer: Trainer) -> dict[str, float]:
+    """Return the values of the last Newton step by their tags; none where no optimizer of ours has taken one."""
+    report = _last_report(trainer)
+    return {} if report is None else _tags(report)
+
+
+def _last_report(trainer: Trainer) -> StepReport | None:
+    reports = (o.last_step for o in trainer.optimizers if isinstance(o, NewtonOptimizer))
+    return next((report for report in reports if report is not None), None)
 
 
 def _tags(report: StepReport) -> dict[str, float]:

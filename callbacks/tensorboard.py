@@ -166,9 +166,11 @@ def _record(measured: Measured, remark: str) -> dict[str, Any]:
 
 
 def _state(measured: Measured) -> str | None:
-    """Return whether training has diverged, or where it is with regard to the edge of stability, if that is known."""
+    """Return whether training has diverged, the loss has risen, or where it is with regard to the edge of stability."""
     stability = measured.of(Stability)
-    return "diverged" if measured.diverged else None if stability is None else stability.state
+    state = None if stability is None else stability.state
+    risen = measured.losses is not None and measured.losses.risen and state in (None, "below")
+    return "diverged" if measured.diverged else "risen" if risen else state
 
 
 def _writers(trainer: Trainer) -> Iterator[SummaryWriter]:

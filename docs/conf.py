@@ -11,7 +11,7 @@ from sphinx_gallery.sorting import ExplicitOrder
 import newtonopt
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE / "extensions")]
 
 import draw_benchmarks  # noqa: E402
 
@@ -29,10 +29,17 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
+    "formulas",
+    "reference",
 ]
 exclude_patterns = ["_build", "benchmarks/drawn"]
 # Every reference must lead somewhere.
 nitpicky = True
+# Classes that have no page, because users neither make nor read them.
+nitpick_ignore_regex = [
+    ("py:class", r"newtonopt\.(closure|operators|optimizers)\..*"),
+    ("py:class", r"newtonopt\.curvature\.measurements\..*"),
+]
 
 # Pages are Markdown. Headings of three levels can be linked to by their text, as on a code host.
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
@@ -47,11 +54,30 @@ html_copy_source = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-autodoc_typehints = "signature"
+# Single backticks in docstrings are code, as in Markdown; the extension `reference` makes links of public names.
+default_role = "literal"
+templates_path = ["_templates"]
+# Formulas are MathML, so that none is drawn by a script from elsewhere.
+html_math_renderer = "mathml"
+
+# Types stand with the arguments; a signature shows names and defaults, and on a narrow screen one a line.
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"show-inheritance": True}
+maximum_signature_line_length = 60
+toc_object_entries_show_parents = "hide"
+add_module_names = False
 autosummary_generate = True
+# Files whose names differ in capitals alone would be one file on some disks: `Trace` and `trace`.
+autosummary_filename_map = {
+    f"newtonopt.curvature.{name}": f"newtonopt.curvature.{name}-function"
+    for name in ("diagonal", "preconditioned", "sharpness", "trace")
+}
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+python_use_unqualified_type_names = True
+# Quotes in docstrings and pages are those of code.
+smartquotes = False
 
 # Names of other projects that our docstrings mention, in text files, because building needs no network.
 intersphinx_mapping = {

@@ -10,6 +10,7 @@ From the ground up, each package built on those before it:
 - `solvers`: linear systems and eigenvalues of anything with `A @ v`.
 - `optimizers`: Newton steps. `curvature`: measurements.
 - `callbacks`: Lightning's monitors, which use both; imported when they are asked for.
+- `doctor`: what works on this machine. `__main__`: the command line, `python -m newtonopt doctor`.
 """
 
 import importlib
@@ -31,7 +32,7 @@ from newtonopt.optimizers import (
     TrustRegionNewton,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CubicNewton",

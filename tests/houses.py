@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +49,7 @@ def imports_of(source: str, module: str, is_package: bool) -> Iterator[str]:
                 yield full if full in MODULES else base
 
 
+@cache
 def rooms_imported() -> dict[str, set[str]]:
     """Return for each package the other packages that its files import."""
     found: dict[str, set[str]] = {room_of(module): set() for module in MODULES}

@@ -146,7 +146,7 @@ class CurvatureTab(base_plugin.TBPlugin):  # type: ignore[misc]
             data = self._read(
                 self._provider.read_scalars, ctx, experiment, _SCALARS, run, list(scalars), _SCALAR_SAMPLES
             )
-            lines = {tag: scalar_series((d.step, d.value) for d in points) for tag, points in data.items()}
+            lines = {tag: scalar_series((d.step, d.wall_time, d.value) for d in points) for tag, points in data.items()}
         except Exception as error:
             errors.append(f"The scalars cannot be read: {type(error).__name__}.")
         return {"monitors": monitors, "scalars": lines, "errors": errors}

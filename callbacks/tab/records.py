@@ -7,11 +7,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
 
 VERSION = 1
 # How a run is going. A record without a state, or with another one, says nothing of it.
-_STATES = ("diverged", "failed", "below", "edge", "beyond")
+_STATES = ("diverged", "failed", "risen", "below", "edge", "beyond")
 # A record has some kilobytes. Larger ones are foreign, or would make the page slow.
 _MAX_BYTES = 1 << 20
 _MAX_NAMES, _MAX_NAME, _MAX_WORDS, _MAX_WORD, _MAX_BARS = 2000, 300, 40, 2000, 500
@@ -34,7 +36,8 @@ class Record:
         density: Ends of the bars of a histogram of all eigenvalues, and their heights log10(1 + count); None if the
             density was not measured.
         layers: The largest eigenvalue of each layer.
-        state: "diverged", "failed", "below", "edge" or "beyond" the edge of stability; None if that is not known.
+        state: "diverged" or "failed"; "risen" where the loss is above where it started; "below", "edge" or "beyond" the
+            edge of stability; None if that is not known.
         remark: A sentence that says which loss was measured; empty if that is not known.
     """
 
@@ -66,7 +69,7 @@ def read_record(raw: object) -> Record:
     if not isinstance(found, dict):
         raise RecordError("it is not a JSON object")
     if found.get("version") != VERSION:
-        raise RecordError(f"it has another version than {VERSION}")
+        raise RecordError("another version of newtonopt wrote it")
     certified, state, remark = (found.get(name) for name in ("certified", "state", "remark"))
     return Record(
         _numbers(found.get("values", {}), "values"),
@@ -122,23 +125,23 @@ def series(points: Iterable[tuple[int, float, object]]) -> dict[str, Any]:
     """Arrange the records of one monitor in one run for the page, by columns.
 
     Args:
-        points: Step, wall time and raw record of each measurement. Of several with one step the last one counts, as
-            when a run was resumed. Records that cannot be read are counted and left out.
+        points: Step, wall time and raw record of each measurement. Records that cannot be read are counted and left
+            out, and so are those that a run wrote before it was resumed from an earlier step.
 
     Returns:
         A mapping for JSON: `steps`; `values` by name, `null` where there is none; `certified`; `words`, `state` and
         `remark` of the last record; `density` and `layers` at up to 400 steps, each None if no record has it;
         `unread`, how many records were left out, and `why`, the reason for the last of them.
     """
-    by_step: dict[int, Record] = {}
+    read: list[tuple[int, float, Record]] = []
     unread, why = 0, ""
-    for step, _, raw in sorted(points, key=lambda point: point[1]):
+    for step, wall_time, raw in points:
         try:
-            by_step[int(step)] = read_record(raw)
+            read.append((int(step), wall_time, read_record(raw)))
         except RecordError as error:
             unread, why = unread + 1, str(error)
-    steps = sorted(by_step)
-    records = [by_step[step] for step in steps]
+    kept = _of_last_branch(read)
+    steps, records = [step for step, _ in kept], [record for _, record in kept]
     names = dict.fromkeys(name for record in records for name in record.values if not name.startswith("lambda_max_of/"))
     return {
         "steps": steps,
@@ -154,11 +157,25 @@ def series(points: Iterable[tuple[int, float, object]]) -> dict[str, Any]:
     }
 
 
-def scalar_series(points: Iterable[tuple[int, float]]) -> dict[str, Any]:
-    """Arrange steps and values of a scalar for the page."""
-    by_step = dict(points)
-    steps = sorted(by_step)
-    return {"steps": steps, "values": [_plain(by_step[step]) for step in steps]}
+def scalar_series(points: Iterable[tuple[int, float, float]]) -> dict[str, Any]:
+    """Arrange steps, wall times and values of a scalar for the page."""
+    kept = _of_last_branch(points)
+    return {"steps": [step for step, _ in kept], "values": [_plain(value) for _, value in kept]}
+
+
+def _of_last_branch(points: Iterable[tuple[int, float, Item]]) -> list[tuple[int, Item]]:
+    """Return steps and items in ascending order, without those that a run left behind when it was resumed from an
+    earlier step. TensorBoard's fast loader does the same, its other one does not.
+
+    Args:
+        points: Step, wall time and item.
+    """
+    kept: list[tuple[int, Item]] = []
+    for step, _, item in sorted(points, key=lambda point: point[1]):
+        while kept and kept[-1][0] >= step:
+            kept.pop()
+        kept.append((step, item))
+    return kept
 
 
 def _plain(value: float | None) -> float | str | None:

@@ -36,7 +36,7 @@ class Evaluation:
     `evaluate(closure, params)` makes one. With cached products it holds the live graph, which takes the memory of one
     forward pass, and of the double backward once products are formed; `free()` releases it.
 
-    Args:
+    Attributes:
         loss: Value of the objective, a detached scalar.
         gradient: Gradient of the objective, `(n,)`, in the order of `params`.
         data_gradient: Gradient without the term of `decay`, `(n,)`.
@@ -117,7 +117,7 @@ class Evaluation:
 
     @property
     def eps(self) -> float:
-        """Rounding unit of the loss's dtype: losses that differ by less, relative to their size, are equal."""
+        """Rounding unit of the loss's dtype; losses that differ by less, relative to their size, are equal."""
         return torch.finfo(self.recording.loss.dtype).eps
 
     @property

@@ -211,7 +211,7 @@ class Objective:
         """Evaluate the closure at the current point without a trace: `backward` is left out, and all is put back.
 
         Raises:
-            ParametersMovedError: The closure moves the parameters from where they are.
+            RuntimeError: The closure moves the parameters from where they are.
         """
         if self._processes.count > 1:
             # An error of one process reaches the others, so the closure runs inside the collective call.
@@ -305,7 +305,7 @@ class Objective:
             The sum of the losses on this process, and the results of `of_term`, one for each loss.
 
         Raises:
-            ParametersMovedError: The closure moves the parameters from there.
+            RuntimeError: The closure moves the parameters from there.
         """
         point = None if step is None else self.point + step
         there = self._pass(of_term, point, numbers)

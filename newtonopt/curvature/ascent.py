@@ -99,17 +99,18 @@ def sharpness(
     products: Products = "auto",
     weight: float | None = None,
 ) -> SharpnessEstimate:
-    """Return the largest L(theta + d) - L(theta) over ||d|| <= radius, or one of two relatives of it.
+    """Return the largest `L(theta + d) - L(theta)` over `|d| <= radius`, or one of two relatives of it.
 
-    - "ball": the largest rise in the Euclidean ball. At a minimum it tends to radius^2 lambda_max / 2 for small radii.
-    - "adaptive_ball": the ball ||d / |theta| || <= radius, invariant to rescalings of the parameters (Kwon et al. 2021,
+    - "ball": the largest rise in the Euclidean ball. At a minimum it tends to `radius^2 lambda_max / 2` for small
+      radii.
+    - "adaptive_ball": the ball `|d / |theta|| <= radius`, invariant to rescalings of the parameters (Kwon et al. 2021,
       arXiv 2102.11600). Entries of theta that are zero stay zero.
-    - "average": the mean over the sphere ||d|| = radius, in antithetic pairs; near a minimum radius^2 trace / (2 n).
+    - "average": the mean over the sphere `|d| = radius`, in antithetic pairs; near a minimum `radius^2 trace / (2 n)`.
 
-    The maximum is sought by d <- radius * g(d) / |g(d)|, which never lowers a convex loss (Journee, Nesterov, Richtarik
-    & Sepulchre 2010, alg. 1); where the loss falls, by a shorter way along the chord, which always ascends at first.
-    Starts are the gradient, both signs of the Hessian's top eigenvector and the quadratic model's maximiser in the
-    ball (Gould, Lucidi, Roma & Toint 1999). The value is a lower bound of the true maximum, never below the loss at
+    The maximum is sought by `d <- radius * g(d) / |g(d)|`, which never lowers a convex loss (Journee, Nesterov,
+    Richtarik & Sepulchre 2010, alg. 1); where the loss falls, by a shorter way along the chord, which always ascends at
+    first. Starts are the gradient, both signs of the Hessian's top eigenvector and the quadratic model's maximiser in
+    the ball (Gould, Lucidi, Roma & Toint 1999). The value is a lower bound of the true maximum, never below the loss at
     these starts and never below zero.
 
     Not for comparing models that were trained differently: its relation to generalisation is weak (Andriushchenko et

@@ -11,7 +11,7 @@ from torch import Tensor
 from newtonopt.checks import check_positive, check_seed, check_share, check_whole
 from newtonopt.closure.evaluation import Evaluation
 from newtonopt.curvature.eigenvalues.extreme import Eigenvalue, Spectrum, check_spectrum, extreme_eigenvalues
-from newtonopt.curvature.showing import as_table, as_text
+from newtonopt.curvature.showing import as_table, as_text, written
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.operators.matrices import hessian
 from newtonopt.vectors.scaling import dot, lost, norm
@@ -75,7 +75,7 @@ class CriticalPoint:
 
     def __str__(self) -> str:
         """Return the verdict and its evidence in words."""
-        gradient = f"the gradient's norm is {self.gradient_norm:.3g}"
+        gradient = f"the gradient's norm is {written(self.gradient_norm, 3)}"
         ends = f"the Hessian's eigenvalues lie between {_in_words(self.smallest)} and {_in_words(self.largest)}"
         return f"{_TITLES[self.kind]}: {gradient}, {ends}. {_remark(self)}"
 
@@ -224,21 +224,23 @@ def _downhill(vector: Tensor, gradient: Tensor) -> Tensor:
 
 def _in_words(eigenvalue: Eigenvalue) -> str:
     width = max(eigenvalue.upper - eigenvalue.value, eigenvalue.value - eigenvalue.lower)
-    return f"{eigenvalue.value:.4g} (within {abs(width):.1g})"
+    return f"{written(eigenvalue.value)} (within {written(abs(width), 1)})"
 
 
 def _remark(point: CriticalPoint) -> str:
     if point.kind == "not critical":
         return (
-            f"The gradient is above the tolerance of {point.tolerance:.3g}, so the signs of the eigenvalues do not "
-            "classify this point."
+            f"The gradient is above the tolerance of {written(point.tolerance, 3)}, so the signs of the eigenvalues "
+            "do not classify this point."
         )
     if point.kind in ("minimum", "maximum"):
         sign, others = ("positive", "; there may be lower minima") if point.kind == "minimum" else ("negative", "")
         near = (
-            f"; the quadratic model's {point.kind} is at most {point.distance:.2g} away" if point.distance > 0.0 else ""
+            f"; the quadratic model's {point.kind} is at most {written(point.distance, 2)} away"
+            if point.distance > 0.0
+            else ""
         )
-        return f"All eigenvalues are {sign}, with {point.confidence:.3g} confidence{near}{others}."
+        return f"All eigenvalues are {sign}, with {written(point.confidence, 3)} confidence{near}{others}."
     if point.kind == "saddle":
         return "The loss falls along the direction of the smallest eigenvalue and rises along that of the largest."
     if point.smallest.upper < 0.0:

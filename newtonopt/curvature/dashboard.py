@@ -23,6 +23,7 @@ from newtonopt.curvature.drawing import sheet
 from newtonopt.curvature.event_files import count_of_logs, read
 from newtonopt.curvature.histories import History, Log, Numbers
 from newtonopt.curvature.measurements.measurement import Measured
+from newtonopt.curvature.showing import written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -491,7 +492,7 @@ def _heat_map(axes: Axes, steps: Sequence[float], edges: Numbers, values: Any, l
     scale = axes.inset_axes((0.7, 1.06, 0.24, 0.07))
     bar = axes.figure.colorbar(drawn, cax=scale, orientation="horizontal", ticks=[])
     bar.outline.set_visible(False)
-    for x, side, text in ((0.69, "right", f"{label}: {low:.2g}"), (0.95, "left", f"{high:.2g}")):
+    for x, side, text in ((0.69, "right", f"{label}: {written(low, 2)}"), (0.95, "left", written(high, 2))):
         axes.text(x, 1.09, text, transform=axes.transAxes, ha=side, va="center", fontsize=8, color="0.3")
 
 

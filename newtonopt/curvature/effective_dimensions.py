@@ -28,7 +28,7 @@ class EffectiveDimension:
     """An estimate of an effective dimension.
 
     Attributes:
-        value: Estimate of the sum of lambda / (lambda + damping) over the eigenvalues.
+        value: Estimate of the sum of `lambda / (lambda + damping)` over the eigenvalues.
         standard_error: Standard error of `value` over the random vectors; zero if it is exact.
         truncation: Bound on what Lanczos runs of finitely many steps add to the error of `value`.
         damping: Damping that the value refers to.
@@ -61,11 +61,11 @@ class EffectiveDimension:
 def effective_dimension(
     operator: LinearOperator, damping: float, tolerance: float = 5e-2, max_products: int = 300, seed: int = 0
 ) -> EffectiveDimension:
-    """Estimate tr(A (A + damping I)^-1) by stochastic Lanczos quadrature.
+    """Estimate `tr(A (A + damping I)^-1)` by stochastic Lanczos quadrature.
 
-    For a vector v of random signs, one Lanczos run encloses v'A (A + damping I)^-1 v between two bounds, the Gauss rule
-    and the Gauss-Radau rule with a node at zero (Golub & Meurant 2010, ch. 6). The run ends when the bounds are close.
-    The mean over v estimates the trace (Ubaru, Chen & Saad 2017). If the budget reaches n products, unit vectors
+    For a vector v of random signs, one Lanczos run encloses `v'A (A + damping I)^-1 v` between two bounds, the Gauss
+    rule and the Gauss-Radau rule with a node at zero (Golub & Meurant 2010, ch. 6). The run ends when the bounds are
+    close. The mean over v estimates the trace (Ubaru, Chen & Saad 2017). If the budget reaches n products, unit vectors
     and the dense eigenvalues give the exact value.
 
     Do not use this for an indefinite operator: give the Gauss-Newton matrix, or a Hessian that is known to have no

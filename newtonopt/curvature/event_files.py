@@ -146,6 +146,7 @@ def _enter_value(log: Log, step: int, value: Any, prefix: str, loss: str | None)
         text: bytes = value.tensor.string_val[0]
         # Another monitor in the run may have a prefix below this one's: its record is "<prefix>/gn/record", say.
         if name == "record" and ours and value.metadata.plugin_data.plugin_name == _RECORD_PLUGIN:
+            log.rewind(step)
             _enter_record(log, step, text)
         elif ours and name == "in_words/text_summary":
             log.add_words(text.decode(errors="replace").splitlines())

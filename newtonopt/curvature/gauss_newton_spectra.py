@@ -19,7 +19,7 @@ from torch import Tensor
 from newtonopt.checks import check_flag, check_positive
 from newtonopt.closure.evaluation import Evaluation
 from newtonopt.curvature.drawing import figure_of, panels
-from newtonopt.curvature.showing import as_table, as_text
+from newtonopt.curvature.showing import as_table, as_text, written
 from newtonopt.operators.matrices import gauss_newton
 from newtonopt.operators.rows import Rows, RowsError, residual_rows
 from newtonopt.vectors.memory import check_room, fits
@@ -126,7 +126,7 @@ class ExactSpectrum:
             axes.fill_between(numbers.numpy(), low, errors.clamp_min(low).numpy(), color="0.85", linewidth=0)
             axes.set(ylim=(low, 3.0 * float(nonzero.max())))
         axes.set(xlabel="number", ylabel="eigenvalue")
-        condition = f", condition number {self.condition_number:.2g}" if len(nonzero) else ""
+        condition = f", condition number {written(self.condition_number, 2)}" if len(nonzero) else ""
         axes.set_title(f"{self.size} eigenvalues, {self.rank} not zero{condition}", fontsize="medium")
         return figure_of(axes)
 
@@ -166,8 +166,8 @@ def gauss_newton_spectrum(evaluation: Evaluation, vectors: bool = False) -> Exac
 
     Raises:
         TypeError: `evaluation` is no `Evaluation`, or `vectors` no bool.
-        RowsError: Samples are coupled, or a loss is not convex in its outputs.
-        RuntimeError: No output was recorded, or the evaluation was freed.
+        RuntimeError: Samples are coupled, a loss is not convex in its outputs, no output was recorded, or the
+            evaluation was freed.
         MemoryError: The triangle or the vectors would not fit.
         FloatingPointError: The loss or a row is not finite.
 

@@ -93,9 +93,11 @@ class Thinned(Generic[Item]):
         self._stride, self._seen = 1, 0
         self._items: dict[int, tuple[int, Item]] = {}
         self._last: int | None = None
+        self._farthest = -math.inf
 
     def put(self, step: int, item: Item) -> None:
         """Keep the item of a step; it replaces the one that is there."""
+        self._farthest = max(self._farthest, step)
         if step in self._items:
             self._items[step] = self._items[step][0], item
             return
@@ -108,6 +110,13 @@ class Thinned(Generic[Item]):
             self._stride *= 2
             even = {s: entry for s, entry in self._items.items() if entry[0] % self._stride == 0 or s == step}
             self._items = even
+
+    def rewind(self, step: int) -> None:
+        """Forget the items of later steps."""
+        if self._farthest > step:
+            self._items = {s: entry for s, entry in self._items.items() if s <= step}
+            self._last = next(reversed(self._items), None)
+            self._farthest = max(self._items, default=-math.inf)
 
     def get(self, step: int) -> Item | None:
         """Return the item of a step; None where there is none."""
@@ -161,6 +170,13 @@ class Log:
     def add_words(self, words: Iterable[str]) -> None:
         """Replace the sentences by those of a later measurement."""
         self._words = tuple(words)
+
+    def rewind(self, step: int) -> None:
+        """Forget all of later steps, as where a run was resumed from an earlier one."""
+        self._measured.rewind(step)
+        self._densities.rewind(step)
+        for values in self._training.values():
+            values.rewind(step)
 
     def history(self, name: str = "", loss: str | None = None) -> History:
         """Return the history so far.

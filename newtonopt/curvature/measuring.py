@@ -97,7 +97,7 @@ def measure(
             `last` out now and then. None (default): from random starts, with bounds that hold for the extreme ones.
 
     Returns:
-        The values by tag: `curvature/lambda_max` and so on.
+        The values by tag, such as `curvature/lambda_max`.
 
     Raises:
         TypeError: `closure`, `params`, `optimizer`, `measurements` or `last` is of another kind.

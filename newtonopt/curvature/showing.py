@@ -1,9 +1,10 @@
-"""Results as they show themselves: `repr` in a terminal, a table in a notebook."""
+"""Results as they show themselves: `repr` in a terminal, a table in a notebook, numbers in sentences."""
 
 from __future__ import annotations
 
 import dataclasses
 import html
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,31 @@ from torch import Tensor
 
 # Entries of a tensor or a tuple that are shown one by one.
 _FEW = 6
+# Sizes between which a sentence writes a number without a power of ten, as the Curvature tab does.
+_LEAST, _MOST = 1e-4, 1e6
+# Size from which digits stand in groups of three, with a space between them at which no line breaks.
+_GROUPED, _SPACE = 1e4, "\u00a0"
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def written(value: float, digits: int = 4) -> str:
+    """Return a number as sentences have it, in the form of the Curvature tab: 0.0123, 38 000, 1.2×10⁻⁷.
+
+    Args:
+        value: The number.
+        digits: How many significant digits it keeps. Default 4.
+    """
+    rounded = float(f"{value:.{digits}g}")
+    if not math.isfinite(rounded):
+        return "NaN" if math.isnan(rounded) else "∞" if rounded > 0.0 else "-∞"
+    if abs(rounded) >= _GROUPED and abs(rounded) < _MOST:
+        return f"{rounded:,.0f}".replace(",", _SPACE)
+    if rounded == 0.0 or _LEAST <= abs(rounded) < _MOST:
+        return f"{rounded:.12f}".rstrip("0").rstrip(".")
+    mantissa, _, exponent = f"{rounded:.{digits - 1}e}".partition("e")
+    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+    power = f"10{str(int(exponent)).translate(_RAISED)}"
+    return f"{mantissa.removesuffix('1')}{power}" if mantissa in ("1", "-1") else f"{mantissa}\u00d7{power}"
 
 
 def as_text(result: Any, more: Mapping[str, Any] | None = None) -> str:

@@ -14,7 +14,7 @@ from newtonopt.checks import check_closure, check_positive, check_weight, check_
 from newtonopt.closure.evaluation import Products, check_products
 from newtonopt.closure.objective import Objective
 from newtonopt.curvature.drawing import figure_of, panels
-from newtonopt.curvature.showing import as_table, as_text
+from newtonopt.curvature.showing import as_table, as_text, written
 from newtonopt.operators.matrices import hessian
 from newtonopt.vectors.flat import trained_parameters
 from newtonopt.vectors.scaling import dot, norm
@@ -87,7 +87,9 @@ class LossSurface:
             axes.plot(steps, self.model.numpy(), color="C1", linestyle="--", label="quadratic model")
             axes.plot(0.0, self.loss, "ko", markersize=4)
             axes.set(xlabel=f"step along {self.names[0]}", ylabel="loss")
-            axes.set_title(f"slope {float(self.slopes[0]):.3g}, curvature {float(self.curvatures[0, 0]):.3g}")
+            axes.set_title(
+                f"slope {written(float(self.slopes[0]), 3)}, curvature {written(float(self.curvatures[0, 0]), 3)}"
+            )
             axes.legend(frameon=False)
             return figure_of(axes)
         finite = self.losses[self.losses.isfinite()]

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from newtonopt.checks import check_closure, check_flag, check_instance
 from newtonopt.closure.isolation import Isolation
 from newtonopt.closure.objective import Objective, Runs
-from newtonopt.curvature.showing import as_table, as_text
+from newtonopt.curvature.showing import as_table, as_text, written
 from newtonopt.vectors.flat import flatten, trained_parameters
 from newtonopt.vectors.scaling import dot
 
@@ -30,13 +30,13 @@ _FAR = 2.0
 
 @dataclass(frozen=True, repr=False)
 class StepMargin:
-    """The loss along an optimizer's last step d, with phi(s) = L(theta + s d) - L(theta).
+    """The loss along an optimizer's last step d, with `phi(s) = L(theta + s d) - L(theta)`.
 
     Attributes:
-        loss: The loss L(theta) before the step.
-        slope: The derivative g'd of the loss along the step; below zero for a step downhill.
-        rise: The change phi(1) of the loss; below zero where the loss has fallen.
-        critical_step: The s at which the loss rises above L(theta), in steps; None: not looked for, or too far to find.
+        loss: The loss `L(theta)` before the step.
+        slope: The derivative `g'd` of the loss along the step; below zero for a step downhill.
+        rise: The change `phi(1)` of the loss; below zero where the loss has fallen.
+        critical_step: The s at which the loss rises above `L(theta)`, in steps; None: not looked for, or too far.
         losses: Losses computed, one forward pass each.
 
     Example:
@@ -59,7 +59,7 @@ class StepMargin:
 
     @property
     def margin(self) -> float | None:
-        """Return 1 - phi(1) / g'd, which is d'Hd / (2 |g'd|) for a quadratic loss; None where that says nothing.
+        """Return `1 - phi(1) / g'd`, which is `d'Hd / (2 |g'd|)` for a quadratic loss; None where that says nothing.
 
         It is 0 where the loss falls as its gradient foretells, 1/2 at the lowest point along the step, and 1 or more
         where the step has overshot, so that the loss has not fallen. None: the step does not go downhill, or the loss
@@ -78,17 +78,20 @@ class StepMargin:
             # The crossing of a quadratic loss is 1 / margin.
             crossing, about = (1.0 / margin, "about ") if self.critical_step is None else (self.critical_step, "")
             return (
-                f"The last step overshot far (step margin {margin:.3g}): on its own batch the loss would fall only for "
-                f"steps shorter than {about}{crossing:.2g} of it. Divide the learning rate by {1.0 / crossing:.2g} or "
-                "more."
+                f"The last step overshot far (step margin {written(margin, 3)}): on its own batch the loss would fall "
+                f"only for steps shorter than {about}{written(crossing, 2)} of it. Divide the learning rate by "
+                f"{written(1.0 / crossing, 2)} or more."
             )
         if margin >= 1.0:
             return (
-                f"The last step overshot (step margin {margin:.3g}): on its own batch the loss has not fallen. Around "
-                "1 is normal at the edge of stability; lower the learning rate if it stays above or the loss spikes."
+                f"The last step overshot (step margin {written(margin, 3)}): on its own batch the loss has not "
+                "fallen. Around 1 is normal at the edge of stability; lower the learning rate if it stays above or the "
+                "loss spikes."
             )
-        longer = "" if self.critical_step is None else f" The loss would rise from {self.critical_step:.3g} steps on."
-        return f"The last step kept its margin ({margin:.3g}, below 1): on its own batch the loss has fallen.{longer}"
+        kept = f"The last step kept its margin ({written(margin, 3)}, below 1): on its own batch the loss has fallen."
+        if self.critical_step is None:
+            return kept
+        return f"{kept} The loss would rise from {written(self.critical_step, 3)} steps on."
 
 
 def step_margin(optimizer: Optimizer, closure: Callable[[], Any], critical: bool = False) -> StepMargin:

@@ -27,8 +27,7 @@ def neural_tangent_kernel(evaluation: Evaluation) -> Tensor:
 
     Raises:
         TypeError: `evaluation` is no `Evaluation`.
-        RowsError: Samples are coupled.
-        RuntimeError: No output was recorded, or the evaluation was freed.
+        RuntimeError: Samples are coupled, no output was recorded, or the evaluation was freed.
         MemoryError: The kernel or the Jacobian would not fit.
 
     Example:

@@ -128,11 +128,11 @@ def trace(
     max_products: int = 300,
     seed: int = 0,
 ) -> TraceEstimate:
-    """Estimate tr(A) by products with random vectors.
+    """Estimate `tr(A)` by products with random vectors.
 
-    - "hutchinson": the mean of v'Av over vectors v of random signs (Hutchinson 1990), whose variance is
-      2 sum of A_ij^2 over i != j.
-    - "hutch++": the exact trace on the range Q of a sketch, plus the mean of v'Av on its complement (Meyer, Musco,
+    - "hutchinson": the mean of `v'Av` over vectors v of random signs (Hutchinson 1990), whose variance is twice
+      the sum of `A_ij^2` over `i != j`.
+    - "hutch++": the exact trace on the range Q of a sketch, plus the mean of `v'Av` on its complement (Meyer, Musco,
       Musco & Woodruff 2021). This differs from the paper in three points: Q is not a third of the budget, but grows
       while two products spent on it save more than two samples (as in Persson, Cortinovis & Kressner 2022), so that
       outliers cost a product or two each and a flat spectrum is hardly sketched; the sketch has normal vectors, which
@@ -193,7 +193,7 @@ def trace(
 def frobenius_norm(
     operator: LinearOperator, tolerance: float = 1e-2, max_products: int = 300, seed: int = 0
 ) -> FrobeniusNorm:
-    """Estimate |A|_F by the sketch of `trace` with "hutch++", and the mean of |Av|^2 on what the sketch leaves over.
+    """Estimate `|A|_F` by the sketch of `trace` with "hutch++", and the mean of `|Av|^2` on what that leaves.
 
     If the budget reaches n products, unit vectors give the exact norm. Memory is as for `trace`.
 
@@ -250,7 +250,7 @@ def frobenius_norm(
 
 
 def diagonal(operator: LinearOperator, tolerance: float = 0.1, max_products: int = 300, seed: int = 0) -> Diagonal:
-    """Estimate diag(A) by the mean of v * Av over vectors v of random signs (Bekas, Kokiopoulou & Saad 2007).
+    """Estimate `diag(A)` by the mean of `v * Av` over vectors v of random signs (Bekas, Kokiopoulou & Saad 2007).
 
     The variance of an entry is the sum of the squares of the others in its row. If the budget reaches n products, unit
     vectors give the exact diagonal.

@@ -76,6 +76,24 @@ def images_of(folder: Path) -> dict[str, list[tuple[int, Any]]]:
     }
 
 
+@pytest.mark.parametrize("behind", [False, True])
+def test_the_figure_has_the_newton_step_that_its_measurement_follows(
+    behind: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        "newtonopt.callbacks.curvature_monitor.dashboard", lambda history: (drawn.append(history), figure())[1]
+    )
+    board = TensorBoardLogger(tmp_path, name="", version="run")
+    curvature = CurvatureMonitor(2, top=1, bottom=0, gradient=False, sharpness=None, figure_every=1)
+    callbacks = [curvature, StepMonitor()] if behind else [StepMonitor(), curvature]
+    quiet_trainer(max_epochs=1, logger=board, callbacks=callbacks).fit(Classifier(optimizer="HessianFree"), loader())
+    events = EventAccumulator(board.log_dir, size_guidance={"scalars": 0}).Reload()
+    logged = {e.step: e.value for e in events.Scalars("newton/step_norm")}
+    shown = drawn[-1].training["newton/step_norm"]
+    assert shown and shown == {step: pytest.approx(logged[step]) for step in shown}
+
+
 def test_every_logger_gets_the_same_pixels(tmp_path: Path) -> None:
     board, wandb, mlflow = TensorBoardLogger(tmp_path), Wandb(), MLFlow()
     add_image(trainer(board, wandb, CSVLogger(tmp_path), mlflow), "curvature/x", figure())

@@ -88,6 +88,27 @@ def data(dtype: torch.dtype = torch.float64) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*rows(dtype)), batch_size=4)
 
 
+class Saturated(L.LightningModule):
+    """A classifier in single precision whose loss, near zero, has the rounding of logarithms of numbers near one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2, bias=False)
+        nn.init.zeros_(self.layer.weight)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = torch.linspace(1.0, 1.5, 64)[:, None] * torch.eye(2).repeat(32, 1)
+        return F.cross_entropy(self.layer(x), torch.arange(64) % 2)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:  # far along, as after a Newton step
+            with torch.no_grad():
+                self.layer.weight.copy_(15.0 * torch.eye(2))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e5)
+
+
 def by_hand(rate: float, together: int = 1, clipped: Callable[[Tensor], Tensor] = lambda g: g) -> list[float]:
     """Return the margins of gradient descent on the batches, `together` of them a step: d'Hd / (2 |g'd|)."""
     x, y = rows()
@@ -508,6 +529,12 @@ def test_rounding_does_not_fail_the_check(dtype: torch.dtype) -> None:
             return self.loss(batch) + 1e6
 
     fit(Offset(rate=1e-3, dtype=dtype), data(dtype), monitor())  # a warning is an error
+
+
+def test_the_rounding_of_a_saturated_classifier_does_not_fail_the_check() -> None:
+    seen = Seen()
+    fit(Saturated(), None, StepMarginMonitor(every_n_train_steps=2), seen, max_epochs=2)
+    assert len(seen.margins) == 3  # at steps 2, 4 and 6
 
 
 def test_a_failure_warns_once_and_training_goes_on() -> None:

@@ -65,7 +65,7 @@ def test_verdict(name: str) -> None:
         ("monkey saddle", "Degenerate critical point.*inconclusive.*higher derivatives decide"),
         ("quartic", "Degenerate.*not a maximum.*do not prove a minimum"),
         ("textbook cubic", "Degenerate.*not a minimum.*cannot decide"),
-        ("slope", "Not a critical point: the gradient's norm is 1,.*above the tolerance of 1e-06"),
+        ("slope", "Not a critical point: the gradient's norm is 1,.*above the tolerance of 10⁻⁶"),
     ],
 )
 def test_verdict_in_words(name: str, words: str) -> None:

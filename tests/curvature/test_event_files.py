@@ -77,6 +77,21 @@ def test_what_a_writer_writes_is_read(tmp_path: Path) -> None:
     assert history.densities[100].counts.tolist() == pytest.approx([9.0, 0.0])
 
 
+def test_what_a_run_left_behind_when_it_was_resumed_is_left_out(tmp_path: Path) -> None:
+    for name, steps in (("1", (0, 10, 20, 30)), ("2", (15, 25))):
+        events = b"".join(
+            scalar(step, "curvature/lambda_max", float(name))
+            + scalar(step, "train_loss", float(name))
+            + record(step, {"version": 1, "values": {"sharpness": float(name)}})
+            for step in steps
+        )
+        (tmp_path / f"events.out.tfevents.{name}").write_bytes(events)
+    (history,) = read(tmp_path, "curvature", None)
+    expected = {0: 1.0, 10: 1.0, 15: 2.0, 25: 2.0}
+    assert history.measured == {s: {"lambda_max": v, "sharpness": v} for s, v in expected.items()}
+    assert history.training == {"train_loss": expected}
+
+
 def test_runs_are_the_folders_with_measurements(tmp_path: Path) -> None:
     for name, data in (("a/version_0", GOOD), ("b", GOOD), ("c", scalar(0, "train_loss", 1.0))):
         (tmp_path / name).mkdir(parents=True)

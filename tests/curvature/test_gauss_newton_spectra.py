@@ -237,7 +237,7 @@ def test_the_figure_shows_what_is_not_rounding() -> None:
     axes = found.plot().axes[0]
     assert axes.get_yscale() == "log"
     assert torch.tensor(axes.lines[0].get_ydata()).tolist() == found.values.tolist()
-    assert axes.get_title().startswith("40 eigenvalues, 10 not zero, condition number 1e+18")
+    assert axes.get_title().startswith("40 eigenvalues, 10 not zero, condition number 10¹⁸")
     assert repr(found).startswith("ExactSpectrum(largest=") and repr(found).endswith(", rest=0, size=40)")
 
 

@@ -116,7 +116,7 @@ def test_the_adaptive_optimizers_threshold_is_for_the_preconditioned_matrix() ->
     (chart,) = (chart for chart in found.charts() if "stability_threshold" in chart.names(found.names()))
     assert chart.patterns == ("preconditioned_lambda_max", "stability_threshold")
     words = found.in_words().splitlines()
-    assert words[0].startswith("In short: below the edge") and "the stability threshold 3.8e+04" in words[1]
+    assert words[0].startswith("In short: below the edge") and "the stability threshold 38\u00a0000" in words[1]
     assert any(line.startswith("The largest eigenvalue of the preconditioned matrix is ") for line in words[2:])
     by_hand = measure(
         problem.closure,

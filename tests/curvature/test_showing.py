@@ -29,7 +29,31 @@ from newtonopt.curvature import (
     spectral_density,
     trace,
 )
-from newtonopt.curvature.showing import as_table, as_text, html_table, text_table
+from newtonopt.curvature.showing import as_table, as_text, html_table, text_table, written
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        (0.0123, 4, "0.0123"),
+        (5.02149, 4, "5.021"),
+        (250.0, 2, "250"),
+        (-0.30000000000000004, 4, "-0.3"),
+        (0.0, 4, "0"),
+        (6260.0, 2, "6300"),
+        (38123.0, 3, "38\u00a0100"),
+        (999999.9, 4, "10⁶"),
+        (1.2e-7, 2, "1.2×10⁻⁷"),  # noqa: RUF001
+        (-1e-7, 4, "-10⁻⁷"),
+        (-3.25e-301, 3, "-3.25×10⁻³⁰¹"),  # noqa: RUF001
+        (0.0001, 4, "0.0001"),
+        (math.nan, 4, "NaN"),
+        (-math.inf, 4, "-∞"),
+    ],
+)
+def test_numbers_in_sentences_have_one_form(value: float, digits: int, text: str) -> None:
+    assert written(value, digits) == text
+
 
 WEIGHTS = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
 

@@ -291,13 +291,13 @@ def test_the_damping_follows_the_ratio() -> None:
 
 
 def test_a_fit_goes_far_below_what_gradients_reach() -> None:
-    reports, _ = fitted(80)
-    assert reports[-1].loss < 1e-9 < 1e-2 < reports[0].loss
+    reports, _ = fitted(45)
+    assert reports[-1].loss < 1e-8 < 1e-2 < reports[0].loss
 
 
 @pytest.mark.parametrize("solve", ["samples", "parameters"])
 def test_in_single_precision_trials_end_at_the_rounding_of_the_loss(solve: Any) -> None:
-    reports, _ = fitted(150, torch.float32, solve=solve)
+    reports, _ = fitted(60, torch.float32, solve=solve)
     assert all(math.isfinite(report.loss) for report in reports)
     assert reports[-1].loss < 1e-6
     assert sum(report.trials for report in reports[-20:]) <= 20 * 6
@@ -327,10 +327,10 @@ def test_of_many_rows_some_are_chosen_and_the_reason_says_so() -> None:
     assert reports[0].rows == 20 and reports[0].solve == "samples"
     assert "for 20 of 60 rows, chosen at random" in reports[0].reason
     assert reports[-1].loss < 0.1 * reports[0].loss
-    again, _ = fitted(30, rows=20, solve="samples")
-    other, _ = fitted(30, rows=20, solve="samples", seed=1)
-    assert [r.loss for r in again] == [r.loss for r in reports] != [r.loss for r in other]
-    assert fitted(30)[0][-1].reason.endswith("solved exactly")
+    again, _ = fitted(6, rows=20, solve="samples")
+    other, _ = fitted(6, rows=20, solve="samples", seed=1)
+    assert [r.loss for r in again] == [r.loss for r in reports[:6]] != [r.loss for r in other]
+    assert fitted(1)[0][-1].reason.endswith("solved exactly")
 
 
 def test_momentum_begins_with_the_last_direction() -> None:
@@ -372,7 +372,7 @@ def test_a_rejected_step_forgets_the_direction_but_keeps_its_entry() -> None:
 
 
 def test_few_parameters_take_all_rows() -> None:
-    reports, _ = fitted(30, rows=20, solve="parameters")
+    reports, _ = fitted(1, rows=20, solve="parameters")
     assert reports[0].rows == 20  # more parameters than the limit
     p = torch.ones(2, dtype=torch.float64, requires_grad=True)
     t = torch.linspace(0, 1, 50, dtype=torch.float64)

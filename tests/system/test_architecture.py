@@ -33,6 +33,8 @@ LAYERS = (
     "newtonopt",
     "callbacks",
     "tab",
+    "doctor",
+    "__main__",
 )
 # Beyond the order: solvers know nothing but `A @ v`, and optimizers and measurements nothing of each other.
 KNOWS_ONLY = {
@@ -40,9 +42,11 @@ KNOWS_ONLY = {
     "progress": set(),
     "lightning": set(),
     "solvers": {"vectors"},
-    "callbacks": {*LAYERS} - {"solvers", "callbacks", "tab"},
+    "callbacks": {*LAYERS[: LAYERS.index("callbacks")]} - {"solvers"},
     "curvature": {*LAYERS[: LAYERS.index("solvers") + 1]},
     "tab": set(),
+    # It loads the tab by its entry point, as TensorBoard does.
+    "doctor": {*LAYERS[: LAYERS.index("tab")]},
 }
 MAY_IMPORT = {package: KNOWS_ONLY.get(package, {*LAYERS[:number]}) for number, package in enumerate(LAYERS)}
 PURE = {"newtonopt.optimizers.rules"}
@@ -79,7 +83,7 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
                 found.append(f"{module} imports {imported}")
             continue
         allowed = {"torch"} if room == "solvers" or module in PURE else {"torch", "numpy"}
-        if room == "callbacks":
+        if room in ("callbacks", "doctor"):
             allowed |= CALLBACKS_ONLY
         if room == "tab":
             allowed = TAB_ONLY
@@ -121,6 +125,8 @@ def test_imports_point_one_way(path: Path) -> None:
         ("newtonopt.curvature.histories", "import tensorboard"),
         ("newtonopt.callbacks.tensorboard", "from newtonopt.solvers.cg import conjugate_gradients"),
         ("newtonopt.callbacks.tensorboard", "from newtonopt_tensorboard.records import VERSION"),
+        ("newtonopt.callbacks.tensorboard", "from newtonopt.doctor import report"),
+        ("newtonopt.doctor.facts", "import newtonopt_tensorboard"),
         ("newtonopt_tensorboard.plugin", "import newtonopt"),
         ("newtonopt_tensorboard.plugin", "def f():\n    from newtonopt.checks import shown"),
         ("newtonopt_tensorboard.plugin", "import torch"),

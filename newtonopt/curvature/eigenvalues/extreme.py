@@ -163,7 +163,7 @@ def extreme_eigenvalues(
     seed: int = 0,
     start: Spectrum | None = None,
 ) -> Spectrum:
-    """Compute lambda_1 >= lambda_2 >= ... and lambda_n <= lambda_{n-1} <= ..., each with an interval.
+    """Compute `lambda_1 >= lambda_2 >= ...` and `lambda_n <= lambda_{n-1} <= ...`, each with an interval.
 
     One Lanczos run from a random start finds the eigenvalues and bounds both ends of the spectrum (van Dorsselaer,
     Hochstenbach & van der Vorst 2001). Such a run sees each distinct eigenvalue once. So if two or more eigenvalues are

@@ -27,6 +27,7 @@ from newtonopt.curvature.measurements.measurement import (
     UnmeasurableError,
     View,
 )
+from newtonopt.curvature.showing import written
 from newtonopt.vectors.flat import flatten
 from newtonopt.vectors.scaling import dot, norm
 
@@ -234,28 +235,28 @@ class Alignment(Measurement[TermGradients]):
             between = f"terms {first} and {second}"
             if smallest < _CONFLICT:
                 found.append(
-                    f"The gradients of the {between} point against each other (cosine {smallest:.2g}): a gradient step "
-                    f"that lowers one raises the other, and {result.conflict:.0%} of the terms' gradients cancels. "
-                    "Change the weights of the terms, or take second-order steps."
+                    f"The gradients of the {between} point against each other (cosine {written(smallest, 2)}): a "
+                    f"gradient step that lowers one raises the other, and {result.conflict:.0%} of the terms' "
+                    "gradients cancels. Change the weights of the terms, or take second-order steps."
                 )
             elif smallest >= _AGREEMENT:
-                found.append(f"The gradients of all terms agree: the smallest cosine is {smallest:.2g}.")
+                found.append(f"The gradients of all terms agree: the smallest cosine is {written(smallest, 2)}.")
             elif smallest > _WEAK:
                 found.append(
-                    f"The gradients of the {between} agree only in part (cosine {smallest:.2g}): a gradient step that "
-                    "lowers one lowers the other less."
+                    f"The gradients of the {between} agree only in part (cosine {written(smallest, 2)}): a gradient "
+                    "step that lowers one lowers the other less."
                 )
             else:
                 found.append(
-                    f"The gradients of the {between} are nearly orthogonal (cosine {smallest:.2g}): neither term helps "
-                    "the other, and none is in the way."
+                    f"The gradients of the {between} are nearly orthogonal (cosine {written(smallest, 2)}): neither "
+                    "term helps the other, and none is in the way."
                 )
         sizes = sorted(zip(result.norms, result.names, strict=True))
         (small, weak), (large, strong) = sizes[0], sizes[-1]
         if small > 0.0 and large >= _UNBALANCED * small:
             found.append(
-                f"The gradient of the term {strong} is {large / small:.2g} times as long as that of {weak}, which a "
-                f"gradient step hardly trains. Where {weak} matters, raise its weight."
+                f"The gradient of the term {strong} is {written(large / small, 2)} times as long as that of {weak}, "
+                f"which a gradient step hardly trains. Where {weak} matters, raise its weight."
             )
         return found
 

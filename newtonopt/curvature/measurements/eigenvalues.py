@@ -13,6 +13,7 @@ from newtonopt.checks import check_whole
 from newtonopt.curvature.eigenvalues.bounds import ASYMMETRIC
 from newtonopt.curvature.eigenvalues.extreme import Eigenvalue, Spectrum, check_count, extreme_eigenvalues, follow
 from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, View
+from newtonopt.curvature.showing import written
 from newtonopt.operators.linear_operator import LinearOperator
 
 # Products for tracking, at most: a quarter of what a measurement from a random start may have, or four and two for each
@@ -23,6 +24,8 @@ _NOTHING = 1e-30
 # Negative curvature below the first share of the largest eigenvalue is called slight, and from the second on it stands
 # in the verdict: nearly all networks in training have some. A condition number above the last is called ill.
 _SLIGHT, _LARGE, _ILL = 0.05, 0.5, 1000.0
+# An interval narrower than this share of its value is told by its width, a wider one by its ends.
+_NARROW = 0.02
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,20 @@ class ExtremeEigenvalues(Measurement[Spectrum]):
         Tag("lambda_max", "L / θ²", "the largest eigenvalue"),
         Tag("lambda_max_lower", "L / θ²", "the lower end of its interval (see `certified`)"),
         Tag("lambda_max_upper", "L / θ²", "the upper end"),
-        Tag("lambda_RANK", "L / θ²", "the next largest, up to `top`; only those accurate to 10 %"),
+        Tag(
+            "lambda_RANK",
+            "L / θ²",
+            "the next largest, up to `top`; left out where its interval, or the estimated error of a tracked one, "
+            "exceeds 10 % of it",
+        ),
         Tag("lambda_min", "L / θ²", "the smallest eigenvalue"),
         Tag("lambda_min_lower", "L / θ²", "the lower end of the interval that it lies in"),
         Tag("lambda_min_upper", "L / θ²", "the upper end"),
-        Tag("lambda_min_RANK", "L / θ²", "the next smallest, up to `bottom`; only those accurate to 10 %"),
+        Tag(
+            "lambda_min_RANK",
+            "L / θ²",
+            "the next smallest, up to `bottom`; left out by the same rule",
+        ),
         Tag(
             "certified",
             "",
@@ -204,17 +216,20 @@ def in_words(found: Spectrum, eigenvalue: Eigenvalue, missed: str = "larger") ->
     """
     lower, upper = interval(eigenvalue)
     value, width = eigenvalue.value, max(upper - eigenvalue.value, eigenvalue.value - lower)
+    # A wide interval lies to one side of the value as a rule, and "within" would put half of it on the other side.
+    narrow = width <= _NARROW * abs(value)
+    between = f"between {written(lower)} and {written(upper)}"
     if found.asymmetry > ASYMMETRIC:
         return (
-            f"{value:.4g} (not certified: the asymmetry of the products is {found.asymmetry:.2g} of the norm; measure "
-            "in float64)"
+            f"{written(value)} (not certified: the asymmetry of the products is {written(found.asymmetry, 2)} of the "
+            "norm; measure in float64)"
         )
     if not found.certified:
         return (
-            f"{value:.4g} (not certified: some eigenvalue lies within {width:.2g} of it, but a {missed} one may "
-            "have been missed)"
+            f"{written(value)} (not certified: some eigenvalue lies "
+            f"{f'within {written(width, 2)} of it' if narrow else between}, but a {missed} one may have been missed)"
         )
-    return f"{value:.4g} within {width:.2g}"
+    return f"{written(value)} within {written(width, 2)}" if narrow else f"{written(value)}, {between}"
 
 
 def _largest(found: Spectrum) -> float:
@@ -232,16 +247,17 @@ def _smallest(found: Spectrum, eigenvalue: Eigenvalue) -> str:
         return f"{said}, which shows that this is not a minimum{_negative(found, eigenvalue, largest)}"
     if lower > 0.0 and found.certified:
         return f"{said}, which shows that the loss is convex here{_conditioned(eigenvalue.value, largest)}"
-    return f"{said}, so its sign is not known. Raise max_products to learn it."
+    remedy = "" if found.asymmetry > ASYMMETRIC else " Raise max_products to learn it."
+    return f"{said}, so its sign is not known.{remedy}"
 
 
 def _negative(found: Spectrum, eigenvalue: Eigenvalue, largest: float) -> str:
     if largest <= 0.0:
         return ": the loss is concave along all directions that were measured. Train on."
     lower, _ = interval(eigenvalue)
-    share = f", and its size is {-eigenvalue.value / largest:.2g} times the largest"
+    share = f", and its size is {written(-eigenvalue.value / largest, 2)} times the largest"
     if -lower < _SLIGHT * largest and found.certified:
-        return f"{share}: as usual late in the training of a network. Nothing needs to be done."
+        return f"{share}: as is usual while a network trains. Nothing needs to be done."
     if -eigenvalue.value < _SLIGHT * largest:
         return f"{share}. A certified measurement with more products tells whether that is all."
     return (
@@ -254,7 +270,7 @@ def _conditioned(value: float, largest: float) -> str:
     if largest <= 0.0:
         return "."
     number = largest / value
-    said = f", with a condition number of {number:.3g}"
+    said = f", with a condition number of {written(number, 3)}"
     if number < _ILL:
         return f"{said}."
     return (

@@ -20,6 +20,7 @@ from newtonopt.curvature.measurements.measurement import (
     UnmeasurableError,
     View,
 )
+from newtonopt.curvature.showing import written
 from newtonopt.operators.matrices import gauss_newton
 from newtonopt.operators.rows import RowsError
 
@@ -133,13 +134,15 @@ class GaussNewtonSpectrum(Measurement[ExactSpectrum]):
         """Return how many eigenvalues there are, and how many stand out."""
         count = f"The Gauss-Newton matrix has {result.size} eigenvalues, {result.rank} of them not zero"
         if math.isfinite(result.condition_number):
-            count += f", with a condition number of {result.condition_number:.3g}"
+            count += f", with a condition number of {written(result.condition_number, 3)}"
         damping = self._damping(result)
         if damping == 0.0:
             return [f"{count}."]
         directions = result.effective_dimension(damping)
         source = ", a thousandth of the largest" if self.damping is None else ""
-        return [f"{count}; {directions:.3g} directions stand out of a damping of {damping:.3g}{source}."]
+        return [
+            f"{count}; {written(directions, 3)} directions stand out of a damping of {written(damping, 3)}{source}."
+        ]
 
     def figures(self, result: ExactSpectrum) -> dict[str, Figure]:
         """Return the eigenvalues as a figure."""

@@ -10,6 +10,7 @@ from torch.optim import SGD
 
 from newtonopt.curvature.measurements.eigenvalues import ExtremeEigenvalues
 from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, View
+from newtonopt.curvature.showing import written
 from newtonopt.vectors.scaling import dot, norm
 
 # From this ratio of the largest eigenvalue to the curvature along the gradient on, the loss is called ill conditioned:
@@ -75,7 +76,7 @@ class AlongGradient(Measurement[GradientShare]):
     def verdict(self, result: GradientShare, measured: Measured) -> str:
         """Return whether the loss is ill conditioned for gradient descent."""
         excess = _excess(result, measured)
-        return "" if excess is None else f"ill conditioned for gradient descent ({excess:.2g} times)"
+        return "" if excess is None else f"ill conditioned for gradient descent ({written(excess, 2)} times)"
 
     def sentences(self, result: GradientShare, measured: Measured) -> list[str]:
         """Return how the loss falls along the gradient, and whether the largest eigenvalue forbids to go that far.
@@ -89,19 +90,22 @@ class AlongGradient(Measurement[GradientShare]):
             return ["Along the gradient the curvature is zero: the loss falls linearly."]
         if curvature < 0.0:
             return [
-                f"Along the gradient the curvature is {curvature:.3g}: the loss falls faster than linearly, and longer "
-                "steps lower it more."
+                f"Along the gradient the curvature is {written(curvature, 3)}: the loss falls faster than linearly, "
+                "and longer steps lower it more."
             ]
         best, rates = 1.0 / curvature, result.plain
-        said = f"Along the gradient the curvature is {curvature:.3g}"
+        said = f"Along the gradient the curvature is {written(curvature, 3)}"
         if rates:
-            said += f": plain gradient descent on this batch lowers the loss most at a learning rate of {best:.3g}"
+            said += (
+                f": plain gradient descent on this batch lowers the loss most at a learning rate of {written(best, 3)}"
+            )
         excess = _excess(result, measured)
         if excess is not None:
-            allowed = f" and allows it less than {2.0 * best / excess:.3g}" if rates else ""
+            allowed = f" and allows it less than {written(2.0 * best / excess, 3)}" if rates else ""
             said += (
-                f". The largest eigenvalue is {excess:.3g} times as large{allowed}: for gradient descent the loss is "
-                "ill conditioned. Adam, or a second-order optimizer such as HessianFree, can take the longer step"
+                f". The largest eigenvalue is {written(excess, 3)} times as large{allowed}: for gradient descent the "
+                "loss is ill conditioned. Adam, or a second-order optimizer such as HessianFree, can take the longer "
+                "step"
             )
         return [f"{said}."]
 

@@ -23,8 +23,8 @@ class Layers(Measurement[dict[str, Spectrum]]):
     """The largest eigenvalue of each layer's diagonal block, for as many products each as the eigenvalues may have.
 
     Args:
-        patterns: Patterns of parameters' names, such as ["encoder.*", "*.bias"], as for `blocks`: one block each. None
-            (default): a block for each of the model's parts.
+        patterns: Patterns of parameters' names, such as `["encoder.*", "*.bias"]`, as for `blocks`: one block each.
+            None (default): a block for each of the model's parts.
 
     Example:
         >>> import torch
@@ -44,7 +44,7 @@ class Layers(Measurement[dict[str, Spectrum]]):
         Tag(
             "lambda_max_of/PART",
             "L / θ²",
-            "the largest eigenvalue of a diagonal block, if accurate to 10 %; PART has `_` for `*`",
+            "the largest eigenvalue of a diagonal block, left out by the same rule; PART has `_` for `*`",
         ),
     )
     charts: ClassVar[tuple[Chart, ...]] = (Chart("Largest eigenvalue of each part", ("lambda_max_of/.*",), more=True),)

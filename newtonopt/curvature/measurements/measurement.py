@@ -22,7 +22,7 @@ from newtonopt.closure.evaluation import Matrix as Checked
 from newtonopt.closure.isolation import UnprotectedError
 from newtonopt.closure.objective import Objective, ParametersMovedError
 from newtonopt.curvature.eigenvalues.extreme import Spectrum
-from newtonopt.curvature.showing import html_table, text_table
+from newtonopt.curvature.showing import html_table, text_table, written
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.operators.matrices import gauss_newton, hessian
 from newtonopt.vectors.flat import trained_parameters
@@ -41,6 +41,8 @@ _WHOLE_PRODUCTS, _LEAST_PRODUCTS = 100, 10
 # A run has diverged where its loss is this many times the lowest so far, and has lost this share of what it had gained.
 # The first alone would call each bump in a loss near zero a divergence; the second alone, noise near the start.
 _TIMES, _LOST = 10.0, 0.5
+# A loss this share above the first one is called risen; a smaller rise may be the noise of dropout.
+_RISEN = 0.1
 
 
 # Groups that the tags of this library's measurements have beside those under the prefix itself.
@@ -553,6 +555,11 @@ class Losses:
         rise, gain = self.now - self.lowest, self.first - self.lowest
         return rise > 0.0 and rise >= max((_TIMES - 1.0) * abs(self.lowest), _LOST * gain)
 
+    @property
+    def risen(self) -> bool:
+        """Whether the loss is a tenth or more above the first one."""
+        return self.now - self.first >= _RISEN * abs(self.first) > 0.0
+
     def then(self, loss: float) -> Losses:
         """Return the losses with a further one."""
         return Losses(self.first, min(self.lowest, loss), loss)
@@ -562,9 +569,14 @@ class Losses:
         if not math.isfinite(self.now):
             return "the loss is not finite"
         if self.lowest > 0.0:
-            return f"the loss is {self.now:.3g}, {self.now / self.lowest:.2g} times its lowest so far"
-        return f"the loss is {self.now:.3g}, and {self.lowest:.3g} was its lowest so far"
+            return f"the loss is {written(self.now, 3)}, {written(self.now / self.lowest, 2)} times its lowest so far"
+        return f"the loss is {written(self.now, 3)}, and {written(self.lowest, 3)} was its lowest so far"
 
+
+_ABOVE_START = (
+    "The loss is {}, above the {} at the start: so far training has not lowered the loss of these samples. Where it "
+    "does not fall soon, lower the learning rate, whatever the curvature says."
+)
 
 # What to do where a run has diverged, whose curvature, often none, would suggest a longer step.
 _DIVERGED = (
@@ -676,6 +688,9 @@ class Measured(Mapping[str, float]):
             lines += [f"Nothing is certified: {self.doubt}"] if self.doubt else []
         else:
             lines = self._meaning()
+            if self.losses is not None and self.losses.risen:
+                said = _ABOVE_START.format(written(self.losses.now, 3), written(self.losses.first, 3))
+                lines.insert(lines[0].startswith("In short") if lines else 0, said)
         lines += [f"{name} is not measured: {reason}" for name, reason in self.unmeasurable().items()]
         lines += [f"{name} could not be measured: {message}" for name, message in self.failed().items()]
         certified = self.read("certified")
@@ -686,12 +701,12 @@ class Measured(Mapping[str, float]):
             )
         if certified == 1.0 and self.read("converged") == 0.0:
             lines.append(
-                f"Some intervals are wider than {self.plan.tolerance:.2g} of their value: raise max_products above "
-                f"{self.plan.max_products} to narrow them."
+                f"Some intervals are wider than {written(self.plan.tolerance, 2)} of their value: raise max_products "
+                f"above {self.plan.max_products} to narrow them."
             )
         products, seconds = self.read("products"), self.read("seconds")
         if products is not None and seconds is not None:
-            lines.append(f"Measured with {products:.0f} products in {seconds:.2g} s.")
+            lines.append(f"Measured with {products:.0f} products in {written(seconds, 2)} s.")
         return "\n".join(lines)
 
     def _meaning(self) -> list[str]:

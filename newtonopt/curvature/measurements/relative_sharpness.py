@@ -15,6 +15,7 @@ from newtonopt.closure.objective import Objective
 from newtonopt.curvature.measurements.eigenvalues import ExtremeEigenvalues
 from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, View
 from newtonopt.curvature.measurements.preconditioned import Preconditioned
+from newtonopt.curvature.showing import written
 from newtonopt.curvature.stability import adapts, preconditioner
 from newtonopt.vectors.scaling import dot
 
@@ -146,11 +147,12 @@ class RelativeSharpness(Measurement[CriticalRates]):
             ]
         if math.isinf(training) or math.isinf(other):
             return []
-        rises = f"a step raises it from a learning rate of {other:.3g} on, the training loss from {training:.3g} on"
+        alone, beside = written(training, 3), written(other, 3)
+        rises = f"a step raises it from a learning rate of {beside} on, the training loss from {alone} on"
         if relative > _SHARPER:
             return [
-                f"The loss of the other data is {relative:.3g} times as sharp along a training step: {rises}. Keep "
-                "the learning rate below the first of these, or train on some of these data too."
+                f"The loss of the other data is {written(relative, 3)} times as sharp along a training step: {rises}. "
+                "Keep the learning rate below the first of these, or train on some of these data too."
             ]
         if relative < _FLATTER:
             return [f"The loss of the other data is flatter along a training step than the training loss: {rises}."]

@@ -10,6 +10,7 @@ from newtonopt.checks import check_choice, check_flag, check_positive
 from newtonopt.curvature.ascent import Kind, SharpnessEstimate, ascent, average, ball_around
 from newtonopt.curvature.measurements.eigenvalues import ExtremeEigenvalues
 from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, View
+from newtonopt.curvature.showing import written
 
 # Gradients for the search of the sharpest point: so many at most, and no search where there is time for fewer than the
 # second. Losses for the average sharpness.
@@ -94,7 +95,7 @@ class Sharpness(Measurement[SharpnessEstimate]):
             return []
         value, radius = result.value, f"{result.radius:g}"
         if result.kind == "average":
-            known = f", with a standard error of {result.standard_error:.2g}"
-            return [f"Sharpness: at distance {radius} the loss rises by {value:.3g} on average{known}."]
+            known = f", with a standard error of {written(result.standard_error, 2)}"
+            return [f"Sharpness: at distance {radius} the loss rises by {written(value, 3)} on average{known}."]
         where = f"distance {radius}" if result.kind == "ball" else f"{radius}, relative to each parameter's size,"
-        return [f"Sharpness: within {where} the loss rises by at least {value:.3g}, the largest rise found."]
+        return [f"Sharpness: within {where} the loss rises by at least {written(value, 3)}, the largest rise found."]

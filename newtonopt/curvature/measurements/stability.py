@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 from newtonopt.curvature.measurements.eigenvalues import ExtremeEigenvalues
 from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, View
 from newtonopt.curvature.measurements.preconditioned import Preconditioned
+from newtonopt.curvature.showing import written
 from newtonopt.curvature.stability import stability_threshold
 
 # Between the last two ratios of the largest eigenvalue to the threshold training is called at the edge: full-batch
@@ -119,12 +120,12 @@ class Stability(Measurement[StabilityRatio]):
     def verdict(self, result: StabilityRatio, measured: Measured) -> str:
         """Return where training is with regard to the edge of stability."""
         where = {"below": "below", "edge": "at", "beyond": "beyond"}[result.state]
-        return f"{where} the edge of stability (ratio {result.ratio:.2g})"
+        return f"{where} the edge of stability (ratio {written(result.ratio, 2)})"
 
     def sentences(self, result: StabilityRatio, measured: Measured) -> list[str]:
         """Return whether steps are stable, and which learning rate to choose."""
         which = "of the preconditioned matrix " if result.preconditioned else ""
-        at = f"is {result.ratio:.3g} times the stability threshold {result.threshold:.4g}"
+        at = f"is {written(result.ratio, 3)} times the stability threshold {written(result.threshold)}"
         return [f"The largest eigenvalue {which}{at}: {_advice(result)}"]
 
 
@@ -132,21 +133,23 @@ def _advice(result: StabilityRatio) -> str:
     ratio, lr = result.ratio, result.lr
     if result.state == "beyond":
         lower = (
-            f"divide the learning rates by {ratio:.3g}" if lr is None else f"lower lr from {lr:.3g} to {lr / ratio:.3g}"
+            f"divide the learning rates by {written(ratio, 3)}"
+            if lr is None
+            else f"lower lr from {written(lr, 3)} to {written(lr / ratio, 3)}"
         )
         return (
             "steps along its eigenvector overshoot and grow until the curvature falls. Where the loss does not fall "
             f"again by itself, {lower}; at the start of training, warm up to it."
         )
     if result.state == "edge":
-        lower = "halve the learning rates" if lr is None else f"lower lr from {lr:.3g} to {lr / 2:.3g}"
+        lower = "halve the learning rates" if lr is None else f"lower lr from {written(lr, 3)} to {written(lr / 2, 3)}"
         return (
             "training is at the edge of stability, which is normal at a constant learning rate. Nothing needs to be "
             f"done while the loss falls; if it spikes, {lower}."
         )
     if ratio >= _FAR:
         return "steps are stable."
-    room = "" if lr is None or ratio <= 0.0 else f" (lr={lr:.3g})"
+    room = "" if lr is None or ratio <= 0.0 else f" (lr={written(lr, 3)})"
     return (
         f"steps are stable, and far shorter than the largest eigenvalue allows{room}. If the loss falls slowly, raise "
         "the learning rate by factors of two; noise of small batches may limit it sooner."

@@ -78,7 +78,7 @@ def test_certified_is_a_flag_or_unknown() -> None:
     assert read_record(record(certified="<b>")).certified is None
 
 
-def test_a_state_is_one_of_five_and_its_remark_is_text() -> None:
+def test_a_state_is_a_known_one_and_its_remark_is_text() -> None:
     found = read_record(record(state="diverged", remark="Measured on the training loss."))
     assert (found.state, found.remark) == ("diverged", "Measured on the training loss.")
     for state in (None, "<b>", 3, ["failed"]):
@@ -124,6 +124,16 @@ def test_of_two_records_of_one_step_the_later_one_counts() -> None:
     assert series(resumed)["values"] == {"a": [2.0]}
 
 
+def test_what_a_run_left_behind_when_it_was_resumed_is_left_out() -> None:
+    """The second part begins at step 15, with steps of its own between those of the first."""
+    wrote = [(step, float(k), record(values={"a": float(k)})) for k, step in enumerate((0, 10, 20, 30, 15, 25))]
+    found = series(reversed(wrote))
+    assert found["steps"] == [0, 10, 15, 25]
+    assert found["values"] == {"a": [0.0, 1.0, 4.0, 5.0]}
+    scalars = scalar_series([(step, wall_time, wall_time) for step, wall_time, _ in wrote])
+    assert scalars == {"steps": [0, 10, 15, 25], "values": [0.0, 1.0, 4.0, 5.0]}
+
+
 def test_no_points_are_an_empty_series() -> None:
     found = series([])
     assert (found["steps"], found["values"], found["words"], found["unread"]) == ([], {}, [], 0)
@@ -150,4 +160,4 @@ def test_heat_maps_keep_at_most_400_columns_with_both_ends() -> None:
 
 
 def test_scalars_are_sorted_and_what_json_can_hold() -> None:
-    assert scalar_series([(2, math.inf), (1, 0.5)]) == {"steps": [1, 2], "values": [0.5, "Infinity"]}
+    assert scalar_series([(2, 2.0, math.inf), (1, 1.0, 0.5)]) == {"steps": [1, 2], "values": [0.5, "Infinity"]}

@@ -49,26 +49,27 @@ def both(largest: float, smallest: float) -> Spectrum:
         ),
         (
             bottom(-0.3, -0.4, -0.29),
-            "The smallest eigenvalue is -0.3 within 0.1, which shows that this is not a minimum: the loss is concave",
+            "The smallest eigenvalue is -0.3, between -0.4 and -0.29, which shows that this is not a minimum: the loss "
+            "is concave",
         ),
         (
             bottom(-0.3, -0.4, -0.29, False),
-            "The smallest eigenvalue is -0.3 (not certified: some eigenvalue lies within 0.1 of it, "
+            "The smallest eigenvalue is -0.3 (not certified: some eigenvalue lies between -0.4 and -0.29, "
             "but a smaller one may have been missed), which shows that this is not a minimum",
         ),
-        (bottom(0.3, 0.2, 0.31), "0.3 within 0.1, which shows that the loss is convex here."),
+        (bottom(0.3, 0.2, 0.31), "0.3, between 0.2 and 0.31, which shows that the loss is convex here."),
         (bottom(0.3, 0.2, 0.31, False), "a smaller one may have been missed), so its sign is not known. Raise"),
-        (both(12.0, -0.3), "not a minimum, and its size is 0.025 times the largest: as usual late"),
+        (both(12.0, -0.3), "not a minimum, and its size is 0.025 times the largest: as is usual"),
         (
             both(12.0, -3.0),
             "not a minimum, and its size is 0.25 times the largest. While the loss falls, train on. Where",
         ),
         (both(12.0, 3.0), "the loss is convex here, with a condition number of 4."),
-        (both(12.0, 1e-3), "condition number of 1.2e+04: gradient descent needs about that many steps to reduce"),
+        (both(12.0, 1e-3), "condition number of 12\u00a0000: gradient descent needs about that many steps to reduce"),
         (both(12.0, -9.0), "In short: not at a minimum."),
         (bottom(-0.3, -0.4, -0.29), "In short: not at a minimum."),
         (both(12.0, 3.0), "In short: convex here."),
-        (bottom(0.0, -0.1, 0.1), "0 within 0.1, so its sign is not known."),
+        (bottom(0.0, -0.1, 0.1), "0, between -0.1 and 0.1, so its sign is not known."),
     ],
 )
 def test_words_say_what_the_eigenvalues_mean(spectrum: Spectrum, words: str) -> None:
@@ -105,6 +106,6 @@ def test_slight_negative_curvature_is_called_usual_only_where_it_is_certified() 
     settings: dict[str, Any] = {"top": 1, "bottom": 1, "sharpness": None, "tolerance": 1e-3}
     first = measure(lambda: 0.5 * (weights * w.square()).sum(), [w], **settings)
     tracked = measure(lambda: 0.5 * (weights * w.square()).sum(), [w], **settings, last=first)
-    assert "as usual late in the training of a network" in first.in_words()
+    assert "as is usual while a network trains" in first.in_words()
     assert "as usual" not in tracked.in_words()
     assert "A certified measurement with more products tells whether that is all." in tracked.in_words()

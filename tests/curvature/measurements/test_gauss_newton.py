@@ -11,6 +11,7 @@ from problems import build
 from torch import Tensor, nn
 
 from newtonopt.curvature import GaussNewtonSpectrum, Measured, measure
+from newtonopt.curvature.showing import written
 
 
 def of(measurement: GaussNewtonSpectrum, **settings: Any) -> tuple[Measured, Tensor]:
@@ -29,7 +30,7 @@ def test_values_are_those_of_the_dense_matrix(curvature: str) -> None:
     dimension = float((truth / (truth + 0.1)).sum())
     assert found.read("gauss_newton_effective_dimension") == pytest.approx(dimension, rel=1e-9)
     sentence = (
-        f"43 eigenvalues, 18 of them not zero, with a condition number of {float(truth[0] / truth[17]):.3g}; "
+        f"43 eigenvalues, 18 of them not zero, with a condition number of {written(float(truth[0] / truth[17]), 3)}; "
         f"{dimension:.3g} directions stand out of a damping of 0.1."
     )
     assert sentence in found.in_words()
@@ -37,7 +38,7 @@ def test_values_are_those_of_the_dense_matrix(curvature: str) -> None:
 
 def test_the_damping_is_a_thousandth_of_the_largest_eigenvalue() -> None:
     found, truth = of(GaussNewtonSpectrum())
-    assert f"out of a damping of {float(1e-3 * truth[0]):.3g}, a thousandth of the largest." in found.in_words()
+    assert f"out of a damping of {written(float(1e-3 * truth[0]), 3)}, a thousandth of the largest." in found.in_words()
     expected = float((truth / (truth + 1e-3 * truth[0])).sum())
     assert found.read("gauss_newton_effective_dimension") == pytest.approx(expected, rel=1e-9)
 

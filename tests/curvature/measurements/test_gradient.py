@@ -33,7 +33,7 @@ def test_words_name_an_ill_conditioned_loss(curvature: float, ill: bool) -> None
     result = GradientShare(curvature, None, True)
     numbers = {"curvature/lambda_max": 5.0}
     measured = Measured(Plan((AlongGradient(),)), numbers, "auto", {}, "", {AlongGradient: result}, {})
-    short = "In short: ill conditioned for gradient descent (5e+02 times)."
+    short = "In short: ill conditioned for gradient descent (500 times)."
     assert (short in measured.in_words()) is ill
     said = "lowers the loss most at a learning rate of 100. The largest eigenvalue is 500 times as large and allows it "
     assert (said + "less than 0.4: for gradient descent the loss is ill" in measured.in_words()) is ill

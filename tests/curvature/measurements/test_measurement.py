@@ -145,13 +145,30 @@ def test_where_a_run_has_diverged_words_say_what_to_do_and_draw_no_conclusion_fr
     assert far.diverged and far.read("stability_ratio") is not None
     words = far.in_words().splitlines()
     assert words[:2] == [
-        "In short: diverged: the loss is 200, 1e+02 times its lowest so far.",
+        "In short: diverged: the loss is 200, 100 times its lowest so far.",
         "Curvature says little here. Go back to an earlier checkpoint, or restart with a lower learning rate or a "
         "warm-up.",
     ]
     assert "raise" not in "\n".join(words) and "HessianFree" not in "\n".join(words)
     alone = at(100.0, None)
     assert not alone.diverged and "raise the learning rate" in alone.in_words()
+
+
+def test_a_loss_above_the_first_one_is_told_whatever_the_curvature_says() -> None:
+    w = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    sgd = torch.optim.SGD([w], lr=0.1)
+
+    def at(loss: float, last: Measured | None) -> Measured:
+        return measure(lambda: w.square().sum() * 0.5 + loss - 0.5, [w], sgd, sharpness=None, last=last)
+
+    first = at(2.0, None)
+    for loss, told in ((2.1, False), (3.0, True)):
+        found = at(loss, first)
+        assert found.losses is not None and found.losses.risen is told and not found.diverged
+        words = found.in_words().splitlines()
+        assert words[0].startswith("In short: below the edge")
+        assert words[1].startswith("The loss is 3, above the 2 at the start: ") is told
+    assert not Losses(0.0, 0.0, 1.0).risen and Losses(-2.0, -2.0, -1.0).risen
 
 
 def test_a_bad_prefix_is_refused() -> None:
