@@ -19,7 +19,7 @@ QUESTIONS = (
     ("Saddles, curved valleys,|bad scales?", "TrustRegionNewton|or CubicNewton"),
 )
 OTHERWISE = "NewtonCG|smooth losses, nothing to tune"
-WIDTH, LEFT, RIGHT = 400, 186, 166  # of the picture, a question and an answer
+WIDTH, LEFT, RIGHT = 400, 184, 174  # of the picture, a question and an answer
 MARGIN, LINE, GAP = 6, 17, 26  # around the picture, between lines of text, and between rows
 
 STYLE = """

@@ -129,7 +129,8 @@ def gradient_curvature(evaluation: Evaluation, spectrum: Spectrum | None = None)
     residual = matrix.back(norm(curved - quotient * direction) / math.sqrt(square)) + room
     if not math.isfinite(residual):
         raise FloatingPointError(
-            f"g'Hg/g'g is {curvature}, with |g| = {length}. Loss and gradient must be finite at this point."
+            f"The curvature along the gradient is {curvature}, and the gradient's norm {length}. Check that loss and "
+            "gradient are finite at this point."
         )
     return GradientCurvature(
         curvature,

@@ -188,7 +188,7 @@ def ball_around(objective: Objective, kind: Kind, radius: float, tolerance: floa
     """
     if not math.isfinite(base):
         raise FloatingPointError(
-            f"the loss at the parameters is {base}, so no rise above it is defined; check the data and the model."
+            f"The loss is {base} at the parameters, so no rise above it is defined. Check the data and the model."
         )
     scale = objective.point.abs() if kind == "adaptive_ball" else torch.ones_like(objective.point)
     return Ball(objective, scale, radius, tolerance, base)

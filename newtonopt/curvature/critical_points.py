@@ -151,7 +151,7 @@ def critical_point(
     length = norm(evaluation.gradient)
     if not math.isfinite(length):
         raise FloatingPointError(
-            f"the gradient's norm is {length}, so the point cannot be classified; check data and model."
+            f"The gradient's norm is {length}, so the point cannot be classified. Check the data and the model."
         )
     check_share("confidence", confidence)
     check_whole("max_products", max_products, 1)

@@ -272,6 +272,9 @@ def all_eigenvalues(operator: LinearOperator) -> Tensor:
     columns = torch.stack([operator @ unit for unit in units])
     matrix = torch.stack([columns @ unit for unit in units]).to("cpu", torch.float64)
     if not bool(matrix.isfinite().all()):
-        raise FloatingPointError("A product with the operator is not finite, so its eigenvalues cannot be computed.")
+        raise FloatingPointError(
+            "A product with the operator is not finite, so its eigenvalues cannot be computed. Check that loss and "
+            'gradient are finite at this point. If a norm is zero, write products="finite_difference".'
+        )
     values: Tensor = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
     return values

@@ -302,7 +302,10 @@ def _spans(rows: Rows, length: int) -> Iterator[Tensor]:
 
 def _finite(matrix: Tensor) -> Tensor:
     if not bool(matrix.isfinite().all()):
-        raise FloatingPointError("A row of the Jacobian is not finite, so that there is no curvature.")
+        raise FloatingPointError(
+            "A row of the Jacobian is not finite, so there is no curvature. Look for a norm, a root or a logarithm at "
+            "zero."
+        )
     return matrix
 
 

@@ -166,3 +166,9 @@ def test_a_program_that_is_wrong_is_seen(tmp_path: Path) -> None:
 def test_what_a_command_lacks_is_seen(command: str, missing: str | None) -> None:
     found = list(_missing(shlex.split(command)))
     assert found == [] if missing is None else found[0].startswith(missing)
+
+
+def test_the_extras_of_the_install_page_are_those_of_the_package() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    shown = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/start/install.md").read_text(), re.MULTILINE)
+    assert {"lightning", "plots", "cli", "examples"} <= {*shown} <= {*extras}

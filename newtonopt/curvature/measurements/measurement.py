@@ -491,7 +491,10 @@ class View:
             self.taken[kind] = _PENDING
             self.taken[kind] = self.attempt(kind, partial(measurement.measure, self))
         if self.taken[kind] is _PENDING:
-            raise RuntimeError(f"The measurements depend on each other in a cycle, and {kind.__name__} is part of it.")
+            raise RuntimeError(
+                f"The measurements depend on each other in a cycle, and {kind.__name__} is part of it. Let one of them "
+                "use the other's last result: view.before(...)."
+            )
         result: Result | None = self.taken[kind]
         return result
 

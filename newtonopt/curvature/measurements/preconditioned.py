@@ -64,7 +64,10 @@ class Preconditioned(Measurement[Spectrum]):
             )
         try:
             if not view.training:
-                raise ValueError("optimizer must train some of the measured parameters, got none that does.")
+                raise ValueError(
+                    "optimizer must train some of the measured parameters, got none that does. Pass the one that "
+                    "trains them."
+                )
             for optimizer in view.training:
                 stability_threshold(optimizer)
             weights, decay = preconditioner(view.training[0], view.params)
