@@ -30,6 +30,7 @@ extensions = [
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
     "formulas",
+    "offline",
     "reference",
 ]
 exclude_patterns = ["_build", "benchmarks/drawn"]
