@@ -71,6 +71,11 @@ class Budget:
         >>> from newtonopt.callbacks import Budget, CurvatureMonitor
         >>> CurvatureMonitor(budget=Budget(max_overhead=0.15)).budget.max_products
         24
+
+    See Also:
+        - `CurvatureMonitor`: takes it as `budget`.
+        - `Probe`: what is measured.
+        - `docs/monitor.md`: what a measurement costs, and how a budget is kept.
     """
 
     max_products: int = 24
@@ -177,6 +182,13 @@ class CurvatureMonitor(Callback):
         >>> monitor = CurvatureMonitor(every_n_train_steps=50, top=1, measurements=[Trace()])
         >>> monitor.top, monitor.measurements
         (1, [Trace()])
+
+    See Also:
+        - `Probe`, `Budget`: what is measured, and how much it may cost.
+        - `measure()`: the same in any training loop.
+        - `StepMarginMonitor`: cheaper, and for the loss along the optimizer's own steps.
+        - `docs/monitor.md`: every setting and tag.
+        - `docs/read_your_curvature.md`: what the values say, and what to do.
     """
 
     @explains_arguments(_ELSEWHERE)

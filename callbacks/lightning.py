@@ -169,6 +169,11 @@ class Probe:
         >>> from newtonopt.callbacks import CurvatureMonitor, Probe
         >>> CurvatureMonitor(probe=Probe(num_batches=4, mode="eval")).probe.num_batches
         4
+
+    See Also:
+        - `CurvatureMonitor`: takes it as `probe`.
+        - `Budget`: how much measuring may cost.
+        - `docs/monitor.md`: when to measure on other data than training's first batch.
     """
 
     num_batches: int = 1

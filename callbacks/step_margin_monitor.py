@@ -51,7 +51,7 @@ _NOT_THE_GRADIENT = (
 class StepMarginMonitor(Callback):
     """Log how near an optimizer's own steps come to raising the loss, for a forward pass each time.
 
-    Let d be the step that the optimizer has just taken on a batch, phi(s) = L(theta + s d) - L(theta) the change of
+    Let d be the step that the optimizer has just taken on a batch, `phi(s) = L(theta + s d) - L(theta)` the change of
     that batch's loss, with the same random numbers, and g its gradient before clipping. The step margin
     `1 - phi(1) / g'd` is 0 where the loss falls as the gradient foretells, 1/2 at the lowest point along the step, and
     1 or more where the step has overshot. At the edge of stability it hovers around 1. Below the edge it tells nothing
@@ -84,6 +84,11 @@ class StepMarginMonitor(Callback):
         >>> from newtonopt.callbacks import StepMarginMonitor
         >>> StepMarginMonitor(every_n_train_steps=10, critical_sharpness=True).every_n_train_steps
         10
+
+    See Also:
+        - `step_margin()`: the same for one step, in any training loop.
+        - `CurvatureMonitor`: eigenvalues, with bounds.
+        - `docs/monitor.md`: every setting and tag.
     """
 
     @explains_arguments(

@@ -42,6 +42,11 @@ class StepMonitor(Callback):
         >>> from newtonopt.callbacks import StepMonitor
         >>> StepMonitor(every_n_train_steps=10).every_n_train_steps
         10
+
+    See Also:
+        - `StepReport`: what it logs.
+        - `CurvatureMonitor`: the curvature of the loss, for any optimizer.
+        - `docs/monitor.md`: every setting and tag.
     """
 
     @explains_arguments(dict.fromkeys(("every", "every_n_steps", "log_every_n_steps"), "every_n_train_steps"))

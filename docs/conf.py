@@ -35,11 +35,6 @@ extensions = [
 exclude_patterns = ["_build", "benchmarks/drawn"]
 # Every reference must lead somewhere.
 nitpicky = True
-# Classes that have no page, because users neither make nor read them.
-nitpick_ignore_regex = [
-    ("py:class", r"newtonopt\.(closure|operators|optimizers)\..*"),
-    ("py:class", r"newtonopt\.curvature\.measurements\..*"),
-]
 
 # Pages are Markdown. Headings of three levels can be linked to by their text, as on a code host.
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
@@ -76,8 +71,8 @@ autosummary_filename_map = {
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_use_unqualified_type_names = True
-# Quotes in docstrings and pages are those of code.
-smartquotes = False
+# Dashes are set, quotes are not: those in docstrings are code.
+smartquotes_action = "D"
 
 # Names of other projects that our docstrings mention, in text files, because building needs no network.
 intersphinx_mapping = {

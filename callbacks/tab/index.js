@@ -11,13 +11,16 @@ const RUNS_IN_A_REQUEST = 16;
 const COLOURS = 8; // --run-0 ... in style.css
 const MOST_CHOSEN = 8; // runs shown before anybody has chosen
 const MOST_READ = 8; // values in the header of a chart; the header counts the others
-const EDGE = [0.9, 1.1]; // ratios between which training is called at the edge of stability, as in the words
+const EDGE = [0.9, 1.25]; // ratios between which training is called at the edge of stability, as in the words
 
 // Numbers.
 const DIGITS = 4; // significant digits
 const INTERVAL_DIGITS = 6; // most significant digits of an interval's ends
 const PLAIN = [1e-4, 1e6]; // sizes between which numbers are written without a power of ten, as in the words
 const SPREAD = 100; // highest over lowest value from which a scale is logarithmic by itself
+const WIDE = 1000; // largest over median size from which it is, also where values have both signs
+const REACH = 1e6; // how far a logarithmic scale reaches from the median size, as a factor; arrows mark what lies beyond
+const MOST_BESIDE = 4; // further eigenvalues of a run in the box of values where there are several runs
 const DEPTH = 100; // how far below the lowest main line a logarithmic scale reaches, as a factor
 
 // Charts, in pixels.
@@ -38,6 +41,7 @@ const BADGES = {
   below: ['good', 'stable'],
   edge: ['warn', 'edge of stability'],
   beyond: ['danger', 'beyond the edge'],
+  risen: ['warn', 'loss has risen'],
 };
 
 // --- Small things -------------------------------------------------------------------------------------------------
@@ -56,8 +60,12 @@ function el(name, properties = {}, ...children) {
 const table = (entries) => Object.setPrototypeOf(Object.fromEntries(entries), null);
 const finite = (values) => values.filter((value) => Number.isFinite(value));
 const number = (value) => (value === null ? null : Number(value)); // "NaN" and "Infinity" are strings in JSON
+/** The lower median of numbers above zero. */
+const median = (sizes) => [...sizes].sort((a, b) => a - b)[(sizes.length - 1) >> 1];
+/** A sentence with the minus sign that the charts have. */
+const typeset = (sentence) => sentence.replace(/(^|[\s(])-(?=[\d.∞])/g, '$1−');
 const superscript = (n) => String(n).replace(/./g, (c) => ({'-': '⁻', 0: '⁰', 1: '¹', 2: '²', 3: '³', 4: '⁴', 5: '⁵', 6: '⁶', 7: '⁷', 8: '⁸', 9: '⁹'})[c]);
-const grouped = (n) => String(n).replace(/\B(?=(\d{3})+(?!\d))/g, ' ');
+const grouped = (n) => (n < 1e4 ? String(n) : String(n).replace(/\B(?=(\d{3})+(?!\d))/g, '\u00a0'));
 
 const isPlain = (size) => size >= PLAIN[0] && size < PLAIN[1];
 
@@ -84,18 +92,15 @@ function interval(lower, upper) {
   return '';
 }
 
-/** A number with so many digits, as people write it: 0.0123, 5.021, 12 300, 1.2×10⁻⁷. */
+/** A number with so many digits, as people write it and as sentences have it: 0.0123, 5.021, 12 300, 1.2×10⁻⁷. */
 function shown(value, digits = DIGITS) {
   if (value === null || value === undefined) return '–';
   if (Number.isNaN(value)) return 'NaN';
   if (!Number.isFinite(value)) return value > 0 ? '∞' : '−∞';
   if (value === 0) return '0';
-  const size = Math.abs(value);
-  const sign = value < 0 ? '−' : '';
+  const size = Number(Math.abs(value).toPrecision(digits));
   if (!isPlain(size)) return withPower(value, digits);
-  if (size >= 1e4) return sign + grouped(Math.round(size));
-  const text = size.toPrecision(digits);
-  return sign + (text.includes('.') ? text.replace(/\.?0+$/, '') : text);
+  return (value < 0 ? '−' : '') + (size >= 1e4 ? grouped(size) : String(size));
 }
 
 /** Ticks at round numbers, about so many. */
@@ -154,25 +159,27 @@ function logScale(low, high, height) {
   return {place, ticks: labelled(powersWithin(a, b, height).map((p) => 10 ** p), 2)};
 }
 
-/** Logarithmic on both sides of zero, linear within a ten-thousandth of the largest size. */
-function symlogScale(low, high, height) {
-  const unit = 1e-4 * Math.max(Math.abs(low), Math.abs(high));
+/** Logarithmic on both sides of zero, linear within a ten-thousandth of the largest size or a tenth of the middle one. */
+function symlogScale(low, high, height, middle) {
+  const unit = Math.min(1e-4 * Math.max(Math.abs(low), Math.abs(high)), 0.1 * (middle || Infinity));
   const bend = (v) => Math.sign(v) * Math.log10(1 + Math.abs(v) / unit);
   const [a, b] = [bend(low), bend(high)];
   const start = Math.ceil(Math.log10(unit) + 0.7);
+  const stride = Math.max(1, Math.ceil((24 * (bend(high) - bend(low))) / height));
   const ticks = [0];
   for (const [limit, sign] of [[high, 1], [-low, -1]]) {
-    for (let p = start; 10 ** p <= limit; p += 1) ticks.push(sign * 10 ** p);
+    for (let p = start; 10 ** p <= limit; p += stride) ticks.push(sign * 10 ** p);
   }
   return {place: (v) => (bend(v) - a) / (b - a), ticks: labelled(ticks.filter((v) => v >= low && v <= high), 2)};
 }
 
-function scaleFor(low, high, mode, height, spread = SPREAD) {
-  const wide = low > 0 && high / low > spread;
+/** The scale from the lowest to the highest value, of which the sizes have a median. */
+function scaleFor(low, high, middle, mode, height, spread = SPREAD) {
+  const wide = low > 0 ? high / low > spread : Math.max(-low, high) > WIDE * middle;
   if (mode === 'log' || (mode === 'auto' && wide)) {
     if (low > 0) return logScale(low / 1.08, high * 1.08, height);
     const margin = 0.12 * Math.max(Math.abs(low), Math.abs(high));
-    return symlogScale(low < 0 ? low - margin : low, high > 0 ? high + margin : high, height);
+    return symlogScale(low < 0 ? low - margin : low, high > 0 ? high + margin : high, height, middle);
   }
   const margin = high > low ? 0.06 * (high - low) : 0.1 * (Math.abs(high) || 1);
   return linearScale(low === 0 ? 0 : low - margin, high + margin, height);
@@ -199,6 +206,7 @@ function line(series, name, label, style = {}) {
     values,
     lower: series.values[`${name}_lower`] || ends(-1),
     upper: series.values[`${name}_upper`] || ends(1),
+    isError: Boolean(error),
     ...style,
   };
 }
@@ -260,7 +268,7 @@ function chartsOf(all) {
   add('smallest', 'Smallest eigenvalues', 'L / θ²', [...each('lambda_min', 'λ min', {main: true, breaks: true}).map((l) => ({...l, certified: l.series.certified})), ...smallest], {level: 0, marks: true});
   add('sharpness', 'Sharpness', 'L', each('sharpness', 'sharpness', main));
   // StepMarginMonitor writes at other steps than CurvatureMonitor, as scalars.
-  const beside = (name, label) => all.filter((s) => s.leads).flatMap((s) => Object.keys(s.scalars).filter((tag) => tag.endsWith(`/${name}`)).map((tag) => scalarLine(s, tag, label, main)));
+  const beside = (name, label) => all.flatMap((s) => tagsBeside(s, name).map((tag) => scalarLine(s, tag, label, main)));
   add('margin', 'Step margin', 'above 1 a step overshoots', beside('step_margin', 'step margin'), {level: 1});
   add('critical', 'Critical sharpness', '1 / learning rate', beside('critical_sharpness', 'critical sharpness'));
   add('gradient', 'Curvature along the gradient', 'L / θ²', each('gradient_curvature', 'g′Hg / g′g', main), {level: 0});
@@ -268,12 +276,18 @@ function chartsOf(all) {
   heatMaps(all, charts);
   const steps = (tag, label, style) => all.filter((s) => s.leads && s.scalars[tag]).map((s) => scalarLine(s, tag, label, style));
   for (const name of ['damping', 'radius', 'sigma']) add(name, name[0].toUpperCase() + name.slice(1), 'of Newton steps', steps(`newton/${name}`, name, main), {spread: 8});
-  add('decrease', 'Actual over predicted decrease', 'of Newton steps', [...steps('newton/ratio', 'step taken', main), ...steps('newton/first_ratio', 'step proposed', {dash: [5, 3], width: 1.3})], {level: 1});
+  add('decrease', 'Actual over predicted decrease', 'of Newton steps', [...steps('newton/ratio', 'step taken', main), ...steps('newton/first_ratio', 'step proposed', {dash: [5, 3], width: 1.3})], {level: 1, limits: [-1, 3]});
   add('iterations', 'Solver iterations', 'of Newton steps', steps('newton/iterations', 'iterations', main));
   for (const name of otherNames(all)) add(`value ${name}`, capital(name), UNITS.get(name) || '', each(name, capital(name).toLowerCase(), main));
   add('products', 'Products of a measurement', '', each('products', 'products', main));
   add('seconds', 'Duration of a measurement', 's', each('seconds', 'seconds', main));
   return charts;
+}
+
+/** Tags of a scalar beside the measurements of a series: those of its prefix, and for a run's first one those of no monitor. */
+function tagsBeside(series, name) {
+  const prefixes = Object.keys(series.scalars).filter((tag) => tag.endsWith(`/${name}`)).map((tag) => tag.slice(0, -name.length - 1));
+  return prefixes.filter((prefix) => prefix === series.prefix || (series.leads && !series.prefixes.includes(prefix))).map((prefix) => `${prefix}/${name}`);
 }
 
 const UNITS = new Map([['trace', 'L / θ²'], ['gauss_newton_trace', 'L / θ²']]);
@@ -349,7 +363,7 @@ class Chart {
     }
     if (marks && lines.some((l) => l.certified?.includes(true))) entries.push(legendEntry('certified', {symbol: 'filled'}));
     if (marks && lines.some((l) => l.certified?.includes(false))) entries.push(legendEntry('tracked', {symbol: 'hollow'}));
-    if (lines.some((l) => l.lower && l.upper)) entries.push(legendEntry(lines.some((l) => l.certified) ? 'interval' : 'interval or error', {symbol: 'band'}));
+    if (lines.some((l) => l.lower && l.upper)) entries.push(legendEntry(lines.some((l) => l.isError) ? 'standard error' : 'interval', {symbol: 'band'}));
     if (shades?.some((s) => s.values.stability_ratio.some((r) => r > 1))) entries.push(legendEntry('ratio above 1', {symbol: this.page.chosen().length > 1 ? 'strip' : 'shade'}));
     if (density || layers) {
       const {low, high, log} = this.heatRange();
@@ -362,8 +376,10 @@ class Chart {
   heatRange() {
     if (this.spec.density) return {low: 0, high: this.spec.density.heights.reduce((most, bars) => Math.max(most, ...bars), 0), log: false};
     const values = finite(this.spec.layers.values.flat());
-    const log = values.every((v) => v > 0);
-    const sizes = log ? values.map(Math.log10) : values;
+    const most = values.reduce((a, b) => Math.max(a, b), -Infinity);
+    // Eigenvalues that are zero up to rounding get the lowest colour, and do not decide on the scale.
+    const log = most > 0 && median(values) > most / REACH;
+    const sizes = log ? values.filter((v) => v > most / REACH).map(Math.log10) : values;
     const low = sizes.reduce((a, b) => Math.min(a, b), Infinity);
     const high = sizes.reduce((a, b) => Math.max(a, b), -Infinity);
     return {low, high: high > low ? high : low + 1, log};
@@ -392,7 +408,7 @@ class Chart {
   }
 
   yScale(first, last) {
-    const {lines, range, level, density, layers} = this.spec;
+    const {lines, range, level, limits, density, layers} = this.spec;
     if (layers) return {place: (v) => v, ticks: []};
     const leading = this.spec.leading && leadingRange(lines, first, last);
     const scale = this.page.state.scale;
@@ -402,9 +418,26 @@ class Chart {
     const take = (v) => {
       if (Number.isFinite(v) && !(led && v < leading.low / DEPTH)) [low, high] = [Math.min(low, v), Math.max(high, v)];
     };
-    if (density) density.steps.forEach((step, k) => (step >= first && step <= last) && [take(density.edges[k][0]), take(density.edges[k].at(-1))]);
-    for (const l of lines.filter((entry) => !entry.threshold)) l.steps.forEach((step, k) => step >= first && step <= last && l.values[k] !== null && take(l.values[k]));
+    const [values, sizes] = [[], []];
+    const enter = (step, found, size) => {
+      if (step < first || step > last) return;
+      values.push(...finite(found));
+      if (Number.isFinite(size) && size > 0) sizes.push(size);
+    };
+    density?.steps.forEach((step, k) => {
+      const ends = [density.edges[k][0], density.edges[k].at(-1)];
+      enter(step, ends, Math.max(...ends.map(Math.abs)));
+    });
+    for (const l of lines.filter((entry) => !entry.threshold)) l.steps.forEach((step, k) => l.values[k] !== null && enter(step, [l.values[k]], Math.abs(l.values[k])));
+    const middle = median(sizes);
+    const bothSigns = values.some((v) => v <= 0);
+    const isNear = (v) => mode === 'linear' || !sizes.length || (Math.abs(v) <= REACH * middle && (bothSigns || v >= middle / REACH));
+    values.filter(isNear).forEach(take);
     if (!(low <= high)) [low, high] = [0, 1];
+    if (limits && scale === 'auto') {
+      low = Math.max(low, limits[0]);
+      high = Math.max(low, Math.min(high, limits[1]));
+    }
     const positive = low > 0;
     // Intervals may be many times wider than the curve, and a threshold may lie far above it; neither may flatten it.
     const span = Math.max(high - low, 0.02 * Math.max(Math.abs(low), Math.abs(high)));
@@ -414,12 +447,12 @@ class Chart {
         if (step < first || step > last) return;
         if (l.lower?.[k] !== null && l.lower) take(Math.max(least, l.lower[k]));
         if (l.upper?.[k] !== null && l.upper) take(Math.min(most, l.upper[k]));
-        if (l.threshold && l.values[k] !== null && (mode === 'log' || l.values[k] < 4 * most)) take(l.values[k]);
+        if (l.threshold && l.values[k] !== null && isNear(l.values[k]) && (mode === 'log' || l.values[k] < 4 * most)) take(l.values[k]);
       });
     }
     if (level !== undefined && mode !== 'log') take(level);
     if (range && mode !== 'log') range.forEach(take);
-    return scaleFor(low, high, density && mode === 'auto' ? 'linear' : mode, this.box.height, this.spec.spread);
+    return scaleFor(low, high, middle, mode, this.box.height, density ? Infinity : this.spec.spread);
   }
 
   draw() {
@@ -441,6 +474,7 @@ class Chart {
     c.restore();
     for (const l of this.spec.lines.filter((entry) => entry.main)) this.paintMarks(c, theme, l);
     this.noteHiddenThreshold(c, theme);
+    this.markBeyond(c, theme);
     this.drawCursor();
   }
 
@@ -628,6 +662,44 @@ class Chart {
     });
   }
 
+  /** Mark with arrows at the edge of the plot what lies beyond it, and say how far it goes. */
+  markBeyond(c, theme) {
+    const {left, top, height} = this.box;
+    const [first, last] = this.page.range();
+    for (const [sign, edge, word] of [[1, top, '▲ up to'], [-1, top + height, '▼ down to']]) {
+      const beyond = [];
+      for (const l of this.spec.lines.filter((entry) => entry.main)) {
+        let free = -Infinity;
+        l.steps.forEach((step, k) => {
+          if (l.values[k] === null || Number.isNaN(l.values[k]) || step < first || step > last) return;
+          const y = this.y(l.values[k]);
+          if (sign > 0 ? !(y < top - 2) : !(y > top + height + 2 || Number.isNaN(y))) return;
+          beyond.push(l.values[k]);
+          const x = this.x(step);
+          if (x < free) return;
+          free = x + 9;
+          c.fillStyle = theme.run[l.series.colour];
+          c.beginPath();
+          c.moveTo(x, edge - sign);
+          c.lineTo(x - 4, edge + 6 * sign);
+          c.lineTo(x + 4, edge + 6 * sign);
+          c.fill();
+        });
+      }
+      if (!beyond.length) continue;
+      const farthest = beyond.reduce((a, b) => (sign * b > sign * a ? b : a));
+      const text = `${word} ${shown(farthest, 2)}`;
+      const wide = c.measureText(text).width;
+      const y = sign > 0 ? top + 9 : top + height - 25;
+      c.fillStyle = theme.card;
+      c.fillRect(left + 4, y, wide + 8, 16);
+      c.fillStyle = theme.muted;
+      c.textAlign = 'left';
+      c.textBaseline = 'top';
+      c.fillText(text, left + 8, y + 2);
+    }
+  }
+
   paintDensity(c, theme) {
     const {steps, edges, heights} = this.spec.density;
     const most = this.heatRange().high || 1;
@@ -650,7 +722,7 @@ class Chart {
       const [from, to] = this.column(steps, k);
       values[k].forEach((value, n) => {
         if (!Number.isFinite(value)) return;
-        c.fillStyle = theme.heat(((log ? Math.log10(value) : value) - low) / (high - low));
+        c.fillStyle = theme.heat(((log ? Math.log10(Math.max(value, 1e-300)) : value) - low) / (high - low));
         c.fillRect(from, this.box.top + n * row, to - from + 0.6, row - (row > 6 ? 1 : 0));
       });
     });
@@ -733,12 +805,14 @@ class Chart {
   rows(step, y) {
     const several = new Set(this.spec.lines.map((l) => l.series.id)).size > 1;
     const at = this.at(step);
-    // For several runs a row each: the main value, and the threshold that it is compared with.
+    // For several runs a row each: the main value, its neighbours, and the threshold that it is compared with.
     const rows = at.filter(({l}) => !several || l.main).map(({l, k}) => {
-      const limit = several && at.find((other) => other.l.threshold && other.l.series === l.series);
+      const others = several ? at.filter((other) => other.l !== l && other.l.series === l.series) : [];
+      const limit = others.find((other) => other.l.threshold);
+      const further = others.filter((other) => !other.l.threshold).slice(0, MOST_BESIDE).map((other) => `${other.l.label} ${shown(other.l.values[other.k], 3)}`);
       const within = several ? '' : interval(l.lower?.[k], l.upper?.[k]);
       const kind = l.certified ? {true: 'certified', false: 'tracked'}[l.certified[k]] || '' : '';
-      const remarks = [limit ? `threshold ${shown(limit.l.values[limit.k], 3)}` : '', within, several ? '' : kind];
+      const remarks = [...further, limit ? `threshold ${shown(limit.l.values[limit.k], 3)}` : '', within, several ? '' : kind];
       return [several ? l.series.label : l.label, shown(l.values[k], 5), remarks.filter(Boolean).join(', '), l.series.colour];
     });
     const {density, layers, series} = this.spec;
@@ -912,7 +986,7 @@ class Page {
     none.addEventListener('click', () => this.choose([]));
     this.scales = ['auto', 'linear', 'log'].map((scale) => {
       const button = el('button', {type: 'button', textContent: scale[0].toUpperCase() + scale.slice(1)});
-      button.title = {auto: 'Logarithmic where values span more than two decades', linear: 'Linear', log: 'Logarithmic, on both sides of zero where signs differ'}[scale];
+      button.title = {auto: 'Logarithmic where values span more than two decades, or the largest is a thousand times the median', linear: 'Linear', log: 'Logarithmic, on both sides of zero where signs differ'}[scale];
       button.addEventListener('click', () => {
         this.state.scale = scale;
         this.changed();
@@ -984,7 +1058,10 @@ class Page {
 
   async load() {
     const listed = await this.ask('runs');
-    if (listed?.error) return this.say([listed.error]);
+    if (listed?.error) {
+      this.say([listed.error]);
+      return;
+    }
     if (listed) this.runs = listed.runs;
     this.arrange();
     const wanted = [...new Set(this.chosen().map((s) => s.run))];
@@ -992,7 +1069,10 @@ class Page {
     for (let k = 0; k < wanted.length; k += RUNS_IN_A_REQUEST) {
       const query = wanted.slice(k, k + RUNS_IN_A_REQUEST).map((run) => `run=${encodeURIComponent(run)}`).join('&');
       const answer = await this.ask(`data?${query}`);
-      if (answer?.error) return this.say([answer.error]);
+      if (answer?.error) {
+        this.say([answer.error]);
+        return;
+      }
       for (const [run, found] of Object.entries(answer?.runs || {})) this.data.set(run, found);
       news ||= Boolean(answer);
     }
@@ -1026,7 +1106,7 @@ class Page {
         const values = table(Object.entries(monitor.values).map(([name, column]) => [name, column.map(number)]));
         const layers = monitor.layers && {...monitor.layers, values: monitor.layers.values.map((row) => row.map(number))};
         const scalars = table(Object.entries(data?.scalars || {}).map(([tag, s]) => [tag, {steps: s.steps, values: s.values.map(number)}]));
-        this.all.push({...monitor, id: prefix === null ? run : `${run}\u001f${prefix}`, run, label, values, layers, scalars, leads: k === 0, errors: data?.errors || []});
+        this.all.push({...monitor, prefix, prefixes, id: prefix === null ? run : `${run}\u001f${prefix}`, run, label, values, layers, scalars, leads: k === 0, errors: data?.errors || []});
       });
     }
     const chosen = new Set(this.state.runs || this.all.slice(0, MOST_CHOSEN).map((s) => s.id));
@@ -1130,7 +1210,7 @@ class Page {
     const found = [...sentences];
     for (const series of this.chosen()) {
       if (series.leads) found.push(...series.errors.map((error) => `${series.run}: ${error}`));
-      if (series.unread) found.push(`${series.label}: ${series.unread} ${series.unread === 1 ? 'record' : 'records'} could not be read; ${series.why}.`);
+      if (series.unread) found.push(`${series.label}: ${series.unread} ${series.unread === 1 ? 'record' : 'records'} could not be read, ${series.unread === 1 ? 'because' : 'the last one because'} ${series.why}.`);
     }
     if (!found.length && this.all.length && !this.chosen().length) found.push('No run is chosen.');
     if (sentences.length && !this.all.length) {
@@ -1173,13 +1253,13 @@ class Page {
     return own.length === 1 ? own[0] : [...new Set(own.flat())].sort((a, b) => a - b);
   }
 
-  /** Put the crosshair of all charts at the measurement next to a step, and say what it shows. */
+  /** Put the crosshair of all charts at the measurement next to a step, and return the rows that it shows. */
   point(chart, step, y, clientX, clientY) {
     const steps = chart ? this.stepsOf(chart) : [];
     this.cursor = steps.length ? steps[nearest(steps, step)] : null;
     this.drawCursors();
     this.tip.hidden = this.cursor === null;
-    if (this.cursor === null) return;
+    if (this.cursor === null) return [];
     const rows = chart.rows(this.cursor, y);
     this.tip.replaceChildren(
       el('div', {className: 'quiet'}, `step ${grouped(this.cursor)}`),
@@ -1205,7 +1285,7 @@ class Page {
     const step = steps[Math.max(0, Math.min(steps.length - 1, from + by))];
     const box = chart.plot.getBoundingClientRect();
     const y = chart.box.top + chart.box.height / 2;
-    const rows = this.point(chart, step, y, box.left + chart.x(step), box.top + y) || [];
+    const rows = this.point(chart, step, y, box.left + chart.x(step), box.top + y);
     this.heard.textContent = `step ${step}: ${rows.map(([name, value, remark]) => `${name} ${value} ${remark}`.trim()).join('; ')}`;
   }
 
@@ -1242,7 +1322,7 @@ function verdictCard(series, theme, most, open) {
     el('div', {className: 'row'}, el('h2', {title: series.label}, series.label), verdict ? el('span', {className: `pill ${kind}`}, verdict) : ''),
   );
   card.style.setProperty('--swatch', theme.run[series.colour]);
-  const sentences = sentencesOf(series);
+  const sentences = sentencesOf(series).map(typeset);
   const alarms = ['failed', 'diverged'].includes(series.state) ? sentences.splice(0, ALARMS) : [];
   if (alarms.length) card.append(el('p', {className: 'alarm'}, alarms.join(' ')));
   const numbers = numbersOf(series);
@@ -1271,7 +1351,7 @@ const isMeasured = (series) => series.steps.length > 0 || stepSentences(series).
 function badgeOf(series) {
   if (series.state in BADGES) return BADGES[series.state];
   const ratio = lastOf(series, 'stability_ratio');
-  if (ratio?.current) return BADGES[ratio.value < EDGE[0] ? 'below' : ratio.value <= EDGE[1] ? 'edge' : 'beyond'];
+  if (ratio?.current && Number.isFinite(ratio.value)) return BADGES[ratio.value < EDGE[0] ? 'below' : ratio.value <= EDGE[1] ? 'edge' : 'beyond'];
   const accepted = lastScalar(series, 'newton/accepted');
   return accepted && (accepted.value ? ['good', 'step accepted'] : ['warn', 'step rejected']);
 }
@@ -1290,7 +1370,7 @@ function numbersOf(series) {
   const threshold = (k) => (at('stability_threshold', k) === null ? '' : `threshold ${shown(at('stability_threshold', k))}`);
   put('lambda_max', 'largest eigenvalue', between('lambda_max'));
   if (isPreconditioned(series)) put('preconditioned_lambda_max', 'preconditioned eigenvalue', between('preconditioned_lambda_max'));
-  put('stability_ratio', 'of the threshold', threshold);
+  put('stability_ratio', 'ratio to threshold', threshold);
   put('lambda_min', 'smallest eigenvalue', between('lambda_min'));
   put('sharpness', 'sharpness');
   return numbers;
@@ -1320,8 +1400,9 @@ function stepSentences(series) {
     const {step} = ratio || accepted || last('newton/damping') || last('newton/radius') || last('newton/sigma');
     found.push(`Last Newton step (step ${grouped(step)}): ${parts.filter(Boolean).join(', ')}.`);
   }
-  for (const tag of Object.keys(series.scalars).filter((name) => name.endsWith('/step_margin'))) {
-    const margin = last(tag);
+  for (const tag of tagsBeside(series, 'step_margin')) {
+    const {steps, values} = series.scalars[tag];
+    const margin = steps.length && {value: values.at(-1), step: steps.at(-1)};
     if (margin) found.push(`Step margin ${shown(margin.value, 3)} at step ${grouped(margin.step)}; above 1 a step overshoots.`);
   }
   return found;

@@ -23,6 +23,7 @@ from newtonopt.curvature import Measurement
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
 
 MODULES = ("newtonopt", "newtonopt.curvature", "newtonopt.callbacks")
 # Each public name with its dotted name: "trace" is "newtonopt.curvature.trace".
@@ -125,11 +126,22 @@ def add_tags(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: l
     """List the tags of a measurement before its example."""
     if what != "class" or not issubclass(obj, Measurement) or obj is Measurement:
         return
-    rows = [".. rubric:: Tags", "", ".. list-table::", "   :widths: auto", ""]
+    rows = [".. rubric:: Tags", ""]
     for tag in obj.tags:
-        rows += [f"   * - ``{tag.folder('curvature')}{tag.name}``", f"     - {tag.unit}", f"     - {tag.description}"]
+        unit = f" ({tag.unit})" if tag.unit else ""
+        rows.append(f"- ``{tag.folder('curvature')}/{tag.name}``{unit}: {tag.description}")
     place = next((number for number, line in enumerate(lines) if line.startswith(".. rubric:: Example")), len(lines))
     lines[place:place] = [*rows, ""]
+
+
+def leave_unlinked(
+    app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, content: nodes.TextElement
+) -> nodes.Node | None:
+    """Name a class of ours that has no page, because users neither make nor read it, by its name alone."""
+    module, _, name = node["reftarget"].rpartition(".")
+    if node["refdomain"] != "py" or not module.startswith("newtonopt.") or name in PUBLIC:
+        return None
+    return addnodes.literal_emphasis(name, name) if hasattr(sys.modules.get(module), name) else None
 
 
 class LinkNames(SphinxTransform):
@@ -215,5 +227,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-skip-member", skip_member)
     app.connect("autodoc-process-signature", shorten_signature)
     app.connect("autodoc-process-docstring", add_tags, priority=900)  # after napoleon
+    app.connect("missing-reference", leave_unlinked)
     app.add_transform(LinkNames)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

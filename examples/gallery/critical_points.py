@@ -2,9 +2,9 @@
 Is it a minimum, a maximum or a saddle?
 =======================================
 
-Where the gradient is zero, the signs of the Hessian's eigenvalues tell the kind of a critical point, unless one of them
-is zero. ``critical_point`` gives a verdict with its evidence in words, and says "degenerate" where eigenvalues cannot
-decide.
+Where the gradient is zero, the signs of the Hessian's eigenvalues tell the kind of a
+critical point, unless one of them is zero. ``critical_point`` gives a verdict with its
+evidence in words, and says "degenerate" where eigenvalues cannot decide.
 """
 
 import matplotlib.pyplot as plt
@@ -36,7 +36,9 @@ def at(name, place):
 # Eigenvalues alone would call the first of these points a saddle.
 
 cubic = "3x³ - 6y² + 3"
-elsewhere = {place: critical_point(at(cubic, place)) for place in ((1.2, 3.4), (-1.0, 1.0))}
+elsewhere = {
+    place: critical_point(at(cubic, place)) for place in ((1.2, 3.4), (-1.0, 1.0))
+}
 for place, found in elsewhere.items():
     print(f"{cubic} at {place}: {found}")
 
@@ -52,8 +54,9 @@ for name, found in verdicts.items():
 # A zero eigenvalue leaves the kind open
 # --------------------------------------
 #
-# x² + y⁴ and x² - y⁴ have the same Hessian at the origin, and only the first has a minimum there. The textbook shortcut
-# "no eigenvalue is negative, so it is a minimum" guesses:
+# x² + y⁴ and x² - y⁴ have the same Hessian at the origin, and only the first has a
+# minimum there. The textbook shortcut "no eigenvalue is negative, so it is a minimum"
+# guesses:
 
 
 def shortcut(name):
@@ -66,19 +69,27 @@ def shortcut(name):
 
 guesses = {name: shortcut(name) for name in functions}
 for name, guess in guesses.items():
-    print(f"{name}: {verdicts[name].kind}" + (f", by the shortcut a {guess}" if guess != verdicts[name].kind else ""))
+    print(
+        f"{name}: {verdicts[name].kind}"
+        + (f", by the shortcut a {guess}" if guess != verdicts[name].kind else "")
+    )
 
 # %%
 # A minimum is a local one
 # ------------------------
 #
-# Curvature at a point knows nothing of other places, such as those where x² + y² - y³ is lower.
+# Curvature at a point knows nothing of other places, such as those where x² + y² - y³ is
+# lower.
 
 line = torch.linspace(-1.5, 1.5, 81, dtype=torch.float64)
-heights = {name: function(line[None, :], line[:, None]) for name, function in functions.items()}
+heights = {
+    name: function(line[None, :], line[:, None]) for name, function in functions.items()
+}
 print(f"x² + y² - y³ falls to {float(heights['x² + y² - y³'].min()):.2f} within this map")
 
-figure, panels = plt.subplots(2, 3, figsize=(7.2, 5.2), sharex=True, sharey=True, layout="constrained")
+figure, panels = plt.subplots(
+    2, 3, figsize=(7.2, 5.2), sharex=True, sharey=True, layout="constrained"
+)
 for axes, name in zip(panels.flat, functions, strict=True):
     axes.contourf(line, line, heights[name], levels=16, cmap="viridis")
     axes.plot(0, 0, "wo", markeredgecolor="k")

@@ -2,8 +2,9 @@
 Along which direction does the loss curve most?
 ===============================================
 
-Along the eigenvector of the Hessian's largest eigenvalue. For a trained network a unit step along it raises the loss a
-thousandfold, while along an eigenvector of nearly no curvature the loss hardly moves.
+Along the eigenvector of the Hessian's largest eigenvalue. For a trained network a unit
+step along it raises the loss a thousandfold, while along an eigenvector of nearly no
+curvature the loss hardly moves.
 """
 
 import matplotlib.pyplot as plt
@@ -17,7 +18,8 @@ from newtonopt.curvature import extreme_eigenvalues, loss_slice
 # Train a network
 # ---------------
 #
-# It has 49 parameters and learns a sine wave. Eigenvectors mean most where the gradient is nearly zero.
+# It has 49 parameters and learns a sine wave. Eigenvectors mean most where the gradient
+# is nearly zero.
 
 torch.manual_seed(0)
 x = torch.linspace(-3, 3, 100, dtype=torch.float64)[:, None]
@@ -41,8 +43,8 @@ print(f"loss {float(loss):.2g}")
 # The eigenvectors
 # ----------------
 #
-# ``extreme_eigenvalues`` finds both ends of the spectrum from products. For so few parameters it can find all
-# eigenvalues, and the one of smallest magnitude is among them.
+# ``extreme_eigenvalues`` finds both ends of the spectrum from products. For so few
+# parameters it can find all eigenvalues, and the one of smallest magnitude is among them.
 
 H = hessian(evaluate(closure, model.parameters()))
 ends = extreme_eigenvalues(H, top=1, bottom=1)
@@ -56,14 +58,22 @@ print(f"flat:    curvature {flat}")
 # The loss along both
 # -------------------
 #
-# ``loss_slice`` evaluates the loss along a direction, beside its quadratic model: loss + slope·s + curvature·s²/2. The
-# model is right near the point and errs further out. The inset magnifies the flat direction.
+# ``loss_slice`` evaluates the loss along a direction, beside its quadratic model: loss +
+# slope·s + curvature·s²/2. The model is right near the point and errs further out. The
+# inset magnifies the flat direction.
 
-slices = {"fastest": fastest, "flat": flat}
-slices = {name: loss_slice(closure, model.parameters(), e.vector, radius=1.0, points=61) for name, e in slices.items()}
+slices = {
+    name: loss_slice(closure, model.parameters(), e.vector, radius=1.0, points=61)
+    for name, e in (("fastest", fastest), ("flat", flat))
+}
 for name, along in slices.items():
-    rise, off = float(along.losses.max() - along.loss), float((along.losses - along.model).abs().max())
-    print(f"{name:<8} the loss rises by up to {rise:.2g}, the model errs by up to {off:.2g}")
+    rise, error = (
+        along.losses.max() - along.loss,
+        (along.losses - along.model).abs().max(),
+    )
+    print(
+        f"{name}: the loss rises by up to {rise:.2g}, the model errs by up to {error:.2g}"
+    )
 
 figure, panels = plt.subplots(1, 2, figsize=(7.2, 3.6), sharey=True, layout="constrained")
 inset = panels[1].inset_axes([0.25, 0.35, 0.65, 0.5], title="magnified")

@@ -2,8 +2,9 @@
 What is the Hessian of a quadratic form?
 ========================================
 
-The Hessian of f(x) = x'Ax is A + A'. It is symmetric however far A is from symmetric: second derivatives do not
-depend on the order in which they are taken. For a symmetric A it is 2A.
+The Hessian of f(x) = x'Ax is A + A'. It is symmetric however far A is from symmetric:
+second derivatives do not depend on the order in which they are taken. For a symmetric A
+it is 2A.
 """
 
 import matplotlib.pyplot as plt
@@ -26,9 +27,10 @@ def f(x):
 # A Hessian known by its products
 # -------------------------------
 #
-# newtonopt does not form the matrix: ``H @ v`` multiplies it by a vector, for the cost of about two gradients. The
-# products with the unit vectors are its columns. ``torch.func.hessian`` forms the matrix at once, which takes n times
-# the memory of the parameters.
+# newtonopt does not form the matrix: ``H @ v`` multiplies it by a vector, for the cost of
+# about two gradients. The products with the unit vectors are its columns.
+# ``torch.func.hessian`` forms the matrix at once, which takes n times the memory of the
+# parameters.
 
 H = hessian(evaluate(lambda: f(x), [x]))
 products = torch.stack([H @ unit for unit in torch.eye(n, dtype=torch.float64)])
@@ -50,13 +52,20 @@ print(f"A against its transpose:        {gap(A, A.T):.2f}")
 # --------------------------------------
 
 figure, panels = plt.subplots(1, 2, figsize=(7.2, 3.7), layout="constrained")
-for axes, matrix, title in zip(panels, (A, products), ("A", "the Hessian of x'Ax"), strict=True):
+for axes, matrix, title in zip(
+    panels, (A, products), ("A", "the Hessian of x'Ax"), strict=True
+):
     drawn = axes.imshow(matrix.numpy(), cmap="RdBu", vmin=-6, vmax=6)
     for row in range(n):
         for column in range(n):
             entry = float(matrix[row, column])
-            text, colour = f"{entry:.1f}".replace("-0.0", "0.0"), "w" if abs(entry) > 4 else "k"
-            axes.text(column, row, text, color=colour, ha="center", va="center", fontsize=8)
+            text, colour = (
+                f"{entry:.1f}".replace("-0.0", "0.0"),
+                "w" if abs(entry) > 4 else "k",
+            )
+            axes.text(
+                column, row, text, color=colour, ha="center", va="center", fontsize=8
+            )
     axes.set(title=title, xticks=[], yticks=[])
 figure.colorbar(drawn, ax=panels, shrink=0.85)
 plt.show()

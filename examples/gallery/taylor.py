@@ -2,9 +2,10 @@
 How much does a gradient step lower the loss?
 =============================================
 
-A step of -ε g promises to lower the loss by ε g'g. Curvature decides what becomes of the promise: the loss falls by
-ε g'g - ε² g'Hg / 2, up to third derivatives. Negative curvature along the gradient gives more than was promised, zero
-curvature exactly that, positive curvature less.
+A step of -ε g promises to lower the loss by ε g'g. Curvature decides what becomes of the
+promise: the loss falls by ε g'g - ε² g'Hg / 2, up to third derivatives. Negative
+curvature along the gradient gives more than was promised, zero curvature exactly that,
+positive curvature less.
 """
 
 import matplotlib.pyplot as plt
@@ -25,7 +26,8 @@ def f(x, bend):
 # Promised and actual decrease
 # ----------------------------
 #
-# The gradient at zero is -1 for all three functions. ``gradient_curvature`` measures g'Hg / g'g for one product.
+# The gradient at zero is -1 for all three functions. ``gradient_curvature`` measures g'Hg
+# / g'g for one product.
 
 decreases, curvatures = {}, {}
 for name, bend in bends.items():
@@ -36,18 +38,21 @@ for name, bend in bends.items():
     foretold = promised - step**2 * along.gradient_norm**2 * along.curvature / 2
     actual = float(evaluation.loss - f(-step * evaluation.gradient, bend))
     decreases[name], curvatures[name] = (promised, foretold, actual), along
-    print(f"{name:<8} curvature: promised {promised:.2f}, with curvature {foretold:.2f}, actual {actual:.2f}")
+    print(f"{name:<8} curvature: promised {promised:.2f}", end=", ")
+    print(f"with curvature {foretold:.2f}, actual {actual:.2f}")
 
 # %%
 # Best and longest step
 # ---------------------
 #
-# For positive curvature the quadratic model is lowest at ε = g'g / g'Hg, and back at its start at twice that: a longer
-# step raises the loss. The largest eigenvalue bounds the curvature along any gradient, hence the rule that gradient
-# descent is stable for learning rates below 2 over the largest eigenvalue.
+# For positive curvature the quadratic model is lowest at ε = g'g / g'Hg, and back at its
+# start at twice that: a longer step raises the loss. The largest eigenvalue bounds the
+# curvature along any gradient, hence the rule that gradient descent is stable for
+# learning rates below 2 over the largest eigenvalue.
 
 for name, along in curvatures.items():
-    print(f"{name:<8} curvature: best step {along.cauchy_step:.3g}, longest step {along.longest_step:.3g}")
+    print(f"{name:<8} curvature: best step {along.cauchy_step:.3g}", end=", ")
+    print(f"longest step {along.longest_step:.3g}")
 
 line = torch.linspace(-0.3, 1.6, 100, dtype=torch.float64)
 figure, panels = plt.subplots(1, 3, figsize=(7.2, 3.6), sharey=True, layout="constrained")
@@ -56,15 +61,18 @@ for axes, (name, bend) in zip(panels, bends.items(), strict=True):
     axes.plot(line, f(line, bend), label="loss")
     axes.plot(line, -line, "--", label="promised")
     axes.plot(0, 0, "ko", markersize=4)
-    axes.annotate("", (step, -promised), (step, 0), arrowprops={"arrowstyle": "->", "color": "C1"})
-    axes.annotate("", (step + 0.08, -actual), (step + 0.08, 0), arrowprops={"arrowstyle": "->", "color": "C0"})
+    for x, fall, colour in ((step, promised, "C1"), (step + 0.08, actual, "C0")):
+        arrow = {"arrowstyle": "->", "color": colour}
+        axes.annotate("", (x, -fall), (x, 0), arrowprops=arrow)
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    axes.set(title=f"{name} curvature\nfalls by {actual:.2f} of {promised:.2f}", xlabel="step", ylim=(-2.2, 0.7))
-    axes.title.set_fontsize(10)
-    if bend > 0:
-        for place, label in ((curvatures[name].cauchy_step, "best"), (curvatures[name].longest_step, "longest")):
-            axes.axvline(place, color="0.6", linestyle=":", zorder=0)
-            axes.text(place, 0.45, label, ha="center", fontsize=9, bbox={"color": "w", "pad": 1})
+    axes.set(xlabel="step", ylim=(-2.2, 0.7))
+    title = f"{name} curvature\nfalls by {actual:.2f} of {promised:.2f}"
+    axes.set_title(title, fontsize=10)
+box = {"ha": "center", "fontsize": 9, "bbox": {"color": "w", "pad": 1}}
+along = curvatures["positive"]
+for place, label in ((along.cauchy_step, "best"), (along.longest_step, "longest")):
+    panels[2].axvline(place, color="0.6", linestyle=":", zorder=0)
+    panels[2].text(place, 0.45, label, **box)
 panels[0].set(ylabel="loss")
 panels[0].legend(frameon=False, loc="lower left", fontsize=9)
 plt.show()

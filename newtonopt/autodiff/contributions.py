@@ -22,6 +22,7 @@ from torch import Tensor
 
 from newtonopt.autodiff.graph import kind_of
 from newtonopt.autodiff.samples import Use
+from newtonopt.vectors.subclasses import plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +77,24 @@ def contribution_of(use: Use, gradients: Sequence[Tensor | None]) -> Contributio
         if node is use.target[0]:
             return _spread(g, labels.samples, shape)
         rule = _RULES.get(kind_of(node))
-        found = None if rule is None else rule(node, use.slot, g, labels.samples, shape)
+        found = None if rule is None else rule(_Fields(node), use.slot, g, labels.samples, shape)
         if found is not None:
             return found
     samples = [None if one is None else one.samples for one in use.results]
     return _by_node(node, use.slot, gradients, samples, shape, operand.dtype)
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The fields of a node, in which tensors of users' own classes are plain."""
+
+    node: Any
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.node, name)
+        if isinstance(value, tuple):
+            return tuple(plain(one) if isinstance(one, Tensor) else one for one in value)
+        return plain(value) if isinstance(value, Tensor) else value
 
 
 # Matrix products.
@@ -180,8 +194,8 @@ def _embedding(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.Si
 
 def _embedding_bag(node: Any, slot: int, g: Tensor, samples: Tensor, shape: torch.Size) -> Contribution | None:
     is_sum, is_mean = node._saved_mode == 0, node._saved_mode == 1
-    plain = node._saved_per_sample_weights is None and not (node._saved_scale_grad_by_freq or node._saved_sparse)
-    if slot != 0 or not plain or not (is_sum or is_mean):
+    counted = node._saved_per_sample_weights is None and not (node._saved_scale_grad_by_freq or node._saved_sparse)
+    if slot != 0 or not counted or not (is_sum or is_mean):
         return None
     words, offsets = node._saved_indices.reshape(-1), node._saved_offsets.contiguous()
     bags = torch.searchsorted(offsets, torch.arange(len(words), device=g.device, dtype=offsets.dtype), right=True) - 1
@@ -375,7 +389,7 @@ def _derivative(node: Any, slot: int, gradients: Sequence[Tensor | None]) -> Ten
     else:
         found = node(*gradients)
     one: Tensor | None = found[slot] if isinstance(found, tuple) else found
-    return one
+    return plain(one)
 
 
 # Rows and entries.

@@ -65,6 +65,11 @@ class Evaluation:
         Evaluation(loss=9, n=2, form='cached')
         >>> evaluation.gradient
         tensor([ 3., 12.], dtype=torch.float64)
+
+    See Also:
+        - `evaluate()`: makes one.
+        - `hessian()`, `gauss_newton()`, `jacobian()`: the matrices at the evaluation.
+        - `docs/what_it_costs.md`: the memory that the graph takes.
     """
 
     loss: Tensor

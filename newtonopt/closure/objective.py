@@ -101,6 +101,12 @@ def evaluate(
         >>> H = hessian(evaluate(lambda: (theta**3).sum(), [theta]))
         >>> H @ torch.ones(2, dtype=torch.float64)
         tensor([ 6., 12.], dtype=torch.float64)
+
+    See Also:
+        - `hessian()`, `gauss_newton()`, `jacobian()`: the matrices at the evaluation.
+        - `measure()`: many measurements of a closure in one call.
+        - `docs/what_it_costs.md`: the time and memory of each way to form products.
+        - `docs/setups.md`: closures, models and libraries that are known to work.
     """
     check_products(products)
     check_closure(closure)
@@ -153,6 +159,11 @@ class Objective:
         16.0
         >>> theta.tolist()
         [1.0, 2.0]
+
+    See Also:
+        - `evaluate()`: the gradient and the matrices at one point, which is enough for most uses.
+        - `loss_slice()`: losses along one or two directions.
+        - `docs/own_measurement.md`: a measurement of your own, which is given an objective.
     """
 
     def __init__(

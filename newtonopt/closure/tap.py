@@ -89,6 +89,11 @@ def mark_outputs(z: Tensor) -> Tensor:
         >>> gauss_newton(evaluate(closure, [weights])).dense()
         tensor([[10., 14.],
                 [14., 20.]], dtype=torch.float64)
+
+    See Also:
+        - `gauss_newton()`: the matrix that needs the outputs.
+        - `jacobian()`: the derivative of the outputs.
+        - `docs/setups.md`: which losses are recognised without a mark.
     """
     if not isinstance(z, Tensor):
         raise TypeError(f"z must be a tensor, got a value of type {type(z).__name__}. Give the model's output.")

@@ -20,14 +20,14 @@ class GradientCurvature:
     """Slope and curvature along the gradient g, with the Hessian H.
 
     Attributes:
-        curvature: Rayleigh quotient g'Hg / g'g, exact up to rounding.
+        curvature: Rayleigh quotient `g'Hg / g'g`, exact up to rounding.
         residual: `|H g - curvature g| / |g|`: an eigenvalue of H lies within it of `curvature`.
         gradient_norm: `|g|`.
-        cauchy_step: Learning rate 1 / curvature, which minimises the quadratic model along -g (the Cauchy point);
+        cauchy_step: Learning rate `1 / curvature`, which minimises the quadratic model along -g (the Cauchy point);
             infinite if the curvature is not positive.
-        longest_step: Learning rate 2 / curvature, up to which the quadratic model does not rise; infinite if the
+        longest_step: Learning rate `2 / curvature`, up to which the quadratic model does not rise; infinite if the
             curvature is not positive.
-        stable_step: Learning rate 2 / lambda_max below which gradient descent is stable in all directions, with the
+        stable_step: Learning rate `2 / lambda_max` below which gradient descent is stable in all directions, with the
             upper bound on lambda_max (its value, if the spectrum is not certified); infinite if that is not positive,
             None without a spectrum.
         alignments: Squared cosines between g and each of the spectrum's top eigenvectors.
@@ -43,6 +43,11 @@ class GradientCurvature:
         >>> found = gradient_curvature(evaluate(lambda: 2.0 * (theta**2).sum(), [theta]))
         >>> round(found.curvature, 6), round(found.cauchy_step, 6), round(found.longest_step, 6)
         (4.0, 0.25, 0.5)
+
+    See Also:
+        - `gradient_curvature()`: computes it.
+        - `stability_threshold()`: the largest stable eigenvalue of any optimizer.
+        - `docs/read_your_curvature.md`: what the curvature along the gradient says about a run.
     """
 
     curvature: float
@@ -93,6 +98,11 @@ def gradient_curvature(evaluation: Evaluation, spectrum: Spectrum | None = None)
         >>> found = gradient_curvature(evaluation, extreme_eigenvalues(hessian(evaluation), top=1))
         >>> [round(share, 4) for share in found.alignments]  # the gradient is (3, 2): 9 / 13
         [0.6923]
+
+    See Also:
+        - `GradientCurvature`: the result.
+        - `AlongGradient`: the same in a training run.
+        - `step_margin()`: the curvature along an optimizer's own step, without a product.
     """
     H, g = hessian(evaluation), evaluation.gradient
     if spectrum is not None:
@@ -119,7 +129,8 @@ def gradient_curvature(evaluation: Evaluation, spectrum: Spectrum | None = None)
     residual = matrix.back(norm(curved - quotient * direction) / math.sqrt(square)) + room
     if not math.isfinite(residual):
         raise FloatingPointError(
-            f"g'Hg/g'g is {curvature}, with |g| = {length}. Loss and gradient must be finite at this point."
+            f"The curvature along the gradient is {curvature}, and the gradient's norm {length}. Check that loss and "
+            "gradient are finite at this point."
         )
     return GradientCurvature(
         curvature,

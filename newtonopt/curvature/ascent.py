@@ -67,6 +67,10 @@ class SharpnessEstimate:
         >>> found = sharpness(lambda: w[0] ** 2 + 3 * w[1] ** 2, [w], radius=0.1)
         >>> round(found.value, 6), round(found.prediction, 6), found.converged
         (0.03, 0.03, True)
+
+    See Also:
+        - `sharpness()`: computes it.
+        - `docs/read_your_curvature.md`: what sharpness says about a run, and what it does not.
     """
 
     value: float
@@ -144,6 +148,12 @@ def sharpness(
         >>> w = torch.ones(2, dtype=torch.float64, requires_grad=True)
         >>> round(sharpness(lambda: w[0] + 2 * w[1], [w], radius=0.1).value, 6)
         0.223607
+
+    See Also:
+        - `SharpnessEstimate`: the result.
+        - `Sharpness`: the same in a training run.
+        - `extreme_eigenvalues()`: the limit for small radii, with bounds.
+        - `docs/reference/mathematics.md`: how the largest rise is found.
     """
     check_choice("kind", kind, get_args(Kind))
     check_positive("radius", radius)
@@ -178,7 +188,7 @@ def ball_around(objective: Objective, kind: Kind, radius: float, tolerance: floa
     """
     if not math.isfinite(base):
         raise FloatingPointError(
-            f"the loss at the parameters is {base}, so no rise above it is defined; check the data and the model."
+            f"The loss is {base} at the parameters, so no rise above it is defined. Check the data and the model."
         )
     scale = objective.point.abs() if kind == "adaptive_ball" else torch.ones_like(objective.point)
     return Ball(objective, scale, radius, tolerance, base)

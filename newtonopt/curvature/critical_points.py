@@ -53,6 +53,11 @@ class CriticalPoint:
         "Saddle: the gradient's norm is 0, the"
         >>> [round(abs(entry), 6) for entry in found.direction.tolist()]
         [0.0, 1.0]
+
+    See Also:
+        - `critical_point()`: computes it.
+        - `Spectrum`: both ends of the spectrum.
+        - `docs/read_your_curvature.md`: how a saddle looks during training.
     """
 
     kind: CriticalKind
@@ -100,9 +105,9 @@ def critical_point(
     """Apply the second-order test, with intervals in place of eigenvalues.
 
     Both ends of the spectrum above zero make a minimum, both below a maximum, one on each side a saddle. An interval
-    that contains zero leaves the test undecided, as a positive semi-definite Hessian always does: x^3, x^4 and -x^4
-    all have the second derivative zero at zero. With a gradient above the tolerance the point is not critical, whatever
-    the eigenvalues.
+    that contains zero leaves the test undecided, as a positive semi-definite Hessian always does: `x^3`, `x^4` and
+    `-x^4` all have the second derivative zero at zero. With a gradient above the tolerance the point is not critical,
+    whatever the eigenvalues.
 
     A minimum is local: nothing is said of other points. If the gradient is small and not zero, the critical point
     itself is elsewhere, `distance` away if the curvature changes little on the way, which second derivatives cannot
@@ -134,6 +139,11 @@ def critical_point(
         >>> theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         >>> critical_point(evaluate(lambda: (theta**2).sum(), [theta])).kind
         'minimum'
+
+    See Also:
+        - `CriticalPoint`: the result.
+        - `extreme_eigenvalues()`: the intervals that decide.
+        - `docs/read_your_curvature.md`: how a saddle looks during training.
     """
     curvature = hessian(evaluation)
     check_positive("tolerance", tolerance)
@@ -141,7 +151,7 @@ def critical_point(
     length = norm(evaluation.gradient)
     if not math.isfinite(length):
         raise FloatingPointError(
-            f"the gradient's norm is {length}, so the point cannot be classified; check data and model."
+            f"The gradient's norm is {length}, so the point cannot be classified. Check the data and the model."
         )
     check_share("confidence", confidence)
     check_whole("max_products", max_products, 1)

@@ -94,6 +94,11 @@ def plot_history(
         >>> figure = plot_history(found)
         >>> [axes.get_title(loc="left") for axes in figure.axes]
         ['Largest eigenvalues', 'Largest eigenvalue over the threshold', 'Smallest eigenvalue']
+
+    See Also:
+        - `measure()`: the measurements to draw.
+        - `CurvatureMonitor`: writes the event files, and draws this figure with `figure_every`.
+        - `docs/tab.md`: the same panels in TensorBoard.
     """
     histories = _histories(source, prefix, loss, "")
     figure = sheet(_WIDTH, _height(histories), known=True)

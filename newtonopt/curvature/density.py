@@ -48,6 +48,11 @@ class SpectralDensity:
         >>> found = spectral_density(LinearOperator(A.mv, A.shape, A))
         >>> found.cumulative([-1.0, 0.5, 20.0]).tolist()
         [0.0, 0.5, 1.0]
+
+    See Also:
+        - `spectral_density()`: computes it.
+        - `ExactSpectrum`: all eigenvalues themselves.
+        - `docs/read_your_curvature.md`: what a density says about a run.
     """
 
     nodes: Tensor = field(repr=False)
@@ -232,6 +237,12 @@ def spectral_density(operator: LinearOperator, steps: int = 50, starts: int = 5,
         >>> found = spectral_density(LinearOperator(lambda v: scales * v, (1000, 1000), scales), steps=2)
         >>> [round(node, 3) for node in found.nodes[:2].tolist()], found.products
         ([1.0, 5.0], 10)
+
+    See Also:
+        - `SpectralDensity`: the result, which can be drawn.
+        - `gauss_newton_spectrum()`: exact, and cheaper for small models or few samples.
+        - `Density`: the same in a training run.
+        - `docs/reference/mathematics.md`: stochastic Lanczos quadrature.
     """
     size = check_operator(operator)
     check_whole("steps", steps, 1)
@@ -261,6 +272,9 @@ def all_eigenvalues(operator: LinearOperator) -> Tensor:
     columns = torch.stack([operator @ unit for unit in units])
     matrix = torch.stack([columns @ unit for unit in units]).to("cpu", torch.float64)
     if not bool(matrix.isfinite().all()):
-        raise FloatingPointError("A product with the operator is not finite, so its eigenvalues cannot be computed.")
+        raise FloatingPointError(
+            "A product with the operator is not finite, so its eigenvalues cannot be computed. Check that loss and "
+            'gradient are finite at this point. If a norm is zero, write products="finite_difference".'
+        )
     values: Tensor = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
     return values

@@ -46,6 +46,11 @@ def blocks(
         >>> evaluation = evaluate(lambda: model(torch.ones(4, 3)).square().mean(), model.parameters())
         >>> {name: block.shape for name, block in blocks(hessian(evaluation), model.named_parameters()).items()}
         {'0': (8, 8), '2': (3, 3)}
+
+    See Also:
+        - `Layers`: the largest eigenvalue of each block in a training run.
+        - `LinearOperator.block()`: one block, by its entries.
+        - `extreme_eigenvalues()`: takes a block as it takes the whole matrix.
     """
     check_operator(operator)
     if not (patterns is None or are_patterns(patterns)):

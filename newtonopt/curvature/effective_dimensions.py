@@ -42,6 +42,10 @@ class EffectiveDimension:
         >>> found = effective_dimension(LinearOperator(A.mv, A.shape, A), damping=1.0)
         >>> found.value, found.converged
         (1.25, True)
+
+    See Also:
+        - `effective_dimension()`: computes it.
+        - `docs/measurements.md`: how far a standard error can be trusted.
     """
 
     value: float
@@ -93,6 +97,11 @@ def effective_dimension(
         >>> G = LinearOperator(lambda v: scales * v, (1000, 1000), scales, psd=True)
         >>> round(effective_dimension(G, damping=1.0).value)
         375
+
+    See Also:
+        - `EffectiveDimension`: the result.
+        - `gauss_newton_spectrum()`: gives the sum exactly for small models or few samples.
+        - `docs/reference/mathematics.md`: stochastic Lanczos quadrature.
     """
     size = check_operator(operator)
     check_positive("damping", damping)

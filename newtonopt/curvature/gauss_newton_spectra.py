@@ -48,6 +48,11 @@ class ExactSpectrum:
         >>> found = ExactSpectrum(values, torch.full((2,), 1e-15), None, 0.0, 5)
         >>> found.trace, found.rank, found.condition_number, found.effective_dimension(1.0)
         (4.0, 2, 3.0, 1.25)
+
+    See Also:
+        - `gauss_newton_spectrum()`: computes it.
+        - `effective_dimension()`: the same sum, by products.
+        - `docs/measurements.md`: errors and costs beside those of other measurements.
     """
 
     values: Tensor = field(repr=False)
@@ -181,6 +186,12 @@ def gauss_newton_spectrum(evaluation: Evaluation, vectors: bool = False) -> Exac
         >>> found = gauss_newton_spectrum(evaluate(closure, [theta]))
         >>> [round(value, 9) for value in found.values.tolist()], found.size, found.rank
         ([16.0, 4.0], 3, 2)
+
+    See Also:
+        - `ExactSpectrum`: the result.
+        - `neural_tangent_kernel()`: a matrix with the same nonzero eigenvalues, for a loss of half the squares' sum.
+        - `extreme_eigenvalues()`: a few eigenvalues, by products.
+        - `GaussNewtonSpectrum`: the same in a training run.
     """
     check_flag("vectors", vectors)
     gauss_newton(evaluation)  # checks the evaluation, and warns of terms that the matrix leaves out
@@ -291,7 +302,10 @@ def _spans(rows: Rows, length: int) -> Iterator[Tensor]:
 
 def _finite(matrix: Tensor) -> Tensor:
     if not bool(matrix.isfinite().all()):
-        raise FloatingPointError("A row of the Jacobian is not finite, so that there is no curvature.")
+        raise FloatingPointError(
+            "A row of the Jacobian is not finite, so there is no curvature. Look for a norm, a root or a logarithm at "
+            "zero."
+        )
     return matrix
 
 

@@ -115,6 +115,12 @@ def measure(
         (2.0, -6.0)
         >>> print(found.in_words().splitlines()[0])
         In short: not at a minimum.
+
+    See Also:
+        - `Measured`: the result.
+        - `CurvatureMonitor`: does the same during a Lightning run.
+        - `plot_history()`: draws the results of many steps.
+        - `docs/read_your_curvature.md`: what the values say, and what to do.
     """
     listing = list_of(top, bottom, sharpness, gradient, measurements)
     plan = Plan(listing, curvature, products, tolerance, max_products, max_seconds, seed, prefix)

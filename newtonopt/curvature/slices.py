@@ -48,6 +48,10 @@ class LossSurface:
         [[0.0, 1.0, 2.0], [-1.0, 0.0, 1.0], [0.0, 1.0, 2.0]]
         >>> torch.equal(surface.losses, surface.model)
         True
+
+    See Also:
+        - `loss_slice()`: computes it.
+        - `Spectrum`: eigenvectors to slice along.
     """
 
     coordinates: Tensor = field(repr=False)
@@ -146,6 +150,11 @@ def loss_slice(
         >>> w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         >>> loss_slice(lambda: w.square().sum(), [w], torch.tensor([2.0, 0.0]), points=3).losses.tolist()
         [4.0, 0.0, 4.0]
+
+    See Also:
+        - `LossSurface`: the result, which can be drawn.
+        - `LossSlice`: the same in a training run.
+        - `docs/measurements.md`: errors and costs beside those of other measurements.
     """
     check_positive("radius", radius)
     check_whole("points", points, 3)

@@ -38,27 +38,28 @@ def stability_threshold(optimizer: Optimizer) -> float:
     The eigenvalue is that of the loss's Hessian for SGD, and that of the Hessian that `preconditioned` makes of it for
     optimizers that adapt. On a quadratic each eigendirection follows a linear recursion of its own; the threshold is
     where its larger root leaves the unit disk, at -1 (Cohen et al. 2021, arXiv 2103.00065, app. B; 2022, arXiv
-    2207.14484). With learning rate lr, momentum b, dampening d and weight decay w:
+    2207.14484). With learning rate `lr`, momentum `b`, dampening `d` and weight decay `w`:
 
-    - gradient descent: 2 / lr - w
-    - heavy ball: (2 + 2 b) / (lr (1 - d)) - w. The buffer scales gradients by 1 - d: a learning rate of lr (1 - d).
-    - Nesterov: (2 + 2 b) / (lr (1 + 2 b)) - w. With s = 1 - lr h the roots solve z^2 - (1 + b) s z + b s = 0, and one
-      reaches -1 at s = -1 / (1 + 2 b).
-    - Adagrad: 2 / lr. RMSprop: (2 + 2 b) / lr, with the momentum b or zero.
-    - Adam, RAdam, Adamax, with b their first beta: (2 + 2 b) / ((1 - b) lr), which is 38 / lr at b = 0.9.
-    - NAdam: (2 + 2 b) / ((1 - b) (1 + 2 b) lr).
-    - decoupled decay, as in AdamW: 2 - lr w in place of 2, so (1 + b) (2 - lr w) / ((1 - b) lr).
+    - gradient descent: `2 / lr - w`
+    - heavy ball: `(2 + 2 b) / (lr (1 - d)) - w`. The buffer scales gradients by `1 - d`, as a learning rate of
+      `lr (1 - d)` does.
+    - Nesterov: `(2 + 2 b) / (lr (1 + 2 b)) - w`. With `s = 1 - lr h` the roots solve `z^2 - (1 + b) s z + b s = 0`, and
+      one reaches -1 at `s = -1 / (1 + 2 b)`.
+    - Adagrad: `2 / lr`. RMSprop: `(2 + 2 b) / lr`, with the momentum `b` or zero.
+    - Adam, RAdam, Adamax, with `b` their first beta: `(2 + 2 b) / ((1 - b) lr)`, which is `38 / lr` at `b = 0.9`.
+    - NAdam: `(2 + 2 b) / ((1 - b) (1 + 2 b) lr)`.
+    - decoupled decay, as in AdamW: `2 - lr w` in place of 2, so `(1 + b) (2 - lr w) / ((1 - b) lr)`.
 
-    SGD adds weight decay to the gradient first, so an eigenvalue lambda acts as h = lambda + w. In the adaptive
+    SGD adds weight decay to the gradient first, so an eigenvalue `lambda` acts as `h = lambda + w`. In the adaptive
     optimizers such decay is part of the preconditioned Hessian. So is their bias correction: the threshold is the same
     at every step.
 
     With several parameter groups the smallest of their thresholds is returned. It is sufficient for the Hessian's own
     eigenvalues, not necessary: curvature above it need not be unstable. For a `preconditioned` operator it is necessary
     too, because the ratios of the thresholds are part of that operator. (Left-multiply the recursion
-    z^2 - z (I + B - L H) + B by the inverse of L, the learning rates: each eigenvector then solves a scalar recursion
-    of averaged coefficients. That holds for gradient descent and heavy ball in any mix, for Nesterov if the groups
-    share one momentum.)
+    `z^2 - z (I + B - L H) + B` by the inverse of `L`, the learning rates: each eigenvector then solves a scalar
+    recursion of averaged coefficients. That holds for gradient descent and heavy ball in any mix, for Nesterov if
+    the groups share one momentum.)
 
     Do not use this for minibatches: noise makes an iteration unstable earlier. The preconditioner of an adaptive
     optimizer is assumed to stand still, as it nearly does over the few steps in which an instability grows.
@@ -81,6 +82,12 @@ def stability_threshold(optimizer: Optimizer) -> float:
         4.0
         >>> round(stability_threshold(torch.optim.Adam(params, lr=0.01)))
         3800
+
+    See Also:
+        - `preconditioned()`: the matrix whose eigenvalue to compare with it for Adam and its kin.
+        - `Stability`: threshold and ratio in a training run.
+        - `docs/edge_of_stability.md`: a run that goes there.
+        - `docs/reference/mathematics.md`: a threshold derived.
     """
     kind = _kind_of(optimizer)
     return min(_group_threshold(kind, group) for group in optimizer.param_groups)
@@ -90,15 +97,15 @@ def preconditioned(operator: LinearOperator, optimizer: Optimizer, params: Itera
     """Return `P^-1/2 H P^-1/2`, with the diagonal matrix P by which the optimizer's last step divided.
 
     Its largest eigenvalue, against `stability_threshold(optimizer)`, decides whether the iteration with this P is
-    stable: training with Adam settles where it is 38 / lr (Cohen et al. 2022, arXiv 2207.14484). After t steps, with
-    betas b and c, second moment v and eps e, the diagonal of P is:
+    stable: training with Adam settles where it is `38 / lr` (Cohen et al. 2022, arXiv 2207.14484). After t steps, with
+    betas `b` and `c`, second moment `v` and eps `e`, the diagonal of P is:
 
-    - Adam, AdamW: (1 - b^t) (sqrt(v / (1 - c^t)) + e), v the maximum so far with `amsgrad`
-    - RMSprop: sqrt(v) + e, v minus the squared mean gradient with `centered`
-    - Adagrad: (1 + (t - 1) lr_decay) (sqrt(v) + e), v the sum
-    - NAdam: (sqrt(v / (1 - c^t)) + e) / m, where m tends to one: the momenta of this step against the last ones
-    - RAdam: (1 - b^t) (sqrt(v) + e) / (r sqrt(1 - c^t)) with the rectification r, 1 - b^t before that sets in
-    - Adamax: (1 - b^t) u, u the infinity norm
+    - Adam, AdamW: `(1 - b^t) (sqrt(v / (1 - c^t)) + e)`, `v` the maximum so far with `amsgrad`
+    - RMSprop: `sqrt(v) + e`, `v` minus the squared mean gradient with `centered`
+    - Adagrad: `(1 + (t - 1) lr_decay) (sqrt(v) + e)`, `v` the sum
+    - NAdam: `(sqrt(v / (1 - c^t)) + e) / m`, where `m` tends to one: the momenta of this step against the last ones
+    - RAdam: `(1 - b^t) (sqrt(v) + e) / (r sqrt(1 - c^t))` with the rectification `r`, `1 - b^t` before that sets in
+    - Adamax: `(1 - b^t) u`, `u` the infinity norm
     - SGD: one
 
     Weight decay that is added to the gradient, other than SGD's, is added to H; decoupled decay is not. P is scaled by
@@ -132,6 +139,11 @@ def preconditioned(operator: LinearOperator, optimizer: Optimizer, params: Itera
         >>> H = preconditioned(hessian(evaluate(loss, [theta])), optimizer, [theta])
         >>> H.dense().diagonal().round(decimals=6).tolist()  # the Hessian 2 I over the gradient's size, 2
         [1.0, 1.0]
+
+    See Also:
+        - `stability_threshold()`: what to compare the largest eigenvalue with.
+        - `Preconditioned`: the same in a training run.
+        - `docs/edge_of_stability.md`: a run that goes there.
     """
     check_operator(operator)
     weights, decay = preconditioner(optimizer, params)

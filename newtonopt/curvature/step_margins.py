@@ -43,6 +43,11 @@ class StepMargin:
         >>> from newtonopt.curvature import StepMargin
         >>> StepMargin(loss=1.0, slope=-0.25, rise=-0.125, critical_step=None, losses=1).margin
         0.5
+
+    See Also:
+        - `step_margin()`: computes it.
+        - `RelativeSharpness`: critical steps for two losses.
+        - `docs/edge_of_stability.md`: where margins hover around one.
     """
 
     loss: float
@@ -119,7 +124,7 @@ def step_margin(optimizer: Optimizer, closure: Callable[[], Any], critical: bool
         RuntimeError: The optimizer does not run the closure, or as `evaluate`.
 
     Example:
-        Gradient descent on w^2 with a learning rate of 1/4 covers half the way to the minimum.
+        Gradient descent on `w^2` with a learning rate of 1/4 covers half the way to the minimum.
 
         >>> import torch
         >>> from newtonopt.curvature import step_margin
@@ -133,6 +138,12 @@ def step_margin(optimizer: Optimizer, closure: Callable[[], Any], critical: bool
         >>> found = step_margin(sgd, closure, critical=True)
         >>> found.margin, found.critical_step
         (0.25, 4.0)
+
+    See Also:
+        - `StepMargin`: the result.
+        - `StepMarginMonitor`: the same in a Lightning run.
+        - `stability_threshold()`: the threshold for the whole spectrum.
+        - `docs/reference/mathematics.md`: margin and critical sharpness.
     """
     check_instance(
         "optimizer", optimizer, Optimizer, "a torch.optim.Optimizer", "Write torch.optim.SGD(params, lr=0.1)."

@@ -40,6 +40,11 @@ def neural_tangent_kernel(evaluation: Evaluation) -> Tensor:
         >>> neural_tangent_kernel(evaluate(closure, [theta]))
         tensor([[1., 1.],
                 [1., 2.]], dtype=torch.float64)
+
+    See Also:
+        - `jacobian()`: the factor `J`.
+        - `gauss_newton_spectrum()`: the eigenvalues of `J'J` with the loss's Hessian in between.
+        - `docs/measurements.md`: errors and costs beside those of other measurements.
     """
     m, like = jacobian(evaluation).shape[0], evaluation.gradient  # checks the evaluation
     remedy = "Use products with jacobian(evaluation), which need only vectors."

@@ -46,6 +46,10 @@ class TraceEstimate:
         >>> found = trace(LinearOperator(A.mv, A.shape, A))
         >>> found.value, found.standard_error, found.products
         (15.0, 0.0, 6)
+
+    See Also:
+        - `trace()`: computes it.
+        - `docs/measurements.md`: how far a standard error can be trusted.
     """
 
     value: float
@@ -77,6 +81,10 @@ class FrobeniusNorm:
         >>> A = torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64))
         >>> frobenius_norm(LinearOperator(A.mv, A.shape, A)).value
         5.0
+
+    See Also:
+        - `frobenius_norm()`: computes it.
+        - `docs/measurements.md`: how far a standard error can be trusted.
     """
 
     value: float
@@ -107,6 +115,10 @@ class Diagonal:
         >>> A = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
         >>> diagonal(LinearOperator(A.mv, A.shape, A)).values.tolist()
         [2.0, 3.0]
+
+    See Also:
+        - `diagonal()`: computes it.
+        - `docs/measurements.md`: how far a standard error can be trusted.
     """
 
     values: Tensor = field(repr=False)
@@ -164,6 +176,12 @@ def trace(
         >>> found = trace(LinearOperator(lambda v: scales * v, (1000, 1000), scales))
         >>> round(found.value, -1), found.converged
         (1500.0, True)
+
+    See Also:
+        - `TraceEstimate`: the result.
+        - `frobenius_norm()`, `diagonal()`: further estimates by random vectors.
+        - `Trace`: the same in a training run.
+        - `docs/reference/mathematics.md`: Hutch++.
     """
     size = _check(operator, tolerance, max_products, seed)
     check_choice("method", method, get_args(Method))
@@ -218,6 +236,11 @@ def frobenius_norm(
         >>> found = frobenius_norm(LinearOperator(lambda v: scales * v, (10_000, 10_000), scales))
         >>> round(found.value), found.converged
         (50, True)
+
+    See Also:
+        - `FrobeniusNorm`: the result.
+        - `trace()`: the sum of the eigenvalues, instead of that of their squares.
+        - `docs/measurements.md`: errors and costs beside those of other measurements.
     """
     size = _check(operator, tolerance, max_products, seed)
     if max_products >= size:
@@ -280,6 +303,11 @@ def diagonal(operator: LinearOperator, tolerance: float = 0.1, max_products: int
         >>> H = hessian(evaluate(lambda: (theta**3).sum() + theta.prod(), [theta]))
         >>> [round(entry, 6) for entry in diagonal(H).values.tolist()]
         [6.0, 6.0, 6.0]
+
+    See Also:
+        - `Diagonal`: the result.
+        - `trace()`: the sum of the entries, for far fewer products.
+        - `LinearOperator.dense()`: the whole matrix, for small models.
     """
     size = _check(operator, tolerance, max_products, seed)
     mean = operator.like.new_zeros(size)

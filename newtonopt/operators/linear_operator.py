@@ -84,6 +84,11 @@ class LinearOperator:
                 [ 1., 13.]])
         >>> A.products
         3
+
+    See Also:
+        - `hessian()`, `gauss_newton()`, `jacobian()`: the operators of a loss.
+        - `extreme_eigenvalues()`: takes any symmetric operator.
+        - `blocks()`: operators for parts of a model.
     """
 
     def __init__(

@@ -52,6 +52,12 @@ def hessian(evaluation: Evaluation) -> LinearOperator:
         >>> hessian(evaluate(lambda: theta[0] ** 2 * theta[1], [theta])).dense()
         tensor([[4., 2.],
                 [2., 0.]], dtype=torch.float64)
+
+    See Also:
+        - `gauss_newton()`: a positive semi-definite relative.
+        - `extreme_eigenvalues()`, `trace()`, `spectral_density()`: what to measure of it.
+        - `evaluate()`: makes the evaluation.
+        - `docs/reference/mathematics.md`: how a product is formed without the matrix.
     """
     _check(evaluation)
     return _hessian(evaluation, None)
@@ -86,6 +92,12 @@ def gauss_newton(evaluation: Evaluation) -> LinearOperator:
         >>> G.dense(), G.psd
         (tensor([[ 4.,  0.],
                 [ 0., 16.]], dtype=torch.float64), True)
+
+    See Also:
+        - `hessian()`: the exact matrix, which may be indefinite.
+        - `gauss_newton_spectrum()`: all its eigenvalues, from the rows of the Jacobian.
+        - `mark_outputs()`: for a loss written by hand.
+        - `docs/reference/mathematics.md`: when the matrix is positive semi-definite.
     """
     _check_gauss_newton(evaluation)
     return _gauss_newton(evaluation, None)
@@ -284,6 +296,11 @@ def jacobian(evaluation: Evaluation) -> LinearOperator:
         >>> jacobian(evaluate(lambda: torch.nn.functional.mse_loss(theta**2, target), [theta])).dense()
         tensor([[2., 0.],
                 [0., 4.]], dtype=torch.float64)
+
+    See Also:
+        - `neural_tangent_kernel()`: the Jacobian times its transpose, without the Jacobian.
+        - `gauss_newton()`: the Jacobian around the Hessian of the loss.
+        - `mark_outputs()`: says which tensor is the output.
     """
     _check(evaluation)
     if evaluation.parts:

@@ -159,7 +159,7 @@ def jacobian_rows(evaluation: Evaluation) -> Rows:
     """
     check_rows(evaluation)
     if evaluation.parts:
-        raise RowsError("Losses count for some of the parameters only")
+        raise RowsError("Some losses count for only some of the parameters")
     head, r = _head(evaluation), evaluation.gradient.new_zeros(0)
     pieces: list[tuple[int, Piece]] = []
     roots, order, first = [], [], 0
@@ -203,7 +203,7 @@ def residual_rows(evaluation: Evaluation, most: int | None = None, seed: int = 0
     own = None if most is None else max(1, round(most * source.share))
     found = source.together(lambda: _attempt(evaluation, own, seed))
     if not agreed(source, isinstance(found, Rows), evaluation.gradient):
-        raise found if isinstance(found, RowsError) else RowsError("Another process has none")
+        raise found if isinstance(found, RowsError) else RowsError("Another process could not form its rows")
     assert isinstance(found, Rows)
     return _with_remainder(_of_processes(found, source), evaluation.data_gradient)
 
@@ -350,7 +350,10 @@ def _check_products(rows: Rows, evaluation: Evaluation, head: Head) -> None:
             pushed = dict(zip(along, push_of(tensors, params)(v), strict=True))
             error, cost = max(error, _difference(rows.push(v), rows.weigh(pushed))), 4
     if not math.isfinite(error):
-        raise FloatingPointError("The loss's second derivative by its outputs, or the rows, are not finite.")
+        raise FloatingPointError(
+            "The rows of the Jacobian, or the loss's second derivative with respect to its outputs, are not finite. "
+            "Look for a norm, a root or a logarithm at zero."
+        )
     if not error <= _tolerance(head.graph.eps):
         raise RowsError(_OTHER.format("products with a random vector", error))
     evaluation.standing.judge("rows", Verdict(Manner("cached"), "", 0.0, cost))

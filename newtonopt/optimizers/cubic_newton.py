@@ -98,6 +98,12 @@ class CubicNewton(NewtonOptimizer[CubicNewtonState]):
         ...     loss = optimizer.step(lambda: 100 * (p[1] - p[0] ** 2) ** 2 + (1 - p[0]) ** 2)
         >>> print([round(value, 3) for value in p.tolist()])
         [1.0, 1.0]
+
+    See Also:
+        - `TrustRegionNewton`: a ball in place of the cubic term.
+        - `DampedNewton`: the whole matrix, for models with a few hundred parameters.
+        - `StepReport`: what `last_step` tells of a step.
+        - `docs/optimizers/cubic_newton.md`: the algorithm line by line, and when to change a setting.
     """
 
     control = "sigma"

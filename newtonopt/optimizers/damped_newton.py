@@ -87,6 +87,12 @@ class DampedNewton(NewtonOptimizer[State]):
         ...     loss = optimizer.step(lambda: 100 * (p[1] - p[0] ** 2) ** 2 + (1 - p[0]) ** 2)
         >>> print([round(value, 3) for value in p.tolist()])
         [1.0, 1.0]
+
+    See Also:
+        - `HessianFree`: the same damping without the matrix, for larger models.
+        - `LevenbergMarquardt`: exact steps from the rows of the Jacobian.
+        - `StepReport`: what `last_step` tells of a step.
+        - `docs/optimizers/damped_newton.md`: the algorithm line by line, and when to change a setting.
     """
 
     control = "damping"

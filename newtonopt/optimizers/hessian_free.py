@@ -117,6 +117,12 @@ class HessianFree(NewtonOptimizer[HessianFreeState]):
         ...     loss = optimizer.step(closure)
         >>> print(f"{model.weight.item():.3f} {model.bias.item():.3f}")
         2.000 1.000
+
+    See Also:
+        - `LevenbergMarquardt`: exact steps, for up to a few thousand residuals or parameters.
+        - `NewtonCG`: a line search in place of the damping, for smooth problems without noise.
+        - `StepReport`: what `last_step` tells of a step.
+        - `docs/optimizers/hessian_free.md`: the algorithm line by line, and when to change a setting.
     """
 
     control = "damping"

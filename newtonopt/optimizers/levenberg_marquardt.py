@@ -132,6 +132,13 @@ class LevenbergMarquardt(NewtonOptimizer[LevenbergMarquardtState]):
         ...     loss = optimizer.step(lambda: torch.nn.functional.mse_loss(p[0] * torch.exp(-p[1] * t), y))
         >>> print([round(value, 6) for value in p.tolist()])
         [3.0, 0.7]
+
+    See Also:
+        - `HessianFree`: for classification, and where rows and parameters are both many.
+        - `gauss_newton_spectrum()`: the eigenvalues of the same matrix, from the same rows.
+        - `StepReport`: what `last_step` tells of a step.
+        - `docs/optimizers/levenberg_marquardt.md`: the algorithm line by line, with standard errors of fitted
+          parameters.
     """
 
     control = "damping"

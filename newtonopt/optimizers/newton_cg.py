@@ -96,6 +96,12 @@ class NewtonCG(NewtonOptimizer[NewtonCGState]):
         ...     loss = optimizer.step(lambda: 100 * (p[1] - p[0] ** 2) ** 2 + (1 - p[0]) ** 2)
         >>> print([round(value, 3) for value in p.tolist()])
         [1.0, 1.0]
+
+    See Also:
+        - `TrustRegionNewton`: more robust where the loss is badly scaled far from its minima.
+        - `HessianFree`: damped Gauss-Newton steps, for large ill-conditioned losses.
+        - `StepReport`: what `last_step` tells of a step.
+        - `docs/optimizers/newton_cg.md`: the algorithm line by line, and when to change a setting.
     """
 
     control = None

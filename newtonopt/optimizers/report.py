@@ -44,6 +44,11 @@ class StepReport:
         >>> report = optimizer.last_step
         >>> report.loss, report.trial_loss, report.accepted, report.reason
         (13.0, 0.0, True, 'residual tolerance reached')
+
+    See Also:
+        - `StepMonitor`: a Lightning callback that logs these reports.
+        - `step_margin()`: how near a step of any optimizer came to raising the loss.
+        - `docs/optimizers/index.md`: what the optimizers share, and how to read a report.
     """
 
     loss: float

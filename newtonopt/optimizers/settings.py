@@ -150,8 +150,8 @@ def warn_of_small_rates(groups: Sequence[dict[str, Any]]) -> None:
     rates = [float(rate) for rate in (rate_of(group) for group in groups if group["params"]) if float(rate) > 0.0]
     if rates and max(rates) < _SMALL_RATE:
         warn(
-            f"lr={max(rates):g} scales each Newton step to {max(rates):.2g} of "
-            "it. Leave lr at 1, whatever suits SGD or Adam; a scheduler may lower it later."
+            f"lr={max(rates):g} multiplies each Newton step by {max(rates):.2g}. Leave lr at 1, because the curvature "
+            "gives the step its length; a scheduler may lower it later."
         )
 
 

@@ -83,6 +83,12 @@ class TrustRegionNewton(NewtonOptimizer[State]):
         ...     loss = optimizer.step(lambda: 100 * (p[1] - p[0] ** 2) ** 2 + (1 - p[0]) ** 2)
         >>> print([round(value, 3) for value in p.tolist()])
         [1.0, 1.0]
+
+    See Also:
+        - `NewtonCG`: a line search, with no parameter to tune.
+        - `CubicNewton`: a cubic term in place of the ball.
+        - `StepReport`: what `last_step` tells of a step.
+        - `docs/optimizers/trust_region_newton.md`: the algorithm line by line, and when to change a setting.
     """
 
     control = "radius"

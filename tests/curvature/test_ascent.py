@@ -262,7 +262,7 @@ def test_no_parameters_and_no_finite_loss() -> None:
     with pytest.raises(ValueError, match="params must hold at least one tensor"):
         sharpness(lambda: torch.zeros(()), [])
     theta = torch.zeros(2, requires_grad=True)
-    with pytest.raises(FloatingPointError, match="the loss at the parameters is inf"):
+    with pytest.raises(FloatingPointError, match="The loss is inf at the parameters"):
         sharpness(lambda: -theta.sum().log(), [theta])
 
 

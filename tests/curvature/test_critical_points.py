@@ -149,7 +149,7 @@ def test_critical_point_checks_its_arguments() -> None:
         critical_point(evaluation, tolerance=0)
     with pytest.raises(TypeError, match="evaluation must be an Evaluation, got a function"):
         critical_point(lambda: None)  # type: ignore[arg-type]
-    with pytest.raises(FloatingPointError, match="the gradient's norm is nan, so the point cannot be classified"):
+    with pytest.raises(FloatingPointError, match="The gradient's norm is nan, so the point cannot be classified"):
         critical_point(_at(lambda t: t.sqrt().sum() * 0, 0.0))
 
 

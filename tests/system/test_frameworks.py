@@ -153,7 +153,7 @@ def test_pyro() -> None:
     assert abs(loc.item() - observed.mean().item()) < 0.5
 
 
-SMALL = r"lr=0\.0\d+ scales each Newton step.*Leave lr at 1"
+SMALL = r"lr=0\.0\d+ multiplies each Newton step.*Leave lr at 1"
 
 
 def test_a_rate_far_below_one_warns_once_when_the_optimizer_is_made() -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from newtonopt import HessianFree, NewtonCG, evaluate, gauss_newton, hessian, jacobian
+from newtonopt import HessianFree, LevenbergMarquardt, NewtonCG, evaluate, gauss_newton, hessian, jacobian
 from newtonopt.vectors.subclasses import alike, copied, detached, is_wrapper, plain
 
 PRODUCTS = ("cached", "streamed", "finite_difference")
@@ -112,11 +112,12 @@ def test_products_and_steps_are_those_of_plain_tensors(kind: str, place: str) ->
             assert type(product) is Tensor
             torch.testing.assert_close(product, operator(wanted) @ v, rtol=1e-8, atol=1e-9)
     assert type(own.scale) is type(Model(KINDS[kind], place).scale)
-    losses = []
-    for model in (plain, own):
-        optimizer = HessianFree(model.parameters())
-        losses.append([float(optimizer.step(model.closure)) for _ in range(3)])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+    for kind_of_step in (HessianFree, LevenbergMarquardt):
+        losses = []
+        for model in (plain, own):
+            optimizer = kind_of_step(model.parameters())
+            losses.append([float(optimizer.step(model.closure)) for _ in range(3)])
+        assert losses[1] == pytest.approx(losses[0], rel=1e-9)
 
 
 class Scaled(nn.Parameter):

@@ -57,8 +57,8 @@ class Eigenvalue:
         residual: `|A x - value x|`: some eigenvalue lies within it of the value.
         multiplicity: Number of entries at this end, this one included, that equal it within the tolerance.
         vector: Unit vector x `(n,)`, in the operator's dtype and on its device.
-        error: Estimated error of a tracked value: residual^2 over the distance to the nearest other Ritz value, and at
-            most the residual. It holds if no eigenvalue nearby was missed. Default inf: not estimated, as the interval
+        error: Estimated error of a tracked value: `residual^2` over the distance to the nearest other Ritz value, and
+            at most the residual. It holds if no eigenvalue nearby was missed. Default inf: not estimated, as the interval
             of a certified value says more.
 
     Example:
@@ -68,6 +68,11 @@ class Eigenvalue:
         >>> largest = extreme_eigenvalues(LinearOperator(A.mv, A.shape, A), top=1, bottom=0).top[0]
         >>> largest.lower <= 5.0 <= largest.upper
         True
+
+    See Also:
+        - `Spectrum`: all entries of both ends.
+        - `loss_slice()`: the loss along `vector`.
+        - `docs/reference/mathematics.md`: where the bounds come from.
     """
 
     value: float
@@ -107,6 +112,11 @@ class Spectrum:
         >>> spectrum = extreme_eigenvalues(LinearOperator(A.mv, A.shape, A), top=2, bottom=1)
         >>> [round(entry.value, 6) for entry in spectrum.top], spectrum.certified
         ([5.0, 4.0], True)
+
+    See Also:
+        - `extreme_eigenvalues()`: computes it.
+        - `Eigenvalue`: one entry, with its interval.
+        - `docs/read_your_curvature.md`: what eigenvalues say about a run.
     """
 
     top: tuple[Eigenvalue, ...]
@@ -216,6 +226,12 @@ def extreme_eigenvalues(
         >>> spectrum = extreme_eigenvalues(hessian(evaluation), top=1, bottom=1)
         >>> round(spectrum.top[0].value, 6), round(spectrum.bottom[0].value, 6)
         (5.0, -2.0)
+
+    See Also:
+        - `Spectrum`: the result.
+        - `spectral_density()`: where all eigenvalues lie, not only the outermost.
+        - `critical_point()`: minimum or saddle, decided by the signs of both ends.
+        - `docs/reference/mathematics.md`: where the bounds come from.
     """
     request = _request(operator, top, bottom, tolerance, confidence, max_products, max_vectors)
     check_seed(seed)

@@ -122,6 +122,10 @@ class Alignment(Measurement[TermGradients]):
         (-0.707, 0.177)
         >>> print(found.in_words().splitlines()[-2][:77])
         The gradients of the terms data and decay point against each other (cosine -0
+
+    See Also:
+        - `AlongGradient`: the gradient of the whole loss along the top eigenvectors.
+        - `docs/monitor.md`: how to add a measurement to a run.
     """
 
     names: Sequence[str] | None = None
@@ -157,9 +161,7 @@ class Alignment(Measurement[TermGradients]):
         """Return the gradients, compared; None where there is no time for a backward pass a term."""
         evaluation = view.evaluation
         if evaluation.form != "cached":
-            raise UnmeasurableError(
-                'The terms of the loss are found in its graph, which products="cached" alone keeps.'
-            )
+            raise UnmeasurableError('The terms of the loss are found in its graph, which only products="cached" keeps.')
         calls = _places(evaluation)
         names, places = self._names([len(call) for call in calls], view), [place for call in calls for place in call]
         if view.affordable(len(places)) < len(places):
@@ -196,7 +198,7 @@ class Alignment(Measurement[TermGradients]):
         counts, firsts, kinds = ([int(number) for number in column] for column in torch.stack(list(found)).T)
         count = counts[0]
         if len(set(counts)) > 1:
-            raise UnmeasurableError(f"The loss must have as many summands on all processes, got {counts}.")
+            raise UnmeasurableError(f"The loss must have the same number of summands on all processes, got {counts}.")
         if count < 2:
             raise UnmeasurableError(
                 "The loss must be a sum of two terms or more, got one. Add them up as a + b in the closure."
@@ -286,7 +288,10 @@ def _places(evaluation: Evaluation) -> list[list[_Entry]]:
         nodes = {edge.node for edge in edges}
         if reached([operand for node in nodes for operand, _ in node.next_functions], nodes):
             # The derivative by the one has a part that belongs to the other.
-            raise UnmeasurableError("One summand of the loss is computed from another one.")
+            raise UnmeasurableError(
+                "One summand of the loss is computed from another one, so its gradient contains the other one's. Write "
+                "them as one term, torch.stack([...]).sum()."
+            )
         weights = iter(torch.autograd.grad(loss, edges, retain_graph=True))
         found += [[(edge, next(weights), part.mask) for edge in call] for call in calls]
     return found

@@ -32,6 +32,11 @@ class Density(Measurement[SpectralDensity]):
         >>> found = measure(lambda: 0.5 * (weights * w**2).sum(), [w], measurements=[Density()])
         >>> [round(node, 6) for node in found.of(Density).nodes.tolist()]
         [1.0, 2.0, 3.0]
+
+    See Also:
+        - `spectral_density()`: the function behind it.
+        - `GaussNewtonSpectrum`: all eigenvalues, exact, of one matrix.
+        - `docs/read_your_curvature.md`: what a density says about a run.
     """
 
     tags: ClassVar[tuple[Tag, ...]] = (

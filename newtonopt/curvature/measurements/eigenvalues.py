@@ -47,6 +47,11 @@ class ExtremeEigenvalues(Measurement[Spectrum]):
         >>> spectrum = found.of(ExtremeEigenvalues)
         >>> [round(entry.value, 6) for entry in (*spectrum.top, *spectrum.bottom)]
         [3.0, 2.0, -1.0]
+
+    See Also:
+        - `extreme_eigenvalues()`: the function behind it.
+        - `Stability`: the largest eigenvalue over the optimizer's threshold.
+        - `docs/read_your_curvature.md`: what eigenvalues say about a run.
     """
 
     top: int = 3

@@ -62,6 +62,11 @@ class GaussNewtonSpectrum(Measurement[ExactSpectrum]):
         >>> print(found.in_words().splitlines()[-2])
         The Gauss-Newton matrix has 3 eigenvalues, 2 of them not zero, with a condition number of 9; 1.4 directions
         stand out of a damping of 1.
+
+    See Also:
+        - `gauss_newton_spectrum()`: the function behind it.
+        - `Density`: by products, for a model of any size.
+        - `docs/monitor.md`: how to add a measurement to a run.
     """
 
     damping: float | None = None

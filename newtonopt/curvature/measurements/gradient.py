@@ -46,6 +46,11 @@ class AlongGradient(Measurement[GradientShare]):
         >>> found = measure(lambda: w[0] ** 2 + 3 * w[1] ** 2, [w], top=1)
         >>> found.read("gradient_curvature"), round(found.read("gradient_alignment"), 6)
         (2.0, 0.0)
+
+    See Also:
+        - `gradient_curvature()`: the function that measures it at one point.
+        - `StepMarginMonitor`: the loss along the optimizer's own steps.
+        - `docs/read_your_curvature.md`: what the curvature along the gradient says about a run.
     """
 
     tags: ClassVar[tuple[Tag, ...]] = (

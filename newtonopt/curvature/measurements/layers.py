@@ -36,6 +36,11 @@ class Layers(Measurement[dict[str, Spectrum]]):
         >>> found = measure(closure, model.named_parameters(), measurements=[Layers()])
         >>> [tag for tag in found if "_of/" in tag]
         ['curvature/lambda_max_of/0', 'curvature/lambda_max_of/2']
+
+    See Also:
+        - `blocks()`: the function behind it.
+        - `ExtremeEigenvalues`: the eigenvalues of the whole matrix.
+        - `docs/monitor.md`: how to add a measurement to a run.
     """
 
     patterns: Sequence[str] | None = None

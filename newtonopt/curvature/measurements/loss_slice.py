@@ -36,6 +36,11 @@ class LossSlice(Measurement[LossSurface]):
         >>> found = measure(lambda: w[0] ** 2 + 3 * w[1] ** 2, [w], measurements=[LossSlice(radius=0.5)])
         >>> round(float(found.of(LossSlice).losses.max()), 6)
         0.75
+
+    See Also:
+        - `loss_slice()`: the function behind it, along any direction.
+        - `LossSurface`: the result.
+        - `docs/monitor.md`: how to add a measurement to a run.
     """
 
     directions: Literal[1, 2] = 1

@@ -64,6 +64,11 @@ class Tag:
         >>> from newtonopt.curvature import Tag
         >>> Tag("lambda_RANK", "L / θ²", "the next largest eigenvalues").fits("lambda_2")
         True
+
+    See Also:
+        - `Measurement`: has tags.
+        - `Chart`: shows values by their names.
+        - `docs/monitor.md`: a table of all tags.
     """
 
     name: str
@@ -110,6 +115,11 @@ class Chart:
         ['lambda_max', 'lambda_2']
         >>> chart.names(["sharpness"])
         []
+
+    See Also:
+        - `Measurement`: has charts.
+        - `Tag`: the name of a value.
+        - `docs/own_measurement.md`: a measurement with a chart.
     """
 
     title: str
@@ -147,6 +157,11 @@ class Histogram:
         >>> from newtonopt.curvature import Histogram
         >>> Histogram(0.0, 2.0, torch.tensor([0.0, 1.0, 2.0]), torch.tensor([5.0, 1.0])).heights.tolist()
         [5.0, 1.0]
+
+    See Also:
+        - `Measurement.histograms()`: returns them.
+        - `Density`: a measurement that has one.
+        - `docs/own_measurement.md`: how the parts of a measurement fit together.
     """
 
     low: float
@@ -171,6 +186,11 @@ class UnmeasurableError(Exception):
         >>> found = measure(lambda: w.square().sum(), [w], adam, measurements=[Preconditioned()])
         >>> print(found.in_words().splitlines()[-2][:82])
         Preconditioned is not measured: optimizer must have a state (exp_avg_sq) for each
+
+    See Also:
+        - `Measurement.measure()`: raises it.
+        - `Measured.unmeasurable()`: the reasons, after the fact.
+        - `docs/own_measurement.md`: how the parts of a measurement fit together.
     """
 
     def __init__(self, reason: str) -> None:
@@ -205,6 +225,12 @@ class Measurement(ABC, Generic[Result]):
         >>> found = measure(lambda: w[0] ** 2 + 3 * w[1] ** 2, [w], measurements=[Gap()])
         >>> round(found["curvature/gap"], 6)
         4.0
+
+    See Also:
+        - `View`: what a measurement is given.
+        - `Tag`, `Chart`, `Histogram`: what it shows.
+        - `measure()`, `CurvatureMonitor`: what runs it.
+        - `docs/own_measurement.md`: one written step by step.
     """
 
     tags: ClassVar[tuple[Tag, ...]]
@@ -378,6 +404,11 @@ class View:
         >>> found = measure(lambda: 0.5 * w.square().sum(), [w], measurements=[Norm()])
         >>> found["curvature/gradient_norm"]
         5.0
+
+    See Also:
+        - `Measurement`: what takes it.
+        - `Objective`: losses and gradients nearby.
+        - `docs/own_measurement.md`: one written step by step.
     """
 
     closure: Callable[[], Any]
@@ -460,7 +491,10 @@ class View:
             self.taken[kind] = _PENDING
             self.taken[kind] = self.attempt(kind, partial(measurement.measure, self))
         if self.taken[kind] is _PENDING:
-            raise RuntimeError(f"The measurements depend on each other in a cycle, and {kind.__name__} is part of it.")
+            raise RuntimeError(
+                f"The measurements depend on each other in a cycle, and {kind.__name__} is part of it. Let one of them "
+                "use the other's last result: view.before(...)."
+            )
         result: Result | None = self.taken[kind]
         return result
 
@@ -608,6 +642,11 @@ class Measured(Mapping[str, float]):
         True
         >>> [round(entry.value, 3) for entry in found.of(ExtremeEigenvalues).top]
         [6.0, 2.0]
+
+    See Also:
+        - `measure()`: returns it.
+        - `Tag`: the name, unit and meaning of a value.
+        - `docs/monitor.md`: a table of all tags.
     """
 
     plan: Plan

@@ -31,6 +31,11 @@ class Preconditioned(Measurement[Spectrum]):
         >>> found = measure(closure, [w], adam)
         >>> round(found["curvature/preconditioned_lambda_max"], 3), round(found["curvature/stability_threshold"])
         (10.0, 3800)
+
+    See Also:
+        - `preconditioned()`: the function behind it.
+        - `Stability`: the eigenvalue over its threshold.
+        - `docs/edge_of_stability.md`: a run that goes there.
     """
 
     tags: ClassVar[tuple[Tag, ...]] = (
@@ -59,7 +64,10 @@ class Preconditioned(Measurement[Spectrum]):
             )
         try:
             if not view.training:
-                raise ValueError("optimizer must train some of the measured parameters, got none that does.")
+                raise ValueError(
+                    "optimizer must train some of the measured parameters, got none that does. Pass the one that "
+                    "trains them."
+                )
             for optimizer in view.training:
                 stability_threshold(optimizer)
             weights, decay = preconditioner(view.training[0], view.params)

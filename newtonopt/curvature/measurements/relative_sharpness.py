@@ -73,6 +73,11 @@ class RelativeSharpness(Measurement[CriticalRates]):
         >>> found = measure(lambda: w[0] ** 2 + w[1] ** 2, [w], measurements=[other])
         >>> round(found["curvature/relative_critical_sharpness"], 6), round(found["curvature/critical_rate"], 6)
         (2.0, 1.0)
+
+    See Also:
+        - `step_margin()`: the critical step of one loss.
+        - `Sharpness`: the largest rise within a radius.
+        - `docs/reference/mathematics.md`: critical sharpness.
     """
 
     closure: Callable[[], Any]

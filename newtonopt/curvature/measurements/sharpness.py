@@ -42,6 +42,11 @@ class Sharpness(Measurement[SharpnessEstimate]):
         >>> found = measure(lambda: w[0] ** 2 + 3 * w[1] ** 2, [w], sharpness=Sharpness(radius=0.1))
         >>> round(found["curvature/sharpness"], 6)
         0.03
+
+    See Also:
+        - `sharpness()`: a whole search, for one point.
+        - `RelativeSharpness`: how long a step may be until it raises another loss.
+        - `docs/read_your_curvature.md`: what sharpness says about a run, and what it does not.
     """
 
     kind: Kind = "ball"

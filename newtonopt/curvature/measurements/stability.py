@@ -61,6 +61,11 @@ class Stability(Measurement[StabilityRatio]):
         >>> found = measure(lambda: w[0] ** 2 + 4 * w[1] ** 2, [w], torch.optim.SGD([w], lr=0.2))
         >>> found["curvature/stability_threshold"], round(found["curvature/stability_ratio"], 6)
         (10.0, 0.8)
+
+    See Also:
+        - `stability_threshold()`: the function behind it.
+        - `Preconditioned`: the eigenvalue that counts for Adam and its kin.
+        - `docs/edge_of_stability.md`: a run that goes there.
     """
 
     tags: ClassVar[tuple[Tag, ...]] = (

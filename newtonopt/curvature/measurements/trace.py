@@ -21,6 +21,11 @@ class Trace(Measurement[TraceEstimate]):
         >>> found = measure(lambda: w[0] ** 2 + 3 * w[1] ** 2, [w], measurements=[Trace()])
         >>> round(found["curvature/trace"], 6)
         8.0
+
+    See Also:
+        - `trace()`: the function behind it.
+        - `Density`: where the eigenvalues lie that sum to it.
+        - `docs/monitor.md`: how to add a measurement to a run.
     """
 
     tags: ClassVar[tuple[Tag, ...]] = (

@@ -300,6 +300,26 @@ for (let k = 0; k < bytes.length; k += 4) {
 }
 return count;
 """
+# The text of the box beside the pointer in the middle of a chart.
+POINTED = """
+const plot = document.querySelector(`[data-chart="${arguments[0]}"] .plot`);
+const {left, top, width, height} = plot.getBoundingClientRect();
+const place = {clientX: left + width / 2, clientY: top + height / 2};
+plot.dispatchEvent(new PointerEvent('pointermove', {...place, bubbles: true}));
+return [...document.querySelectorAll('.tip tr')].map(row => [...row.children].map(cell => cell.textContent).join('|'));
+"""
+# From which to which share of a chart's height its coloured lines reach, in the left half.
+REACHED = """
+const canvas = document.querySelector(`[data-chart="${arguments[0]}"] .plot canvas`);
+const [width, height] = [Math.round(canvas.width * 0.4), canvas.height];
+const bytes = canvas.getContext('2d').getImageData(canvas.width * 0.1, 0, width, height).data;
+const rows = [];
+for (let k = 0; k < bytes.length; k += 4) {
+  const colours = [bytes[k], bytes[k + 1], bytes[k + 2]];
+  if (bytes[k + 3] > 0 && Math.max(...colours) - Math.min(...colours) > 60) rows.push(k / 4 / width / height);
+}
+return rows.length ? Math.max(...rows) - Math.min(...rows) : 0;
+"""
 # By how many pixels the coloured line rises in the last fifth of a chart.
 RISE = """
 const canvas = document.querySelector(`[data-chart="${arguments[0]}"] .plot canvas`);
@@ -546,3 +566,52 @@ class TestTab:
         wait(browser, lambda _: browser.execute_script(PAINTED, "eigenvalues") > 300)
         # The line from 3 to 4000 at the right rises: on a linear scale both ends would lie on the axis.
         assert browser.execute_script(RISE, "eigenvalues") > 40
+
+    @pytest.mark.parametrize("absurd", [4e3, 1e30])
+    def test_one_absurd_run_does_not_flatten_the_others(self, browser: Any, tmp_path: Path, absurd: float) -> None:
+        for name, size in (("a", 1.0), ("b", 3.0), ("c", 2.0), ("d", absurd)):
+            with SummaryWriter(str(tmp_path / name)) as writer:
+                for step in range(10):
+                    smallest = -size if step > 5 or size < absurd else -1.0
+                    add(writer, step, record(step, values={"lambda_min": smallest, "sharpness": 1.0 - smallest}))
+        open_tab(browser, tmp_path, lambda s: s["charts"].get("smallest") == [10] * 4)
+        for chart in ("smallest", "sharpness"):
+            wait(browser, lambda _, chart=chart: browser.execute_script(REACHED, chart) > 0.07)
+            assert browser.execute_script(REACHED, chart) > 0.07, chart
+
+    def test_the_box_beside_the_pointer_has_the_next_eigenvalues_of_each_run(
+        self, browser: Any, tmp_path: Path
+    ) -> None:
+        for name in "ab":
+            run(tmp_path / name).close()
+        open_tab(browser, tmp_path, lambda s: s["charts"].get("eigenvalues") == [3] * 6)
+        wait(browser, lambda _: bool(browser.execute_script(POINTED, "eigenvalues")))
+        assert browser.execute_script(POINTED, "eigenvalues") == [f"{name}|2.1|λ₂ 1.89, threshold 3" for name in "ab"]
+
+    def test_numbers_have_one_form(self, browser: Any, tmp_path: Path) -> None:
+        values = {"lambda_max": 38123.4, "stability_ratio": "NaN", "sharpness": 1.25e-7, "lambda_min": -6260.4}
+        run(tmp_path / "a", values=values, words=["It is -38\u00a0100 within 1.2\u00d710⁻⁷."]).close()
+        shown = open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 1)
+        assert numbers(browser) == [
+            "largest eigenvalue|38\u00a0120|",
+            "ratio to threshold|NaN|",
+            "smallest eigenvalue|\u22126260|",
+            "sharpness|1.25\u00d710⁻⁷|",
+        ]
+        assert "It is \u221238\u00a0100 within 1.2\u00d710⁻⁷." in shown["cards"][0]
+        assert browser.execute_script(BADGES) == []
+
+    def test_each_monitor_has_the_step_margin_of_its_prefix(self, browser: Any, tmp_path: Path) -> None:
+        with run(tmp_path / "a") as writer:
+            add(writer, 0, record(0), tag="gen/curvature/record")
+            for tag, value in {"curvature": 0.25, "gen/curvature": 0.5, "other": 0.75}.items():
+                writer.add_scalar(f"{tag}/step_margin", value, 1)
+        shown = open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 2)
+        first, second = shown["cards"]
+        assert "Step margin 0.25" in first and "Step margin 0.75" in first and "Step margin 0.5 " not in first
+        assert "Step margin 0.5 at" in second and "0.25" not in second
+
+    def test_a_loss_that_has_risen_is_not_called_stable(self, browser: Any, tmp_path: Path) -> None:
+        run(tmp_path / "a", state="risen").close()
+        open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 1)
+        assert browser.execute_script(BADGES) == [["pill warn", "loss has risen"]]

@@ -181,7 +181,7 @@ def test_a_learned_weight_that_is_added_is_no_term() -> None:
             lambda w: w[0] ** 2 + w[1] ** 2,
             None,
             {"products": "finite_difference"},
-            'which products="cached" alone keeps',
+            'which only products="cached" keeps',
         ),
     ],
 )
