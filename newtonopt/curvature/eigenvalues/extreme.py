@@ -58,8 +58,8 @@ class Eigenvalue:
         multiplicity: Number of entries at this end, this one included, that equal it within the tolerance.
         vector: Unit vector x `(n,)`, in the operator's dtype and on its device.
         error: Estimated error of a tracked value: `residual^2` over the distance to the nearest other Ritz value, and
-            at most the residual. It holds if no eigenvalue nearby was missed. Default inf: not estimated, as the interval
-            of a certified value says more.
+            at most the residual. It holds if no eigenvalue nearby was missed. Default inf: not estimated, as the
+            interval of a certified value says more.
 
     Example:
         >>> import torch
