@@ -43,7 +43,7 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"newtonopt {release}"
 html_static_path = ["_static"]
-html_css_files = ["site.css"]
+html_css_files = ["site.css", "reference.css"]
 html_copy_source = False
 # Prompts and results are not copied.
 copybutton_prompt_text = r">>> |\.\.\. |\$ "

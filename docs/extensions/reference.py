@@ -6,8 +6,9 @@ import importlib
 import inspect
 import re
 import sys
+import types
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import matplotlib.axes
 import matplotlib.figure
@@ -80,7 +81,15 @@ def resolve_types() -> None:
         functions = [thing] if not isinstance(thing, type) else [*members(thing)]
         for function in functions:
             for layer in {function, inspect.unwrap(function)}:
-                layer.__annotations__ = get_type_hints(layer, localns=LATE)
+                hints = get_type_hints(layer, localns=LATE)
+                layer.__annotations__ = {name: literals_behind(hint) for name, hint in hints.items()}
+
+
+def literals_behind(hint: Any) -> Any:
+    """Move choices in words behind the classes of a union: Sphinx links no class behind a `Literal`."""
+    if not isinstance(hint, types.UnionType) and get_origin(hint) is not Union:
+        return hint
+    return Union[tuple(sorted(get_args(hint), key=lambda kind: get_origin(kind) is Literal))]  # noqa: UP007
 
 
 def members(kind: type) -> list[Any]:
@@ -166,13 +175,14 @@ class LinkNames(SphinxTransform):
         text, docname = node.astext(), self.env.docname
         common = {"refdoc": docname, "refexplicit": True, "refwarn": True}
         if page := re.fullmatch(r"docs/([\w/]+)\.md", text):
-            if not Path(self.env.srcdir, f"{page[1]}.md").exists() or page[1] == docname:
+            file = Path(self.env.srcdir, f"{page[1]}.md")
+            if not file.exists() or page[1] == docname:
                 return None
-            xref = addnodes.pending_xref(
-                "", nodes.inline("", ""), refdomain="std", reftype="doc", reftarget=f"/{page[1]}", **common
+            title = re.findall(r"^# (.*)$", file.read_text(), re.MULTILINE)[0]
+            shown_as = nodes.inline("", f"{title}, the guide" if title in PUBLIC else title)
+            return addnodes.pending_xref(
+                text, shown_as, refdomain="std", reftype="doc", reftarget=f"/{page[1]}", **common
             )
-            xref["refexplicit"] = False  # the page's title
-            return xref
         if text in FOREIGN:
             code = nodes.literal(text, text, classes=["xref", "py", "py-obj"])
             kind = "mod" if text in sys.modules else "obj"

@@ -59,6 +59,8 @@ def measure(
 ) -> Measured:
     """Measure the curvature of a loss: the values that `CurvatureMonitor` logs, for any training loop.
 
+    Write them to TensorBoard, for example::
+
         for tag, value in measure(closure, model.parameters(), optimizer).items():
             writer.add_scalar(tag, value, step)
 

@@ -373,7 +373,7 @@ class View:
         objective: The closure as a function of the parameters, for losses and gradients nearby.
         loss: Loss at the point.
         gradient: Gradient there `(n,)`.
-        quotient: Rayleigh quotient g'Ag / g'g of the gradient g, hence a lower bound on the largest eigenvalue; None
+        quotient: Rayleigh quotient `g'Ag / g'g` of the gradient g, hence a lower bound on the largest eigenvalue; None
             where the gradient is zero, or where neither a measurement nor a time limit asked for its product.
         params: The parameters that are trained.
         named: Pairs of the parameters' names and them; empty where the names are not known.
