@@ -19,7 +19,7 @@ const INTERVAL_DIGITS = 6; // most significant digits of an interval's ends
 const PLAIN = [1e-4, 1e6]; // sizes between which numbers are written without a power of ten, as in the words
 const SPREAD = 100; // highest over lowest value from which a scale is logarithmic by itself
 const WIDE = 1000; // largest over median size from which it is, also where values have both signs
-const REACH = 1e6; // how far a logarithmic scale reaches from the median size, as a factor; arrows mark what lies beyond
+const REACH = {above: 1e8, below: 1e12}; // how far a logarithmic scale reaches from the median size, as factors; arrows mark what lies beyond
 const MOST_BESIDE = 4; // further eigenvalues of a run in the box of values where there are several runs
 const DEPTH = 100; // how far below the lowest main line a logarithmic scale reaches, as a factor
 
@@ -378,8 +378,9 @@ class Chart {
     const values = finite(this.spec.layers.values.flat());
     const most = values.reduce((a, b) => Math.max(a, b), -Infinity);
     // Eigenvalues that are zero up to rounding get the lowest colour, and do not decide on the scale.
-    const log = most > 0 && median(values) > most / REACH;
-    const sizes = log ? values.filter((v) => v > most / REACH).map(Math.log10) : values;
+    const large = values.filter((v) => v > most / REACH.below);
+    const log = most > 0 && 2 * large.length >= values.length;
+    const sizes = log ? large.map(Math.log10) : values;
     const low = sizes.reduce((a, b) => Math.min(a, b), Infinity);
     const high = sizes.reduce((a, b) => Math.max(a, b), -Infinity);
     return {low, high: high > low ? high : low + 1, log};
@@ -431,7 +432,7 @@ class Chart {
     for (const l of lines.filter((entry) => !entry.threshold)) l.steps.forEach((step, k) => l.values[k] !== null && enter(step, [l.values[k]], Math.abs(l.values[k])));
     const middle = median(sizes);
     const bothSigns = values.some((v) => v <= 0);
-    const isNear = (v) => mode === 'linear' || !sizes.length || (Math.abs(v) <= REACH * middle && (bothSigns || v >= middle / REACH));
+    const isNear = (v) => mode === 'linear' || !sizes.length || (Math.abs(v) <= REACH.above * middle && (bothSigns || v >= middle / REACH.below));
     values.filter(isNear).forEach(take);
     if (!(low <= high)) [low, high] = [0, 1];
     if (limits && scale === 'auto') {

@@ -15,16 +15,12 @@ from torch.optim import LBFGS, SGD, Adam
 
 import newtonopt
 
+one_iteration = {"max_iter": 1, "max_eval": 25, "tolerance_change": 0}
+one_iteration["line_search_fn"] = "strong_wolfe"
 optimizers = {
     "gradient descent": partial(SGD, lr=0.002),
     "Adam": partial(Adam, lr=0.1),
-    "L-BFGS": partial(
-        LBFGS,
-        max_iter=1,
-        max_eval=25,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    ),
+    "L-BFGS": partial(LBFGS, **one_iteration),
     "HessianFree": newtonopt.HessianFree,
     "LevenbergMarquardt": newtonopt.LevenbergMarquardt,
     "DampedNewton": newtonopt.DampedNewton,
@@ -98,6 +94,7 @@ draw(rosenbrock, valley, -1.7, 1.6, -0.6, 1.6)
 # The losses against the steps. A step of a second-order optimizer costs more than a
 # gradient: some products or a small linear system besides.
 
+# sphinx_gallery_thumbnail_number = 2
 figure, axes = plt.subplots(figsize=(7.2, 4), layout="constrained")
 dashes = ["-", "--", ":", "-", "--", "-", "--", "-.", ":"]
 for (name, (_, losses)), dash in zip(valley.items(), dashes, strict=True):
@@ -115,7 +112,7 @@ plt.show()
 # leads down to it. From a point on the axis the gradient never leaves the axis, and the
 # Gauss-Newton matrix has no negative eigenvalue that would show the way out: the five
 # optimizers that use nothing else stop at the saddle. The four that use the Hessian see
-# that it curves down, and leave. Which of the minima they reach is chance.
+# that it curves down, and leave. Both ways out are equally good.
 
 
 def saddle(x, y):

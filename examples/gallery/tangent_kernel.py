@@ -74,8 +74,7 @@ plt.show()
 # ----------
 #
 # Its entry (x, x') tells how much a gradient step for the point x changes the output at
-# x'. Before training neighbours move together, over half of the interval. Training
-# narrows this.
+# x'. Before training distant points move together. Training narrows this.
 
 figure, panels = plt.subplots(1, 2, figsize=(7.2, 3.6), sharey=True, layout="constrained")
 for axes, (when, kernel) in zip(panels, kernels.items(), strict=True):
@@ -100,6 +99,7 @@ numbers = (1, 2, 3, 5, 8)
 for k in numbers:
     print(f"eigenvector {k}: {math.log(2) * float(values[0] / values[k - 1]):,.0f} steps")
 
+# sphinx_gallery_thumbnail_number = 3
 figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
 for place, k in enumerate(numbers):
     colour = plt.cm.viridis(place / 4.5)

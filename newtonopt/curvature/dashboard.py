@@ -41,6 +41,10 @@ _WIDTH, _TOP, _ROW = 10.0, 2.7, 1.9
 _MOST_MARKERS = 120
 # Values that span more than this factor get a logarithmic axis.
 _WIDE = 100.0
+# Values of both signs get one where the largest size is this many times the median one. A logarithmic axis ends at the
+# other factors above and below the median.
+_EXPLODES, _ABOVE, _BELOW = 1e3, 1e8, 1e12
+_NOTHING = np.zeros(0)
 _ORDINALS = {2: "2nd", 3: "3rd", 4: "4th", 5: "5th"}
 _ROWS_OF_DENSITY, _MOST_LAYERS = 120, 40
 # Sentences that say how something was measured, and not what it means.
@@ -315,12 +319,14 @@ def _largest(axes: Axes, runs: Sequence[_Run]) -> None:
         if not any("preconditioned_lambda_max" in values for values in run.history.measured.values()):
             _threshold(axes, run, "lambda_max")
         for rank, colour in zip((2, 3, 4, 5), _FURTHER, strict=True) if run.alone else ():
-            steps, values = run.history.series(f"lambda_{rank}")
-            if len(steps):
-                axes.plot(steps, values, color=colour, linewidth=1.0, label=_ORDINALS[rank], zorder=1.5)
-    _scale(axes, runs, "lambda_max")
+            # With gaps where it was not known.
+            steps, values = run.history.series("lambda_max")[0], run.history.beside("lambda_max", f"lambda_{rank}")
+            if np.isfinite(values).any():
+                looks: dict[str, Any] = {"linewidth": 1.0, "marker": ".", "markersize": 2.0, "zorder": 1.5}
+                axes.plot(steps, values, color=colour, label=_ORDINALS[rank], **looks)
+    _scale(axes, runs, "lambda_max", beside="stability_threshold")
     if not runs[0].alone:
-        looks: dict[str, Any] = {"color": "0.4", "markersize": 4.5}
+        looks = {"color": "0.4", "markersize": 4.5}
         axes.plot([], [], marker="o", linestyle="none", label="certified", **looks)
         axes.plot([], [], marker="o", linestyle="none", markerfacecolor="white", label="tracked", **looks)
         axes.plot([], [], linestyle=_DASHED, label="stability threshold", **looks)
@@ -350,6 +356,7 @@ def _smallest(axes: Axes, runs: Sequence[_Run]) -> None:
     axes.axhline(0.0, color=_QUIET, linewidth=0.8, zorder=0)
     for run in runs:
         _eigenvalue(axes, run, "lambda_min")
+    _scale(axes, runs, "lambda_min")
 
 
 def _eigenvalue(axes: Axes, run: _Run, name: str) -> None:
@@ -473,7 +480,7 @@ def _layers(axes: Axes, runs: Sequence[_Run]) -> None:
     steps = [step for step in sorted(history.measured) if any(name in history.measured[step] for name in names)]
     values = np.array([[history.measured[step].get(name, math.nan) for step in steps] for name in names], float)
     logs = np.log10(np.where(values > 0.0, values, math.nan))
-    _heat_map(axes, steps, np.arange(len(names) + 1.0), np.ma.masked_invalid(logs), "log10 of the eigenvalue")
+    _heat_map(axes, steps, np.arange(len(names) + 1.0), np.ma.masked_invalid(logs), "log10")
     axes.set_yticks(np.arange(len(names)) + 0.5)
     for text in axes.set_yticklabels(
         [_label(name.partition("/")[2]) for name in names], fontsize=min(8, 150 / len(names))
@@ -494,20 +501,55 @@ def _heat_map(axes: Axes, steps: Sequence[float], edges: Numbers, values: Any, l
     drawn = axes.pcolormesh(ends, edges, values, cmap="viridis", rasterized=True)
     # The scale stands on the line of the title, so that all panels of a column are equally wide.
     low, high = drawn.get_clim()
-    scale = axes.inset_axes((0.7, 1.06, 0.24, 0.07))
+    scale = axes.inset_axes((0.8, 1.06, 0.12, 0.07))
     bar = axes.figure.colorbar(drawn, cax=scale, orientation="horizontal", ticks=[])
     bar.outline.set_visible(False)
-    for x, side, text in ((0.69, "right", f"{label}: {written(low, 2)}"), (0.95, "left", written(high, 2))):
+    for x, side, text in ((0.79, "right", f"{label}: {written(low, 2)}"), (0.93, "left", written(high, 2))):
         axes.text(x, 1.09, text, transform=axes.transAxes, ha=side, va="center", fontsize=8, color="0.3")
 
 
-def _scale(axes: Axes, runs: Sequence[_Run], *names: str) -> None:
-    _log_if_wide(axes, np.concatenate([run.history.series(name)[1] for run in runs for name in names]))
+def _scale(axes: Axes, runs: Sequence[_Run], *names: str, beside: str = "") -> None:
+    """Choose the axis for values by their names, and for others beside them that do not decide on it."""
+    values, others = (
+        np.concatenate([run.history.series(name)[1] for run in runs for name in some]) for some in (names, (beside,))
+    )
+    _log_if_wide(axes, values, others)
 
 
-def _log_if_wide(axes: Axes, values: Numbers) -> None:
-    if len(values) and values.min() > 0.0 and values.max() / values.min() > _WIDE:
+def _log_if_wide(axes: Axes, values: Numbers, beside: Numbers = _NOTHING) -> None:
+    """Take a logarithmic axis where values span decades: on both sides of zero where signs differ.
+
+    It ends far from the median size, so that one run that explodes does not flatten the others; a note says how far the
+    values go beyond.
+    """
+    sizes = np.sort(np.abs(values[values != 0.0]))
+    if not len(sizes):
+        return
+    low, high, middle = values.min(), values.max(), sizes[(len(sizes) - 1) // 2]
+    if low > 0.0 and high / low > _WIDE:
         axes.set_yscale("log")
+        least, most = middle / _BELOW, _ABOVE * middle
+    elif low <= 0.0 and sizes[-1] > _EXPLODES * middle:
+        axes.set_yscale("symlog", linthresh=0.1 * middle)
+        locator: Any = axes.yaxis.get_major_locator()  # a SymmetricalLogLocator
+        locator.set_params(numticks=7)
+        least, most = -_ABOVE * middle, _ABOVE * middle
+    else:
+        return
+    if low >= least and high <= most:
+        return
+    within = np.concatenate([values, beside])
+    within = within[(within >= least) & (within <= most)]
+    first, last = within.min(), within.max()
+    axes.set_ylim(first - 0.5 * abs(first), last + 0.5 * abs(last))
+    if low < least:
+        _note(axes, 0.04, f"down to {written(low, 2)}")
+    if high > most:
+        _note(axes, 0.88, f"up to {written(high, 2)}")
+
+
+def _note(axes: Axes, height: float, text: str) -> None:
+    axes.text(0.01, height, text, transform=axes.transAxes, fontsize=8, color="0.3")
 
 
 _CONTROLS = ("newton/damping", "newton/radius", "newton/sigma")

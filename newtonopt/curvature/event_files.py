@@ -24,6 +24,7 @@ _LONGEST_RECORD, _MOST_BYTES = 2**20, 2**30
 _LONGEST_LINE, _MOST_LINES = 2**20, 2**22
 # Plugin name of the monitor's own record of a measurement, in JSON.
 _RECORD_PLUGIN = "newtonopt_curvature"
+_VERSION = 1
 _NEWTON = "newton/"
 _MISSING = "Event files are read by tensorboard, which is not installed: pip install 'newtonopt[lightning]'"
 _EVENTS, _TABLE = "tfevents", "metrics.csv"
@@ -179,7 +180,7 @@ def _enter_record(log: Log, step: int, text: bytes) -> None:
         record = json.loads(text)
     except (ValueError, RecursionError):
         return
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or record.get("version") != _VERSION:
         return
     for name, value in _dict(record, "values").items():
         if _is_number(value):

@@ -503,7 +503,7 @@ def test_a_run_whose_loss_has_risen_far_is_called_diverged(
     trainer.fit(Root(), loader())
     found = records_of(tmp_path)
     assert [record["state"] for record in found.values()] == states
-    assert found[2]["words"][0].startswith("In short: diverged: the loss is 2e+03, ") is ("diverged" in states)
+    assert found[2]["words"][0].startswith("In short: diverged: the loss is 2000, ") is ("diverged" in states)
 
 
 @pytest.mark.parametrize(("place", "what"), [(math.inf, "The loss is inf"), (0.0, "The gradient is not finite")])

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_problems import Classifier, both_loggers, loader, quiet_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from newtonopt.callbacks import Budget, CurvatureMonitor, StepMonitor
-from newtonopt.curvature import Density, Layers, Preconditioned, Trace
+from newtonopt.callbacks.tensorboard import _state
+from newtonopt.curvature import Density, Layers, Preconditioned, Trace, measure
+from newtonopt.curvature.measurements.measurement import Losses
 
 # For each card of the custom-scalars page its title, how many points each of its lines has, and what is wrong with it.
 CARDS = """
@@ -168,3 +173,10 @@ def test_four_different_runs_share_their_charts_and_none_is_empty(tmp_path: Path
     assert all(points and not wrong for _, points, wrong in cards)
     lines = {title: len(points) for title, points, _ in cards}
     assert [lines[title] for title in first] == [10, 3, 3, 4]
+
+
+@pytest.mark.parametrize(("loss", "state"), [(1.0, "below"), (2.0, "risen"), (math.inf, "diverged")])
+def test_a_state_below_the_edge_gives_way_to_a_risen_loss(loss: float, state: str) -> None:
+    w = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    found = measure(lambda: w.square().sum(), [w], torch.optim.SGD([w], lr=0.1), sharpness=None)
+    assert _state(replace(found, losses=Losses(1.0, 1.0, loss))) == state

@@ -197,6 +197,33 @@ def test_values_of_many_sizes_get_a_logarithmic_axis() -> None:
     assert panel(figure, "Largest").get_yscale() == "log" and panel(figure, "Sharpness").get_yscale() == "linear"
 
 
+def test_values_that_explode_do_not_flatten_the_others_and_are_noted() -> None:
+    log = Log()
+    for step in range(10):
+        exploded = step > 7
+        log.add_value(step, "lambda_max", 1e30 if exploded else 2.0 + step)
+        log.add_value(step, "stability_threshold", 40.0)
+        log.add_value(step, "lambda_min", -1e30 if exploded else -2.0 - step)
+        log.add_value(step, "sharpness", 1e-300 if exploded else 1.0)
+    axes = {a.get_title(loc="left"): a for a in dashboard(log.history()).axes}
+    largest, smallest, sharpness = (axes[t] for t in ("Largest eigenvalues", "Smallest eigenvalue", "Sharpness"))
+    assert largest.get_yscale() == "log" and 40.0 < largest.get_ylim()[1] < 100.0
+    assert smallest.get_yscale() == "symlog" and -20.0 < smallest.get_ylim()[0] < -9.0
+    assert sharpness.get_yscale() == "log" and 0.1 < sharpness.get_ylim()[0] < 1.0
+    notes = [[text.get_text() for text in a.texts] for a in (largest, smallest, sharpness)]
+    assert notes == [["up to 10³⁰"], ["down to -10³⁰"], ["down to 10⁻³⁰⁰"]]
+
+
+def test_a_further_eigenvalue_has_a_gap_where_it_was_not_known() -> None:
+    log = Log()
+    for step in range(5):
+        log.add_value(step, "lambda_max", 2.0)
+        if step != 2:
+            log.add_value(step, "lambda_2", 1.0)
+    (line,) = [line for line in dashboard(log.history()).axes[0].lines if line.get_label() == "2nd"]
+    assert np.isnan(np.asarray(line.get_ydata(), float)).tolist() == [False, False, True, False, False]
+
+
 def test_results_of_measure_by_step_by_pairs_and_in_a_list_are_one_picture() -> None:
     found = [measured(scale) for scale in (1.0, 2.0)]
     figures = [plot_history(source) for source in ({0: found[0], 1: found[1]}, [(0, found[0]), (1, found[1])], found)]

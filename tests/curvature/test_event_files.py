@@ -92,6 +92,10 @@ def test_what_a_run_left_behind_when_it_was_resumed_is_left_out(tmp_path: Path) 
     assert history.training == {"train_loss": expected}
 
 
+def test_a_record_of_another_version_is_left_out(tmp_path: Path) -> None:
+    assert history_of(tmp_path, record(3, {"version": 2, "values": {"lambda_max": 1.0}})) is None
+
+
 def test_runs_are_the_folders_with_measurements(tmp_path: Path) -> None:
     for name, data in (("a/version_0", GOOD), ("b", GOOD), ("c", scalar(0, "train_loss", 1.0))):
         (tmp_path / name).mkdir(parents=True)

@@ -6,6 +6,7 @@ import ast
 import math
 import re
 import runpy
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,9 +176,11 @@ def test_gpt_learning_rate() -> None:
     assert losses[low][-1] < 0.5
     assert losses[high][-1] < 0.5
     assert sum(losses[failing][50:]) > 2 * sum(losses[high][50:])
-    # Warm-up keeps first steps stable, or nearly so, and the low rate comes to the edge of stability.
-    assert ratios[low][0] < 1 < ratios[high][0] < 20 < 100 < ratios[failing][0]
-    assert 0.9 < max(ratios[low]) < 1.6
+    assert ratios[failing][0] > 50
+    assert ratios[failing][0] > 10 * ratios[high][0]
+    # The low rate comes to the edge of stability after the warm-up, for some time and not for good.
+    assert 0.8 < max(ratios[low][4:]) < 4
+    assert statistics.median(ratios[failing]) > 4 * statistics.median(ratios[low])
     margins = {name: [found.margin for found in margins.values()] for name, (_, margins, _) in names["runs"].items()}
     assert max(margins[low][:3]) < 0.2
 

@@ -120,7 +120,10 @@ def _missing(words: list[str]) -> Iterator[str]:
     if program.startswith("python") and arguments[:1] == ["-c"]:
         ast.parse(arguments[1])
     elif program.startswith("python") and arguments[:1] == ["-m"]:
-        if importlib.util.find_spec(arguments[1]) is None:
+        found = importlib.util.find_spec(arguments[1])
+        if found is not None and found.submodule_search_locations is not None:  # a package is run by its __main__
+            found = importlib.util.find_spec(f"{arguments[1]}.__main__")
+        if found is None:
             yield f"no module {arguments[1]}"
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -156,6 +159,7 @@ def test_a_program_that_is_wrong_is_seen(tmp_path: Path) -> None:
     [
         ("python no_file.py", "no file"),
         (".venv/bin/python -m no_module", "no module"),
+        ("python -m newtonopt.solvers", "no module"),
         ("make no-target", "no target"),
         ("pip install '.[plots,nothing]'", "no extra nothing"),
         ("pytest tests/system/test_pages.py::test_nothing", "no test"),

@@ -607,9 +607,10 @@ class Losses:
         return f"the loss is {written(self.now, 3)}, and {written(self.lowest, 3)} was its lowest so far"
 
 
-_ABOVE_START = (
-    "The loss is {}, above the {} at the start: so far training has not lowered the loss of these samples. Where it "
-    "does not fall soon, lower the learning rate, whatever the curvature says."
+# What to do where the loss is above the first one.
+_RISEN_WORDS = (
+    "So far training has not lowered the loss of the samples that are measured. Where it does not fall soon, lower the "
+    "learning rate, whatever the curvature says."
 )
 
 # What to do where a run has diverged, whose curvature, often none, would suggest a longer step.
@@ -727,9 +728,6 @@ class Measured(Mapping[str, float]):
             lines += [f"Nothing is certified: {self.doubt}"] if self.doubt else []
         else:
             lines = self._meaning()
-            if self.losses is not None and self.losses.risen:
-                said = _ABOVE_START.format(written(self.losses.now, 3), written(self.losses.first, 3))
-                lines.insert(lines[0].startswith("In short") if lines else 0, said)
         lines += [f"{name} is not measured: {reason}" for name, reason in self.unmeasurable().items()]
         lines += [f"{name} could not be measured: {message}" for name, message in self.failed().items()]
         certified = self.read("certified")
@@ -751,12 +749,18 @@ class Measured(Mapping[str, float]):
     def _meaning(self) -> list[str]:
         """Return the verdict in one line, and the measurements' sentences."""
         found = sorted(self.results(), key=lambda entry: not entry[0].leads)
-        verdict = "; ".join(filter(None, (measurement.verdict(result, self) for measurement, result in found)))
+        verdicts = [measurement.verdict(result, self) for measurement, result in found]
+        risen = self.losses is not None and self.losses.risen
+        if self.losses is not None and risen:
+            rise = f"from {written(self.losses.first, 3)} to {written(self.losses.now, 3)}"
+            verdicts.insert(0, f"the loss has risen {rise} since the start")
+        verdict = "; ".join(filter(None, verdicts))
         said = [
             (measurement.leads, words) for measurement, result in found for words in measurement.sentences(result, self)
         ]
         return [
             *([f"In short: {verdict}."] if verdict else []),
+            *([_RISEN_WORDS] if risen else []),
             *(words for leads, words in said if leads),
             *([f"Nothing is certified: {self.doubt}"] if self.doubt else []),
             *(words for leads, words in said if not leads),
