@@ -280,7 +280,7 @@ def fitted(steps: int, dtype: torch.dtype = torch.float64, **settings: Any) -> t
 
 
 def test_the_damping_follows_the_ratio() -> None:
-    reports, _ = fitted(40, max_trials=1)
+    reports, _ = fitted(25, max_trials=1)
     smooth = True
     for before, after in itertools.pairwise(reports):
         smooth = smooth and before.first_ratio >= 0.9 and before.acceleration <= 0.1

@@ -69,7 +69,7 @@ def tightness(optimizer: NewtonOptimizer) -> float:
     return 1 / value if optimizer.control == "radius" else value
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64])
 def test_training_lowers_the_loss(build: Build, dtype: torch.dtype) -> None:
     training = Training(dtype)
     training.model.eval()

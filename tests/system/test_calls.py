@@ -254,7 +254,7 @@ def test_curvature_is_the_other_closures_and_the_gradient_is_not(kind: Any, prod
     assert report.form == ("cached" if products == "auto" else products)
 
 
-@pytest.mark.parametrize("products", ["cached", "finite_difference"])
+@pytest.mark.parametrize("products", ["cached", pytest.param("finite_difference", marks=pytest.mark.slow)])
 def test_the_closure_itself_gives_the_same_steps(build: Build, products: Any) -> None:
     """Also with Dropout: both runs begin with the same random numbers."""
     if products != "cached" and build is OPTIMIZERS["levenberg_marquardt"]:
