@@ -59,13 +59,9 @@ for axes, matrix, title in zip(
     for row in range(n):
         for column in range(n):
             entry = float(matrix[row, column])
-            text, colour = (
-                f"{entry:.1f}".replace("-0.0", "0.0"),
-                "w" if abs(entry) > 4 else "k",
-            )
-            axes.text(
-                column, row, text, color=colour, ha="center", va="center", fontsize=8
-            )
+            text = f"{entry:.1f}".replace("-0.0", "0.0")
+            style = {"color": "w" if abs(entry) > 4 else "k", "fontsize": 8}
+            axes.text(column, row, text, ha="center", va="center", **style)
     axes.set(title=title, xticks=[], yticks=[])
 figure.colorbar(drawn, ax=panels, shrink=0.85)
 plt.show()

@@ -7,6 +7,8 @@ not only at saddles: a map of the signs shows where a function is convex, concav
 indefinite. Where the Hessian is zero, higher derivatives decide.
 """
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.colors import ListedColormap
@@ -70,7 +72,7 @@ for name, parts in shares.items():
 
 origin = torch.zeros(2, dtype=torch.float64, requires_grad=True)
 verdict = critical_point(evaluate(lambda: functions["x³ - 3xy²"](origin), [origin]))
-print(verdict)
+print(textwrap.fill(str(verdict), 84))
 
 # %%
 # The second map, of x³ + y³, has all four kinds: its Hessian is diagonal, with the
