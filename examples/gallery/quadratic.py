@@ -2,9 +2,9 @@
 What is the Hessian of a quadratic form?
 ========================================
 
-The Hessian of f(x) = x'Ax is A + A'. It is symmetric however far A is from symmetric:
-second derivatives do not depend on the order in which they are taken. For a symmetric A
-it is 2A.
+The Hessian of f(x) = x'Ax is A + A'. The sum is symmetric however far A is from
+symmetric: second derivatives do not depend on the order in which they are taken. For a
+symmetric A the Hessian is 2A.
 """
 
 import matplotlib.pyplot as plt
