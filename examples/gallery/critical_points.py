@@ -7,6 +7,8 @@ critical point, unless one of them is zero. ``critical_point`` gives a verdict w
 evidence in words, and says "degenerate" where eigenvalues cannot decide.
 """
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import torch
 
@@ -40,7 +42,7 @@ elsewhere = {
     place: critical_point(at(cubic, place)) for place in ((1.2, 3.4), (-1.0, 1.0))
 }
 for place, found in elsewhere.items():
-    print(f"{cubic} at {place}: {found}")
+    print(textwrap.fill(f"{cubic} at {place}: {found}", 84), end="\n\n")
 
 # %%
 # Six functions at the origin
@@ -48,7 +50,7 @@ for place, found in elsewhere.items():
 
 verdicts = {name: critical_point(at(name, (0.0, 0.0))) for name in functions}
 for name, found in verdicts.items():
-    print(f"{name}: {found}")
+    print(textwrap.fill(f"{name}: {found}", 84), end="\n\n")
 
 # %%
 # A zero eigenvalue leaves the kind open

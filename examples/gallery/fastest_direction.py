@@ -2,9 +2,9 @@
 Along which direction does the loss curve most?
 ===============================================
 
-Along the eigenvector of the Hessian's largest eigenvalue. For a trained network a unit
-step along it raises the loss a thousandfold, while along an eigenvector of nearly no
-curvature the loss hardly moves.
+The loss curves most along the eigenvector of the Hessian's largest eigenvalue. For a
+trained network a unit step along it raises the loss a thousandfold, while along an
+eigenvector of nearly no curvature the loss hardly moves.
 """
 
 import matplotlib.pyplot as plt
@@ -18,8 +18,8 @@ from newtonopt.curvature import extreme_eigenvalues, loss_slice
 # Train a network
 # ---------------
 #
-# It has 49 parameters and learns a sine wave. Eigenvectors mean most where the gradient
-# is nearly zero.
+# The network has 49 parameters and learns a sine wave. Eigenvectors mean most where the
+# gradient is nearly zero.
 
 torch.manual_seed(0)
 x = torch.linspace(-3, 3, 100, dtype=torch.float64)[:, None]

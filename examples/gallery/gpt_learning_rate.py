@@ -124,13 +124,13 @@ for name, (losses, _, found) in runs.items():
 # ------------------------
 #
 # At the low rate the ratio grows to about one and hovers there: the edge of stability,
-# grey below. It is normal, and the loss falls. With cross-entropy the ratio falls in the
-# end, when there is nothing left to learn.
+# grey below. The edge is a normal place to train at, and the loss falls. With
+# cross-entropy the ratio falls in the end, when there is nothing left to learn.
 #
 # At the high rate steps are beyond the edge. With warm-up they are so by a small factor,
 # and training goes fast, though not evenly. Without warm-up the first step is hundreds of
-# times longer than the curvature allows. It throws the weights to places where the loss
-# curves so much that training hardly gets on.
+# times longer than the curvature allows. The step throws the weights to places where the
+# loss curves so much that training hardly gets on.
 
 figure, (above, below) = plt.subplots(
     2, 1, figsize=(7.2, 6.2), sharex=True, layout="constrained"
@@ -171,9 +171,9 @@ plt.show()
 # The step margin costs two forward passes and a backward pass. Below one the step lowered
 # the loss of its own batch; from one on it did not. At the low rate the margin is near
 # zero until training comes to the edge of stability. At the high rate it is around one in
-# both runs, the one that learns and the one that fails. It says that steps are about as
-# long as the loss allows, and not what will come of it. A gap is a step that did not go
-# downhill.
+# both runs, the one that learns and the one that fails. The margin says that steps are
+# about as long as the loss allows, and not what will come of it. A gap is a step that did
+# not go downhill.
 
 figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
 for name, (_, margins, _) in runs.items():

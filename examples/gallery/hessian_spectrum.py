@@ -51,8 +51,8 @@ x = torch.tensor([0.5, -1.0], dtype=torch.float64, requires_grad=True)
 
 H = hessian(evaluate(lambda: (network(x) - 1).square().sum() / 2, network.parameters()))
 found = extreme_eigenvalues(H, top=3, bottom=3)
-print("largest: ", *found.top)
-print("smallest:", *found.bottom)
+print("largest:", *found.top, sep="\n  ")
+print("smallest:", *found.bottom, sep="\n  ")
 
 # %%
 # Each eigenvalue comes with an interval that holds it. In a notebook the result shows
@@ -89,7 +89,7 @@ places = [8, 7, 6, 0, 1, 2]
 entries = [*found.top, *found.bottom]
 true = alone[places].tolist()
 for entry, value in zip(entries, true, strict=True):
-    print(f"{value:7.4f} is within its bounds: {entry.lower <= value <= entry.upper}")
+    print(f"{value:.4g} is within its bounds: {entry.lower <= value <= entry.upper}")
 
 figure, panels = plt.subplots(1, 2, figsize=(7.2, 3.8), sharey=True, layout="constrained")
 spectra = {"parameters": alone, "parameters and input": together}

@@ -2,9 +2,9 @@
 What is the Hessian of a quadratic form?
 ========================================
 
-The Hessian of f(x) = x'Ax is A + A'. It is symmetric however far A is from symmetric:
-second derivatives do not depend on the order in which they are taken. For a symmetric A
-it is 2A.
+The Hessian of f(x) = x'Ax is A + A'. The sum is symmetric however far A is from
+symmetric: second derivatives do not depend on the order in which they are taken. For a
+symmetric A the Hessian is 2A.
 """
 
 import matplotlib.pyplot as plt
@@ -59,13 +59,9 @@ for axes, matrix, title in zip(
     for row in range(n):
         for column in range(n):
             entry = float(matrix[row, column])
-            text, colour = (
-                f"{entry:.1f}".replace("-0.0", "0.0"),
-                "w" if abs(entry) > 4 else "k",
-            )
-            axes.text(
-                column, row, text, color=colour, ha="center", va="center", fontsize=8
-            )
+            text = f"{entry:.1f}".replace("-0.0", "0.0")
+            style = {"color": "w" if abs(entry) > 4 else "k", "fontsize": 8}
+            axes.text(column, row, text, ha="center", va="center", **style)
     axes.set(title=title, xticks=[], yticks=[])
 figure.colorbar(drawn, ax=panels, shrink=0.85)
 plt.show()

@@ -2,10 +2,12 @@
 Where does a function curve like a saddle?
 ==========================================
 
-A function curves up and down where its Hessian has eigenvalues of both signs. That is so
-not only at saddles: a map of the signs shows where a function is convex, concave or
+A function curves up and down where its Hessian has eigenvalues of both signs. Saddles are
+only one such place: a map of the signs shows where a function is convex, concave or
 indefinite. Where the Hessian is zero, higher derivatives decide.
 """
+
+import textwrap
 
 import matplotlib.pyplot as plt
 import torch
@@ -65,12 +67,12 @@ for name, parts in shares.items():
 # -----------------
 #
 # The Hessian of the monkey saddle x³ - 3xy² has the eigenvalues ±6r at distance r from
-# the origin. It is indefinite everywhere but at the origin, where it is zero and the
+# the origin. So it is indefinite everywhere but at the origin, where it is zero and the
 # quadratic model is flat. The origin is no extremum, though no eigenvalue says so:
 
 origin = torch.zeros(2, dtype=torch.float64, requires_grad=True)
 verdict = critical_point(evaluate(lambda: functions["x³ - 3xy²"](origin), [origin]))
-print(verdict)
+print(textwrap.fill(str(verdict), 84))
 
 # %%
 # The second map, of x³ + y³, has all four kinds: its Hessian is diagonal, with the

@@ -4,7 +4,7 @@ How many directions does a network learn?
 
 Near a point a network is linear in its parameters, with the Jacobian J of its outputs.
 The Gauss-Newton matrix is made of J'J, and the neural tangent kernel is JJ'. Both have
-the same eigenvalues, but for zeros. They tell which functions the network learns fast,
+the same eigenvalues, but for zeros. These tell which functions the network learns fast,
 and how many directions of its parameters count at all.
 """
 
@@ -21,8 +21,9 @@ from newtonopt.curvature import gauss_newton_spectrum, neural_tangent_kernel
 # A network, before and after training
 # ------------------------------------
 #
-# It has 673 parameters and learns a wave packet from 80 points. The rows of J come from a
-# few backward passes, and all eigenvalues from those rows: no iteration and no sampling.
+# The network has 673 parameters and learns a wave packet from 80 points. The rows of J
+# come from a few backward passes, and all eigenvalues from those rows: no iteration and
+# no sampling.
 
 torch.manual_seed(0)
 m = 80
@@ -73,8 +74,8 @@ plt.show()
 # The kernel
 # ----------
 #
-# Its entry (x, x') tells how much a gradient step for the point x changes the output at
-# x'. Before training distant points move together. Training narrows this.
+# The kernel's entry (x, x') tells how much a gradient step for the point x changes the
+# output at x'. Before training distant points move together. Training narrows this.
 
 figure, panels = plt.subplots(1, 2, figsize=(7.2, 3.6), sharey=True, layout="constrained")
 for axes, (when, kernel) in zip(panels, kernels.items(), strict=True):
@@ -113,8 +114,8 @@ plt.show()
 # -------------------------
 #
 # The effective dimension at a damping is the sum of eigenvalue / (eigenvalue + damping):
-# how many eigenvalues stand out of it. Of 673 parameters a few directions count, and
-# training adds some.
+# how many eigenvalues stand out of it. A few of 673 directions count, and training adds
+# some.
 
 for when, spectrum in spectra.items():
     print(f"{when}: {spectrum.effective_dimension(1e-3):.1f} at a damping of 0.001")
