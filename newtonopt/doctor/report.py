@@ -93,7 +93,7 @@ def heading() -> str:
     return f"newtonopt {newtonopt.__version__}, Python {platform.python_version()}, {machine}"
 
 
-_STATUS, _NAME, _WIDTH = 15, 20, 120
+_STATUS, _NAME, _WIDTH = 15, 20, 100
 
 
 def line(check: Check, finding: Finding) -> str:

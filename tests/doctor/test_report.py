@@ -57,7 +57,7 @@ def test_long_lines_are_folded_under_their_beginning() -> None:
     check = Check("A", "first", ailing.fine)
     lines = report.line(check, Finding(Status.FAILS, "word " * 40 + "end.", "Do it.")).splitlines()
     assert len(lines) > 1
-    assert all(len(line) <= 120 for line in lines)
+    assert all(len(line) <= 100 for line in lines)
     assert all(line.startswith(" " * 37 + "word") for line in lines[1:])
     assert lines[-1].endswith("end. Do it.")
 
