@@ -65,10 +65,11 @@ def main() -> dict[str, float]:
             for _ in range(steps):
                 optimizer.step(closure)
             losses[name] = closure().item()
+            slope = max(p.grad.abs().max().item() for p in model.parameters())
         except gpytorch.utils.errors.NanError:
-            losses[name] = math.nan
+            losses[name] = slope = math.nan
         seconds = time.process_time() - start
-        print(f"{name:22s} loss {losses[name]:.5f} after {steps} steps, {seconds:.2f} s")
+        print(f"{name:22s} loss {losses[name]:.5f}, gradient {slope:.0e} after {steps} steps, {seconds:.2f} s")
 
     # 150 times the Hessian at the minimum is the inverse covariance of the hyperparameters (Laplace's approximation).
     covariance = torch.linalg.pinv(150 * hessian(evaluate(closure, model.parameters())).dense(), hermitian=True)

@@ -2,7 +2,7 @@
 
 The convection equation `u_t + 10 u_x = 0` with `u(x, 0) = sin x` and periodic ends; the solution is `sin(x - 10 t)`.
 The closure is the one that `torch.optim.LBFGS` takes. Adam, L-BFGS and LevenbergMarquardt get the same processor time.
-The residual's points are drawn anew before each step; L-BFGS keeps its own, because its memory does not survive new ones.
+The points are drawn anew before each step; L-BFGS keeps its points, because its memory does not survive new ones.
 """
 
 from __future__ import annotations
@@ -41,11 +41,7 @@ def train(make, draws_anew: bool, seconds: float) -> tuple[float, float, int]:
         u = model(points)
         (slopes,) = torch.autograd.grad(u.sum(), points, create_graph=True)
         residual = slopes[:, 1] + SPEED * slopes[:, 0]
-        loss = (
-            residual.square().mean()
-            + F.mse_loss(model(start), places.sin())
-            + F.mse_loss(model(left), model(right))
-        )
+        loss = residual.square().mean() + F.mse_loss(model(start), places.sin()) + F.mse_loss(model(left), model(right))
         loss.backward()
         return loss
 

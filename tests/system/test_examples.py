@@ -45,38 +45,6 @@ def test_the_plain_loop_logs_what_it_measures(tmp_path: Path, monkeypatch: pytes
     assert [event.value for event in events.Scalars("curvature-bookkeeping/certified")] == [1.0, 0.0, 0.0]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize(
-    ("name", "needs", "settings", "steps"),
-    [
-        ("hugging_face", ["transformers", "accelerate"], {"STEPS": 4, "EVERY": 2}, [1, 2, 4]),
-        ("ignite_engine", ["ignite"], {"EPOCHS": 1, "EVERY": 6}, [1, 6, 12]),
-    ],
-)
-def test_the_loops_of_other_libraries_are_watched_and_train_as_before(
-    name: str,
-    needs: list[str],
-    settings: dict[str, int],
-    steps: list[int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for package in needs:
-        pytest.importorskip(package)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    program = runpy.run_path(str(ROOT / f"examples/{name}.py"))
-    program["main"].__globals__.update(settings)
-    watched, alone = program["main"]("logs"), program["main"]("other", watched=False)
-    assert all(torch.equal(p, q) for p, q in zip(watched.parameters(), alone.parameters(), strict=True))
-    events = EventAccumulator("logs").Reload()
-    assert [event.step for event in events.Scalars("curvature/lambda_max")] == steps
-    assert [event.value for event in events.Scalars("curvature-bookkeeping/certified")] == [1.0, 0.0, 0.0]
-    assert len(events.Scalars("curvature/stability_ratio")) == 3
-    assert capsys.readouterr().out.count("The largest eigenvalue is") >= 3
-
-
 def test_a_physics_informed_network_is_trained_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     program = runpy.run_path(str(ROOT / "examples/convection.py"))

@@ -1,4 +1,4 @@
-"""Curvature from the Hugging Face `Trainer`, whose code stays as it is: `python examples/hugging_face.py`.
+"""Curvature from the Hugging Face `Trainer`, whose code stays as it is: `python examples/how_to/hugging_face.py`.
 
 A small BERT reads handwritten digits as sequences. One callback measures the loss of the first samples at every few
 steps, prints what the values mean and writes them for TensorBoard. Needs `pip install transformers accelerate`.
