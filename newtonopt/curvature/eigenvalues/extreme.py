@@ -26,7 +26,7 @@ from newtonopt.curvature.eigenvalues.bounds import (
     settled,
 )
 from newtonopt.curvature.eigenvalues.search import search
-from newtonopt.curvature.eigenvalues.tracking import Previous, known_roughly, of_its_own_end, track
+from newtonopt.curvature.eigenvalues.tracking import Previous, known_roughly, of_its_own_end, part, track
 from newtonopt.curvature.showing import as_table, as_text
 from newtonopt.operators.linear_operator import LinearOperator, check_operator
 from newtonopt.vectors.scaling import InRange, lost
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 _VECTORS = 120
 # Fewest that it may be held to for one eigenvalue alone: four Lanczos vectors between restarts.
 _LEAST = 16
+# Share of a unit vector, by its square, that is called most of it.
+_MOST = 0.5
 # Number of eigenvalues that may be asked for even if the operator has fewer rows: the defaults ask for as many.
 _FEW = 5
 _ANYWHERE = Interval(-math.inf, math.inf)
@@ -267,6 +269,15 @@ def _tracked(
     known = track(matrix, request, _nothing(operator), previous, seed, is_enough)
     own = of_its_own_end(request, known, previous)
     return _spectrum(own, known, matrix, confidence, own == request and settled(request, known), False)
+
+
+def keeps_up(tracked: Spectrum, certified: Spectrum) -> bool:
+    """Return whether the vectors that were tracked contain most of the certified largest eigenvector.
+
+    Tracking that starts from them finds it; it may miss an eigenvector that has come from elsewhere.
+    """
+    vector, vectors = certified.top[0].vector, [entry.vector for entry in (*tracked.top, *tracked.bottom)]
+    return all(old.shape == vector.shape for old in vectors) and part(vector, vectors) ** 2 >= _MOST
 
 
 def check_spectrum(name: str, spectrum: object) -> None:

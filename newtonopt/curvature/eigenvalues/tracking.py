@@ -169,7 +169,7 @@ def of_its_own_end(request: Request, known: Knowledge, previous: Previous) -> Re
             inwards = (sign * values[order[0]] - value) * width_before - (sign * old[0] - was) * width
             far = inwards > _MOVED * width * width_before
             across = value < -_ACROSS * width and was > -_ACROSS * width_before
-            if (far or across) and _part(known.block.vectors[order[rank]], vectors) < _PART:
+            if (far or across) and part(known.block.vectors[order[rank]], vectors) < _PART:
                 break
             if shared and order[rank] == opposite:
                 break
@@ -178,6 +178,6 @@ def of_its_own_end(request: Request, known: Knowledge, previous: Previous) -> Re
     return replace(request, ends=(ends[0], ends[1]))
 
 
-def _part(vector: Tensor, olds: Sequence[Tensor]) -> float:
+def part(vector: Tensor, olds: Sequence[Tensor]) -> float:
     """Return the norm of a unit vector's part in the span of orthonormal ones."""
     return math.hypot(*(dot(vector, old.to(vector.dtype).to(vector.device)) for old in olds))

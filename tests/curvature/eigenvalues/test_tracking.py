@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from newtonopt import LinearOperator, evaluate, gauss_newton, hessian
 from newtonopt.curvature import Spectrum, extreme_eigenvalues
-from newtonopt.curvature.eigenvalues.extreme import follow
+from newtonopt.curvature.eigenvalues.extreme import follow, keeps_up
 from newtonopt.curvature.eigenvalues.tracking import estimated_errors
 
 SLOW = torch.arange(1, 200, dtype=torch.float64) ** -0.5
@@ -197,3 +197,12 @@ def test_the_smallest_value_is_never_shown_as_the_next_largest() -> None:
     found = follow(diagonal(values), first, 3, 1, 1e-2, 3, 0, None)
     assert found is not None and found.top[0].value == pytest.approx(66.0, rel=1e-2)
     assert found.bottom and all(entry.value != found.bottom[0].value for entry in found.top)
+
+
+def test_tracking_keeps_up_where_its_vectors_contain_the_largest_eigenvector() -> None:
+    values = torch.cat([torch.tensor([5.0, 4.0, 3.0]).double(), uniform(50)])
+    now = extreme_eigenvalues(diagonal(values), top=1, bottom=0)
+    for order, kept_up in (([0, 1, 2], True), ([1, 0, 2], True), ([2, 1, 0], False)):
+        before = extreme_eigenvalues(diagonal(torch.cat([values[order], values[3:]])), top=2, bottom=0)
+        assert keeps_up(before, now) == kept_up
+    assert not keeps_up(extreme_eigenvalues(diagonal(values[:-1]), top=2, bottom=0), now)
