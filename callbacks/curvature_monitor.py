@@ -500,7 +500,7 @@ class CurvatureMonitor(Callback):
         if self._last is None:
             return _INTERVAL
         kinds = (ExtremeEigenvalues, Preconditioned)
-        found = [(self._last.of(kind), certified.of(kind)) for kind in kinds]  # type: ignore[type-abstract]
+        found = [(self._last.of(kind), certified.of(kind)) for kind in kinds]
         kept_up = all(keeps_up(last, now) for last, now in found if last is not None and now is not None)
         return 2 * min(self._interval, self.budget.certify_every) if kept_up else _INTERVAL
 

@@ -23,6 +23,7 @@ from newtonopt.curvature import (
     Sharpness,
     Tag,
     Trace,
+    View,
     measure,
 )
 
@@ -455,3 +456,57 @@ def test_a_mistake_in_a_measurement_names_its_class() -> None:
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(RuntimeError, match=r"Mistaken failed with AttributeError: .*no_such_thing"):
         measure(lambda: p.square().sum(), [p], sharpness=None, measurements=[Mistaken()])
+
+
+class Rounded(Measurement[float]):
+    """A measurement that takes a product and says nothing about differences."""
+
+    tags = (Tag("rounded", "", "the first entry of a product"),)
+
+    def measure(self, view: View) -> float:
+        return float((view.matrix @ torch.ones_like(view.gradient))[0])
+
+    def values(self, result: float) -> dict[str, float]:
+        return {"rounded": result}
+
+
+def test_tracking_takes_differences_where_they_agree_with_exact_products() -> None:
+    problem = Problem()
+    optimizer = torch.optim.Adam(problem.model.parameters(), lr=1e-4)
+    optimizer.step(problem.closure)
+    params, settings = list(problem.model.parameters()), {"sharpness": None, "tolerance": 1e-3}
+    first = measure(problem.closure, params, optimizer, **settings)
+    assert first.differenced
+    optimizer.step(problem.closure)
+    before = [p.detach().clone() for p in params]
+    tracked = measure(problem.closure, params, optimizer, **settings, last=first)
+    exact = measure(problem.closure, params, optimizer, **settings, last=first, products="cached")
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert tracked.differenced and not exact.differenced
+    assert (tracked.read("certified"), exact.read("certified")) == (0.0, 0.0)
+    for name in ("lambda_max", "lambda_2", "preconditioned_lambda_max", "gradient_curvature"):
+        assert tracked.read(name) == pytest.approx(exact.read(name), rel=1e-3)
+    assert tracked.read("lambda_max") != exact.read("lambda_max"), "one of the two is rounded otherwise"
+    assert tracked.form == "auto"
+
+
+def test_differences_are_for_tracking_alone() -> None:
+    problem = Problem()
+    params = list(problem.model.parameters())
+    settings: dict[str, Any] = {"sharpness": None, "seed": 0}
+    first = measure(problem.closure, params, **settings)
+    for more in ({"products": "cached"}, {"curvature": "gauss_newton"}, {"measurements": [Rounded()]}):
+        assert not measure(problem.closure, params, **settings, **more).differenced
+    # A measurement that the first list does not have gets exact products.
+    both = [measure(problem.closure, params, **settings, last=last, measurements=[Rounded()]) for last in (first, None)]
+    assert both[0].read("rounded") == both[1].read("rounded")
+
+
+def test_what_differences_cannot_track_is_measured_again_with_exact_products() -> None:
+    problem = Problem()
+    params = list(problem.model.parameters())
+    first = measure(problem.closure, params, sharpness=None)
+    shrunk = measure(problem.closure, params[:2], sharpness=None, last=first)
+    again = measure(problem.closure, params[:2], sharpness=None)
+    assert first.differenced and shrunk.read("certified") == 1.0
+    assert shrunk.read("lambda_max") == again.read("lambda_max")

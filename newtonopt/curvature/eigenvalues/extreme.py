@@ -232,7 +232,7 @@ def extreme_eigenvalues(
     return _spectrum(request, known, matrix, confidence, certified(request, known), True)
 
 
-def follow(
+def track_roughly(
     operator: LinearOperator,
     start: Spectrum,
     top: int,

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from newtonopt.checks import check_whole
 from newtonopt.curvature.eigenvalues.bounds import ASYMMETRIC
-from newtonopt.curvature.eigenvalues.extreme import Eigenvalue, Spectrum, check_count, extreme_eigenvalues, follow
+from newtonopt.curvature.eigenvalues.extreme import (
+    Eigenvalue,
+    Spectrum,
+    check_count,
+    extreme_eigenvalues,
+    track_roughly,
+)
 from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, View
 from newtonopt.operators.linear_operator import LinearOperator
 
@@ -98,7 +104,7 @@ class ExtremeEigenvalues(Measurement[Spectrum]):
             check_count("bottom", self.bottom, size)
 
     def measure(self, view: View) -> Spectrum | None:
-        """Return the eigenvalues, followed from the last ones unless those are seen to have been lost."""
+        """Return the eigenvalues, tracked from the last ones unless those are seen to have been lost."""
         found = spectrum(view, view.matrix, self.top, self.bottom, view.before(ExtremeEigenvalues), view.gradient)
         # The quotient of any vector is a lower bound on the largest eigenvalue. If the tracked value lies below that of
         # the gradient, tracking has lost the top eigenvector, and the search starts again at random.
@@ -107,6 +113,10 @@ class ExtremeEigenvalues(Measurement[Spectrum]):
             return found
         lost = found.top[0].value < bound - view.plan.tolerance * abs(bound)
         return spectrum(view, view.matrix, self.top, self.bottom, None, None) if lost else found
+
+    def differenced_along(self, result: Spectrum | None, view: View) -> Sequence[Tensor]:
+        """Return the top eigenvector."""
+        return [] if result is None else [entry.vector for entry in result.top[:1]]
 
     def values(self, result: Spectrum) -> dict[str, float]:
         """Return the outermost eigenvalue of each end with its interval, and those next to it without."""
@@ -166,9 +176,11 @@ def spectrum(
     # Vectors of another length belong to other parameters, which were trained then.
     if last is not None and all(entry.vector.shape[0] == A.shape[0] for entry in (*last.top, *last.bottom)):
         most = max(plan.max_products // _TRACKED_PART, _TRACKED_BASE + _TRACKED_EACH * (top + bottom))
-        followed = follow(A, last, top, bottom, plan.tolerance, min(budget, most), plan.seed, gradient)
-        if followed is not None:
-            return followed
+        tracked = track_roughly(A, last, top, bottom, plan.tolerance, min(budget, most), plan.seed, gradient)
+        if tracked is not None and not (view.differenced and tracked.asymmetry > ASYMMETRIC):
+            return tracked
+    if view.differenced:
+        raise RuntimeError("A random start needs exact products.")
     return extreme_eigenvalues(A, top, bottom, plan.tolerance, max_products=budget, seed=plan.seed)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from newtonopt import LinearOperator, evaluate, gauss_newton, hessian
 from newtonopt.curvature import Spectrum, extreme_eigenvalues
-from newtonopt.curvature.eigenvalues.extreme import follow, keeps_up
+from newtonopt.curvature.eigenvalues.extreme import keeps_up, track_roughly
 from newtonopt.curvature.eigenvalues.tracking import estimated_errors
 
 SLOW = torch.arange(1, 200, dtype=torch.float64) ** -0.5
@@ -86,7 +86,7 @@ def test_following_ends_early_with_values_that_are_accurate() -> None:
         A, gradient = training.hessian(), evaluate(training.closure, training.model.parameters()).gradient
         truth = torch.linalg.eigvalsh(A.dense()).flip(0)
         tracked = extreme_eigenvalues(A, 3, 1, tolerance=1e-2, start=spectrum)
-        followed = follow(A, spectrum, 3, 1, 1e-2, 30, 0, gradient)
+        followed = track_roughly(A, spectrum, 3, 1, 1e-2, 30, 0, gradient)
         assert followed is not None
         assert not followed.certified
         assert followed.top[0].value == pytest.approx(float(truth[0]), rel=1e-2)
@@ -106,7 +106,7 @@ def test_the_gradient_leads_to_an_eigenvector_that_the_last_measurement_lacks() 
     values[-1] = 20.0
     gradient = torch.zeros(n, dtype=torch.float64)
     gradient[[0, -1]] = torch.tensor([1.0, 0.1], dtype=torch.float64)
-    found = follow(diagonal(values), before, 1, 0, 1e-2, 6, 0, gradient)
+    found = track_roughly(diagonal(values), before, 1, 0, 1e-2, 6, 0, gradient)
     assert found is not None
     assert found.top[0].value == pytest.approx(20.0, rel=1e-2)
 
@@ -194,7 +194,7 @@ def test_the_smallest_value_is_never_shown_as_the_next_largest() -> None:
     """A short run has fewer values than are asked for, and one of them cannot be both."""
     values = torch.cat([torch.tensor([66.0]), torch.linspace(1e-7, -1e-6, 99)]).double()
     first = extreme_eigenvalues(diagonal(values), top=3, bottom=1)
-    found = follow(diagonal(values), first, 3, 1, 1e-2, 3, 0, None)
+    found = track_roughly(diagonal(values), first, 3, 1, 1e-2, 3, 0, None)
     assert found is not None and found.top[0].value == pytest.approx(66.0, rel=1e-2)
     assert found.bottom and all(entry.value != found.bottom[0].value for entry in found.top)
 

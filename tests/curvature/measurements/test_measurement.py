@@ -89,9 +89,9 @@ def test_words_say_how_to_narrow_and_how_to_certify() -> None:
     found = measure(closure, [p], sharpness=None, max_products=8)
     assert (found.read("certified"), found.read("converged")) == (1.0, 0.0)
     assert "Some intervals are wider than 0.01 of their value: raise max_products above 8" in found.in_words()
-    followed = measure(closure, [p], sharpness=None, max_products=8, last=found)
-    assert followed.read("certified") == 0.0
-    assert "This measurement followed the last one. CurvatureMonitor certifies each with" in followed.in_words()
+    tracked = measure(closure, [p], sharpness=None, max_products=8, last=found)
+    assert tracked.read("certified") == 0.0
+    assert "This measurement tracked the last one's eigenvectors. CurvatureMonitor certifies" in tracked.in_words()
     assert {tag.name for tag in COST_TAGS} <= set(found.names())
 
 
