@@ -224,12 +224,18 @@ def extreme_eigenvalues(
     previous = _previous(operator, start, tolerance, None)
     if previous is not None:
         return _tracked(operator, request, previous, confidence, seed, functools.partial(settled, request))
-    matrix = InRange(operator)
-    known = search(matrix, request, _nothing(operator), seed)
-    if operator.trust.doubt:
-        known = replace(known, whole=_ANYWHERE, rest=_ANYWHERE)
-        return _spectrum(request, known, matrix, confidence, False, False)
-    return _spectrum(request, known, matrix, confidence, certified(request, known), True)
+    return _searched(operator, request, confidence, seed)
+
+
+def certify(
+    operator: LinearOperator, top: int, bottom: int, tolerance: float, most: int, seed: int, spare: int
+) -> Spectrum:
+    """Measure a spectrum as `extreme_eigenvalues` does, with `spare` further eigenvalues at the top, to be tracked.
+
+    They take no product of their own: their intervals are as wide as they are when the others are certified.
+    """
+    request = _request(operator, top, bottom, tolerance, 0.99, most, None)
+    return _searched(operator, replace(request, spare=spare), 0.99, seed)
 
 
 def track_roughly(
@@ -255,6 +261,15 @@ def track_roughly(
     if previous is None:
         return None
     return _tracked(operator, request, previous, 0.99, seed, functools.partial(known_roughly, request))
+
+
+def _searched(operator: LinearOperator, request: Request, confidence: float, seed: int) -> Spectrum:
+    matrix = InRange(operator)
+    known = search(matrix, request, _nothing(operator), seed)
+    if operator.trust.doubt:
+        known = replace(known, whole=_ANYWHERE, rest=_ANYWHERE)
+        return _spectrum(request.with_spare, known, matrix, confidence, False, False)
+    return _spectrum(request.with_spare, known, matrix, confidence, certified(request, known), True)
 
 
 def _tracked(

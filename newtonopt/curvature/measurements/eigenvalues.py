@@ -14,8 +14,8 @@ from newtonopt.curvature.eigenvalues.bounds import ASYMMETRIC
 from newtonopt.curvature.eigenvalues.extreme import (
     Eigenvalue,
     Spectrum,
+    certify,
     check_count,
-    extreme_eigenvalues,
     track_roughly,
 )
 from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, View
@@ -154,7 +154,13 @@ class ExtremeEigenvalues(Measurement[Spectrum]):
 
 
 def spectrum(
-    view: View, A: LinearOperator, top: int, bottom: int, last: Spectrum | None, gradient: Tensor | None
+    view: View,
+    A: LinearOperator,
+    top: int,
+    bottom: int,
+    last: Spectrum | None,
+    gradient: Tensor | None,
+    spare: int = 0,
 ) -> Spectrum | None:
     """Return the extreme eigenvalues of a matrix within the budget of the view.
 
@@ -165,6 +171,7 @@ def spectrum(
         bottom: How many of the smallest.
         last: Eigenvalues to track; None: start at random.
         gradient: The gradient in the matrix's coordinates, from which tracking starts too, `(n,)`; None: not known.
+        spare: How many further ones of the largest are tracked, and never certified. Default 0.
 
     Returns:
         The eigenvalues; None where there is no time for a product.
@@ -175,13 +182,14 @@ def spectrum(
         return None
     # Vectors of another length belong to other parameters, which were trained then.
     if last is not None and all(entry.vector.shape[0] == A.shape[0] for entry in (*last.top, *last.bottom)):
-        most = max(plan.max_products // _TRACKED_PART, _TRACKED_BASE + _TRACKED_EACH * (top + bottom))
-        tracked = track_roughly(A, last, top, bottom, plan.tolerance, min(budget, most), plan.seed, gradient)
+        count = top + spare
+        most = max(plan.max_products // _TRACKED_PART, _TRACKED_BASE + _TRACKED_EACH * (count + bottom))
+        tracked = track_roughly(A, last, count, bottom, plan.tolerance, min(budget, most), plan.seed, gradient)
         if tracked is not None and not (view.differenced and tracked.asymmetry > ASYMMETRIC):
             return tracked
     if view.differenced:
         raise RuntimeError("A random start needs exact products.")
-    return extreme_eigenvalues(A, top, bottom, plan.tolerance, max_products=budget, seed=plan.seed)
+    return certify(A, top, bottom, plan.tolerance, budget, plan.seed, spare)
 
 
 def interval(eigenvalue: Eigenvalue) -> tuple[float, float]:

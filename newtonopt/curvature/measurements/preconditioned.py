@@ -69,8 +69,8 @@ class Preconditioned(Measurement[Spectrum]):
         except (TypeError, ValueError) as error:  # no threshold is known, or never stable, or no step so far
             raise UnmeasurableError(str(error)) from error
         matrix = scaled(view.matrix, weights, decay)
-        # Two, because they cross as the preconditioner changes, and a vector that was the second one becomes the first.
-        return spectrum(view, matrix, 2, 0, view.before(Preconditioned), weights * view.gradient)
+        # A second one is tracked: they cross as the preconditioner changes, and the second vector becomes the first.
+        return spectrum(view, matrix, 1, 0, view.before(Preconditioned), weights * view.gradient, spare=1)
 
     def differenced_along(self, result: Spectrum | None, view: View) -> Sequence[Tensor]:
         """Return the direction of the parameters that belongs to the top eigenvector."""
