@@ -61,7 +61,7 @@ class Budget:
             and is ten again where it does not. The other measurements track the eigenvectors of the last one, with a
             quarter of `max_products` or a little more, and certify nothing: `certified` is 0, and the bounds enclose
             some eigenvalue, perhaps not the extreme one. Between measurements vectors are kept, `top + bottom + 1`
-            times the parameters. Default 40: a certified measurement costs four to six times as much as a tracked
+            times the parameters. Default 40: a certified measurement costs three to ten times as much as a tracked
             one, and has the sharpness too.
         tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
             no more.

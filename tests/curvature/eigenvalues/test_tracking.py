@@ -76,27 +76,27 @@ def test_errors_are_estimated_from_residuals_and_the_nearest_ritz_value() -> Non
     assert estimated_errors(values[:1], residuals[:1]).tolist() == [0.1]
 
 
-def test_following_ends_early_with_values_that_are_accurate() -> None:
+def test_rough_tracking_ends_early_with_values_that_are_accurate() -> None:
     """The largest within 1 %, the others within a tenth, for fewer products than a tracking to the tolerance."""
     training = _Training()
     spectrum = extreme_eigenvalues(training.hessian(), 3, 1, tolerance=1e-2)
-    followed_products = tracked_products = 0
+    rough_products = tracked_products = 0
     for _ in range(4):
         training.steps(3)
         A, gradient = training.hessian(), evaluate(training.closure, training.model.parameters()).gradient
         truth = torch.linalg.eigvalsh(A.dense()).flip(0)
         tracked = extreme_eigenvalues(A, 3, 1, tolerance=1e-2, start=spectrum)
-        followed = track_roughly(A, spectrum, 3, 1, 1e-2, 30, 0, gradient)
-        assert followed is not None
-        assert not followed.certified
-        assert followed.top[0].value == pytest.approx(float(truth[0]), rel=1e-2)
-        for entry, expected in zip((*followed.top[1:], *followed.bottom), truth[[1, 2, -1]].tolist(), strict=True):
+        rough = track_roughly(A, spectrum, 3, 1, 1e-2, 30, 0, gradient)
+        assert rough is not None
+        assert not rough.certified
+        assert rough.top[0].value == pytest.approx(float(truth[0]), rel=1e-2)
+        for entry, expected in zip((*rough.top[1:], *rough.bottom), truth[[1, 2, -1]].tolist(), strict=True):
             assert entry.value == pytest.approx(expected, rel=0.1, abs=0.01 * float(truth[0]))
             assert entry.error <= entry.residual
-        followed_products += followed.products
+        rough_products += rough.products
         tracked_products += tracked.products
-        spectrum = followed
-    assert followed_products < 0.9 * tracked_products
+        spectrum = rough
+    assert rough_products < 0.9 * tracked_products
 
 
 def test_the_gradient_leads_to_an_eigenvector_that_the_last_measurement_lacks() -> None:
@@ -166,7 +166,7 @@ def test_a_start_of_another_length_is_refused() -> None:
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("budget", [6, 10, 24])
-def test_followed_values_are_those_of_their_own_end(sign: float, budget: int) -> None:
+def test_tracked_values_are_those_of_their_own_end(sign: float, budget: int) -> None:
     """A run sees eigenvalues that are nearly zero once: the next ones are not taken from the other end."""
     for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
