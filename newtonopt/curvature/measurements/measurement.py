@@ -854,7 +854,7 @@ def _take(
     lacks = evaluation.form == "finite_difference" and not differenced
     form: Products = "finite_difference" if lacks else plan.products
     del A
-    view = replace(view, operator=None, live=None, form=form)
+    view = replace(view, operator=None, live=None, form=form, differenced=False)
     evaluation.free()
     for measurement in plan.measurements:
         view.take(measurement)

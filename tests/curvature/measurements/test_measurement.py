@@ -244,3 +244,30 @@ def test_a_tag_may_be_in_a_group_and_its_name_stays_the_same() -> None:
     assert {"one", "lambda_max", "seconds"} <= set(found.names())
     with pytest.raises(ValueError, match=r"group must consist of .*, got 'a/b'\. Write"):
         Tag("one", "", "always one", group="a/b")
+
+
+class Failing(Measurement[float]):
+    """A measurement that takes no products and fails."""
+
+    tags = (Tag("failing", "", "never written"),)
+    uses_matrix = False
+
+    def measure(self, view: View) -> float:
+        raise RuntimeError("no luck")
+
+    def values(self, result: float) -> dict[str, float]:
+        return {"failing": result}
+
+
+def test_a_measurement_that_fails_does_not_end_tracking_by_differences() -> None:
+    p = nn.Parameter(torch.linspace(1.0, 2.0, 20, dtype=torch.float64))
+
+    def closure() -> torch.Tensor:
+        return p.pow(4).sum()
+
+    plan = Plan((ExtremeEigenvalues(2, 0), Failing()))
+    first = take(closure, [p], [], plan, lenient=True)
+    found = take(closure, [p], [], plan, last=first, lenient=True)
+    assert first.differenced and found.differenced
+    assert found.read("certified") == 0.0
+    assert found.failed() == {"Failing": "no luck"}
