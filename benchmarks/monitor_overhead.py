@@ -3,7 +3,8 @@
 Each network trains under Lightning with Adam, from the same weights with one monitor after the other, in one process.
 The same run times training steps and measurements apart, and the table compares their medians over all rounds. A
 monitor measures every 100 steps: some measurements start at random, the others track the last one. A round takes 300
-steps, with one certified measurement and two that track it. The overhead weighs them as they occur in the first hundred
+steps, with one certified measurement and two that track it; `--measurements` makes it longer, for the spectrum moves
+fastest at first, and tracking takes most there. The overhead weighs them as they occur in the first hundred
 measurements of a run in which tracking keeps up, so that ten, twenty and forty of them lie between certified ones:
 (96 tracked + 4 certified) / 10,000 steps.
 """
@@ -121,15 +122,20 @@ def _batch(setup: Setup, seed: int) -> tuple[Tensor, Tensor]:
     return setup.inputs[order], setup.targets[order]
 
 
-def measure(name: str, rounds: int, every: int, clock: Callable[[], float]) -> tuple[float, dict[str, Times]]:
+def measure(
+    name: str, rounds: int, every: int, measurements: int, clock: Callable[[], float]
+) -> tuple[float, dict[str, Times]]:
     """Return the median time of a step, and the median times of each monitor's measurements."""
     steps: list[float] = []
     times = {monitor: Times() for monitor in MONITORS}
     for _ in range(rounds):
         for monitor, settings in MONITORS.items():
             watch = Stopwatch(clock)
-            timed = Timed(times[monitor], clock, every_n_train_steps=every, budget=BUDGET, **settings)
-            train(NETWORKS[name](), 3 * every, [watch, timed])  # one certified, two tracked
+            budget = Budget(
+                certify_every=measurements
+            )  # in a round the first one is certified, and the others track it
+            timed = Timed(times[monitor], clock, every_n_train_steps=every, budget=budget, **settings)
+            train(NETWORKS[name](), measurements * every, [watch, timed])
             steps += watch.steps
     return statistics.median(steps), times
 
@@ -147,6 +153,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=list(NETWORKS), metavar="NETWORK", help="conv, gpt (both)")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--every", type=int, default=EVERY, help="steps between measurements (default: 100)")
+    parser.add_argument("--measurements", type=int, default=3, help="in a round, 2 to 10 (default: 3)")
     parser.add_argument("--clock", choices=["wall", "processor"], default="wall", help="default: wall")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -157,7 +164,7 @@ def main() -> None:
     for column in ("network", "monitor", "step, s", "tracked: steps (products)", "certified", "added"):
         table.add_column(column, justify="left" if column in ("network", "monitor") else "right")
     for name in args.networks:
-        step, times = measure(name, args.rounds, args.every, clock)
+        step, times = measure(name, args.rounds, args.every, args.measurements, clock)
         for monitor, found in times.items():
             tracked, certified = (statistics.median(t) / step for t in (found.tracked, found.certified))
             added = overhead(tracked, certified, args.every)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from newtonopt.curvature.eigenvalues.bounds import Knowledge, Request, RitzPairs, allowed_width
+from newtonopt.curvature.eigenvalues.bounds import Knowledge, Request, RitzPairs
 from newtonopt.curvature.eigenvalues.search import from_the_ends, observe, restarts
 from newtonopt.solvers.lanczos import Tridiagonal, lanczos
 from newtonopt.vectors.random import normals
@@ -138,8 +138,9 @@ def known_roughly(request: Request, known: Knowledge) -> bool:
         for rank, index in enumerate(order):
             is_first = rank == 0 and (sign > 0.0 or top == 0)
             tolerance = _LARGEST * request.tolerance if is_first else max(_OTHERS, request.tolerance)
-            allowed = allowed_width(replace(request, tolerance=tolerance), known, float(known.pairs.values[index]))
-            if float(known.errors[index]) > allowed:
+            # Errors of the products excuse nothing here: the estimate is in the square of a residual, far below them.
+            size = max(abs(float(known.pairs.values[index])), tolerance * known.norm)
+            if float(known.errors[index]) > tolerance * size:
                 return False
     return True
 
