@@ -229,10 +229,10 @@ def summary(name: str, found: dict[str, Any]) -> list[str]:
                 later = figures["error there, extrapolated"]
                 lines.append(f"{title}: extrapolated to {figures['horizon']:g} s, not measured: error {later:.2g}")
         elif name == "monitor":
-            measured = f"{figures['followed'] / figures['step']:.1f} and {figures['certified'] / figures['step']:.1f}"
+            measured = f"{figures['tracked'] / figures['step']:.1f} and {figures['certified'] / figures['step']:.1f}"
             lines.append(
-                f"{title}: a step {1e3 * figures['step']:.3g} ms; a measurement that follows and a certified one take "
-                f"{measured} steps; every {figures['every']} steps, one in {figures['one certified in']} certified: "
+                f"{title}: a step {1e3 * figures['step']:.3g} ms; a tracked measurement and a certified one take "
+                f"{measured} steps; every {figures['every']} steps, {figures['certified share']:.0%} certified: "
                 f"{figures['overhead']:.1%} more time"
             )
         elif name == "billion" and "value" in figures:

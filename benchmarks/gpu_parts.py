@@ -238,9 +238,9 @@ def lightning(where: Where, note: Note) -> None:
 
 
 def monitor(where: Where, note: Note) -> None:
-    """Time steps of a GPT in bf16-mixed, and measurements between them: certified ones and those that follow one."""
+    """Time steps of a GPT in bf16-mixed, and measurements between them: certified ones and those that track one."""
     from memory_setups import gpt
-    from monitor_overhead import BUDGET, CERTIFY, EVERY, MONITORS, Stopwatch, Timed, Times, overhead, train
+    from monitor_overhead import BUDGET, CERTIFIED_SHARE, EVERY, MONITORS, Stopwatch, Timed, Times, overhead, train
 
     def small() -> Any:
         return gpt(2, 16, 2, 32, batch=2, length=8)
@@ -254,23 +254,23 @@ def monitor(where: Where, note: Note) -> None:
     for name, settings in MONITORS.items():
         setup = moved((small if where.small else large)(), where.device)
         times, watch = Times(), Stopwatch(clock)
-        # A certified measurement, two that follow it, and once more; the first round warms up.
+        # A certified measurement, two that track it, and once more; the first round warms up.
         timed = Timed(times, clock, every_n_train_steps=apart, budget=BUDGET, **settings)
         accelerator = "gpu" if where.device == "cuda" else "cpu"
         train(setup, 6 * apart, [watch, timed], accelerator, "bf16-mixed")
         step = statistics.median(watch.steps)
-        followed, certified = statistics.median(times.followed[2:]), times.certified[-1]
+        tracked, certified = statistics.median(times.tracked[2:]), times.certified[-1]
         note(
             name,
             {
                 "parameters": setup.count,
                 "step": step,
-                "followed": followed,
+                "tracked": tracked,
                 "certified": certified,
-                "products": {kind: times.products[key] for kind, key in (("followed", 0.0), ("certified", 1.0))},
+                "products": {kind: times.products[key] for kind, key in (("tracked", 0.0), ("certified", 1.0))},
                 "every": EVERY,
-                "one certified in": CERTIFY,
-                "overhead": overhead(followed / step, certified / step, EVERY),
+                "certified share": CERTIFIED_SHARE,
+                "overhead": overhead(tracked / step, certified / step, EVERY),
             },
         )
 

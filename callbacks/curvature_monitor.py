@@ -26,9 +26,10 @@ from newtonopt.checks import (
 )
 from newtonopt.closure.evaluation import Products
 from newtonopt.closure.isolation import UnprotectedError, Watch
-from newtonopt.curvature import Measured, Measurement, Sharpness
+from newtonopt.curvature import ExtremeEigenvalues, Measured, Measurement, Preconditioned, Sharpness
 from newtonopt.curvature.ascent import Kind
 from newtonopt.curvature.dashboard import dashboard
+from newtonopt.curvature.eigenvalues.extreme import keeps_up
 from newtonopt.curvature.histories import Log, loss_tag
 from newtonopt.curvature.measurements.measurement import Losses, Matrix, Plan, take
 from newtonopt.curvature.measuring import for_optimizers, list_of
@@ -56,11 +57,13 @@ class Budget:
             15 %: measurements that would exceed it are left out, but for the first of each kind and those at the start
             and the end, which do not count. None (default): 0.1 where the monitor is given neither
             `every_n_train_steps` nor `every_n_epochs`, and no bound where it is given one of them.
-        certify_every: Every how many measurements start at random, one or more; 1: all. The others track the
-            eigenvectors of the last one, with a quarter of `max_products` or a little more, and certify nothing:
-            `certified` is 0, and the bounds enclose some eigenvalue, perhaps not the extreme one. Between measurements
-            vectors are kept, `top + bottom + 1` times the parameters. Default 10: a certified measurement costs four to
-            six times as much as a tracked one, and has the sharpness too.
+        certify_every: Every how many measurements at least one starts at random, one or more; 1: all. The first
+            interval is ten, or this if it is less. It doubles while tracking keeps up with what random starts find,
+            and is ten again where it does not. The other measurements track the eigenvectors of the last one, with a
+            quarter of `max_products` or a little more, and certify nothing: `certified` is 0, and the bounds enclose
+            some eigenvalue, perhaps not the extreme one. Between measurements vectors are kept, `top + bottom + 1`
+            times the parameters. Default 40: a certified measurement costs three to ten times as much as a tracked
+            one, and has the sharpness too.
         tolerance: Relative width that an eigenvalue's interval must reach, between 0 and 1. Default 1e-2: a chart shows
             no more.
 
@@ -81,7 +84,7 @@ class Budget:
     max_products: int = 24
     max_seconds: float | None = None
     max_overhead: float | None = None
-    certify_every: int = 10
+    certify_every: int = 40
     tolerance: float = 1e-2
 
     def __post_init__(self) -> None:
@@ -93,6 +96,9 @@ class Budget:
         check_whole("certify_every", self.certify_every, 1)
         check_share("tolerance", self.tolerance)
 
+
+# Measurements from one that starts at random to the next, at first and where tracking has not kept up.
+_INTERVAL = 10
 
 # Share of the training time that measuring may add where nobody has said how often to measure.
 _SHARE = 0.1
@@ -276,7 +282,7 @@ class CurvatureMonitor(Callback):
         self._watched = False
         self._last: Measured | None = None
         self._losses: Losses | None = None
-        self._followed = 0
+        self._tracked, self._interval = 0, _INTERVAL
         self._differences = False
         self._last_step = 0
         self._measured_at: int | None = None
@@ -417,7 +423,7 @@ class CurvatureMonitor(Callback):
 
     def _certifies(self) -> bool:
         """Return whether the next measurement starts at random."""
-        return self._last is None or self._followed + 1 >= self.budget.certify_every
+        return self._last is None or self._tracked + 1 >= min(self._interval, self.budget.certify_every)
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure and log, once a step."""
@@ -494,11 +500,22 @@ class CurvatureMonitor(Callback):
         if self._batches.began:
             since = {f"{PROBE_TAG.folder(plan.prefix)}/{PROBE_TAG.name}": float(self._batches.began)}
             measured = replace(measured, numbers={**measured.numbers, **since})
+        self._tracked += 1
+        if last is None or measured.read("certified") == 1.0:
+            self._tracked, self._interval = 0, self._next_interval(measured)
         self._last, self._losses = measured, measured.losses
-        self._followed = 0 if last is None or measured.read("certified") == 1.0 else self._followed + 1
         # A loss that has no second derivative now has none the next time.
         self._differences = measured.form == "finite_difference"
         return measured
+
+    def _next_interval(self, certified: Measured) -> int:
+        """Return after how many measurements the next one is certified: twice as many where tracking has kept up."""
+        if self._last is None:
+            return _INTERVAL
+        kinds = (ExtremeEigenvalues, Preconditioned)
+        found = [(self._last.of(kind), certified.of(kind)) for kind in kinds]
+        kept_up = all(keeps_up(last, now) for last, now in found if last is not None and now is not None)
+        return 2 * min(self._interval, self.budget.certify_every) if kept_up else _INTERVAL
 
     def _show(self, trainer: Trainer, pl_module: LightningModule, measured: Measured) -> None:
         """Write words, figures and charts of the measurement to TensorBoard."""

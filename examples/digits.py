@@ -176,7 +176,7 @@ def table_of(rows: Iterable[tuple[str, ...]], metrics: Mapping[str, Tensor]) -> 
     followed = float(metrics.get("curvature-bookkeeping/certified", 1.0)) == 0.0
     table = Table("", "value", "interval" if followed else "bounds", title="At the end of training")
     if followed:
-        table.caption = "The last measurement followed the one before: each interval holds an eigenvalue, "
+        table.caption = "The last measurement tracked the one before: each interval holds an eigenvalue, "
         table.caption += "perhaps not the extreme one."
     for row in rows:
         table.add_row(*row)

@@ -469,12 +469,14 @@ class Manner:
             parameters' size suggests.
         forward: Whether streamed products with a Jacobian are formed in forward mode.
         curved: Whether Gauss-Newton products by differences take the loss's second derivative by its outputs.
+        central: Whether Hessian products by differences are central; False: one-sided, for one gradient.
     """
 
     form: Form
     length: float | None = None
     forward: bool = True
     curved: bool = True
+    central: bool = True
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,9 @@ def measure(
             is known to `tolerance` and the others to a tenth, both by estimates. Eigenvalues that these vectors know
             nothing of may be missed: `certified` is 0 then, and `_upper` and `_lower` enclose some
             eigenvalue, perhaps not the extreme one. It is certified again only where tracking is seen to fail: leave
-            `last` out now and then. None (default): from random starts, with bounds that hold for the extreme ones.
+            `last` out now and then. With "auto" products are differences of gradients where the last measurement from
+            random starts found these accurate to half the tolerance. None (default): from random starts, with bounds
+            that hold for the extreme ones.
 
     Returns:
         The values by tag, such as `curvature/lambda_max`.

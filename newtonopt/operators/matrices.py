@@ -134,6 +134,8 @@ def _hessian(evaluation: Evaluation, number: int | None) -> LinearOperator:
             return products.cached_hessian(evaluation, block)
         if manner.form == "streamed":
             return products.streamed_hessian(evaluation)
+        if not manner.central:
+            return products.one_sided_hessian(evaluation)
         return products.differenced_hessian(evaluation, manner.length)
 
     def examine(manner: Manner, whole: Form) -> Finding:

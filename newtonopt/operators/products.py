@@ -2,7 +2,7 @@
 
 - Cached: a second differentiation of the graph that the evaluation keeps.
 - Streamed: the closure runs again for each product; each of its losses is differentiated twice and let go.
-- By differences: central differences of the closure's gradient, or of its outputs.
+- By differences: central differences of the closure's gradient, or of its outputs; one-sided ones of its gradient.
 - Batches: several cached products by one differentiation, as many as memory allows.
 
 Notation: `theta` the parameters, `z` the recorded outputs, `L` the loss as a function of them, `J = dz/dtheta`, `H_L`
@@ -355,7 +355,11 @@ class StreamedPush:
         return _joined(_visit_with_outputs(self._evaluation, push))
 
 
-# Products by central differences.
+# Products by differences.
+
+# Length of one-sided differences over the root of eps, in the same units as that of central ones. On a GPT of 0.8
+# million parameters, float32, a product along the top eigenvectors was 0.1 % off, and 0.6 % off at four times this.
+_ONE_SIDED = 0.1
 
 
 def displacement(params: Sequence[Tensor]) -> float:
@@ -375,10 +379,14 @@ def displacement(params: Sequence[Tensor]) -> float:
             "bfloat16 parameters are too coarse for finite differences. Keep the weights in float32, or write "
             'products="cached" or "streamed".'
         )
+    return float(eps_of(params) ** 0.4) * _usual(params)
+
+
+def _usual(params: Sequence[Tensor]) -> float:
+    """Return the size of the parameters, in proportion to which differences are taken."""
     point = flatten(params, params).detach()
     norm = float(point.norm()) or 1.0
-    usual = norm if norm < 1.0 else math.sqrt(norm * max(1.0, norm / math.sqrt(point.numel())))
-    return float(eps_of(params) ** 0.4) * usual
+    return norm if norm < 1.0 else math.sqrt(norm * max(1.0, norm / math.sqrt(point.numel())))
 
 
 def differenced_hessian(evaluation: Evaluation, length: float | None = None) -> Product:
@@ -406,6 +414,30 @@ def differenced_hessian(evaluation: Evaluation, length: float | None = None) -> 
         slack = length * (2 * steepest + float(result.norm()))
         evaluation.check_near(0.5 * (float(below) + float(above)), evaluation.eps**0.25, bend, slack)
         return result.div_(2 * h)
+
+    return one_by_one(_averaged(source, product))
+
+
+def one_sided_hessian(evaluation: Evaluation) -> Product:
+    """Return `v -> (g(theta + h v) - g(theta)) / h`: one gradient a product, for the one at theta is known.
+
+    Truncation grows as `h`, and not as `h^2`, so `h |v|` is shorter than for central differences.
+    """
+    source, known = source_of(evaluation), evaluation.recording.gradient
+    length = _ONE_SIDED * math.sqrt(eps_of(evaluation.params)) * _usual(evaluation.params)
+
+    def product(v: Tensor) -> Tensor:
+        result, norm = -known, float(v.norm())
+        if norm == 0.0:
+            return torch.zeros_like(v)
+        h = length / norm
+        evaluation.check_rerun()
+        loss = source.add_gradient(result, h * v)
+        # The loss changes by h g'v + h^2/2 v'Hv. Where a kink lies between, its change is of that size.
+        rise = h * (float(known @ v) + 0.5 * float(result @ v))
+        slack = length * (2 * float(known.norm()) + float(result.norm()))
+        evaluation.check_near(float(loss), evaluation.eps**0.25, rise, slack)
+        return result.div_(h)
 
     return one_by_one(_averaged(source, product))
 

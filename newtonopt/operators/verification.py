@@ -8,6 +8,7 @@ constant. Three checks find that:
 - **derivative**: `H w` is a central difference of gradients. Where it is not, or the graph has custom Functions, the
   **slope** `g'w` is compared with a central difference of losses: it tells a wrong second derivative from a `backward`
   that does not compute the loss's gradient, and hooks of parameters are left out once to see whether they change it;
+- **along eigenvectors**: one-sided differences, which are rough, against exact products (`examine_one_sided`);
 - **batch**: a random combination of products formed at once is a single product. `LinearOperator.dense` does that.
 
 Who calls whom: an operator of `matrices` asks `Vouched` for its products. `Vouched` has `examine_hessian`,
@@ -38,8 +39,8 @@ from newtonopt.autodiff.graph import Graph, look_through
 from newtonopt.checks import warn
 from newtonopt.closure.evaluation import Evaluation, Manner, Matrix, Verdict, source_of
 from newtonopt.closure.tap import LossTerm
-from newtonopt.operators.linear_operator import Product, Trust
-from newtonopt.operators.products import displacement
+from newtonopt.operators.linear_operator import LinearOperator, Product, Trust
+from newtonopt.operators.products import displacement, one_sided_hessian
 from newtonopt.vectors.flat import local_pieces
 from newtonopt.vectors.random import normals
 from newtonopt.vectors.scaling import dot, norm
@@ -394,6 +395,35 @@ def _examine_differences(evaluation: Evaluation, manner: Manner, form: Callable[
 
 
 # Comparisons with differences.
+
+
+def examine_one_sided(
+    evaluation: Evaluation, A: LinearOperator, directions: Sequence[Tensor], tolerance: float
+) -> Verdict | None:
+    """Return the verdict on one-sided differences of gradients as products with the Hessian A.
+
+    Args:
+        evaluation: The evaluation that the Hessian belongs to.
+        A: Exact products.
+        directions: Directions `(n,)` along which the two are compared.
+        tolerance: Relative difference that is allowed.
+
+    Returns:
+        The verdict; None where products differ by more than that, or differences cannot be taken.
+    """
+    if evaluation.parts or evaluation.form != "cached" or A.trust.doubt or is_sharded(evaluation.params):
+        return None
+    errors = []
+    for direction in directions:
+        exact = A @ direction
+        try:
+            rough = one_sided_hessian(evaluation)(direction)
+        except (RuntimeError, ValueError):  # there may be no differences, as beyond a bound or at a jump
+            return None
+        errors.append(_change(exact, rough))
+        if not errors[-1] <= tolerance:
+            return None
+    return Verdict(Manner("finite_difference", central=False), "", max(errors), len(errors))
 
 
 @dataclass(frozen=True)

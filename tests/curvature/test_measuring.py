@@ -1,4 +1,4 @@
-"""One measurement as a dictionary: its values are true, following is marked, budgets hold."""
+"""One measurement as a dictionary: its values are true, tracking is marked, budgets hold."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from newtonopt.curvature import (
     Sharpness,
     Tag,
     Trace,
+    View,
     measure,
 )
 
@@ -144,7 +145,7 @@ def test_a_preconditioner_that_is_not_known_adds_nothing() -> None:
         assert ("curvature/stability_threshold" in found) == isinstance(optimizer, torch.optim.SGD)
 
 
-def test_tracking_follows_the_preconditioned_eigenvalue_that_nobody_asked_for() -> None:
+def test_the_preconditioned_eigenvalue_that_nobody_asked_for_is_tracked() -> None:
     problem = Problem()
     adam = torch.optim.Adam(problem.model.parameters(), lr=1e-4)
     adam.step(problem.closure)
@@ -156,29 +157,29 @@ def test_tracking_follows_the_preconditioned_eigenvalue_that_nobody_asked_for() 
     assert second[name] == pytest.approx(first[name], rel=1e-2)
 
 
-def test_following_takes_fewer_products_and_says_that_it_certifies_nothing() -> None:
+def test_tracking_takes_fewer_products_and_says_that_it_certifies_nothing() -> None:
     problem = Problem()
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.05)
     settings: dict[str, Any] = {"top": 2, "tolerance": 1e-3, "sharpness": Sharpness(radius=0.3, always=True)}
     first = measure(problem.closure, problem.model.parameters(), optimizer, **settings)
     for _ in range(3):
         optimizer.step(problem.closure)
-    followed = measure(problem.closure, problem.model.parameters(), optimizer, last=first, **settings)
+    tracked = measure(problem.closure, problem.model.parameters(), optimizer, last=first, **settings)
     fresh = measure(problem.closure, problem.model.parameters(), optimizer, **settings)
-    assert (first["curvature-bookkeeping/certified"], followed["curvature-bookkeeping/certified"]) == (1.0, 0.0)
-    assert followed["curvature-bookkeeping/products"] < 0.7 * fresh["curvature-bookkeeping/products"]
-    assert followed.keys() == fresh.keys()
+    assert (first["curvature-bookkeeping/certified"], tracked["curvature-bookkeeping/certified"]) == (1.0, 0.0)
+    assert tracked["curvature-bookkeeping/products"] < 0.7 * fresh["curvature-bookkeeping/products"]
+    assert tracked.keys() == fresh.keys()
     for name, error in (("lambda_max", 1e-2), ("lambda_2", 0.1), ("lambda_min", 0.1), ("sharpness", 1e-2)):
-        assert followed[f"curvature/{name}"] == pytest.approx(fresh[f"curvature/{name}"], rel=error)
+        assert tracked[f"curvature/{name}"] == pytest.approx(fresh[f"curvature/{name}"], rel=error)
     _, hessian = problem.dense()
     values = torch.linalg.eigvalsh(hessian)
     for name in ("lambda_max", "lambda_min"):
-        low, high = followed[f"curvature/{name}_lower"], followed[f"curvature/{name}_upper"]
+        low, high = tracked[f"curvature/{name}_lower"], tracked[f"curvature/{name}_upper"]
         assert bool(((values >= low - 1e-9) & (values <= high + 1e-9)).any()), "some eigenvalue lies between them"
-        assert low <= followed[f"curvature/{name}"] <= high
+        assert low <= tracked[f"curvature/{name}"] <= high
 
 
-def test_what_was_followed_and_lost_is_looked_for_afresh() -> None:
+def test_what_was_tracked_and_lost_is_looked_for_afresh() -> None:
     """The curvature grows where the last measurement's vector has no part, and the gradient sees it."""
     weights = torch.linspace(0.1, 45.0, 300, dtype=torch.float64)
     point = torch.zeros(301, dtype=torch.float64)
@@ -211,7 +212,7 @@ def test_sharpness_is_left_to_certified_measurements_unless_it_is_asked_for() ->
     assert always["curvature/sharpness"] == pytest.approx(first["curvature/sharpness"], rel=1e-2)
 
 
-def test_following_takes_a_quarter_of_the_products_allowed_at_most() -> None:
+def test_tracking_takes_a_quarter_of_the_products_allowed_at_most() -> None:
     problem = Problem()
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.05)
     settings: dict[str, Any] = {"tolerance": 1e-9, "sharpness": None, "gradient": False, "max_products": 60}
@@ -219,13 +220,13 @@ def test_following_takes_a_quarter_of_the_products_allowed_at_most() -> None:
     optimizer.step(problem.closure)
     for allowed, most in ((60, 15), (24, 12), (6, 6)):  # a quarter, or twice the four eigenvalues and four
         settings["max_products"] = allowed
-        followed = measure(problem.closure, problem.model.parameters(), last=first, **settings)
-        assert 6 <= followed["curvature-bookkeeping/products"] <= most
+        tracked = measure(problem.closure, problem.model.parameters(), last=first, **settings)
+        assert 6 <= tracked["curvature-bookkeeping/products"] <= most
     settings |= {"tolerance": 1e-2, "max_products": 24}
-    followed = measure(problem.closure, problem.model.parameters(), last=first, **settings)
-    assert 4 <= followed["curvature-bookkeeping/products"] <= 12
+    tracked = measure(problem.closure, problem.model.parameters(), last=first, **settings)
+    assert 4 <= tracked["curvature-bookkeeping/products"] <= 12
     _, hessian = problem.dense()
-    assert followed["curvature/lambda_max"] == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-2)
+    assert tracked["curvature/lambda_max"] == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-2)
 
 
 def test_an_optimizer_of_a_part_has_no_ratio() -> None:
@@ -455,3 +456,57 @@ def test_a_mistake_in_a_measurement_names_its_class() -> None:
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(RuntimeError, match=r"Mistaken failed with AttributeError: .*no_such_thing"):
         measure(lambda: p.square().sum(), [p], sharpness=None, measurements=[Mistaken()])
+
+
+class Rounded(Measurement[float]):
+    """A measurement that takes a product and says nothing about differences."""
+
+    tags = (Tag("rounded", "", "the first entry of a product"),)
+
+    def measure(self, view: View) -> float:
+        return float((view.matrix @ torch.ones_like(view.gradient))[0])
+
+    def values(self, result: float) -> dict[str, float]:
+        return {"rounded": result}
+
+
+def test_tracking_takes_differences_where_they_agree_with_exact_products() -> None:
+    problem = Problem()
+    optimizer = torch.optim.Adam(problem.model.parameters(), lr=1e-4)
+    optimizer.step(problem.closure)
+    params, settings = list(problem.model.parameters()), {"sharpness": None, "tolerance": 1e-3}
+    first = measure(problem.closure, params, optimizer, **settings)
+    assert first.differenced
+    optimizer.step(problem.closure)
+    before = [p.detach().clone() for p in params]
+    tracked = measure(problem.closure, params, optimizer, **settings, last=first)
+    exact = measure(problem.closure, params, optimizer, **settings, last=first, products="cached")
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert tracked.differenced and not exact.differenced
+    assert (tracked.read("certified"), exact.read("certified")) == (0.0, 0.0)
+    for name in ("lambda_max", "lambda_2", "preconditioned_lambda_max", "gradient_curvature"):
+        assert tracked.read(name) == pytest.approx(exact.read(name), rel=1e-3)
+    assert tracked.read("lambda_max") != exact.read("lambda_max"), "one of the two is rounded otherwise"
+    assert tracked.form == "auto"
+
+
+def test_differences_are_for_tracking_alone() -> None:
+    problem = Problem()
+    params = list(problem.model.parameters())
+    settings: dict[str, Any] = {"sharpness": None, "seed": 0}
+    first = measure(problem.closure, params, **settings)
+    for more in ({"products": "cached"}, {"curvature": "gauss_newton"}, {"measurements": [Rounded()]}):
+        assert not measure(problem.closure, params, **settings, **more).differenced
+    # A measurement that the first list does not have gets exact products.
+    both = [measure(problem.closure, params, **settings, last=last, measurements=[Rounded()]) for last in (first, None)]
+    assert both[0].read("rounded") == both[1].read("rounded")
+
+
+def test_what_differences_cannot_track_is_measured_again_with_exact_products() -> None:
+    problem = Problem()
+    params = list(problem.model.parameters())
+    first = measure(problem.closure, params, sharpness=None)
+    shrunk = measure(problem.closure, params[:2], sharpness=None, last=first)
+    again = measure(problem.closure, params[:2], sharpness=None)
+    assert first.differenced and shrunk.read("certified") == 1.0
+    assert shrunk.read("lambda_max") == again.read("lambda_max")

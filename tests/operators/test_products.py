@@ -638,3 +638,15 @@ def test_a_loss_curves_along_its_logits_as_its_dense_hessian(name: str) -> None:
     assert error(curved, torch.einsum("abcd,cd->ab", dense, t)) < 1e-12
     (rows,) = curve([torch.stack([t, u])])
     assert error(rows[1], torch.einsum("abcd,cd->ab", dense, u)) < 1e-12
+
+
+def test_one_sided_differences_are_products_with_the_hessian() -> None:
+    for model in ("mlp", "batch_norm"):
+        case = build(model, "cross_entropy")
+        evaluation = evaluate(case.closure, case.params)
+        H, product = hessian(evaluation), _products.one_sided_hessian(evaluation)
+        torch.manual_seed(1)
+        v = torch.randn(H.shape[1], dtype=torch.float64)
+        assert error(product(v), H @ v) < 1e-6
+        assert error(product(3.0 * v), 3.0 * (H @ v)) < 1e-6
+        assert not product(torch.zeros_like(v)).any()

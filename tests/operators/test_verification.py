@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from newtonopt import Evaluation, HessianFree, NewtonCG, evaluate, gauss_newton, hessian, jacobian, mark_outputs
 from newtonopt.closure.evaluation import Manner
 from newtonopt.curvature import critical_point, extreme_eigenvalues, measure
-from newtonopt.operators.verification import examine_hessian
+from newtonopt.operators.verification import examine_hessian, examine_one_sided
 
 FORMS = ("auto", "cached", "streamed", "finite_difference")
 EXACT = ("auto", "cached", "streamed")
@@ -650,3 +650,24 @@ def test_checks_are_counted_and_made_once_by_an_optimizer() -> None:
         assert optimizer.last_step is not None
         checks.append(optimizer.last_step.checks)
     assert checks[0] > 0 and checks[1:] == [0, 0]
+
+
+def test_one_sided_differences_pass_where_they_agree_with_exact_products() -> None:
+    w = nn.Parameter(torch.tensor([1.0, 2.0]))
+    directions = [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])]
+    # A kink just beside the point is no part of the Hessian.
+    for kink, passes in ((0.0, True), (1e-3, False), (10.0, False)):
+        evaluation = evaluate(lambda kink=kink: w.pow(3).sum() + kink * (w[0] - 1.000001).relu(), [w])
+        H = hessian(evaluation)
+        found = examine_one_sided(evaluation, H, directions, 5e-3)
+        assert (found is not None) == passes
+        if found is not None:
+            assert found.manner == Manner("finite_difference", central=False)
+            assert 0.0 < found.error <= 5e-3
+            assert examine_one_sided(evaluation, H, directions, 0.5 * found.error) is None
+
+
+def test_one_sided_differences_are_refused_beside_products_that_keep_no_graph() -> None:
+    w = nn.Parameter(torch.tensor([0.5, 1.0]))
+    evaluation = evaluate(lambda: w.square().sum(), [w], products="streamed")
+    assert examine_one_sided(evaluation, hessian(evaluation), [torch.ones(2)], 5e-3) is None

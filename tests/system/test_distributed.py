@@ -451,6 +451,26 @@ def test_a_move_is_the_first_processes() -> None:
     assert torch.equal(first, second)
 
 
+def tracked(rank: int, count: int) -> tuple[bool, dict[str, float | None]]:
+    rows = ROWS // count
+    problem = Problem(slice(rank * rows, (rank + 1) * rows))
+    params = list(problem.model.parameters())
+    first = curvature.measure(problem.closure, params, sharpness=None)
+    with torch.no_grad():
+        for p in params:
+            p.mul_(0.99)
+    found = curvature.measure(problem.closure, params, sharpness=None, last=first)
+    names = ("lambda_max", "lambda_2", "lambda_min", "gradient_curvature", "certified")
+    return first.differenced and found.differenced, {name: found.read(name) for name in names}
+
+
+def test_tracking_by_differences_is_the_whole_batchs() -> None:
+    alone = tracked(0, 1)
+    assert alone[0] and alone[1]["certified"] == 0.0
+    for found in run(tracked, 2):
+        assert found[0] and found[1] == pytest.approx(alone[1], rel=1e-5)
+
+
 class Regression(L.LightningModule):
     def __init__(self, name: str) -> None:
         super().__init__()

@@ -173,13 +173,47 @@ def test_a_measurement_that_took_no_time_is_always_allowed() -> None:
     assert not allowance.allows(True)
 
 
-def test_every_tenth_measurement_is_certified(tmp_path: Path) -> None:
-    measured_steps(tmp_path, quick(every_n_train_steps=1, gradient=False), max_epochs=7)
-    certified = [value for _, value in from_csv(tmp_path)["curvature-bookkeeping/certified"]]
-    assert certified == [float(i % 10 == 0) for i in range(21)]
+class Quadratic(L.LightningModule):
+    """A quadratic loss whose largest eigenvalue stays where it is, or moves to another parameter at every step."""
+
+    def __init__(self, moves: bool) -> None:
+        super().__init__()
+        self.moves = moves
+        self.w = nn.Parameter(torch.ones(40))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-6)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        scales = torch.ones(40)
+        scales[self.global_step % 40 if self.moves else 0] = 9.0
+        return (scales * self.w.square()).sum()
+
+
+def certified_measurements(folder: Path) -> list[int]:
+    values = [value for _, value in from_csv(folder)["curvature-bookkeeping/certified"]]
     # TensorBoard draws a margin chart only where all three were written at the same steps.
     for name in ("lambda_max", "lambda_max_lower", "lambda_max_upper"):
-        assert len(from_csv(tmp_path)[f"curvature/{name}"]) == 21
+        assert len(from_csv(folder)[f"curvature/{name}"]) == len(values)
+    return [number for number, value in enumerate(values) if value == 1.0]
+
+
+@pytest.mark.parametrize(
+    ("moves", "settings", "certified"),
+    [
+        (False, {}, [0, 10, 30, 70, 110]),
+        (False, {"certify_every": 12}, [0, *range(10, 114, 12)]),
+        (False, {"certify_every": 3}, list(range(0, 114, 3))),
+        (True, {}, list(range(0, 114, 10))),
+    ],
+)
+def test_intervals_between_certified_measurements_double_while_tracking_keeps_up(
+    moves: bool, settings: dict[str, Any], certified: list[int], tmp_path: Path
+) -> None:
+    monitor = quick(every_n_train_steps=1, gradient=False, **settings)
+    trainer = quiet_trainer(callbacks=[monitor], logger=both_loggers(tmp_path), max_epochs=38)
+    trainer.fit(Quadratic(moves), loader())
+    assert certified_measurements(tmp_path) == certified
 
 
 def test_a_strict_early_stopping_finds_what_was_measured_at_the_start() -> None:

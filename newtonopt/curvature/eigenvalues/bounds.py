@@ -136,6 +136,7 @@ class Request:
         eps: Relative error of a product.
         max_products: Budget.
         max_vectors: Bound on the vectors of length n in use.
+        spare: Number of largest eigenvalues behind the wanted ones that are returned too, as they are by then.
     """
 
     size: int
@@ -145,6 +146,13 @@ class Request:
     eps: float
     max_products: int
     max_vectors: int
+    spare: int = 0
+
+    @property
+    def with_spare(self) -> Request:
+        """The request for all that is returned."""
+        (sign, top), bottom = self.ends
+        return replace(self, ends=((sign, min(top + self.spare, self.size)), bottom), spare=0)
 
     @property
     def one_run_suffices(self) -> bool:

@@ -26,7 +26,7 @@ from newtonopt.curvature.eigenvalues.bounds import (
     settled,
 )
 from newtonopt.curvature.eigenvalues.search import search
-from newtonopt.curvature.eigenvalues.tracking import Previous, known_roughly, of_its_own_end, track
+from newtonopt.curvature.eigenvalues.tracking import Previous, known_roughly, of_its_own_end, part, track
 from newtonopt.curvature.showing import as_table, as_text
 from newtonopt.operators.linear_operator import LinearOperator, check_operator
 from newtonopt.vectors.scaling import InRange, lost
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 _VECTORS = 120
 # Fewest that it may be held to for one eigenvalue alone: four Lanczos vectors between restarts.
 _LEAST = 16
+# Share of a unit vector, by its square, that is called most of it.
+_MOST = 0.5
 # Number of eigenvalues that may be asked for even if the operator has fewer rows: the defaults ask for as many.
 _FEW = 5
 _ANYWHERE = Interval(-math.inf, math.inf)
@@ -238,15 +240,21 @@ def extreme_eigenvalues(
     previous = _previous(operator, start, tolerance, None)
     if previous is not None:
         return _tracked(operator, request, previous, confidence, seed, functools.partial(settled, request))
-    matrix = InRange(operator)
-    known = search(matrix, request, _nothing(operator), seed)
-    if operator.trust.doubt:
-        known = replace(known, whole=_ANYWHERE, rest=_ANYWHERE)
-        return _spectrum(request, known, matrix, confidence, False, False)
-    return _spectrum(request, known, matrix, confidence, certified(request, known), True)
+    return _searched(operator, request, confidence, seed)
 
 
-def follow(
+def certify(
+    operator: LinearOperator, top: int, bottom: int, tolerance: float, most: int, seed: int, spare: int
+) -> Spectrum:
+    """Measure a spectrum as `extreme_eigenvalues` does, with `spare` further eigenvalues at the top, to be tracked.
+
+    They take no product of their own: their intervals are as wide as they are when the others are certified.
+    """
+    request = _request(operator, top, bottom, tolerance, 0.99, most, None)
+    return _searched(operator, replace(request, spare=spare), 0.99, seed)
+
+
+def track_roughly(
     operator: LinearOperator,
     start: Spectrum,
     top: int,
@@ -271,6 +279,15 @@ def follow(
     return _tracked(operator, request, previous, 0.99, seed, functools.partial(known_roughly, request))
 
 
+def _searched(operator: LinearOperator, request: Request, confidence: float, seed: int) -> Spectrum:
+    matrix = InRange(operator)
+    known = search(matrix, request, _nothing(operator), seed)
+    if operator.trust.doubt:
+        known = replace(known, whole=_ANYWHERE, rest=_ANYWHERE)
+        return _spectrum(request.with_spare, known, matrix, confidence, False, False)
+    return _spectrum(request.with_spare, known, matrix, confidence, certified(request, known), True)
+
+
 def _tracked(
     operator: LinearOperator,
     request: Request,
@@ -283,6 +300,15 @@ def _tracked(
     known = track(matrix, request, _nothing(operator), previous, seed, is_enough)
     own = of_its_own_end(request, known, previous)
     return _spectrum(own, known, matrix, confidence, own == request and settled(request, known), False)
+
+
+def keeps_up(tracked: Spectrum, certified: Spectrum) -> bool:
+    """Return whether the vectors that were tracked contain most of the certified largest eigenvector.
+
+    Tracking that starts from them finds it; it may miss an eigenvector that has come from elsewhere.
+    """
+    vector, vectors = certified.top[0].vector, [entry.vector for entry in (*tracked.top, *tracked.bottom)]
+    return all(old.shape == vector.shape for old in vectors) and part(vector, vectors) ** 2 >= _MOST
 
 
 def check_spectrum(name: str, spectrum: object) -> None:

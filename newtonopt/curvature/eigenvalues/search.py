@@ -151,6 +151,7 @@ def _merge(request: Request, known: Knowledge, result: LanczosResult, delta: flo
         if greedy and certifiable(request, _joined(seen, values, couplings, ripe), len(seen.pairs)):
             new = ripe
         new = _with_extras(request, seen, values, couplings, new)
+    new = sorted({*new, *(from_the_ends(request.with_spare, values, 0) if request.spare else ())})
     extension = seen.block.extended(result, coordinates[:, new])
     keep = list(range(len(extension.pairs)))
     if len(keep) > request.kept:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from newtonopt.curvature.eigenvalues.bounds import Knowledge, Request, RitzPairs, allowed_width
+from newtonopt.curvature.eigenvalues.bounds import Knowledge, Request, RitzPairs
 from newtonopt.curvature.eigenvalues.search import from_the_ends, observe, restarts
 from newtonopt.solvers.lanczos import Tridiagonal, lanczos
 from newtonopt.vectors.random import normals
@@ -138,8 +138,9 @@ def known_roughly(request: Request, known: Knowledge) -> bool:
         for rank, index in enumerate(order):
             is_first = rank == 0 and (sign > 0.0 or top == 0)
             tolerance = _LARGEST * request.tolerance if is_first else max(_OTHERS, request.tolerance)
-            allowed = allowed_width(replace(request, tolerance=tolerance), known, float(known.pairs.values[index]))
-            if float(known.errors[index]) > allowed:
+            # Errors of the products excuse nothing here: the estimate is in the square of a residual, far below them.
+            size = max(abs(float(known.pairs.values[index])), tolerance * known.norm)
+            if float(known.errors[index]) > tolerance * size:
                 return False
     return True
 
@@ -169,7 +170,7 @@ def of_its_own_end(request: Request, known: Knowledge, previous: Previous) -> Re
             inwards = (sign * values[order[0]] - value) * width_before - (sign * old[0] - was) * width
             far = inwards > _MOVED * width * width_before
             across = value < -_ACROSS * width and was > -_ACROSS * width_before
-            if (far or across) and _part(known.block.vectors[order[rank]], vectors) < _PART:
+            if (far or across) and part(known.block.vectors[order[rank]], vectors) < _PART:
                 break
             if shared and order[rank] == opposite:
                 break
@@ -178,6 +179,6 @@ def of_its_own_end(request: Request, known: Knowledge, previous: Previous) -> Re
     return replace(request, ends=(ends[0], ends[1]))
 
 
-def _part(vector: Tensor, olds: Sequence[Tensor]) -> float:
+def part(vector: Tensor, olds: Sequence[Tensor]) -> float:
     """Return the norm of a unit vector's part in the span of orthonormal ones."""
     return math.hypot(*(dot(vector, old.to(vector.dtype).to(vector.device)) for old in olds))

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from newtonopt.checks import check_whole
 from newtonopt.curvature.eigenvalues.bounds import ASYMMETRIC
-from newtonopt.curvature.eigenvalues.extreme import Eigenvalue, Spectrum, check_count, extreme_eigenvalues, follow
+from newtonopt.curvature.eigenvalues.extreme import (
+    Eigenvalue,
+    Spectrum,
+    certify,
+    check_count,
+    track_roughly,
+)
 from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, View
 from newtonopt.curvature.showing import written
 from newtonopt.operators.linear_operator import LinearOperator
@@ -115,7 +121,7 @@ class ExtremeEigenvalues(Measurement[Spectrum]):
             check_count("bottom", self.bottom, size)
 
     def measure(self, view: View) -> Spectrum | None:
-        """Return the eigenvalues, followed from the last ones unless those are seen to have been lost."""
+        """Return the eigenvalues, tracked from the last ones unless those are seen to have been lost."""
         found = spectrum(view, view.matrix, self.top, self.bottom, view.before(ExtremeEigenvalues), view.gradient)
         # The quotient of any vector is a lower bound on the largest eigenvalue. If the tracked value lies below that of
         # the gradient, tracking has lost the top eigenvector, and the search starts again at random.
@@ -124,6 +130,10 @@ class ExtremeEigenvalues(Measurement[Spectrum]):
             return found
         lost = found.top[0].value < bound - view.plan.tolerance * abs(bound)
         return spectrum(view, view.matrix, self.top, self.bottom, None, None) if lost else found
+
+    def differenced_along(self, result: Spectrum | None, view: View) -> Sequence[Tensor]:
+        """Return the top eigenvector."""
+        return [] if result is None else [entry.vector for entry in result.top[:1]]
 
     def values(self, result: Spectrum) -> dict[str, float]:
         """Return the outermost eigenvalue of each end with its interval, and those next to it without."""
@@ -161,7 +171,13 @@ class ExtremeEigenvalues(Measurement[Spectrum]):
 
 
 def spectrum(
-    view: View, A: LinearOperator, top: int, bottom: int, last: Spectrum | None, gradient: Tensor | None
+    view: View,
+    A: LinearOperator,
+    top: int,
+    bottom: int,
+    last: Spectrum | None,
+    gradient: Tensor | None,
+    spare: int = 0,
 ) -> Spectrum | None:
     """Return the extreme eigenvalues of a matrix within the budget of the view.
 
@@ -172,6 +188,7 @@ def spectrum(
         bottom: How many of the smallest.
         last: Eigenvalues to track; None: start at random.
         gradient: The gradient in the matrix's coordinates, from which tracking starts too, `(n,)`; None: not known.
+        spare: How many further ones of the largest are tracked, and never certified. Default 0.
 
     Returns:
         The eigenvalues; None where there is no time for a product.
@@ -182,11 +199,14 @@ def spectrum(
         return None
     # Vectors of another length belong to other parameters, which were trained then.
     if last is not None and all(entry.vector.shape[0] == A.shape[0] for entry in (*last.top, *last.bottom)):
-        most = max(plan.max_products // _TRACKED_PART, _TRACKED_BASE + _TRACKED_EACH * (top + bottom))
-        followed = follow(A, last, top, bottom, plan.tolerance, min(budget, most), plan.seed, gradient)
-        if followed is not None:
-            return followed
-    return extreme_eigenvalues(A, top, bottom, plan.tolerance, max_products=budget, seed=plan.seed)
+        count = top + spare
+        most = max(plan.max_products // _TRACKED_PART, _TRACKED_BASE + _TRACKED_EACH * (count + bottom))
+        tracked = track_roughly(A, last, count, bottom, plan.tolerance, min(budget, most), plan.seed, gradient)
+        if tracked is not None and not (view.differenced and tracked.asymmetry > ASYMMETRIC):
+            return tracked
+    if view.differenced:
+        raise RuntimeError("A random start needs exact products.")
+    return certify(A, top, bottom, plan.tolerance, budget, plan.seed, spare)
 
 
 def interval(eigenvalue: Eigenvalue) -> tuple[float, float]:

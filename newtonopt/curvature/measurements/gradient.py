@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
 from torch.optim import SGD
 
 from newtonopt.curvature.measurements.eigenvalues import ExtremeEigenvalues
@@ -72,6 +74,10 @@ class AlongGradient(Measurement[GradientShare]):
             return GradientShare(view.quotient, None, _is_plain(view))
         cosines = [(dot(entry.vector, view.gradient) / length) ** 2 for entry in spectrum.top]
         return GradientShare(view.quotient, math.fsum(cosines), _is_plain(view))
+
+    def differenced_along(self, result: GradientShare | None, view: View) -> Sequence[Tensor]:
+        """Return no direction of its own."""
+        return ()
 
     def values(self, result: GradientShare) -> dict[str, float]:
         """Return curvature and share."""

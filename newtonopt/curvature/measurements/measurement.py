@@ -25,6 +25,7 @@ from newtonopt.curvature.eigenvalues.extreme import Spectrum
 from newtonopt.curvature.showing import html_table, text_table, written
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.operators.matrices import gauss_newton, hessian
+from newtonopt.operators.verification import examine_one_sided
 from newtonopt.vectors.flat import trained_parameters
 from newtonopt.vectors.scaling import InRange, dot, scale_of, times_power
 
@@ -37,6 +38,9 @@ Result = TypeVar("Result")
 # Products for a measurement of the whole spectrum (more where the eigenvalues may have more), and the fewest that say
 # anything about it.
 _WHOLE_PRODUCTS, _LEAST_PRODUCTS = 100, 10
+
+# Share of the tolerance to which one-sided differences must agree with exact products.
+_DIFFERENCED = 0.5
 
 # A run has diverged where its loss is this many times the lowest so far, and has lost this share of what it had gained.
 # The first alone would call each bump in a loss near zero a divergence; the second alone, noise near the start.
@@ -276,6 +280,18 @@ class Measurement(ABC, Generic[Result]):
         """Return the eigenvalues whose convergence `curvature-bookkeeping/converged` reports."""
         return ()
 
+    def differenced_along(self, result: Result | None, view: View) -> Sequence[Tensor] | None:
+        """Return the directions `(n,)` along which one-sided differences of gradients must agree with exact products,
+        so that the next measurements may track this result by them; None (default): `measure` needs exact products.
+
+        Where one measurement of the list needs exact products, all have them.
+
+        Args:
+            result: Result of `measure`, from exact products; None where there is none.
+            view: The point where it was measured.
+        """
+        return None
+
     def check_list(self, measurements: Sequence[Measurement[Any]]) -> None:
         """Raise ValueError if this cannot be measured as one of these measurements."""
         return
@@ -386,6 +402,8 @@ class View:
         operator: The curvature matrix; None once the graph behind it has been freed.
         live: The evaluation that the matrix belongs to; None once its graph has been freed.
         lenient: Whether a measurement that raises an error is left out, instead of ending all.
+        differenced: Whether products are one-sided differences, which are accurate enough to track eigenvalues, and for
+            nothing else.
         taken: Results so far by the class of their measurement.
         reasons: Why there is nothing to measure, by the class of the measurement.
         failures: The error's message of each measurement that was left out for it, by its class.
@@ -427,6 +445,7 @@ class View:
     operator: LinearOperator | None
     live: Evaluation | None
     lenient: bool = False
+    differenced: bool = False
     taken: dict[type, Any] = field(default_factory=dict)
     reasons: dict[type, str] = field(default_factory=dict)
     failures: dict[type, str] = field(default_factory=dict)
@@ -507,15 +526,21 @@ class View:
         except (UnprotectedError, ParametersMovedError):
             raise  # the other measurements would change training, or belong to another point
         except Exception as error:
-            # The message alone, for an error keeps alive all that its frames refer to.
-            unclear = isinstance(error, _MISTAKES) or not str(error)
-            message = f"{kind.__name__} failed with {type(error).__name__}: {error}." if unclear else str(error)
-            if not self.lenient and unclear:
-                raise RuntimeError(message) from error
-            if not self.lenient:
-                raise
-            self.failures[kind] = message
+            if self.differenced:
+                raise  # `take` starts again, with exact products
+            self._leave_out(kind, error)
         return None
+
+    def _leave_out(self, kind: type, error: Exception) -> None:
+        """Note why a measurement is left out; raise its error if that is not allowed."""
+        # The message alone, for an error keeps alive all that its frames refer to.
+        unclear = isinstance(error, _MISTAKES) or not str(error)
+        message = f"{kind.__name__} failed with {type(error).__name__}: {error}." if unclear else str(error)
+        if not self.lenient and unclear:
+            raise RuntimeError(message) from error
+        if not self.lenient:
+            raise error
+        self.failures[kind] = message
 
     def affordable(self, most: int) -> int:
         """Return how many products (or gradients or losses) there is time for, `most` at most."""
@@ -714,6 +739,17 @@ class Measured(Mapping[str, float]):
         return {kind.__name__: message for kind, message in self.failures.items()}
 
     @property
+    def differenced(self) -> bool:
+        """Whether one-sided differences of gradients are accurate enough to track these results."""
+        return "hessian" in self.verdicts and not self.verdicts["hessian"].manner.central
+
+    def suits(self, plan: Plan) -> bool:
+        """Return whether differences that are accurate enough for these results are so for another plan."""
+        kinds, known = ({type(m) for m in p.measurements} for p in (plan, self.plan))
+        same = (plan.products, plan.curvature, plan.tolerance) == ("auto", "hessian", self.plan.tolerance)
+        return same and kinds <= known
+
+    @property
     def diverged(self) -> bool:
         """Whether the loss is not finite, or has risen far above its lowest so far; False where it is not known."""
         return self.losses is not None and self.losses.diverged
@@ -733,8 +769,8 @@ class Measured(Mapping[str, float]):
         certified = self.read("certified")
         if certified == 0.0 and not self.doubt and self.read("asymmetry") is None:
             lines.append(
-                "This measurement followed the last one. CurvatureMonitor certifies each with Budget(certify_every=1), "
-                "and measure without last."
+                "This measurement tracked the last one's eigenvectors. CurvatureMonitor certifies each with "
+                "Budget(certify_every=1), and measure without last."
             )
         if certified == 1.0 and self.read("converged") == 0.0:
             lines.append(
@@ -787,7 +823,7 @@ def take(
         plan: Measurements to take, and their budget.
         weight: Weight of this process in the mean over several, as for `evaluate`.
         named: Pairs of the parameters' names and them; empty if the names are not known.
-        last: The results to follow; None: start at random.
+        last: The results to track; None: start at random.
         lenient: Whether a measurement that raises an error is left out while others succeed. Default False. Errors of
             the loss and the gradient, parameters that the closure moves, and state that cannot be put back end all.
         losses: The losses of the run before; None (default): as `last` has them, or none.
@@ -800,11 +836,40 @@ def take(
         FloatingPointError: The loss, the gradient or a product is not finite.
         RuntimeError: All measurements that have anything to measure raise errors.
     """
-    params = trained_parameters(params)
+    settings = (closure, trained_parameters(params), optimizers, plan, weight, named)
     began = time.perf_counter()
-    known = None if last is None else Known(last.verdicts)
+    before = last.losses if losses is None and last is not None else losses
+    if last is not None and last.differenced and last.suits(plan):
+        try:
+            return _take(*settings, last, lenient, before, began, differenced=True)
+        except (UnprotectedError, ParametersMovedError):
+            raise
+        except Exception:  # tracking has lost an eigenvector, or there are no differences here
+            last = None
+    return _take(*settings, last, lenient, before, began, differenced=False)
+
+
+def _take(
+    closure: Callable[[], Any],
+    params: Sequence[Tensor],
+    optimizers: Sequence[Optimizer],
+    plan: Plan,
+    weight: float | None,
+    named: Sequence[tuple[str, Tensor]],
+    last: Measured | None,
+    lenient: bool,
+    before: Losses | None,
+    began: float,
+    *,
+    differenced: bool,
+) -> Measured:
+    """Take the measurements with exact products, or with the one-sided differences that the last ones allow."""
+    products: Products = "finite_difference" if differenced else plan.products
+    verdicts = {} if last is None else last.verdicts
+    verdicts = {matrix: verdict for matrix, verdict in verdicts.items() if differenced or verdict.manner.central}
+    known = Known(verdicts, replayed=differenced)
     twice = plan.curvature == "hessian"
-    objective = Objective(closure, params, products=plan.products, weight=weight, known=known, twice=twice)
+    objective = Objective(closure, params, products=products, weight=weight, known=known, twice=twice)
     evaluation = objective.evaluate()
     if last is None:
         objective.check_replay(evaluation)
@@ -834,16 +899,20 @@ def take(
         A,
         evaluation,
         lenient,
+        differenced,
     )
     # First what needs products, so that their graph can be freed before the loss is computed elsewhere.
     for measurement in plan.measurements:
         if measurement.uses_matrix:
             view.take(measurement)
-    products, doubt, verdicts = A.products + evaluation.checks, A.trust.doubt, evaluation.verdicts
+    rough = _one_sided(view) if last is None else None
+    count, doubt = A.products + evaluation.checks + (0 if rough is None else rough.cost), A.trust.doubt
+    verdicts = {**evaluation.verdicts, **({} if rough is None else {"hessian": rough})}
     # A closure that has no second derivative now has none the next time.
-    form: Products = "finite_difference" if evaluation.form == "finite_difference" else plan.products
+    lacks = evaluation.form == "finite_difference" and not differenced
+    form: Products = "finite_difference" if lacks else plan.products
     del A
-    view = replace(view, operator=None, live=None, form=form)
+    view = replace(view, operator=None, live=None, form=form, differenced=False)
     evaluation.free()
     for measurement in plan.measurements:
         view.take(measurement)
@@ -852,11 +921,26 @@ def take(
     numbers = _numbers(view)
     if view.failures and all(result is None for result in view.taken.values()):
         raise RuntimeError(next(iter(view.failures.values())))
-    numbers["products"], numbers["seconds"] = float(products), time.perf_counter() - began
+    numbers["products"], numbers["seconds"] = float(count), time.perf_counter() - began
     numbers = {plan.tag_of(name): value for name, value in numbers.items()}
-    before = last.losses if losses is None and last is not None else losses
     here = Losses(view.loss, view.loss, view.loss) if before is None else before.then(view.loss)
     return Measured(plan, numbers, form, verdicts, doubt, view.taken, view.reasons, view.failures, here)
+
+
+def _one_sided(view: View) -> Verdict | None:
+    """Return the verdict on one-sided differences for the measuring that tracks this one; None if they will not do."""
+    plan, directions = view.plan, list[Tensor]()
+    if plan.products != "auto" or plan.curvature != "hessian":
+        return None
+    for measurement in plan.measurements:
+        if measurement.uses_matrix:
+            along = measurement.differenced_along(view.taken[type(measurement)], view)
+            if along is None:
+                return None
+            directions += along
+    if not directions:
+        return None
+    return examine_one_sided(view.evaluation, view.matrix, directions, _DIFFERENCED * plan.tolerance)
 
 
 def _timed_quotient(A: LinearOperator, gradient: Tensor) -> tuple[float | None, float]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+from torch import Tensor
 
 from newtonopt.curvature.eigenvalues.extreme import Spectrum
 from newtonopt.curvature.measurements.eigenvalues import in_words, spectrum, with_interval
@@ -57,7 +60,7 @@ class Preconditioned(Measurement[Spectrum]):
     )
 
     def measure(self, view: View) -> Spectrum | None:
-        """Return the largest eigenvalue, followed from the last one."""
+        """Return the largest eigenvalue, tracked from the last one."""
         if not view.optimizers:
             raise ValueError(
                 "optimizer must be given to measure Preconditioned, got None. Pass the optimizer that trains."
@@ -74,8 +77,15 @@ class Preconditioned(Measurement[Spectrum]):
         except (TypeError, ValueError) as error:  # no threshold is known, or never stable, or no step so far
             raise UnmeasurableError(str(error)) from error
         matrix = scaled(view.matrix, weights, decay)
-        # Two, because they cross as the preconditioner changes, and a vector that was the second one becomes the first.
-        return spectrum(view, matrix, 2, 0, view.before(Preconditioned), weights * view.gradient)
+        # A second one is tracked: they cross as the preconditioner changes, and the second vector becomes the first.
+        return spectrum(view, matrix, 1, 0, view.before(Preconditioned), weights * view.gradient, spare=1)
+
+    def differenced_along(self, result: Spectrum | None, view: View) -> Sequence[Tensor]:
+        """Return the direction of the parameters that belongs to the top eigenvector."""
+        if result is None:
+            return []
+        weights, _ = preconditioner(view.training[0], view.params)
+        return [weights * result.top[0].vector]
 
     def values(self, result: Spectrum) -> dict[str, float]:
         """Return the eigenvalue with its interval."""

@@ -118,6 +118,10 @@ class Stability(Measurement[StabilityRatio]):
         lr = rates.pop() if len(rates) == 1 else None
         return StabilityRatio(threshold, spectrum.top[0].value / threshold, adapts, lr)
 
+    def differenced_along(self, result: StabilityRatio | None, view: View) -> Sequence[Tensor]:
+        """Return no direction of its own."""
+        return ()
+
     def values(self, result: StabilityRatio) -> dict[str, float]:
         """Return threshold and ratio."""
         return {"stability_threshold": result.threshold, "stability_ratio": result.ratio}

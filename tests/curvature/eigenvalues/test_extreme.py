@@ -15,6 +15,7 @@ from spectra import dense, diagonal, softmax_regression, uniform
 from newtonopt import LinearOperator, evaluate, gauss_newton, hessian
 from newtonopt.curvature import Spectrum, extreme_eigenvalues
 from newtonopt.curvature.eigenvalues import search
+from newtonopt.curvature.eigenvalues.extreme import certify
 
 
 def _spectra() -> dict[str, torch.Tensor]:
@@ -305,3 +306,14 @@ def test_a_spectrum_prints_without_its_vectors() -> None:
     spectrum = extreme_eigenvalues(diagonal(SPECTRA["slow"]), top=1, bottom=1)
     assert len(repr(spectrum)) < 500
     assert repr(spectrum).startswith(f"Spectrum(top=({spectrum.top[0].value:.4g} in [")
+
+
+def test_spare_eigenvalues_come_with_the_products_of_the_wanted_ones() -> None:
+    values = torch.cat([torch.tensor([9.0, 8.0, -4.0]).double(), uniform(200)])
+    alone = extreme_eigenvalues(diagonal(values), top=1, bottom=0, tolerance=1e-2)
+    found = certify(diagonal(values), 1, 0, 1e-2, 300, 0, spare=1)
+    assert found.certified and found.converged
+    assert found.products == alone.products
+    assert found.top[0].value == alone.top[0].value
+    assert all(entry.lower <= exact <= entry.upper for entry, exact in zip(found.top, (9.0, 8.0), strict=True))
+    assert len(certify(diagonal(values[:1]), 1, 0, 1e-2, 300, 0, spare=1).top) == 1

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from newtonopt import LinearOperator, evaluate, gauss_newton, hessian
 from newtonopt.curvature import Spectrum, extreme_eigenvalues
-from newtonopt.curvature.eigenvalues.extreme import follow
+from newtonopt.curvature.eigenvalues.extreme import keeps_up, track_roughly
 from newtonopt.curvature.eigenvalues.tracking import estimated_errors
 
 SLOW = torch.arange(1, 200, dtype=torch.float64) ** -0.5
@@ -76,27 +76,27 @@ def test_errors_are_estimated_from_residuals_and_the_nearest_ritz_value() -> Non
     assert estimated_errors(values[:1], residuals[:1]).tolist() == [0.1]
 
 
-def test_following_ends_early_with_values_that_are_accurate() -> None:
+def test_rough_tracking_ends_early_with_values_that_are_accurate() -> None:
     """The largest within 1 %, the others within a tenth, for fewer products than a tracking to the tolerance."""
     training = _Training()
     spectrum = extreme_eigenvalues(training.hessian(), 3, 1, tolerance=1e-2)
-    followed_products = tracked_products = 0
+    rough_products = tracked_products = 0
     for _ in range(4):
         training.steps(3)
         A, gradient = training.hessian(), evaluate(training.closure, training.model.parameters()).gradient
         truth = torch.linalg.eigvalsh(A.dense()).flip(0)
         tracked = extreme_eigenvalues(A, 3, 1, tolerance=1e-2, start=spectrum)
-        followed = follow(A, spectrum, 3, 1, 1e-2, 30, 0, gradient)
-        assert followed is not None
-        assert not followed.certified
-        assert followed.top[0].value == pytest.approx(float(truth[0]), rel=1e-2)
-        for entry, expected in zip((*followed.top[1:], *followed.bottom), truth[[1, 2, -1]].tolist(), strict=True):
+        rough = track_roughly(A, spectrum, 3, 1, 1e-2, 30, 0, gradient)
+        assert rough is not None
+        assert not rough.certified
+        assert rough.top[0].value == pytest.approx(float(truth[0]), rel=1e-2)
+        for entry, expected in zip((*rough.top[1:], *rough.bottom), truth[[1, 2, -1]].tolist(), strict=True):
             assert entry.value == pytest.approx(expected, rel=0.1, abs=0.01 * float(truth[0]))
             assert entry.error <= entry.residual
-        followed_products += followed.products
+        rough_products += rough.products
         tracked_products += tracked.products
-        spectrum = followed
-    assert followed_products < 0.9 * tracked_products
+        spectrum = rough
+    assert rough_products < 0.9 * tracked_products
 
 
 def test_the_gradient_leads_to_an_eigenvector_that_the_last_measurement_lacks() -> None:
@@ -106,7 +106,7 @@ def test_the_gradient_leads_to_an_eigenvector_that_the_last_measurement_lacks() 
     values[-1] = 20.0
     gradient = torch.zeros(n, dtype=torch.float64)
     gradient[[0, -1]] = torch.tensor([1.0, 0.1], dtype=torch.float64)
-    found = follow(diagonal(values), before, 1, 0, 1e-2, 6, 0, gradient)
+    found = track_roughly(diagonal(values), before, 1, 0, 1e-2, 6, 0, gradient)
     assert found is not None
     assert found.top[0].value == pytest.approx(20.0, rel=1e-2)
 
@@ -166,7 +166,7 @@ def test_a_start_of_another_length_is_refused() -> None:
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("budget", [6, 10, 24])
-def test_followed_values_are_those_of_their_own_end(sign: float, budget: int) -> None:
+def test_tracked_values_are_those_of_their_own_end(sign: float, budget: int) -> None:
     """A run sees eigenvalues that are nearly zero once: the next ones are not taken from the other end."""
     for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
@@ -194,6 +194,15 @@ def test_the_smallest_value_is_never_shown_as_the_next_largest() -> None:
     """A short run has fewer values than are asked for, and one of them cannot be both."""
     values = torch.cat([torch.tensor([66.0]), torch.linspace(1e-7, -1e-6, 99)]).double()
     first = extreme_eigenvalues(diagonal(values), top=3, bottom=1)
-    found = follow(diagonal(values), first, 3, 1, 1e-2, 3, 0, None)
+    found = track_roughly(diagonal(values), first, 3, 1, 1e-2, 3, 0, None)
     assert found is not None and found.top[0].value == pytest.approx(66.0, rel=1e-2)
     assert found.bottom and all(entry.value != found.bottom[0].value for entry in found.top)
+
+
+def test_tracking_keeps_up_where_its_vectors_contain_the_largest_eigenvector() -> None:
+    values = torch.cat([torch.tensor([5.0, 4.0, 3.0]).double(), uniform(50)])
+    now = extreme_eigenvalues(diagonal(values), top=1, bottom=0)
+    for order, kept_up in (([0, 1, 2], True), ([1, 0, 2], True), ([2, 1, 0], False)):
+        before = extreme_eigenvalues(diagonal(torch.cat([values[order], values[3:]])), top=2, bottom=0)
+        assert keeps_up(before, now) == kept_up
+    assert not keeps_up(extreme_eigenvalues(diagonal(values[:-1]), top=2, bottom=0), now)

@@ -86,8 +86,8 @@ def test_words_draw_no_conclusion_from_the_smallest_eigenvalue_of_a_gauss_newton
 
 
 def test_without_a_bound_the_interval_is_that_of_some_eigenvalue() -> None:
-    followed = Spectrum((entry(2.0, 1.9, math.inf),), (), 5, True, 0.99, False, 0.0)
-    values = ExtremeEigenvalues().values(followed)
+    tracked = Spectrum((entry(2.0, 1.9, math.inf),), (), 5, True, 0.99, False, 0.0)
+    values = ExtremeEigenvalues().values(tracked)
     assert values == {"certified": 0.0, "lambda_max": 2.0, "lambda_max_lower": 1.9, "lambda_max_upper": 2.1}
 
 

@@ -89,9 +89,9 @@ def test_words_say_how_to_narrow_and_how_to_certify() -> None:
     found = measure(closure, [p], sharpness=None, max_products=8)
     assert (found.read("certified"), found.read("converged")) == (1.0, 0.0)
     assert "Some intervals are wider than 0.01 of their value: raise max_products above 8" in found.in_words()
-    followed = measure(closure, [p], sharpness=None, max_products=8, last=found)
-    assert followed.read("certified") == 0.0
-    assert "This measurement followed the last one. CurvatureMonitor certifies each with" in followed.in_words()
+    tracked = measure(closure, [p], sharpness=None, max_products=8, last=found)
+    assert tracked.read("certified") == 0.0
+    assert "This measurement tracked the last one's eigenvectors. CurvatureMonitor certifies" in tracked.in_words()
     assert {tag.name for tag in COST_TAGS} <= set(found.names())
 
 
@@ -262,3 +262,30 @@ def test_a_tag_may_be_in_a_group_and_its_name_stays_the_same() -> None:
     assert {"one", "lambda_max", "seconds"} <= set(found.names())
     with pytest.raises(ValueError, match=r"group must consist of .*, got 'a/b'\. Write"):
         Tag("one", "", "always one", group="a/b")
+
+
+class Failing(Measurement[float]):
+    """A measurement that takes no products and fails."""
+
+    tags = (Tag("failing", "", "never written"),)
+    uses_matrix = False
+
+    def measure(self, view: View) -> float:
+        raise RuntimeError("no luck")
+
+    def values(self, result: float) -> dict[str, float]:
+        return {"failing": result}
+
+
+def test_a_measurement_that_fails_does_not_end_tracking_by_differences() -> None:
+    p = nn.Parameter(torch.linspace(1.0, 2.0, 20, dtype=torch.float64))
+
+    def closure() -> torch.Tensor:
+        return p.pow(4).sum()
+
+    plan = Plan((ExtremeEigenvalues(2, 0), Failing()))
+    first = take(closure, [p], [], plan, lenient=True)
+    found = take(closure, [p], [], plan, last=first, lenient=True)
+    assert first.differenced and found.differenced
+    assert found.read("certified") == 0.0
+    assert found.failed() == {"Failing": "no luck"}
