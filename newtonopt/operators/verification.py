@@ -413,17 +413,17 @@ def examine_one_sided(
     """
     if evaluation.parts or evaluation.form != "cached" or A.trust.doubt or is_sharded(evaluation.params):
         return None
-    errors = []
+    changes = []
     for direction in directions:
         exact = A @ direction
         try:
             rough = one_sided_hessian(evaluation)(direction)
         except (RuntimeError, ValueError):  # there may be no differences, as beyond a bound or at a jump
             return None
-        errors.append(_change(exact, rough))
-        if not errors[-1] <= tolerance:
+        changes.append(_change(exact, rough))
+        if not changes[-1] <= tolerance:
             return None
-    return Verdict(Manner("finite_difference", central=False), "", max(errors), len(errors))
+    return Verdict(Manner("finite_difference", central=False), "", max(changes), len(changes))
 
 
 @dataclass(frozen=True)

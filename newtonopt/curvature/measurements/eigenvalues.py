@@ -25,6 +25,9 @@ from newtonopt.operators.linear_operator import LinearOperator
 # Products for tracking, at most: a quarter of what a measurement from a random start may have, or four and two for each
 # eigenvalue if that is more. Without a bound a GPT's tiny smallest eigenvalue took a hundred.
 _TRACKED_PART, _TRACKED_BASE, _TRACKED_EACH = 4, 4, 2
+# Where the largest eigenvalue seems to have fallen below this share of what it was, the search starts again at random:
+# a GPT at far too high a learning rate once had 0.39 tracked for 7046, its vector being lost.
+_FALLEN = 0.3
 # Bounds this close to a value of zero are those of underflow.
 _NOTHING = 1e-30
 # Negative curvature below the first share of the largest eigenvalue is called slight, and from the second on it stands
@@ -202,11 +205,17 @@ def spectrum(
         count = top + spare
         most = max(plan.max_products // _TRACKED_PART, _TRACKED_BASE + _TRACKED_EACH * (count + bottom))
         tracked = track_roughly(A, last, count, bottom, plan.tolerance, min(budget, most), plan.seed, gradient)
-        if tracked is not None and not (view.differenced and tracked.asymmetry > ASYMMETRIC):
+        rough = tracked is not None and view.differenced and tracked.asymmetry > ASYMMETRIC
+        if tracked is not None and not rough and not _has_fallen(tracked, last):
             return tracked
     if view.differenced:
         raise RuntimeError("A random start needs exact products.")
     return certify(A, top, bottom, plan.tolerance, budget, plan.seed, spare)
+
+
+def _has_fallen(tracked: Spectrum, last: Spectrum) -> bool:
+    """Return whether the largest eigenvalue seems to have fallen so far that its vector was probably lost instead."""
+    return bool(tracked.top and last.top) and tracked.top[0].value < _FALLEN * max(0.0, last.top[0].value)
 
 
 def interval(eigenvalue: Eigenvalue) -> tuple[float, float]:

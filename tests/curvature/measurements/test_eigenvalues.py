@@ -109,3 +109,23 @@ def test_slight_negative_curvature_is_called_usual_only_where_it_is_certified() 
     assert "as is usual while a network trains" in first.in_words()
     assert "as usual" not in tracked.in_words()
     assert "A certified measurement with more products tells whether that is all." in tracked.in_words()
+
+
+def test_a_largest_eigenvalue_that_seems_to_have_fallen_far_is_looked_for_afresh() -> None:
+    curvatures = torch.linspace(1.0, 2.0, 30, dtype=torch.float64)
+    x = torch.ones(30, dtype=torch.float64).requires_grad_()
+    settings = {"top": 1, "bottom": 0, "sharpness": None, "gradient": False, "max_products": 30}
+
+    def closure() -> torch.Tensor:
+        return (curvatures * x.square()).sum() / 2
+
+    curvatures[0] = 1000.0
+    before = measure(closure, [x], **settings)
+    # The new largest one lies where neither the old eigenvector nor the gradient has a part.
+    curvatures[0], curvatures[29] = -1.0, 5.0
+    with torch.no_grad():
+        x[29] = 0.0
+    after = measure(closure, [x], last=before, **settings)
+    assert before["curvature/lambda_max"] == pytest.approx(1000.0, rel=1e-2)
+    assert after["curvature/lambda_max"] == pytest.approx(5.0, rel=1e-2)
+    assert after["curvature-bookkeeping/certified"] == 1.0
