@@ -122,7 +122,7 @@ def methods(league: League) -> Iterator[str]:
     """List how each method was set, the versions, the machine, and the runs that ended early."""
     machine = league.machine
     software = ", ".join(f"{name} {version}" for name, version in league.versions.items())
-    yield f"One thread of {machine['processor']} with {machine['cores']} cores; {software}."
+    yield f"One thread of {machine['processor']} with {machine['cores']} cores; {software}, as recorded then."
     yield ""
     yield from (f"- {method}: {league.settings[method]}." for method in league.methods)
     yield ""

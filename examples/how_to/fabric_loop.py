@@ -1,7 +1,7 @@
 """A Fabric loop with HessianFree, and its curvature: `python examples/how_to/fabric_loop.py`.
 
 The loop is Fabric's own: `setup`, `fabric.backward` inside the closure, `optimizer.step(closure)`. HessianFree and Adam
-get the same processor time. Needs `pip install 'newtonopt[lightning]'`.
+get the same processor time. Needs `pip install '/path/to/newtonopt[lightning]'`.
 """
 
 from __future__ import annotations

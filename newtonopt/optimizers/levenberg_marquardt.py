@@ -386,7 +386,9 @@ class _Again(Shorter[LevenbergMarquardtState]):
         return Proposal(
             [Iterate(step, self.model.decrease(step))],
             state,
-            "solved exactly" if m == count else f"solved exactly for {m} of {count} rows, chosen at random",
+            "the linear equations were solved exactly"
+            if m == count
+            else f"the linear equations were solved exactly, for {m} of {count} rows, chosen at random",
             iterations=self.tried + 1,
             length=float(v.norm()),
             shorter=replace(self, tried=self.tried + 1),

@@ -330,7 +330,7 @@ def test_of_many_rows_some_are_chosen_and_the_reason_says_so() -> None:
     again, _ = fitted(6, rows=20, solve="samples")
     other, _ = fitted(6, rows=20, solve="samples", seed=1)
     assert [r.loss for r in again] == [r.loss for r in reports[:6]] != [r.loss for r in other]
-    assert fitted(1)[0][-1].reason.endswith("solved exactly")
+    assert fitted(1)[0][-1].reason.endswith("the linear equations were solved exactly")
 
 
 def test_momentum_begins_with_the_last_direction() -> None:
