@@ -37,14 +37,17 @@ from .tensorboard import add_page, add_words, multiline
 _ANOTHER, _ROUNDED = 0.01, 1e-3
 # The first measurements, and one in so many later ones, check that `.grad` is the gradient of the loss: it may differ
 # from a difference of losses by this share, and four rounding units. TF32, which GPUs may take for float32, keeps ten
-# bits.
+# bits. Where they disagree, up to so many shorter lengths are tried, and two that differ by less than the last share
+# show a slope.
 _FIRST, _LATER, _SLOPE, _TF32 = 3, 50, 0.02, 2.0**-11
+_SHORTER, _SAME = 6, 0.05
 _NOT_THE_GRADIENT = (
     "`.grad` is not the gradient of training_step's loss: along the step the loss changes {:.3g} times as much as it "
     "foretells. Usual reasons: tensor hooks that change gradients; clipping in `backward`; a loss scale of your own; "
     "gradients that `optimizer_zero_grad` keeps; a detached part of the loss that depends on the parameters; "
     "a tensor other than a buffer that training_step writes to. Clip by gradient_clip_val, and accumulate by "
-    "accumulate_grad_batches."
+    "accumulate_grad_batches. If none of them applies, the loss curves too strongly for this check, even over a small "
+    "part of the step: lower the learning rate."
 )
 
 
@@ -63,8 +66,8 @@ class StepMarginMonitor(Callback):
 
     Values go to every logger and to `trainer.callback_metrics`. Nothing is written for a step that does not go
     downhill on its batch, or that a gradient scaler has skipped. The first three measurements, and every fiftieth, run
-    two forward passes more, to check that `.grad` is the gradient of the loss that `training_step` returns. A step that
-    is measured keeps three copies of the parameters for as long.
+    two forward passes more, to check that `.grad` is the gradient of the loss that `training_step` returns, and up to
+    fourteen more where those disagree. A step that is measured keeps three copies of the parameters for as long.
 
     Args:
         every_n_train_steps: Optimizer steps between measurements, one or more. Default 50: a forward pass is about
@@ -370,7 +373,8 @@ def _disagreement(
 ) -> float | None:
     """Return the change of the loss across the step's start over the one that `.grad` foretells, if they disagree.
 
-    None: they agree, or rounding may explain the difference. Costs two forward passes, and four where they disagree.
+    None: they agree, or curvature or rounding may explain the difference. Costs two forward passes; where they
+    disagree, two more for each shorter length, until one agrees or rounding counts.
 
     Args:
         rise_and_foretold: Returns phi(s), and the change that `.grad` foretells.
@@ -378,17 +382,24 @@ def _disagreement(
         unit: The rounding unit of the loss.
         rounding: The rounding error of the loss.
     """
-    # Short enough for the curvature along the step not to count, and long enough for rounding not to count.
+    # Short enough for the curvature along the step not to count, mostly, and long enough for rounding not to count.
     longest = 0.25 / max(1.0, abs(found.margin or 0.0))
     h = min(longest, max(unit ** (1 / 3) / max(1.0, abs(found.margin or 0.0)), 20.0 * rounding / -found.slope))
-    for s in (h, 0.5 * h):
+    shorter = [0.5 * h / 4.0**i for i in range(1, _SHORTER + 1)]
+    ratios, certain = [], []
+    for s in (h, 0.5 * h, *(s for s in shorter if s >= 100.0 * rounding / -found.slope)):
         (ahead, expected_ahead), (behind, expected_behind) = rise_and_foretold(s), rise_and_foretold(-s)
         change, expected = ahead - behind, expected_ahead - expected_behind
         # The second difference is small for a smooth loss, and as large as the change at a kink such as ReLU's.
-        allowed = (_SLOPE + 4.0 * unit) * abs(expected) + abs(ahead + behind) + 4.0 * rounding
-        if not abs(change - expected) > allowed:
+        error, bend = abs(change - expected), abs(ahead + behind)
+        allowed = (_SLOPE + 4.0 * unit) * abs(expected) + 4.0 * rounding
+        if not error > allowed + min(bend, 0.25 * abs(expected)):
             return None
-    return change / expected if expected else math.inf
+        ratios.append(change / expected if expected else math.inf)
+        certain.append(error > allowed + bend)
+    # A slope shows as one ratio at the two shortest lengths; a loss that curves within them has two.
+    same = abs(ratios[-1] - ratios[-2]) <= _SAME * abs(ratios[-1])
+    return ratios[-1] if same and all(certain[-2:]) else None
 
 
 def _rounding(trainer: Trainer, loss: Tensor) -> float:

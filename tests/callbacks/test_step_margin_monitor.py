@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -107,6 +108,32 @@ class Saturated(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=1e5)
+
+
+class Rippled(L.LightningModule):
+    """A loss of one weight that each step moves from zero to one, with a short wave: it has half of the slope at zero.
+
+    Args:
+        turns: The wave's phase at the longest length of the check of the gradient, in turns.
+        factor: What a hook multiplies the gradient by.
+    """
+
+    def __init__(self, turns: float, factor: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.weight.register_hook(lambda g: factor * g)
+        self.waves = 2.0 * math.pi * turns / torch.finfo(torch.float32).eps ** (1 / 3)
+        self.rate = 0.5 / factor
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (1.0 - self.weight - torch.sin(self.waves * self.weight) / self.waves).sum()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        with torch.no_grad():
+            self.weight.zero_()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.rate)
 
 
 def by_hand(rate: float, together: int = 1, clipped: Callable[[Tensor], Tensor] = lambda g: g) -> list[float]:
@@ -485,6 +512,40 @@ def test_the_check_of_the_gradient_costs_two_forward_passes_of_the_first_measure
 
     fit(Counting(), None, monitor(), max_epochs=2)
     assert [calls().count(step) for step in range(6)] == [1 + 1 + 1 + 2, 1 + 1 + 2, 1 + 1 + 2, 2, 2, 2]
+
+
+# Half a turn shows .5 and .82 of the slope at the two longest lengths, one turn .5 and .5.
+@pytest.mark.parametrize("turns", [0.1, 0.3, 0.5, 1.0, 4.0, 20.0])
+def test_a_loss_that_curves_over_a_small_part_of_the_step_does_not_fail_the_check(turns: float) -> None:
+    seen = Seen()
+    fit(Rippled(turns), None, monitor(), seen)  # a warning is an error
+    assert seen.margins == pytest.approx(3 * [0.5], abs=1e-2)
+
+
+@pytest.mark.parametrize("turns", [0.1, 0.5, 1.0, 4.0])
+@pytest.mark.parametrize("factor", [2.0, 1.1, 0.8])
+def test_a_wrong_gradient_of_a_loss_that_curves_so_is_found(turns: float, factor: float) -> None:
+    with pytest.warns(UserWarning, match=r"is not the gradient .* curves too strongly for this check") as caught:
+        fit(Rippled(turns, factor), None, monitor())
+    [told] = [found for w in caught if (found := re.search(r"changes (\S+) times as much", str(w.message)))]
+    assert float(told[1]) == pytest.approx(1.0 / factor, rel=0.05)
+
+
+def test_the_lengths_end_where_rounding_counts() -> None:
+    from problems import unseen
+
+    calls = unseen([])
+
+    class Counting(Rippled):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            calls().append(self.global_step)
+            return super().training_step(batch, batch_idx)
+
+    seen = Seen()
+    fit(Counting(100.0), None, monitor(), seen)
+    assert len(seen.margins) == BATCHES
+    # The wave is shorter than most of six lengths; the last one is 1.6 times the shortest one that rounding leaves.
+    assert [calls().count(step) for step in range(3)] == [1 + 1 + 1 + 2 * 6, 1 + 1 + 2 * 6, 1 + 1 + 2 * 6]
 
 
 def test_a_step_that_training_step_clamps_ends_where_it_is_clamped_to() -> None:
