@@ -30,10 +30,13 @@ from lightning_problems import (
     loader,
     quiet_trainer,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from newtonopt.callbacks import StepMarginMonitor
+from newtonopt.callbacks.step_margin_monitor import Tally
+from newtonopt.curvature import StepMargin
 
 RATE = 0.3
 OPTIMIZERS: dict[str, Any] = {
@@ -266,6 +269,55 @@ def test_several_learning_rates_have_a_critical_step_and_no_critical_sharpness()
     fit(Groups(), loader(), monitor(critical_sharpness=True), seen)
     assert len(seen.values["critical_step"]) > 0
     assert "critical_sharpness" not in seen.values
+
+
+def in_words(folder: Path) -> dict[int, str]:
+    """Return the sentences on TensorBoard's text page by step."""
+    events = EventAccumulator(str(next(folder.rglob("*tfevents*")).parent), {"tensors": 0})
+    events.Reload()
+    tag = "curvature/step_in_words/text_summary"
+    return {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors(tag)}
+
+
+def test_the_measured_steps_that_overshot_are_counted(tmp_path: Path) -> None:
+    model = Regression(rate=0.5)
+    trainer = quiet_trainer(callbacks=[monitor()], logger=both_loggers(tmp_path), max_epochs=1)
+    trainer.fit(model, data())
+    margins, table = by_hand(0.5), from_csv(tmp_path)
+    assert [margin >= 1.0 for margin in margins] == [False, True, True], "some overshoot"
+    shares = [sum(m >= 1.0 for m in margins[: i + 1]) / (i + 1) for i in range(3)]
+    assert [x for _, x in table["curvature/overshot_steps"]] == pytest.approx(shares)
+    assert [x for _, x in table["curvature/uphill_steps"]] == [0.0, 0.0, 0.0]
+    highest = [max(margins[: i + 1]) for i in range(3)]
+    assert [x for _, x in table["curvature/highest_step_margin"]] == pytest.approx(highest, rel=1e-6)
+    assert re.search(r"2 of 3 measured steps overshot, the worst at step [23] \(\d.*\)\.$", in_words(tmp_path)[3])
+
+
+def test_steps_uphill_are_counted(tmp_path: Path) -> None:
+    class Turning(Regression):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1e-3, maximize=True)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().param_groups[0]["lr"] = [1e-3, 0.0, -1e-3][batch_idx]
+
+    trainer = quiet_trainer(callbacks=[monitor()], logger=both_loggers(tmp_path), max_epochs=1)
+    trainer.fit(Turning(), data())
+    table, words = from_csv(tmp_path), in_words(tmp_path)
+    assert table["curvature/uphill_steps"] == [(1, 1.0), (3, 0.5)], "a step that stays where it is does not count"
+    assert [step for step, _ in table["curvature/step_margin"]] == [3]
+    assert "did not go downhill" in words[1] and "steps so far: 1. Overshot: 0. Uphill" in words[1]
+    assert "None of 2 measured steps overshot, the nearest at step 3 (0.0" in words[3]
+    assert "without a margin: 1. This does not clear the learning rate" in words[3]
+
+
+def test_a_step_after_which_the_loss_is_not_finite_has_overshot() -> None:
+    downhill, infinite = StepMargin(1.0, -1.0, -0.5, None, 1), StepMargin(1.0, -1.0, math.inf, None, 1)
+    tally = Tally().with_step(downhill, 1).with_step(infinite, 2).with_step(downhill, 3)
+    assert tally == Tally(measured=3, overshot=1, uphill=0, highest=math.inf, at=2)
+    assert tally.values() == {"overshot_steps": 1 / 3, "uphill_steps": 0.0, "highest_step_margin": None}
+    said = "1 of 3 measured steps overshot, the worst at step 2 (the loss after it is not finite)."
+    assert tally.in_words() == said
 
 
 # Nothing changes.
