@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from newtonopt.checks import check_flag, check_prefix, check_whole, explains_arg
 from newtonopt.closure.isolation import Isolation, UnprotectedError, Watch
 from newtonopt.closure.writes import WriteTap
 from newtonopt.curvature import StepMargin
+from newtonopt.curvature.showing import written
 from newtonopt.curvature.step_margins import along
 from newtonopt.vectors.flat import differs
 from newtonopt.vectors.processes import Processes
@@ -37,19 +38,22 @@ from .tensorboard import add_page, add_words, multiline
 _ANOTHER, _ROUNDED = 0.01, 1e-3
 # The first measurements, and one in so many later ones, check that `.grad` is the gradient of the loss: it may differ
 # from a difference of losses by this share, and four rounding units. TF32, which GPUs may take for float32, keeps ten
-# bits.
+# bits. Where they disagree, up to so many shorter lengths are tried, and two that differ by less than the last share
+# show a slope.
 _FIRST, _LATER, _SLOPE, _TF32 = 3, 50, 0.02, 2.0**-11
+_SHORTER, _SAME = 6, 0.05
 _NOT_THE_GRADIENT = (
     "`.grad` is not the gradient of training_step's loss: along the step the loss changes {:.3g} times as much as it "
     "foretells. Usual reasons: tensor hooks that change gradients; clipping in `backward`; a loss scale of your own; "
     "gradients that `optimizer_zero_grad` keeps; a detached part of the loss that depends on the parameters; "
     "a tensor other than a buffer that training_step writes to. Clip by gradient_clip_val, and accumulate by "
-    "accumulate_grad_batches."
+    "accumulate_grad_batches. If none of them applies, the loss curves too strongly for this check, even over a small "
+    "part of the step: lower the learning rate."
 )
 
 
 class StepMarginMonitor(Callback):
-    """Log how near an optimizer's own steps come to raising the loss, for a forward pass each time.
+    """Log whether the steps that it measures raise the loss of their own batch, for a forward pass each.
 
     Let d be the step that the optimizer has just taken on a batch, `phi(s) = L(theta + s d) - L(theta)` the change of
     that batch's loss, with the same random numbers, and g its gradient before clipping. The step margin
@@ -57,14 +61,18 @@ class StepMarginMonitor(Callback):
     1 or more where the step has overshot. At the edge of stability it hovers around 1. Below the edge it tells nothing
     of the largest eigenvalue, and it lags behind a rising one: `CurvatureMonitor` measures that.
 
+    A margin below 1 does not clear the learning rate: training may fail by steps between the measured ones, or by steps
+    that lower the loss of their own batch and raise that of the others. So the share of the measured steps that have
+    overshot so far is logged beside the last margin, with the highest margin and the share that went uphill.
+
     It works with any optimizer, any kernel, mixed precision, gradient clipping and accumulation, compiled models, and
     on several processes, where the loss is their mean. Training stays the same to the bit: parameters, `.grad`,
     buffers, random state, metrics and logs. A measurement that fails warns once and is left out; training goes on.
 
-    Values go to every logger and to `trainer.callback_metrics`. Nothing is written for a step that does not go
-    downhill on its batch, or that a gradient scaler has skipped. The first three measurements, and every fiftieth, run
-    two forward passes more, to check that `.grad` is the gradient of the loss that `training_step` returns. A step that
-    is measured keeps three copies of the parameters for as long.
+    Values go to every logger and to `trainer.callback_metrics`. A step that goes uphill on its batch has no margin and
+    is counted; one that a gradient scaler has skipped is left out. The first three measurements, and every fiftieth,
+    run two forward passes more, to check that `.grad` is the gradient of the loss that `training_step` returns, and up
+    to fourteen more where those disagree. A step that is measured keeps three copies of the parameters for as long.
 
     Args:
         every_n_train_steps: Optimizer steps between measurements, one or more. Default 50: a forward pass is about
@@ -116,6 +124,7 @@ class StepMarginMonitor(Callback):
         self._checked = False
         self._starts_again = False
         self._count = 0
+        self._tally = Tally()
         self._measured = False
         self._warned = False
         self._infinite_at: int | None = None
@@ -262,7 +271,7 @@ class StepMarginMonitor(Callback):
     def _measure(
         self, params: Sequence[Tensor], gradient: Sequence[Tensor | None], micro_batches: int
     ) -> StepMargin | None:
-        """Return the margin of the step just taken; None for one that was skipped or does not go downhill."""
+        """Return the margin of the step just taken; None for one that was skipped or starts at no finite loss."""
         before, after = self._before, _copies(params)
         processes = Processes(before[0])
 
@@ -291,7 +300,7 @@ class StepMarginMonitor(Callback):
         if not (math.isfinite(slope) and math.isfinite(loss)):
             self._infinite_at = self._step + 1 if self._infinite_at is None else self._infinite_at
             return None
-        if not slope < 0.0:
+        if not abs(slope) > 0.0:
             return None
         try:
             if self._starts_again or not self._checked:
@@ -305,10 +314,10 @@ class StepMarginMonitor(Callback):
                 self._starts_again = self._starts_again or abs(again - loss) > _ROUNDED * abs(slope)
                 self._checked, loss = True, again if self._starts_again else loss
             end, slope = rise_and_foretold(1.0)
-            if not slope < 0.0:
+            if not abs(slope) > 0.0:
                 return None
             found = along(lambda s: end if s == 1.0 else rise(s), slope, loss, self.critical_sharpness)
-            if found.margin is None and self._infinite_at is None:
+            if not math.isfinite(end) and self._infinite_at is None:
                 self._infinite_at = self._step + 1
             if found.margin is not None and (self._count < _FIRST or self._count % _LATER == 0):
                 unit = mean(lambda: max(played.unit for played in self._played))
@@ -325,18 +334,70 @@ class StepMarginMonitor(Callback):
             _place(params, after)
 
     def _log(self, trainer: Trainer, found: StepMargin) -> None:
-        names = {"step_margin": found.margin, "critical_step": found.critical_step}
+        self._tally = self._tally.with_step(found, trainer.global_step)
+        names = {"step_margin": found.margin, "critical_step": found.critical_step, **self._tally.values()}
         if found.critical_step is not None and self._rate:
             names["critical_sharpness"] = 2.0 / (self._rate * found.critical_step)
-        values = {f"{self.prefix}/{name}": value for name, value in names.items() if value is not None}
-        if not values:
-            return
-        log_values(trainer, values)
-        if not self._measured:
+        log_values(trainer, {f"{self.prefix}/{name}": value for name, value in names.items() if value is not None})
+        add_words(trainer, f"{self.prefix}/step_in_words", f"{found.in_words()}  \n{self._tally.in_words()}")
+        if found.margin is not None and not self._measured:
             chart = multiline("Step margin", [f"{re.escape(self.prefix)}/step_margin$"])
             add_page(trainer, [Category(title="Last step", chart=[chart])])
-        self._measured = True
-        add_words(trainer, f"{self.prefix}/step_in_words", found.in_words())
+            self._measured = True
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The steps that were measured in a fit so far.
+
+    Attributes:
+        measured: How many there were.
+        overshot: How many had a margin of one or more, or ended where the loss is not finite.
+        uphill: How many did not go downhill on their own batch, and have no margin.
+        highest: The highest margin; infinite where the loss is not finite after a step, None where no step had one.
+        at: Its step.
+    """
+
+    measured: int = 0
+    overshot: int = 0
+    uphill: int = 0
+    highest: float | None = None
+    at: int = 0
+
+    def with_step(self, found: StepMargin, step: int) -> Tally:
+        """Return the tally with one more step."""
+        if not found.slope < 0.0:
+            return replace(self, measured=self.measured + 1, uphill=self.uphill + 1)
+        margin = math.inf if found.margin is None else found.margin
+        higher = self.highest is None or margin > self.highest
+        return Tally(
+            self.measured + 1,
+            self.overshot + (margin >= 1.0),
+            self.uphill,
+            margin if higher else self.highest,
+            step if higher else self.at,
+        )
+
+    def values(self) -> dict[str, float | None]:
+        """Return the values by name; None for a highest margin that is not finite."""
+        return {
+            "overshot_steps": self.overshot / self.measured,
+            "uphill_steps": self.uphill / self.measured,
+            "highest_step_margin": self.highest if self.highest is not None and self.highest < math.inf else None,
+        }
+
+    def in_words(self) -> str:
+        """Return sentences that say how many steps overshot, and what their number leaves open."""
+        said = f"Measured steps so far: {self.measured}. Overshot: {self.overshot}."
+        if self.highest is not None:
+            highest = "the loss after it is not finite" if self.highest == math.inf else written(self.highest, 3)
+            said = f"{self.overshot or 'None'} of {self.measured} measured steps overshot, the "
+            said += f"{'worst' if self.overshot else 'nearest'} at step {self.at} ({highest})."
+        if self.uphill:
+            said += f" Uphill on their own batch, without a margin: {self.uphill}."
+        if not self.overshot:
+            said += " This does not clear the learning rate: other steps and other batches are not measured."
+        return said
 
 
 @dataclass(frozen=True, eq=False)
@@ -370,7 +431,8 @@ def _disagreement(
 ) -> float | None:
     """Return the change of the loss across the step's start over the one that `.grad` foretells, if they disagree.
 
-    None: they agree, or rounding may explain the difference. Costs two forward passes, and four where they disagree.
+    None: they agree, or curvature or rounding may explain the difference. Costs two forward passes; where they
+    disagree, two more for each shorter length, until one agrees or rounding counts.
 
     Args:
         rise_and_foretold: Returns phi(s), and the change that `.grad` foretells.
@@ -378,17 +440,24 @@ def _disagreement(
         unit: The rounding unit of the loss.
         rounding: The rounding error of the loss.
     """
-    # Short enough for the curvature along the step not to count, and long enough for rounding not to count.
+    # Short enough for the curvature along the step not to count, mostly, and long enough for rounding not to count.
     longest = 0.25 / max(1.0, abs(found.margin or 0.0))
     h = min(longest, max(unit ** (1 / 3) / max(1.0, abs(found.margin or 0.0)), 20.0 * rounding / -found.slope))
-    for s in (h, 0.5 * h):
+    shorter = [0.5 * h / 4.0**i for i in range(1, _SHORTER + 1)]
+    ratios, certain = [], []
+    for s in (h, 0.5 * h, *(s for s in shorter if s >= 100.0 * rounding / -found.slope)):
         (ahead, expected_ahead), (behind, expected_behind) = rise_and_foretold(s), rise_and_foretold(-s)
         change, expected = ahead - behind, expected_ahead - expected_behind
         # The second difference is small for a smooth loss, and as large as the change at a kink such as ReLU's.
-        allowed = (_SLOPE + 4.0 * unit) * abs(expected) + abs(ahead + behind) + 4.0 * rounding
-        if not abs(change - expected) > allowed:
+        error, bend = abs(change - expected), abs(ahead + behind)
+        allowed = (_SLOPE + 4.0 * unit) * abs(expected) + 4.0 * rounding
+        if not error > allowed + min(bend, 0.25 * abs(expected)):
             return None
-    return change / expected if expected else math.inf
+        ratios.append(change / expected if expected else math.inf)
+        certain.append(error > allowed + bend)
+    # A slope shows as one ratio at the two shortest lengths; a loss that curves within them has two.
+    same = abs(ratios[-1] - ratios[-2]) <= _SAME * abs(ratios[-1])
+    return ratios[-1] if same and all(certain[-2:]) else None
 
 
 def _rounding(trainer: Trainer, loss: Tensor) -> float:

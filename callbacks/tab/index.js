@@ -1405,6 +1405,9 @@ function stepSentences(series) {
     const {steps, values} = series.scalars[tag];
     const margin = steps.length && {value: values.at(-1), step: steps.at(-1)};
     if (margin) found.push(`Step margin ${shown(margin.value, 3)} at step ${grouped(margin.step)}; above 1 a step overshoots.`);
+    const [overshot, uphill, highest] = ['overshot_steps', 'uphill_steps', 'highest_step_margin'].map((name) => series.scalars[tag.replace(/step_margin$/, name)]?.values.at(-1));
+    const share = (x) => `${shown(100 * x, 2)} %`;
+    if (margin && Number.isFinite(overshot)) found.push(`${share(overshot)} of the measured steps overshot${uphill ? `, ${share(uphill)} went uphill` : ''}${Number.isFinite(highest) ? `; the highest margin was ${shown(highest, 3)}` : ''}.`);
   }
   return found;
 }

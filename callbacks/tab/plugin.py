@@ -24,6 +24,8 @@ _SAMPLES = 10_000
 # TensorBoard keeps a thousand points of a scalar.
 _SCALAR_SAMPLES = 1_000
 _SCALARS = "scalars"
+# Scalars of StepMarginMonitor, by the ends of their tags.
+_MARGINS = ("/step_margin", "/critical_sharpness", "/overshot_steps", "/uphill_steps", "/highest_step_margin")
 _FILES = {"/index.js": "text/javascript", "/style.css": "text/css"}
 
 _logger = logging.getLogger(__name__)
@@ -191,7 +193,7 @@ def _asker(request: wrappers.Request) -> tuple[Any, str]:
 
 def _is_step(tag: str) -> bool:
     """Return whether a scalar is one of StepMonitor's or StepMarginMonitor's."""
-    return tag.startswith("newton/") or tag.endswith(("/step_margin", "/critical_sharpness"))
+    return tag.startswith("newton/") or tag.endswith(_MARGINS)
 
 
 def _prefix_of(tag: str) -> str:

@@ -77,8 +77,10 @@ class StepMargin:
     def in_words(self) -> str:
         """Return a sentence that says what the margin means."""
         margin = self.margin
+        if margin is None and self.slope < 0.0:
+            return "The last step overshot: on its own batch it ended where the loss is not finite."
         if margin is None:
-            return "The last step did not go downhill on its own batch, or ended where the loss is not finite."
+            return "The last step did not go downhill on its own batch, as happens with momentum, and has no margin."
         if margin > _FAR:
             # The crossing of a quadratic loss is 1 / margin.
             crossing, about = (1.0 / margin, "about ") if self.critical_step is None else (self.critical_step, "")

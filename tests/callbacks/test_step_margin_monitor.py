@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,10 +30,13 @@ from lightning_problems import (
     loader,
     quiet_trainer,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from newtonopt.callbacks import StepMarginMonitor
+from newtonopt.callbacks.step_margin_monitor import Tally
+from newtonopt.curvature import StepMargin
 
 RATE = 0.3
 OPTIMIZERS: dict[str, Any] = {
@@ -107,6 +111,32 @@ class Saturated(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=1e5)
+
+
+class Rippled(L.LightningModule):
+    """A loss of one weight that each step moves from zero to one, with a short wave: it has half of the slope at zero.
+
+    Args:
+        turns: The wave's phase at the longest length of the check of the gradient, in turns.
+        factor: What a hook multiplies the gradient by.
+    """
+
+    def __init__(self, turns: float, factor: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.weight.register_hook(lambda g: factor * g)
+        self.waves = 2.0 * math.pi * turns / torch.finfo(torch.float32).eps ** (1 / 3)
+        self.rate = 0.5 / factor
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (1.0 - self.weight - torch.sin(self.waves * self.weight) / self.waves).sum()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        with torch.no_grad():
+            self.weight.zero_()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.rate)
 
 
 def by_hand(rate: float, together: int = 1, clipped: Callable[[Tensor], Tensor] = lambda g: g) -> list[float]:
@@ -239,6 +269,55 @@ def test_several_learning_rates_have_a_critical_step_and_no_critical_sharpness()
     fit(Groups(), loader(), monitor(critical_sharpness=True), seen)
     assert len(seen.values["critical_step"]) > 0
     assert "critical_sharpness" not in seen.values
+
+
+def in_words(folder: Path) -> dict[int, str]:
+    """Return the sentences on TensorBoard's text page by step."""
+    events = EventAccumulator(str(next(folder.rglob("*tfevents*")).parent), {"tensors": 0})
+    events.Reload()
+    tag = "curvature/step_in_words/text_summary"
+    return {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors(tag)}
+
+
+def test_the_measured_steps_that_overshot_are_counted(tmp_path: Path) -> None:
+    model = Regression(rate=0.5)
+    trainer = quiet_trainer(callbacks=[monitor()], logger=both_loggers(tmp_path), max_epochs=1)
+    trainer.fit(model, data())
+    margins, table = by_hand(0.5), from_csv(tmp_path)
+    assert [margin >= 1.0 for margin in margins] == [False, True, True], "some overshoot"
+    shares = [sum(m >= 1.0 for m in margins[: i + 1]) / (i + 1) for i in range(3)]
+    assert [x for _, x in table["curvature/overshot_steps"]] == pytest.approx(shares)
+    assert [x for _, x in table["curvature/uphill_steps"]] == [0.0, 0.0, 0.0]
+    highest = [max(margins[: i + 1]) for i in range(3)]
+    assert [x for _, x in table["curvature/highest_step_margin"]] == pytest.approx(highest, rel=1e-6)
+    assert re.search(r"2 of 3 measured steps overshot, the worst at step [23] \(\d.*\)\.$", in_words(tmp_path)[3])
+
+
+def test_steps_uphill_are_counted(tmp_path: Path) -> None:
+    class Turning(Regression):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1e-3, maximize=True)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().param_groups[0]["lr"] = [1e-3, 0.0, -1e-3][batch_idx]
+
+    trainer = quiet_trainer(callbacks=[monitor()], logger=both_loggers(tmp_path), max_epochs=1)
+    trainer.fit(Turning(), data())
+    table, words = from_csv(tmp_path), in_words(tmp_path)
+    assert table["curvature/uphill_steps"] == [(1, 1.0), (3, 0.5)], "a step that stays where it is does not count"
+    assert [step for step, _ in table["curvature/step_margin"]] == [3]
+    assert "did not go downhill" in words[1] and "steps so far: 1. Overshot: 0. Uphill" in words[1]
+    assert "None of 2 measured steps overshot, the nearest at step 3 (0.0" in words[3]
+    assert "without a margin: 1. This does not clear the learning rate" in words[3]
+
+
+def test_a_step_after_which_the_loss_is_not_finite_has_overshot() -> None:
+    downhill, infinite = StepMargin(1.0, -1.0, -0.5, None, 1), StepMargin(1.0, -1.0, math.inf, None, 1)
+    tally = Tally().with_step(downhill, 1).with_step(infinite, 2).with_step(downhill, 3)
+    assert tally == Tally(measured=3, overshot=1, uphill=0, highest=math.inf, at=2)
+    assert tally.values() == {"overshot_steps": 1 / 3, "uphill_steps": 0.0, "highest_step_margin": None}
+    said = "1 of 3 measured steps overshot, the worst at step 2 (the loss after it is not finite)."
+    assert tally.in_words() == said
 
 
 # Nothing changes.
@@ -485,6 +564,40 @@ def test_the_check_of_the_gradient_costs_two_forward_passes_of_the_first_measure
 
     fit(Counting(), None, monitor(), max_epochs=2)
     assert [calls().count(step) for step in range(6)] == [1 + 1 + 1 + 2, 1 + 1 + 2, 1 + 1 + 2, 2, 2, 2]
+
+
+# Half a turn shows .5 and .82 of the slope at the two longest lengths, one turn .5 and .5.
+@pytest.mark.parametrize("turns", [0.1, 0.3, 0.5, 1.0, 4.0, 20.0])
+def test_a_loss_that_curves_over_a_small_part_of_the_step_does_not_fail_the_check(turns: float) -> None:
+    seen = Seen()
+    fit(Rippled(turns), None, monitor(), seen)  # a warning is an error
+    assert seen.margins == pytest.approx(3 * [0.5], abs=1e-2)
+
+
+@pytest.mark.parametrize("turns", [0.1, 0.5, 1.0, 4.0])
+@pytest.mark.parametrize("factor", [2.0, 1.1, 0.8])
+def test_a_wrong_gradient_of_a_loss_that_curves_so_is_found(turns: float, factor: float) -> None:
+    with pytest.warns(UserWarning, match=r"is not the gradient .* curves too strongly for this check") as caught:
+        fit(Rippled(turns, factor), None, monitor())
+    [told] = [found for w in caught if (found := re.search(r"changes (\S+) times as much", str(w.message)))]
+    assert float(told[1]) == pytest.approx(1.0 / factor, rel=0.05)
+
+
+def test_the_lengths_end_where_rounding_counts() -> None:
+    from problems import unseen
+
+    calls = unseen([])
+
+    class Counting(Rippled):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            calls().append(self.global_step)
+            return super().training_step(batch, batch_idx)
+
+    seen = Seen()
+    fit(Counting(100.0), None, monitor(), seen)
+    assert len(seen.margins) == BATCHES
+    # The wave is shorter than most of six lengths; the last one is 1.6 times the shortest one that rounding leaves.
+    assert [calls().count(step) for step in range(3)] == [1 + 1 + 1 + 2 * 6, 1 + 1 + 2 * 6, 1 + 1 + 2 * 6]
 
 
 def test_a_step_that_training_step_clamps_ends_where_it_is_clamped_to() -> None:

@@ -587,12 +587,16 @@ class TestTab:
         with run(tmp_path / "a", values=values) as writer:
             for tag, value in {"newton/ratio": 0.5, "newton/accepted": 1.0, "newton/damping": 1e-3}.items():
                 writer.add_scalar(tag, value, 2)
-            writer.add_scalar("curvature/step_margin", 0.25, 1)
+            margins = {"step_margin": 0.25, "overshot_steps": 0.05, "uphill_steps": 0.1, "highest_step_margin": 8.55}
+            for name, value in margins.items():
+                writer.add_scalar(f"curvature/{name}", value, 1)
         shown = open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 1)
         assert "preconditioned eigenvalue|251.3|251.31 … 251.34" in numbers(browser)
         sentence = "Last Newton step (step 2): accepted, actual over predicted decrease 0.5, damping 0.001."
         assert sentence in shown["cards"][0]
         assert "Step margin 0.25 at step 1" in shown["cards"][0]
+        sentence = "5 % of the measured steps overshot, 10 % went uphill; the highest margin was 8.55."
+        assert sentence in shown["cards"][0]
 
     def test_eigenvalues_that_span_decades_are_on_a_logarithmic_scale(self, browser: Any, tmp_path: Path) -> None:
         with SummaryWriter(str(tmp_path / "a")) as writer:
