@@ -47,6 +47,7 @@ class CriticalPoint:
     Example:
         >>> import torch
         >>> from newtonopt import evaluate
+        >>> from newtonopt.curvature import critical_point
         >>> theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         >>> found = critical_point(evaluate(lambda: theta[0] ** 2 - theta[1] ** 2, [theta]))
         >>> str(found)[:37]
@@ -136,6 +137,7 @@ def critical_point(
     Example:
         >>> import torch
         >>> from newtonopt import evaluate
+        >>> from newtonopt.curvature import critical_point
         >>> theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         >>> critical_point(evaluate(lambda: (theta**2).sum(), [theta])).kind
         'minimum'
