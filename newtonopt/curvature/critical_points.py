@@ -22,8 +22,8 @@ CriticalKind = Literal["minimum", "maximum", "saddle", "degenerate", "not critic
 # the tolerance times the norm: the first tolerance settles the sign of a value above a tenth of the norm, which is
 # enough for most points.
 _TOLERANCES = (0.3, 1e-2, 1e-6)
-# Power of the rounding unit that bounds the relative error of a product: 1.8e-12 in float64, 6.4e-6 in float32. Products
-# through the Cholesky factors of Gaussian processes were asymmetric by up to 1.2e-12; networks are far more exact.
+# Power of the rounding unit that bounds the relative error of a product: 1.8e-12 in float64, 6.4e-6 in float32.
+# Intervals around eigenvalues of Gaussian processes, through Cholesky factors, were up to 1.2e-12 wide at either side.
 _ROUNDING = 0.75
 
 
