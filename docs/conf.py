@@ -62,7 +62,7 @@ autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
 maximum_signature_line_length = 60
 toc_object_entries_show_parents = "hide"
-add_module_names = False
+add_module_names = True
 autosummary_generate = True
 # Files whose names differ in capitals alone would be one file on some disks: `Trace` and `trace`.
 autosummary_filename_map = {

@@ -8,6 +8,7 @@ and without a line search, and DampedNewton fit it from the same start. Needs `p
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from collections.abc import Callable
 
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from newtonopt import DampedNewton, evaluate, hessian
+from newtonopt.curvature import critical_point
 
 OPTIMIZERS = {
     "Adam, lr=0.1": (lambda params: torch.optim.Adam(params, lr=0.1), 200),
     "L-BFGS": (lambda params: torch.optim.LBFGS(params), 10),
-    "L-BFGS, strong_wolfe": (lambda params: torch.optim.LBFGS(params, line_search_fn="strong_wolfe"), 10),
-    "DampedNewton": (lambda params: DampedNewton(params), 30),
+    "... strong_wolfe": (lambda params: torch.optim.LBFGS(params, line_search_fn="strong_wolfe"), 10),
+    "DampedNewton": (lambda params: DampedNewton(params), 60),
 }
 
 
@@ -61,22 +63,29 @@ def main() -> dict[str, float]:
             loss.backward()
             return loss
 
+        step = 0
         try:
-            for _ in range(steps):
+            for step in range(1, steps + 1):  # noqa: B007
                 optimizer.step(closure)
+                if isinstance(optimizer, DampedNewton) and optimizer.last_step.gradient_norm < 1e-6:
+                    break
             losses[name] = closure().item()
-            slope = max(p.grad.abs().max().item() for p in model.parameters())
         except gpytorch.utils.errors.NanError:
-            losses[name] = slope = math.nan
+            losses[name] = math.nan
         seconds = time.process_time() - start
-        print(f"{name:22s} loss {losses[name]:.5f}, gradient {slope:.0e} after {steps} steps, {seconds:.2f} s")
+        print(f"{name:16s} {losses[name]:.5f}, {step} steps, {seconds:.1f} s")
 
-    # 150 times the Hessian at the minimum is the inverse covariance of the hyperparameters (Laplace's approximation).
-    covariance = torch.linalg.pinv(150 * hessian(evaluate(closure, model.parameters())).dense(), hermitian=True)
-    errors = covariance.diagonal().clamp(min=0).sqrt()
-    scales = model.covar_module.base_kernel.raw_lengthscale.flatten().tolist()
-    for variable, (scale, error) in enumerate(zip(scales, errors[-6:].tolist(), strict=True)):
-        print(f"variable {variable}: raw length scale {scale:.2f} +- {error:.2g}")
+    evaluation = evaluate(closure, model.parameters())
+    print(textwrap.fill(str(critical_point(evaluation)), 42))
+    # The loss is divided by the number of points, so 150 times its Hessian is that of the log likelihood.
+    H = 150 * hessian(evaluation).dense()
+    # Parameters that the data hardly determine have tiny entries: with a unit diagonal none is lost to rounding.
+    d = H.diagonal().rsqrt()
+    covariance = d[:, None] * torch.linalg.inv(d[:, None] * H * d) * d
+    errors = iter(covariance.diagonal().sqrt().tolist())
+    for name, p in model.named_parameters():
+        for value in p.flatten().tolist():
+            print(f"{name.rpartition('.')[2]:16s} {value:.2f} +- {next(errors):.2g}")
     return losses
 
 

@@ -61,6 +61,8 @@ from newtonopt.vectors.subclasses import alike, is_wrapper, plain
 def mark_outputs(z: Tensor) -> Tensor:
     """Mark `z` as the model's output for the Gauss-Newton matrix, and return it unchanged.
 
+    Compute the loss from the tensor that this returns: a mark that the loss does not use is ignored.
+
     The losses of `torch.nn.functional` need no mark, nor do sums and means of squares written by hand. Call this inside
     a closure whose loss is written by hand in another way, on the tensor in which that loss is convex: raw predictions
     or logits. Do not mark the loss itself or a penalty: the loss is linear in these, so there is no matrix, which is an

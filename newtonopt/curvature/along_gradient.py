@@ -39,6 +39,7 @@ class GradientCurvature:
     Example:
         >>> import torch
         >>> from newtonopt import evaluate
+        >>> from newtonopt.curvature import gradient_curvature
         >>> theta = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
         >>> found = gradient_curvature(evaluate(lambda: 2.0 * (theta**2).sum(), [theta]))
         >>> round(found.curvature, 6), round(found.cauchy_step, 6), round(found.longest_step, 6)
@@ -91,7 +92,7 @@ def gradient_curvature(evaluation: Evaluation, spectrum: Spectrum | None = None)
     Example:
         >>> import torch
         >>> from newtonopt import evaluate, hessian
-        >>> from newtonopt.curvature import extreme_eigenvalues
+        >>> from newtonopt.curvature import extreme_eigenvalues, gradient_curvature
         >>> theta = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
         >>> scales = torch.tensor([3.0, 1.0], dtype=torch.float64)
         >>> evaluation = evaluate(lambda: 0.5 * (scales * theta**2).sum(), [theta])

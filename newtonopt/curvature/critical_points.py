@@ -22,6 +22,9 @@ CriticalKind = Literal["minimum", "maximum", "saddle", "degenerate", "not critic
 # the tolerance times the norm: the first tolerance settles the sign of a value above a tenth of the norm, which is
 # enough for most points.
 _TOLERANCES = (0.3, 1e-2, 1e-6)
+# Power of the rounding unit that bounds the relative error of a product: 1.8e-12 in float64, 6.4e-6 in float32.
+# Intervals around eigenvalues of Gaussian processes, through Cholesky factors, were up to 1.2e-12 wide at either side.
+_ROUNDING = 0.75
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,6 +39,8 @@ class CriticalPoint:
         loss: Loss at the point.
         largest: Largest eigenvalue of the Hessian, with its interval.
         smallest: Smallest eigenvalue of the Hessian, with its interval.
+        rounding: Size up to which an eigenvalue has no sign, because errors of products are as large: `eps^(3/4)` of
+            the largest magnitude, 1.8e-12 of it in float64.
         distance: Bound on the distance to the quadratic model's critical point; zero if the gradient is zero. A minimum
             or maximum supposes that the curvature changes little over it. Infinite for other kinds, unless zero.
         direction: Unit vector `(n,)` along which the curvature is certainly negative and the loss does not rise at
@@ -47,6 +52,7 @@ class CriticalPoint:
     Example:
         >>> import torch
         >>> from newtonopt import evaluate
+        >>> from newtonopt.curvature import critical_point
         >>> theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         >>> found = critical_point(evaluate(lambda: theta[0] ** 2 - theta[1] ** 2, [theta]))
         >>> str(found)[:37]
@@ -66,6 +72,7 @@ class CriticalPoint:
     loss: float
     largest: Eigenvalue
     smallest: Eigenvalue
+    rounding: float
     distance: float
     direction: Tensor | None = field(repr=False)
     products: int
@@ -105,9 +112,9 @@ def critical_point(
     """Apply the second-order test, with intervals in place of eigenvalues.
 
     Both ends of the spectrum above zero make a minimum, both below a maximum, one on each side a saddle. An interval
-    that contains zero leaves the test undecided, as a positive semi-definite Hessian always does: `x^3`, `x^4` and
-    `-x^4` all have the second derivative zero at zero. With a gradient above the tolerance the point is not critical,
-    whatever the eigenvalues.
+    that reaches zero, up to `rounding`, leaves the test undecided, as a positive semi-definite Hessian always does:
+    `x^3`, `x^4` and `-x^4` all have the second derivative zero at zero. With a gradient above the tolerance the point
+    is not critical, whatever the eigenvalues.
 
     A minimum is local: nothing is said of other points. If the gradient is small and not zero, the critical point
     itself is elsewhere, `distance` away if the curvature changes little on the way, which second derivatives cannot
@@ -136,6 +143,7 @@ def critical_point(
     Example:
         >>> import torch
         >>> from newtonopt import evaluate
+        >>> from newtonopt.curvature import critical_point
         >>> theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         >>> critical_point(evaluate(lambda: (theta**2).sum(), [theta])).kind
         'minimum'
@@ -157,7 +165,7 @@ def critical_point(
     check_whole("max_products", max_products, 1)
     products = 0
     if spectrum is None:
-        spectrum, products = _ends(curvature, confidence, max_products, seed)
+        spectrum, products = _ends(evaluation, curvature, confidence, max_products, seed)
     check_spectrum("spectrum", spectrum)
     if not (spectrum.top and spectrum.bottom):
         raise ValueError(
@@ -170,7 +178,9 @@ def critical_point(
             f"{spectrum.top[0].vector.numel()}. Write extreme_eigenvalues(hessian(evaluation))."
         )
     largest, smallest = spectrum.top[0], spectrum.bottom[0]
-    kind = _kind(length <= tolerance, smallest, largest)
+    rounding = _rounding(evaluation, smallest, largest)
+    signs = _sign(smallest, rounding), _sign(largest, rounding)
+    kind = _kind(length <= tolerance, *signs)
     return CriticalPoint(
         kind,
         length,
@@ -178,15 +188,18 @@ def critical_point(
         float(evaluation.loss),
         largest,
         smallest,
+        rounding,
         _distance(kind, length, smallest, largest),
-        _downhill(smallest.vector, evaluation.gradient) if smallest.upper < 0.0 else None,
+        _downhill(smallest.vector, evaluation.gradient) if signs[0] < 0 else None,
         products,
-        not (_is_open(smallest) or _is_open(largest)),
+        0 not in signs,
         1.0 - 2.0 * (1.0 - spectrum.confidence),
     )
 
 
-def _ends(curvature: LinearOperator, confidence: float, max_products: int, seed: int) -> tuple[Spectrum, int]:
+def _ends(
+    evaluation: Evaluation, curvature: LinearOperator, confidence: float, max_products: int, seed: int
+) -> tuple[Spectrum, int]:
     """Return both ends of the spectrum, as sharp as their signs need, and the products used.
 
     All attempts have the same random start. They fail together, so the confidence is that of a single attempt.
@@ -200,21 +213,30 @@ def _ends(curvature: LinearOperator, confidence: float, max_products: int, seed:
         ends = (found.top[0], found.bottom[0])
         # Intervals are never narrower than what underflow may take at both of their ends.
         room = 4.0 * lost(curvature.dtype, curvature.shape[0])
-        floor = max(_TOLERANCES[-1] ** 2 * max(abs(end.value) for end in ends), room)
-        finest = all(end.upper - end.lower <= floor for end in ends if _is_open(end))
+        rounding = _rounding(evaluation, *ends)
+        finest = all(end.upper - end.lower <= max(rounding, room) for end in ends if _sign(end, rounding) == 0)
         if finest or used == max_products or found.products == curvature.shape[0] or not found.certified:
             break
     return found, used
 
 
-def _kind(critical: bool, smallest: Eigenvalue, largest: Eigenvalue) -> CriticalKind:
+def _rounding(evaluation: Evaluation, one: Eigenvalue, other: Eigenvalue) -> float:
+    return float(evaluation.coarse_eps**_ROUNDING * max(abs(one.value), abs(other.value)))
+
+
+def _sign(eigenvalue: Eigenvalue, rounding: float) -> int:
+    """Return 1 or -1 for an eigenvalue that is certainly positive or negative, else 0."""
+    return 1 if eigenvalue.lower > rounding else -1 if eigenvalue.upper < -rounding else 0
+
+
+def _kind(critical: bool, smallest: int, largest: int) -> CriticalKind:
     if not critical:
         return "not critical"
-    if smallest.lower > 0.0:
+    if smallest > 0:
         return "minimum"
-    if largest.upper < 0.0:
+    if largest < 0:
         return "maximum"
-    return "saddle" if smallest.upper < 0.0 < largest.lower else "degenerate"
+    return "saddle" if smallest < 0 < largest else "degenerate"
 
 
 def _distance(kind: CriticalKind, length: float, smallest: Eigenvalue, largest: Eigenvalue) -> float:
@@ -222,10 +244,6 @@ def _distance(kind: CriticalKind, length: float, smallest: Eigenvalue, largest: 
         return 0.0
     least = {"minimum": smallest.lower, "maximum": -largest.upper}.get(kind, 0.0)
     return length / least if least > 0.0 else math.inf
-
-
-def _is_open(eigenvalue: Eigenvalue) -> bool:
-    return eigenvalue.lower <= 0.0 <= eigenvalue.upper
 
 
 def _downhill(vector: Tensor, gradient: Tensor) -> Tensor:
@@ -253,9 +271,9 @@ def _remark(point: CriticalPoint) -> str:
         return f"All eigenvalues are {sign}, with {written(point.confidence, 3)} confidence{near}{others}."
     if point.kind == "saddle":
         return "The loss falls along the direction of the smallest eigenvalue and rises along that of the largest."
-    if point.smallest.upper < 0.0:
+    if _sign(point.smallest, point.rounding) < 0:
         return "This is not a minimum. The second-order test cannot decide between a saddle and a maximum."
-    if point.largest.lower > 0.0:
+    if _sign(point.largest, point.rounding) > 0:
         return (
             "This is not a maximum. The second-order test cannot decide between a minimum and a saddle, because "
             "nonnegative eigenvalues do not prove a minimum."

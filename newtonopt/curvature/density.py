@@ -44,6 +44,7 @@ class SpectralDensity:
     Example:
         >>> import torch
         >>> from newtonopt import LinearOperator
+        >>> from newtonopt.curvature import spectral_density
         >>> A = torch.diag(torch.tensor([0.0, 0.0, 1.0, 10.0], dtype=torch.float64))
         >>> found = spectral_density(LinearOperator(A.mv, A.shape, A))
         >>> found.cumulative([-1.0, 0.5, 20.0]).tolist()
@@ -233,6 +234,7 @@ def spectral_density(operator: LinearOperator, steps: int = 50, starts: int = 5,
     Example:
         >>> import torch
         >>> from newtonopt import LinearOperator
+        >>> from newtonopt.curvature import spectral_density
         >>> scales = torch.cat([torch.ones(900), torch.full((100,), 5.0)]).double()
         >>> found = spectral_density(LinearOperator(lambda v: scales * v, (1000, 1000), scales), steps=2)
         >>> [round(node, 3) for node in found.nodes[:2].tolist()], found.products

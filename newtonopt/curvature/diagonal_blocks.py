@@ -42,6 +42,7 @@ def blocks(
     Example:
         >>> import torch
         >>> from newtonopt import evaluate, hessian
+        >>> from newtonopt.curvature import blocks
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1))
         >>> evaluation = evaluate(lambda: model(torch.ones(4, 3)).square().mean(), model.parameters())
         >>> {name: block.shape for name, block in blocks(hessian(evaluation), model.named_parameters()).items()}

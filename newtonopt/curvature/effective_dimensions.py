@@ -38,6 +38,7 @@ class EffectiveDimension:
     Example:
         >>> import torch
         >>> from newtonopt import LinearOperator
+        >>> from newtonopt.curvature import effective_dimension
         >>> A = torch.diag(torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64))
         >>> found = effective_dimension(LinearOperator(A.mv, A.shape, A), damping=1.0)
         >>> found.value, found.converged
@@ -93,6 +94,7 @@ def effective_dimension(
     Example:
         >>> import torch
         >>> from newtonopt import LinearOperator
+        >>> from newtonopt.curvature import effective_dimension
         >>> scales = torch.cat([torch.full((500,), 3.0), torch.zeros(500)]).double()
         >>> G = LinearOperator(lambda v: scales * v, (1000, 1000), scales, psd=True)
         >>> round(effective_dimension(G, damping=1.0).value)

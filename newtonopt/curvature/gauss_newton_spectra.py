@@ -44,6 +44,7 @@ class ExactSpectrum:
 
     Example:
         >>> import torch
+        >>> from newtonopt.curvature import ExactSpectrum
         >>> values = torch.tensor([3.0, 1.0], dtype=torch.float64)
         >>> found = ExactSpectrum(values, torch.full((2,), 1e-15), None, 0.0, 5)
         >>> found.trace, found.rank, found.condition_number, found.effective_dimension(1.0)
@@ -179,6 +180,7 @@ def gauss_newton_spectrum(evaluation: Evaluation, vectors: bool = False) -> Exac
     Example:
         >>> import torch
         >>> from newtonopt import evaluate
+        >>> from newtonopt.curvature import gauss_newton_spectrum
         >>> theta = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
         >>> target = torch.zeros(2, dtype=torch.float64)
         >>> def closure():

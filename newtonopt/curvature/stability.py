@@ -77,6 +77,7 @@ def stability_threshold(optimizer: Optimizer) -> float:
 
     Example:
         >>> import torch
+        >>> from newtonopt.curvature import stability_threshold
         >>> params = [torch.zeros(2, requires_grad=True)]
         >>> stability_threshold(torch.optim.SGD(params, lr=0.5))
         4.0
@@ -131,6 +132,7 @@ def preconditioned(operator: LinearOperator, optimizer: Optimizer, params: Itera
     Example:
         >>> import torch
         >>> from newtonopt import evaluate, hessian
+        >>> from newtonopt.curvature import preconditioned
         >>> theta = torch.ones(2, dtype=torch.float64, requires_grad=True)
         >>> loss = lambda: (theta**2).sum()
         >>> optimizer = torch.optim.Adagrad([theta], lr=0.1)

@@ -33,6 +33,7 @@ def neural_tangent_kernel(evaluation: Evaluation) -> Tensor:
     Example:
         >>> import torch
         >>> from newtonopt import evaluate
+        >>> from newtonopt.curvature import neural_tangent_kernel
         >>> theta = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
         >>> inputs, target = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64), torch.zeros(2).double()
         >>> def closure():

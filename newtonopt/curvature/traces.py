@@ -42,6 +42,7 @@ class TraceEstimate:
     Example:
         >>> import torch
         >>> from newtonopt import LinearOperator
+        >>> from newtonopt.curvature import trace
         >>> A = torch.diag(torch.arange(6, dtype=torch.float64))
         >>> found = trace(LinearOperator(A.mv, A.shape, A))
         >>> found.value, found.standard_error, found.products
@@ -78,6 +79,7 @@ class FrobeniusNorm:
     Example:
         >>> import torch
         >>> from newtonopt import LinearOperator
+        >>> from newtonopt.curvature import frobenius_norm
         >>> A = torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64))
         >>> frobenius_norm(LinearOperator(A.mv, A.shape, A)).value
         5.0
@@ -112,6 +114,7 @@ class Diagonal:
     Example:
         >>> import torch
         >>> from newtonopt import LinearOperator
+        >>> from newtonopt.curvature import diagonal
         >>> A = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
         >>> diagonal(LinearOperator(A.mv, A.shape, A)).values.tolist()
         [2.0, 3.0]
@@ -172,6 +175,7 @@ def trace(
     Example:
         >>> import torch
         >>> from newtonopt import LinearOperator
+        >>> from newtonopt.curvature import trace
         >>> scales = torch.linspace(1.0, 2.0, 1000, dtype=torch.float64)
         >>> found = trace(LinearOperator(lambda v: scales * v, (1000, 1000), scales))
         >>> round(found.value, -1), found.converged
@@ -232,6 +236,7 @@ def frobenius_norm(
     Example:
         >>> import torch
         >>> from newtonopt import LinearOperator
+        >>> from newtonopt.curvature import frobenius_norm
         >>> scales = torch.full((10_000,), 0.5, dtype=torch.float64)
         >>> found = frobenius_norm(LinearOperator(lambda v: scales * v, (10_000, 10_000), scales))
         >>> round(found.value), found.converged
@@ -299,6 +304,7 @@ def diagonal(operator: LinearOperator, tolerance: float = 0.1, max_products: int
     Example:
         >>> import torch
         >>> from newtonopt import evaluate, hessian
+        >>> from newtonopt.curvature import diagonal
         >>> theta = torch.ones(3, dtype=torch.float64, requires_grad=True)
         >>> H = hessian(evaluate(lambda: (theta**3).sum() + theta.prod(), [theta]))
         >>> [round(entry, 6) for entry in diagonal(H).values.tolist()]

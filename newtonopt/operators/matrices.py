@@ -280,7 +280,8 @@ def jacobian(evaluation: Evaluation) -> LinearOperator:
     """Return the Jacobian `d outputs / d parameters`, `(m, n)`: `J @ v`, `J.T @ u`, `J.dense()`.
 
     The rows are the entries of the recorded outputs, each flattened, in the order in which the closure produced them.
-    With several processes, they are this process's outputs.
+    With several processes, they are this process's outputs. Without a mark, the outputs are the inputs of the losses
+    that are recognised: they need not be the model's predictions, as with the whitened residuals of a Gaussian process.
 
     Args:
         evaluation: Made by `evaluate(closure, params)`, which says how products are formed.

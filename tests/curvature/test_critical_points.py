@@ -112,6 +112,20 @@ def test_signs_far_below_the_norm_are_told(smallest: float) -> None:
         assert found.products <= 110
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_eigenvalue_within_the_rounding_of_products_has_no_sign(dtype: torch.dtype) -> None:
+    """Products through a Cholesky factor have errors far above the rounding unit."""
+    tiny = 300 * torch.finfo(dtype).eps if dtype == torch.float64 else 20 * torch.finfo(dtype).eps
+    for sign in (1.0, -1.0):
+        values = torch.tensor([sign * tiny, 0.5, 1.0], dtype=dtype)
+        theta = torch.zeros(3, dtype=dtype, requires_grad=True)
+        found = critical_point(evaluate(lambda v=values, t=theta: 0.5 * (v * t * t).sum(), [theta]))
+        assert (found.kind, found.converged, found.direction) == ("degenerate", False, None)
+        assert found.rounding == pytest.approx(torch.finfo(dtype).eps ** 0.75)
+        assert sign * found.smallest.value > 0.0
+        assert "This is not a maximum" in str(found)
+
+
 def test_a_tracked_spectrum_proves_no_minimum() -> None:
     evaluation = _at(lambda t: 2 * t[0] ** 2 + t[1] ** 2, 0.0, 0.0)
     H = hessian(evaluation)

@@ -66,6 +66,7 @@ class Eigenvalue:
     Example:
         >>> import torch
         >>> from newtonopt import LinearOperator
+        >>> from newtonopt.curvature import extreme_eigenvalues
         >>> A = torch.diag(torch.tensor([5.0, 1.0, -2.0], dtype=torch.float64))
         >>> largest = extreme_eigenvalues(LinearOperator(A.mv, A.shape, A), top=1, bottom=0).top[0]
         >>> largest.lower <= 5.0 <= largest.upper
@@ -110,6 +111,7 @@ class Spectrum:
     Example:
         >>> import torch
         >>> from newtonopt import LinearOperator
+        >>> from newtonopt.curvature import extreme_eigenvalues
         >>> A = torch.diag(torch.arange(6, dtype=torch.float64))
         >>> spectrum = extreme_eigenvalues(LinearOperator(A.mv, A.shape, A), top=2, bottom=1)
         >>> [round(entry.value, 6) for entry in spectrum.top], spectrum.certified
@@ -222,12 +224,15 @@ def extreme_eigenvalues(
     Example:
         >>> import torch
         >>> from newtonopt import evaluate, hessian
+        >>> from newtonopt.curvature import extreme_eigenvalues
         >>> theta = torch.zeros(3, dtype=torch.float64, requires_grad=True)
         >>> scales = torch.tensor([5.0, 1.0, -2.0], dtype=torch.float64)
         >>> evaluation = evaluate(lambda: 0.5 * (scales * theta**2).sum(), [theta])
         >>> spectrum = extreme_eigenvalues(hessian(evaluation), top=1, bottom=1)
         >>> round(spectrum.top[0].value, 6), round(spectrum.bottom[0].value, 6)
         (5.0, -2.0)
+        >>> spectrum.top[0].lower <= 5.0 <= spectrum.top[0].upper
+        True
 
     See Also:
         - `Spectrum`: the result.
