@@ -119,17 +119,20 @@ class Rippled(L.LightningModule):
     Args:
         turns: The wave's phase at the longest length of the check of the gradient, in turns.
         factor: What a hook multiplies the gradient by.
+        bend: Size of a second wave that is even about zero.
     """
 
-    def __init__(self, turns: float, factor: float = 1.0) -> None:
+    def __init__(self, turns: float, factor: float = 1.0, bend: float = 0.0) -> None:
         super().__init__()
+        self.bend = bend
         self.weight = nn.Parameter(torch.zeros(1))
         self.weight.register_hook(lambda g: factor * g)
         self.waves = 2.0 * math.pi * turns / torch.finfo(torch.float32).eps ** (1 / 3)
         self.rate = 0.5 / factor
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return (1.0 - self.weight - torch.sin(self.waves * self.weight) / self.waves).sum()
+        phase = self.waves * self.weight
+        return (1.0 - self.weight - (torch.sin(phase) + self.bend * torch.cos(phase)) / self.waves).sum()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         with torch.no_grad():
@@ -575,10 +578,10 @@ def test_a_loss_that_curves_over_a_small_part_of_the_step_does_not_fail_the_chec
 
 
 @pytest.mark.parametrize("turns", [0.1, 0.5, 1.0, 4.0])
-@pytest.mark.parametrize("factor", [2.0, 1.1, 0.8])
-def test_a_wrong_gradient_of_a_loss_that_curves_so_is_found(turns: float, factor: float) -> None:
+@pytest.mark.parametrize(("factor", "bend"), [(2.0, 0.0), (1.1, 0.0), (0.8, 0.0), (2.0, 8.0)])
+def test_a_wrong_gradient_of_a_loss_that_curves_so_is_found(turns: float, factor: float, bend: float) -> None:
     with pytest.warns(UserWarning, match=r"is not the gradient .* curves too strongly for this check") as caught:
-        fit(Rippled(turns, factor), None, monitor())
+        fit(Rippled(turns, factor, bend), None, monitor())
     [told] = [found for w in caught if (found := re.search(r"changes (\S+) times as much", str(w.message)))]
     assert float(told[1]) == pytest.approx(1.0 / factor, rel=0.05)
 
