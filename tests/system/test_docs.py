@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 SETUPS = (ROOT / "docs" / "setups.md").read_text().split("## Three ways")[0].split("## Models")[1]
 # One entry of the list of set-ups each, from its bold title to the names of its tests.
 ENTRIES = [entry.split("\n\n")[0] for entry in re.split(r"^- ", SETUPS, flags=re.MULTILINE)[1:]]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(page for page in ROOT.glob("docs/**/*.md") if "drawn" not in page.parts)]
 # Each optimizer by the name of its page: `newton_cg` for `NewtonCG`.
 MEMBERS = {
     re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(): thing

@@ -29,7 +29,11 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(page for page in ROOT.glob("docs/**/*.md") if "drawn" not in page.parts),
+]
 PARSER = PythonCodeBlockParser(doctest_optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
 # Blocks in these languages, and MyST's directives, are not run. Any other word may be a program that nobody runs.
 NOT_RUN = {"sh", "text", "yaml", "toml"}
