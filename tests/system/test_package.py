@@ -84,3 +84,14 @@ def test_the_classifiers_are_those_of_the_package_index() -> None:
     known = pytest.importorskip("trove_classifiers")
     classifiers = set(PYPROJECT["project"]["classifiers"])
     assert classifiers <= known.classifiers - set(known.deprecated_classifiers)
+
+
+def test_the_badges_say_what_the_metadata_says() -> None:
+    badges = ROOT / "docs" / "pictures" / "badges"
+    oldest, newest = re.findall(r"3\.\d+", PYPROJECT["project"]["requires-python"])
+    last = f"3.{int(newest.removeprefix('3.')) - 1}"
+    assert f"python: {oldest} to {last}" in (badges / "python.svg").read_text()
+    (torch,) = (one.partition(">=")[2] for one in PYPROJECT["project"]["dependencies"] if one.startswith("torch"))
+    assert f"torch: {torch} or later" in (badges / "torch.svg").read_text()
+    assert f"licence: {PYPROJECT['project']['license']}" in (badges / "licence.svg").read_text()
+    assert "Typing :: Typed" in PYPROJECT["project"]["classifiers"]
