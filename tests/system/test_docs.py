@@ -60,6 +60,13 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert not heading or heading in _headings(there), target
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/how_to/*.md")), ids=lambda path: path.name)
+def test_a_program_that_a_page_shows_can_be_downloaded(page: Path) -> None:
+    text = page.read_text()
+    shown = re.findall(r"^```{literalinclude} (\S+)", text, re.MULTILINE)
+    assert shown == re.findall(r"{download}`[^<`]+ <(\S+)>`", text)
+
+
 def _headings(page: Path) -> set[str]:
     """Return the anchors of a page's headings, those of the files that it includes among them."""
     text = page.read_text()
