@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,20 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
-from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Layout, MarginChartContent, MultilineChartContent
 from tensorboard.plugins.custom_scalar.layout_pb2 import Chart as Card
 from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars
 
-from newtonopt.curvature import Chart, Density, Histogram, Measured, Stability
+from newtonopt.curvature import Chart, Histogram, Measured
 from newtonopt.curvature.measurements.measurement import Plan
+from newtonopt.curvature.records import failure_of, record_of, write_record, write_text
 
 from .images import add_image, takes_images
 
 # The category of StepMonitor, which stands after those of CurvatureMonitor.
 STEPS = "Newton steps"
-
-# Name of the plugin that draws the "Curvature" tab, and the version of its records.
-_PLUGIN, _VERSION = "newtonopt_curvature", 1
-_LAYER = "lambda_max_of/"
 
 
 def page_of(plan: Plan, charts: Iterable[Chart], names: Collection[str]) -> list[Category]:
@@ -91,34 +84,21 @@ def add_record(trainer: Trainer, measured: Measured, remark: str) -> None:
         measured: The measurement.
         remark: Sentence that says which loss was measured.
     """
-    _write_record(trainer, measured.plan.prefix, _record(measured, remark))
+    record = record_of(measured, remark)
+    for writer in _writers(trainer):
+        write_record(writer, measured.plan.prefix, record, trainer.global_step)
 
 
 def add_failure(trainer: Trainer, prefix: str, words: str) -> None:
     """Write a record of a measurement that has failed, with the reason in words and no values."""
-    _write_record(
-        trainer,
-        prefix,
-        {"version": _VERSION, "values": {}, "words": [words], "certified": None, "state": "failed", "remark": ""},
-    )
-
-
-def _write_record(trainer: Trainer, prefix: str, content: Mapping[str, Any]) -> None:
-    record = json.dumps(content).encode()
-    metadata = SummaryMetadata(
-        plugin_data=SummaryMetadata.PluginData(plugin_name=_PLUGIN), data_class=DATA_CLASS_TENSOR
-    )
-    tensor = TensorProto(dtype="DT_STRING", string_val=[record], tensor_shape=TensorShapeProto())
-    summary = Summary(value=[Summary.Value(tag=f"{prefix}/record", tensor=tensor, metadata=metadata)])
     for writer in _writers(trainer):
-        file_writer: Any = writer.file_writer  # torch types it as None, which it is only after close()
-        file_writer.add_summary(summary, trainer.global_step)
+        write_record(writer, prefix, failure_of(words), trainer.global_step)
 
 
 def add_text(trainer: Trainer, measured: Measured, remark: str) -> None:
     """Write in words what the values mean, a line each."""
-    lines = [*measured.in_words().splitlines(), remark]
-    add_words(trainer, f"{measured.plan.prefix}/in_words", "  \n".join(lines))
+    for writer in _writers(trainer):
+        write_text(writer, measured, remark, trainer.global_step)
 
 
 def add_words(trainer: Trainer, tag: str, words: str) -> None:
@@ -141,36 +121,6 @@ def add_figures(trainer: Trainer, measured: Measured) -> None:
         if takes_images(trainer):
             for name, figure in measurement.figures(result).items():
                 add_image(trainer, f"{prefix}/{name}", figure)
-
-
-def _record(measured: Measured, remark: str) -> dict[str, Any]:
-    """Return what the tab shows of a measurement; newtonopt_tensorboard reads it."""
-    values = {name: measured.read(name) for name in measured.names()}
-    certified = values.get("certified")
-    record: dict[str, Any] = {
-        "version": _VERSION,
-        "values": values,
-        "words": measured.in_words().splitlines(),
-        "certified": None if certified is None else certified == 1.0,
-        "state": _state(measured),
-        "remark": remark,
-    }
-    density = measured.of(Density)
-    if density is not None:
-        (histogram,) = Density().histograms(density).values()
-        parts = {"edges": histogram.edges, "heights": histogram.heights}
-        record["density"] = {name: [float(f"{x:.6g}") for x in part.tolist()] for name, part in parts.items()}
-    if layers := {name.removeprefix(_LAYER): x for name, x in values.items() if name.startswith(_LAYER)}:
-        record["layers"] = layers
-    return record
-
-
-def _state(measured: Measured) -> str | None:
-    """Return whether training has diverged, the loss has risen, or where it is with regard to the edge of stability."""
-    stability = measured.of(Stability)
-    state = None if stability is None else stability.state
-    risen = measured.losses is not None and measured.losses.risen and state in (None, "below")
-    return "diverged" if measured.diverged else "risen" if risen else state
 
 
 def _writers(trainer: Trainer) -> Iterator[SummaryWriter]:

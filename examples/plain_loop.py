@@ -1,6 +1,7 @@
 """Curvature in TensorBoard from a plain training loop, without Lightning: `python examples/plain_loop.py`.
 
-Gradient descent on handwritten digits. `measure` gives the values that `CurvatureMonitor` logs. Each measurement
+Gradient descent on handwritten digits. `measure` gives the values that `CurvatureMonitor` logs, and
+`add_to_tensorboard` writes them for the Curvature tab: `tensorboard --logdir logs/plain_loop`. Each measurement
 follows the one before, except the first and every tenth after it, which start at random.
 """
 
@@ -12,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from newtonopt.curvature import measure
+from newtonopt.curvature import add_to_tensorboard, measure
 
 STEPS, EVERY = 200, 20
 
@@ -35,8 +36,7 @@ def main(folder: str = "logs/plain_loop") -> dict[str, float]:
     for step in range(STEPS + 1):
         if step % EVERY == 0:
             last = measure(closure, model.parameters(), optimizer, last=last if step % (10 * EVERY) else None)
-            for tag, value in last.items():
-                writer.add_scalar(tag, value, step)
+            add_to_tensorboard(writer, last, step)
             print(f"step {step}", last.in_words(), sep="\n", end="\n\n")
         optimizer.step(closure)
     writer.close()

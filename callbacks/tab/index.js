@@ -1421,7 +1421,7 @@ function emptyPage() {
     'div',
     {className: 'empty', hidden: true},
     el('h2', {}, 'No curvature here yet'),
-    el('p', {}, 'This folder holds no measurements. Give your Lightning Trainer a CurvatureMonitor, and train with a TensorBoardLogger; the first measurement appears here by itself.'),
+    el('p', {}, 'This folder holds no measurements. Give your Lightning Trainer a CurvatureMonitor, and train with a TensorBoardLogger, or call add_to_tensorboard in a plain loop; the first measurement appears here by itself.'),
     el('pre', {}, 'from newtonopt.callbacks import CurvatureMonitor\n\ntrainer = Trainer(callbacks=[CurvatureMonitor(every_n_train_steps=100)])\ntrainer.fit(model, data)'),
   );
 }

@@ -25,6 +25,7 @@ A training run measures again and again:
   above.
 - `measuring`: `measure`, which takes a list of them, as the callbacks do.
 - `dashboard`: `plot_history`, what was measured over the steps of a run, from `histories`, which `event_files` reads.
+- `records`: `add_to_tensorboard`, the record of a measurement that TensorBoard's "Curvature" tab reads.
 """
 
 from newtonopt.curvature.along_gradient import GradientCurvature, gradient_curvature
@@ -58,6 +59,7 @@ from newtonopt.curvature.measurements.sharpness import Sharpness
 from newtonopt.curvature.measurements.stability import Stability
 from newtonopt.curvature.measurements.trace import Trace
 from newtonopt.curvature.measuring import measure
+from newtonopt.curvature.records import add_to_tensorboard
 from newtonopt.curvature.slices import LossSurface, loss_slice
 from newtonopt.curvature.stability import preconditioned, stability_threshold
 from newtonopt.curvature.step_margins import StepMargin, step_margin
@@ -97,6 +99,7 @@ __all__ = [
     "TraceEstimate",
     "UnmeasurableError",
     "View",
+    "add_to_tensorboard",
     "blocks",
     "critical_point",
     "diagonal",

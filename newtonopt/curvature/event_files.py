@@ -18,13 +18,11 @@ from typing import Any
 
 from newtonopt.curvature.histories import DENSITY, History, Log, may_be_loss
 from newtonopt.curvature.measurements.measurement import GROUPS
+from newtonopt.curvature.records import PLUGIN, VERSION
 
 # Longer records are images or foreign and passed over unread; of one file no more than these bytes are read.
 _LONGEST_RECORD, _MOST_BYTES = 2**20, 2**30
 _LONGEST_LINE, _MOST_LINES = 2**20, 2**22
-# Plugin name of the monitor's own record of a measurement, in JSON.
-_RECORD_PLUGIN = "newtonopt_curvature"
-_VERSION = 1
 _NEWTON = "newton/"
 _MISSING = "Event files are read by tensorboard, which is not installed: pip install 'newtonopt[lightning]'"
 _EVENTS, _TABLE = "tfevents", "metrics.csv"
@@ -146,7 +144,7 @@ def _enter_value(log: Log, step: int, value: Any, prefix: str, loss: str | None)
     elif kind == "tensor" and len(value.tensor.string_val) == 1:
         text: bytes = value.tensor.string_val[0]
         # Another monitor in the run may have a prefix below this one's: its record is "<prefix>/gn/record", say.
-        if name == "record" and ours and value.metadata.plugin_data.plugin_name == _RECORD_PLUGIN:
+        if name == "record" and ours and value.metadata.plugin_data.plugin_name == PLUGIN:
             log.rewind(step)
             _enter_record(log, step, text)
         elif ours and name == "in_words/text_summary":
@@ -180,7 +178,7 @@ def _enter_record(log: Log, step: int, text: bytes) -> None:
         record = json.loads(text)
     except (ValueError, RecursionError):
         return
-    if not isinstance(record, dict) or record.get("version") != _VERSION:
+    if not isinstance(record, dict) or record.get("version") != VERSION:
         return
     for name, value in _dict(record, "values").items():
         if _is_number(value):

@@ -59,10 +59,7 @@ def measure(
 ) -> Measured:
     """Measure the curvature of a loss: the values that `CurvatureMonitor` logs, for any training loop.
 
-    Write them to TensorBoard, for example::
-
-        for tag, value in measure(closure, model.parameters(), optimizer).items():
-            writer.add_scalar(tag, value, step)
+    Write them to TensorBoard by `add_to_tensorboard(writer, measured, step)`, for the Curvature tab.
 
     Parameters, `.grad`, buffers, random state and logs are as before afterwards.
 
@@ -122,6 +119,7 @@ def measure(
 
     See Also:
         - `Measured`: the result.
+        - `add_to_tensorboard()`: writes it to TensorBoard.
         - `CurvatureMonitor`: does the same during a Lightning run.
         - `plot_history()`: draws the results of many steps.
         - `docs/read_your_curvature.md`: what the values say, and what to do.

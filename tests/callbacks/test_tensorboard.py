@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_problems import Classifier, both_loggers, loader, quiet_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from newtonopt.callbacks import Budget, CurvatureMonitor, StepMonitor
-from newtonopt.callbacks.tensorboard import _state
-from newtonopt.curvature import Density, Layers, Preconditioned, Trace, measure
-from newtonopt.curvature.measurements.measurement import Losses
+from newtonopt.curvature import Density, Layers, Measured, Preconditioned, Trace, add_to_tensorboard
 
 # For each card of the custom-scalars page its title, how many points each of its lines has, and what is wrong with it.
 CARDS = """
@@ -116,6 +112,27 @@ def test_without_density_and_layers_the_record_has_none(tmp_path: Path) -> None:
     assert records(folder)[3].keys() == {"version", "values", "words", "certified", "state", "remark"}
 
 
+def test_a_plain_loop_writes_what_the_monitor_writes(tmp_path: Path) -> None:
+    monitor = CurvatureMonitor(every_n_train_steps=3, measurements=[Density(), Layers()])
+    trainer = quiet_trainer(max_epochs=1, callbacks=[monitor], logger=both_loggers(tmp_path))
+    trainer.fit(Classifier("Adam"), loader())
+    (folder,) = {path.parent for path in (tmp_path / "tb").rglob("*tfevents*")}
+    assert isinstance(monitor._last, Measured)
+    with SummaryWriter(tmp_path / "plain") as writer:
+        add_to_tensorboard(writer, monitor._last, trainer.global_step)
+    by_monitor, by_hand = records(folder), records(tmp_path / "plain")
+    remark = by_monitor[3]["remark"]
+    assert by_monitor[3] == {**by_hand[3], "remark": remark}
+    ours, theirs = (EventAccumulator(str(path)).Reload() for path in (tmp_path / "plain", folder))
+    for tag in monitor._last:
+        assert [(e.step, e.value) for e in ours.Scalars(tag)] == [(e.step, e.value) for e in theirs.Scalars(tag)]
+    words, text = (
+        loaded.Tensors("curvature/in_words/text_summary")[0].tensor_proto.string_val[0].decode()
+        for loaded in (ours, theirs)
+    )
+    assert text == f"{words}  \n{remark}"
+
+
 @pytest.mark.browser
 @pytest.mark.filterwarnings("ignore")
 def test_the_page_shows_every_chart_with_its_data(tmp_path: Path) -> None:
@@ -173,10 +190,3 @@ def test_four_different_runs_share_their_charts_and_none_is_empty(tmp_path: Path
     assert all(points and not wrong for _, points, wrong in cards)
     lines = {title: len(points) for title, points, _ in cards}
     assert [lines[title] for title in first] == [10, 3, 3, 4]
-
-
-@pytest.mark.parametrize(("loss", "state"), [(1.0, "below"), (2.0, "risen"), (math.inf, "diverged")])
-def test_a_state_below_the_edge_gives_way_to_a_risen_loss(loss: float, state: str) -> None:
-    w = torch.ones(1, dtype=torch.float64, requires_grad=True)
-    found = measure(lambda: w.square().sum(), [w], torch.optim.SGD([w], lr=0.1), sharpness=None)
-    assert _state(replace(found, losses=Losses(1.0, 1.0, loss))) == state

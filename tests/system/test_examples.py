@@ -42,6 +42,7 @@ def test_the_plain_loop_logs_what_it_measures(tmp_path: Path, monkeypatch: pytes
     # Sharpness is measured where eigenvalues are certified, at the start here.
     assert set(events.Tags()["scalars"]) == {*last, "curvature/sharpness"}
     assert [event.step for event in events.Scalars("curvature/lambda_max")] == [0, 10, 20]
+    assert [event.step for event in events.Tensors("curvature/record")] == [0, 10, 20]
     assert [event.value for event in events.Scalars("curvature-bookkeeping/certified")] == [1.0, 0.0, 0.0]
 
 

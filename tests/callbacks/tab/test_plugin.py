@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
@@ -24,6 +25,7 @@ from tensorboard.plugins.base_plugin import TBContext
 from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client
 
+from newtonopt.curvature import add_to_tensorboard, measure
 from newtonopt_tensorboard.plugin import NAME, CurvatureLoader, CurvatureTab
 
 HOSTILE = "<img src=x onerror=\"document.title='bad'\"><script>document.title='bad'</script>"
@@ -64,6 +66,23 @@ def run(folder: Path, records: int = 3, **changes: Any) -> SummaryWriter:
         writer.add_scalar("accuracy", 0.5, step)
     writer.flush()
     return writer
+
+
+def plain_loop(folder: Path) -> None:
+    """Measure and train in a plain loop, without Lightning."""
+    w = torch.ones(2, requires_grad=True)
+    optimizer = torch.optim.SGD([w], lr=0.1)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = w[0] ** 2 + 3 * w[1] ** 2
+        loss.backward()
+        return loss
+
+    with SummaryWriter(str(folder)) as writer:
+        for step in range(3):
+            add_to_tensorboard(writer, measure(closure, [w], optimizer), step)
+            optimizer.step(closure)
 
 
 class Served:
@@ -119,6 +138,16 @@ def test_runs_and_data(tmp_path: Path) -> None:
     assert found["b"]["scalars"]["newton/damping"]["values"] == pytest.approx([0.1])
     assert found["b"]["scalars"]["val_loss"]["values"] == ["NaN"]
     assert served.get("/data?run=c&run=nowhere").json == {"runs": {}}
+
+
+def test_a_plain_loop_has_the_tab(tmp_path: Path) -> None:
+    plain_loop(tmp_path / "a")
+    served = Served(tmp_path)
+    assert served.tab.is_active()
+    monitor = served.get("/data?run=a").json["runs"]["a"]["monitors"]["curvature"]
+    assert (monitor["steps"], monitor["certified"], monitor["unread"]) == ([0, 1, 2], [True] * 3, 0)
+    assert monitor["values"]["lambda_max"] == pytest.approx([6.0] * 3, rel=1e-3)
+    assert monitor["state"] == "below"
 
 
 def test_each_monitor_of_a_run_is_told_apart_by_its_prefix(tmp_path: Path) -> None:
@@ -394,6 +423,13 @@ class TestTab:
         for chart in ("eigenvalues", "loss", "smallest", "density a\x1fcurvature", "layers a\x1fcurvature"):
             wait(browser, lambda _, chart=chart: browser.execute_script(PAINTED, chart) > 300)
             assert browser.execute_script(PAINTED, chart) > 300, chart
+
+    def test_a_plain_loop(self, browser: Any, tmp_path: Path) -> None:
+        plain_loop(tmp_path / "a")
+        shown = open_tab(browser, tmp_path, lambda s: s["drawn"] and "eigenvalues" in s["charts"])
+        assert set(shown["charts"]["eigenvalues"]) == {3}
+        assert "In short: below the edge of stability" in shown["cards"][0]
+        assert shown["notes"] == []
 
     def test_four_runs_share_charts_and_can_be_chosen(self, browser: Any, tmp_path: Path) -> None:
         for name in "abcd":
