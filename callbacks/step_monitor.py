@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -75,7 +74,7 @@ class StepMonitor(Callback):
         report = _last_report(trainer)
         if not due or report is None:
             return
-        log_values(trainer, _tags(report))
+        log_values(trainer, report.by_tag())
         if not self._charts_written:
             controlled = any(value is not None for value in (report.damping, report.radius, report.sigma))
             charts = [_CONTROL, *_CHARTS] if controlled else _CHARTS
@@ -86,26 +85,9 @@ class StepMonitor(Callback):
 def last_step_of(trainer: Trainer) -> dict[str, float]:
     """Return the values of the last Newton step by their tags; none where no optimizer of ours has taken one."""
     report = _last_report(trainer)
-    return {} if report is None else _tags(report)
+    return {} if report is None else report.by_tag()
 
 
 def _last_report(trainer: Trainer) -> StepReport | None:
     reports = (o.last_step for o in trainer.optimizers if isinstance(o, NewtonOptimizer))
     return next((report for report in reports if report is not None), None)
-
-
-def _tags(report: StepReport) -> dict[str, float]:
-    values = {
-        "damping": report.damping,
-        "radius": report.radius,
-        "sigma": report.sigma,
-        "ratio": report.ratio,
-        "first_ratio": report.first_ratio,
-        "iterations": float(report.iterations),
-        "products": float(report.products),
-        "accepted": float(report.accepted),
-        "gradient_norm": report.gradient_norm,
-        "step_norm": report.step_norm,
-    }
-    # A step that was not tried has no ratio, and a chart has no place for an infinite one.
-    return {f"newton/{name}": v for name, v in values.items() if v is not None and math.isfinite(v)}

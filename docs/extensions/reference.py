@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, LightningModule
 from sphinx import addnodes
 from sphinx.domains.python import PyObject
 from sphinx.transforms import SphinxTransform
+from torch.utils.tensorboard import SummaryWriter
 
 from newtonopt.curvature import Measurement
 
@@ -37,6 +38,7 @@ LATE = {
     "Axes": matplotlib.axes.Axes,
     "Figure": matplotlib.figure.Figure,
     "ScipyOperator": scipy.sparse.linalg.LinearOperator,
+    "SummaryWriter": SummaryWriter,
 }
 # Classes by the names under which their own documentation has them.
 DOCUMENTED_AS = {

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from newtonopt.curvature import Measured, Preconditioned, measure
+from newtonopt.curvature import Measured, Preconditioned, add_to_tensorboard, measure
 
 STEPS, EVERY, SAMPLES = 60, 20, 32
 
@@ -46,8 +46,7 @@ class CurvatureCallback(TrainerCallback):
             max_products=24,
             last=self.last,
         )
-        for tag, value in self.last.items():
-            self.writer.add_scalar(tag, value, step)
+        add_to_tensorboard(self.writer, self.last, step)
         print(f"step {step}", self.last.in_words(), sep="\n", end="\n\n")
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from newtonopt import HessianFree
-from newtonopt.curvature import Measured, measure
+from newtonopt.curvature import Measured, add_to_tensorboard, measure
 
 EPOCHS, EVERY = 5, 20
 
@@ -52,8 +52,7 @@ class CurvatureHandler:
             max_products=24,
             last=self.last,
         )
-        for tag, value in self.last.items():
-            self.writer.add_scalar(tag, value, engine.state.iteration)
+        add_to_tensorboard(self.writer, self.last, engine.state.iteration)
         print(f"iteration {engine.state.iteration}", self.last.in_words(), sep="\n", end="\n\n")
 
 

@@ -73,6 +73,25 @@ class StepReport:
     accepted: bool = False
     steps: int = 1
 
+    def by_tag(self) -> dict[str, float]:
+        """Return the values that `StepMonitor` logs, such as `newton/damping`; written as scalars they show in the
+        Curvature tab.
+        """
+        values = {
+            "damping": self.damping,
+            "radius": self.radius,
+            "sigma": self.sigma,
+            "ratio": self.ratio,
+            "first_ratio": self.first_ratio,
+            "iterations": float(self.iterations),
+            "products": float(self.products),
+            "accepted": float(self.accepted),
+            "gradient_norm": self.gradient_norm,
+            "step_norm": self.step_norm,
+        }
+        # A step that was not tried has no ratio, and a chart has no place for an infinite one.
+        return {f"newton/{name}": v for name, v in values.items() if v is not None and math.isfinite(v)}
+
 
 def following(earlier: StepReport, last: StepReport) -> StepReport:
     """Return the report of a call's last step, with the counts of the steps before it added."""

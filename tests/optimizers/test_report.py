@@ -9,7 +9,7 @@ import torch
 from optimizer_db import GAUSS_NEWTON, OPTIMIZERS
 from torch import Tensor
 
-from newtonopt import HessianFree, NewtonCG, TrustRegionNewton
+from newtonopt import HessianFree, NewtonCG, StepReport, TrustRegionNewton
 
 EXACT = {name: build for name, build in OPTIMIZERS.items() if name not in GAUSS_NEWTON and "nystrom" not in name}
 
@@ -117,3 +117,16 @@ def test_a_step_that_falls_short_of_its_promise_is_rejected_in_these_words() -> 
     assert report is not None and not report.accepted
     assert report.trial_loss < report.loss
     assert report.reason.startswith("rejected, the loss fell by less than 0.01 of the predicted decrease")
+
+
+def test_values_by_tag_are_those_that_a_chart_can_show() -> None:
+    report = StepReport(1.0, 2.0, "converged", 0.5, damping=0.1, ratio=0.9, first_ratio=-math.inf, iterations=3)
+    assert report.by_tag() == {
+        "newton/damping": 0.1,
+        "newton/ratio": 0.9,
+        "newton/iterations": 3.0,
+        "newton/products": 0.0,
+        "newton/accepted": 0.0,
+        "newton/gradient_norm": 2.0,
+        "newton/step_norm": 0.0,
+    }

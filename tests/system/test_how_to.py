@@ -141,6 +141,7 @@ def test_the_loops_of_other_libraries_are_watched_and_train_as_before(
     assert all(torch.equal(p, q) for p, q in zip(watched.parameters(), alone.parameters(), strict=True))
     events = EventAccumulator("logs").Reload()
     assert [event.step for event in events.Scalars("curvature/lambda_max")] == steps
+    assert [event.step for event in events.Tensors("curvature/record")] == steps
     assert [event.value for event in events.Scalars("curvature-bookkeeping/certified")] == [1.0, 0.0, 0.0]
     assert len(events.Scalars("curvature/stability_ratio")) == 3
     assert capsys.readouterr().out.count("The largest eigenvalue is") >= 3
