@@ -37,11 +37,11 @@ from torch import Tensor
 from newtonopt.autodiff.gradients import NoSecondDerivativeError
 from newtonopt.autodiff.graph import Graph, look_through
 from newtonopt.checks import warn
-from newtonopt.closure.evaluation import Evaluation, Manner, Matrix, Verdict, source_of
+from newtonopt.closure.evaluation import Evaluation, Manner, Matrix, Verdict, eps_of, source_of
 from newtonopt.closure.tap import LossTerm
 from newtonopt.operators.linear_operator import LinearOperator, Product, Trust
 from newtonopt.operators.products import displacement, one_sided_hessian
-from newtonopt.vectors.flat import local_pieces
+from newtonopt.vectors.flat import flatten, local_pieces
 from newtonopt.vectors.random import normals
 from newtonopt.vectors.scaling import dot, norm
 from newtonopt.vectors.sharded import is_sharded
@@ -502,7 +502,7 @@ def _compared(evaluation: Evaluation, w: Tensor, image: Tensor | None, lengths: 
     agrees = follows = None
     cost = 0
     try:
-        for length in lengths_from(displacement(evaluation.params), lengths):
+        for length in lengths_from(_within_reach(evaluation, w), lengths):
             before, last = last, difference(evaluation, w, length)
             cost += 2
             slope = None if before is None else before.slope
@@ -515,6 +515,19 @@ def _compared(evaluation: Evaluation, w: Tensor, image: Tensor | None, lengths: 
     except (RuntimeError, ValueError):
         _raise_in_group()
     return Comparison(agrees, follows, cost)
+
+
+def _within_reach(evaluation: Evaluation, w: Tensor) -> float:
+    """Return the length of the first differences along a unit vector `(n,)`.
+
+    The usual length is in proportion to all parameters. Where a few of them are very large, it is shortened so that no
+    other moves far: two lengths that are both much too long for a parameter may agree on a wrong product.
+    """
+    usual = displacement(evaluation.params)
+    if is_sharded(evaluation.params):
+        return usual
+    most = flatten(evaluation.params, evaluation.params).detach().abs().clamp_min(1.0)
+    return min(usual, float(eps_of(evaluation.params) ** 0.4 / (w.abs() / most).max()))
 
 
 def _raise_in_group() -> None:

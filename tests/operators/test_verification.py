@@ -472,6 +472,18 @@ def test_a_later_point_without_a_finite_second_derivative_is_differenced() -> No
     assert optimizer.last_step is not None and "not finite" not in optimizer.last_step.reason
 
 
+def test_a_parameter_that_has_run_off_does_not_make_differences_too_long_for_the_others() -> None:
+    """The length scale of a Gaussian process that the data do not determine does that."""
+    theta = torch.tensor([0.5, 0.5, 1e9], dtype=torch.float64, requires_grad=True)
+
+    def closure() -> Tensor:
+        return 0.5 * theta[1] ** 2 - torch.exp(-0.5 * theta[0] ** 2) + 1e-12 * theta[2]
+
+    H = hessian(evaluate(closure, [theta]))
+    assert (H.trust.doubt, H.trust.error) == ("", 0.0)
+    assert float(H.dense()[0, 0]) == pytest.approx(0.75 * math.exp(-0.125), rel=1e-12)
+
+
 def test_differences_choose_their_length_and_state_their_error() -> None:
     """A stiff direction in float32 bends the gradient within the usual length."""
     torch.manual_seed(0)

@@ -857,6 +857,29 @@ def test_a_disabled_gradient_scaler_changes_nothing(optimizer: Any) -> None:
     assert all(map(torch.equal, plain.parameters(), through.parameters()))
 
 
+@pytest.mark.parametrize("kind", [DampedNewton, NewtonCG])
+def test_infinity_in_place_of_an_error_refuses_a_trial(kind: Any) -> None:
+    theta = torch.tensor([30.0], dtype=torch.float64, requires_grad=True)
+    optimizer = kind([theta])
+
+    def closure() -> Tensor:
+        theta.grad = None
+        try:
+            torch.linalg.cholesky(theta.detach()[None])
+        except torch.linalg.LinAlgError:
+            return torch.tensor(torch.inf, dtype=torch.float64, requires_grad=True)
+        loss = (theta - theta.log()).sum()
+        loss.backward()
+        return loss
+
+    trials = []
+    for _ in range(40):
+        optimizer.step(closure)
+        trials.append(optimizer.last_step.trials)
+    assert max(trials) > 1
+    assert theta.item() == pytest.approx(1.0, rel=1e-3)
+
+
 @pytest.mark.parametrize("raises", [False, True])
 def test_a_loss_of_infinity_refuses_a_trial(raises: bool) -> None:
     """Newton's step on `x - log x` from 3 ends at -3, where the logarithm has no value."""
