@@ -215,7 +215,10 @@ def spectrum(
 
 def _has_fallen(tracked: Spectrum, last: Spectrum) -> bool:
     """Return whether the largest eigenvalue seems to have fallen so far that its vector was probably lost instead."""
-    return bool(tracked.top and last.top) and tracked.top[0].value < _FALLEN * max(0.0, last.top[0].value)
+    if not tracked.top or not last.top:
+        return False
+    was = last.top[0].value
+    return was > 0.0 and tracked.top[0].value < _FALLEN * was
 
 
 def interval(eigenvalue: Eigenvalue) -> tuple[float, float]:
