@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from newtonopt.callbacks import Budget, CurvatureMonitor, StepMonitor
 from newtonopt.callbacks.tensorboard import _state
 from newtonopt.curvature import Density, Layers, Preconditioned, Trace, measure
+from newtonopt.curvature.measurements.course import Course
 from newtonopt.curvature.measurements.measurement import Losses
 
 # For each card of the custom-scalars page its title, how many points each of its lines has, and what is wrong with it.
@@ -180,3 +181,20 @@ def test_a_state_below_the_edge_gives_way_to_a_risen_loss(loss: float, state: st
     w = torch.ones(1, dtype=torch.float64, requires_grad=True)
     found = measure(lambda: w.square().sum(), [w], torch.optim.SGD([w], lr=0.1), sharpness=None)
     assert _state(replace(found, losses=Losses(1.0, 1.0, loss))) == state
+
+
+@pytest.mark.parametrize(
+    ("losses", "lr", "state"),
+    [
+        ([2.3] * 5 + [1.0] * 20 + [2.3] * 50, 0.1, "lost"),
+        ([2.3] * 5 + [1.0] * 20 + [2.3] * 50, 3.0, "lost"),
+        ([2.3] * 5 + [40.0] * 5 + [1.0] * 20, 0.1, "spiked"),
+        ([2.3] * 5 + [40.0] * 5 + [1.0] * 20, 3.0, "beyond"),
+        ([2.3] * 60, 0.1, "stuck"),
+        ([2.3] * 60, 1.0, "edge"),
+    ],
+)
+def test_a_state_below_the_edge_gives_way_to_trouble_with_the_loss(losses: list[float], lr: float, state: str) -> None:
+    w = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    found = measure(lambda: w.square().sum(), [w], torch.optim.SGD([w], lr=lr), sharpness=None)
+    assert _state(replace(found, course=Course().then(losses))) == state
