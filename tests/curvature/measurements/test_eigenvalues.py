@@ -109,3 +109,11 @@ def test_slight_negative_curvature_is_called_usual_only_where_it_is_certified() 
     assert "as is usual while a network trains" in first.in_words()
     assert "as usual" not in tracked.in_words()
     assert "A certified measurement with more products tells whether that is all." in tracked.in_words()
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(0.5, True), (0.95, False), (3.0, False)])
+def test_no_saddle_is_suspected_where_steps_overshoot(ratio: float, told: bool) -> None:
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    sgd = torch.optim.SGD([w], lr=ratio)  # the largest eigenvalue is 2
+    found = measure(lambda: w[0] ** 2 - w[1] ** 2, [w], sgd, sharpness=None)
+    assert ("this may be a saddle" in found.in_words()) is told
