@@ -638,3 +638,10 @@ class TestTab:
         cards = browser.execute_script(texts)
         assert ["Start again." in card for card in cards] == [True, True, True, True, False]
         assert all("last measured at step 2 of 100" in card for card in cards)
+
+    def test_the_eigenvalue_that_the_threshold_is_for_comes_first(self, browser: Any, tmp_path: Path) -> None:
+        values = {"lambda_max": 500.0, "preconditioned_lambda_max": 30.0, "stability_threshold": 38.0}
+        run(tmp_path / "adam", values={**values, "stability_ratio": 30.0 / 38.0}).close()
+        open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 1)
+        charts = "return [...document.querySelectorAll('figure')].map((figure) => figure.dataset.chart)"
+        assert browser.execute_script(charts)[:2] == ["preconditioned", "eigenvalues"]
