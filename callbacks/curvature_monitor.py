@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -31,8 +32,10 @@ from newtonopt.curvature.ascent import Kind
 from newtonopt.curvature.dashboard import dashboard
 from newtonopt.curvature.eigenvalues.extreme import keeps_up
 from newtonopt.curvature.histories import Log, loss_tag
+from newtonopt.curvature.measurements.course import Course
 from newtonopt.curvature.measurements.measurement import Losses, Matrix, Plan, take
 from newtonopt.curvature.measuring import for_optimizers, list_of
+from newtonopt.vectors.sharded import local_part
 
 from .images import add_image, takes_images
 from .lightning import PROBE_TAG, Batches, Probe, at_rest, is_trial, log_values, passes_multiple, show_in_bar
@@ -99,6 +102,9 @@ class Budget:
 
 # Measurements from one that starts at random to the next, at first and where tracking has not kept up.
 _INTERVAL = 10
+
+# Losses of steps that are kept as single tensors before they are put into one.
+_PACKED = 256
 
 # Share of the training time that measuring may add where nobody has said how often to measure.
 _SHARE = 0.1
@@ -282,6 +288,7 @@ class CurvatureMonitor(Callback):
         self._watched = False
         self._last: Measured | None = None
         self._losses: Losses | None = None
+        self._course, self._step_losses = Course(), StepLosses()
         self._tracked, self._interval = 0, _INTERVAL
         self._differences = False
         self._last_step = 0
@@ -361,8 +368,11 @@ class CurvatureMonitor(Callback):
         if self._watch is not None and (changed := self._watch.changed()):
             self._stop(f"measuring would change training. {UnprotectedError(changed)}")
         self._watch = None
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if self._enabled and isinstance(loss, Tensor):
+            self._step_losses.add(loss, trainer.accumulate_grad_batches)
         if self._losses is None:
-            self._losses = self._loss_of(trainer, outputs)
+            self._losses = self._loss_of(trainer, loss)
         due = self._due_after_step(self._last_step, trainer.global_step)
         self._last_step = trainer.global_step
         if trainer.is_last_batch:
@@ -387,11 +397,10 @@ class CurvatureMonitor(Callback):
             why = self._batches.lack() if self._lacked_batches else self._why_never_due(trainer.global_step)
             rank_zero_warn(f"CurvatureMonitor measured nothing in this fit: {why}, or set at_end=True.")
 
-    def _loss_of(self, trainer: Trainer, outputs: STEP_OUTPUT) -> Losses | None:
+    def _loss_of(self, trainer: Trainer, loss: Any) -> Losses | None:
         """Return the loss of the first step of training, which tells whether the loss has risen since, even where the
         first measurement comes late; None where it is another one than the probe's.
         """
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if self.probe.step != "training_step" or self.probe.dataloader is not None or not isinstance(loss, Tensor):
             return None
         first = float(loss) * trainer.accumulate_grad_batches
@@ -500,6 +509,9 @@ class CurvatureMonitor(Callback):
         if self._batches.began:
             since = {f"{PROBE_TAG.folder(plan.prefix)}/{PROBE_TAG.name}": float(self._batches.began)}
             measured = replace(measured, numbers={**measured.numbers, **since})
+        ratio, step = measured.read("stability_ratio"), trainer.global_step
+        self._course = self._course.then(self._step_losses.take()).with_ratio(ratio, step)
+        measured = replace(measured, course=self._course)
         self._tracked += 1
         if last is None or measured.read("certified") == 1.0:
             self._tracked, self._interval = 0, self._next_interval(measured)
@@ -580,6 +592,35 @@ class CurvatureMonitor(Callback):
         if subject not in self._warned:
             rank_zero_warn(message)
         self._warned.add(subject)
+
+
+class StepLosses:
+    """Keeps the training loss of every step where it is, so that no step waits for the device."""
+
+    def __init__(self) -> None:
+        self._single: list[Tensor] = []
+        self._packed: list[Tensor] = []
+
+    def add(self, loss: Tensor, parts: int) -> None:
+        """Keep a loss, which is divided by the number of parts that a step's batch consists of."""
+        loss = local_part(loss.detach())
+        if loss.numel() == 1:
+            self._single.append(loss.reshape(()) if parts == 1 else loss.reshape(()) * parts)
+        if len(self._single) == _PACKED:
+            self._pack()
+
+    def take(self) -> list[float]:
+        """Return the losses as numbers, and forget them."""
+        if self._single:
+            self._pack()
+        losses = [loss for packed in self._packed for loss in packed.tolist()]
+        self._packed = []
+        return losses
+
+    def _pack(self) -> None:
+        """Put single losses, which take some hundred bytes each, into one tensor."""
+        self._packed.append(torch.stack(self._single))
+        self._single = []
 
 
 class Allowance:

@@ -33,6 +33,8 @@ const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3]]; // lines of several losses of
 // Cards.
 const SENTENCES = {few: 2, many: 1}; // sentences on a card that are not folded away, for up to two runs and for more
 const ALARMS = 2; // sentences in red that begin the words of a run that has failed or diverged
+const FAILED = ['failed', 'diverged', 'lost'];
+const BEHIND = 0.2; // share of the run after the last measurement from which the card says so
 
 /** Badges on the cards, by the state of a run. */
 const BADGES = {
@@ -42,6 +44,9 @@ const BADGES = {
   edge: ['warn', 'edge of stability'],
   beyond: ['danger', 'beyond the edge'],
   risen: ['warn', 'loss has risen'],
+  lost: ['danger', 'training has failed'],
+  spiked: ['warn', 'loss has spiked'],
+  stuck: ['warn', 'loss has not fallen'],
 };
 
 // --- Small things -------------------------------------------------------------------------------------------------
@@ -253,17 +258,21 @@ function chartsOf(all) {
   const main = {main: true};
   const unstable = all.filter((s) => known(s, 'stability_ratio'));
 
-  add('eigenvalues', 'Largest eigenvalues', 'L / θ²', eigenvalueLines(all), {wide: true, height: 300, shades: unstable.filter((s) => !isPreconditioned(s)), marks: true, leading: true});
-  add('loss', 'Training loss', '', lossLines(all), {wide: true, height: 160, spread: 8});
-  add('ratio', 'Stability ratio', 'largest eigenvalue / threshold', each('stability_ratio', 'ratio', main), {level: 1, shades: unstable});
   const preconditioned = all.filter((s) => known(s, 'preconditioned_lambda_max'));
-  add(
+  const adapted = preconditioned.filter(isPreconditioned);
+  const addPreconditioned = (size) => add(
     'preconditioned',
     'Largest preconditioned eigenvalue',
     '1 / learning rate',
     preconditioned.flatMap((s) => [line(s, 'preconditioned_lambda_max', 'preconditioned λ max', {...main}), isPreconditioned(s) && thresholdLine(s)]),
-    {shades: preconditioned.filter(isPreconditioned)},
+    {shades: adapted, ...size},
   );
+  // The eigenvalue that the threshold is for comes first.
+  if (adapted.length) addPreconditioned({wide: true, height: 300});
+  add('eigenvalues', 'Largest eigenvalues', 'L / θ²', eigenvalueLines(all), {wide: true, height: 300, shades: unstable.filter((s) => !isPreconditioned(s)), marks: true, leading: true});
+  add('loss', 'Training loss', '', lossLines(all), {wide: true, height: 160, spread: 8});
+  add('ratio', 'Stability ratio', 'largest eigenvalue / threshold', each('stability_ratio', 'ratio', main), {level: 1, shades: unstable});
+  if (!adapted.length) addPreconditioned({});
   const smallest = all.flatMap((s) => Object.keys(s.values).filter((name) => /^lambda_min_\d+$/.test(name)).map((name, rank) => line(s, name, `λ min ${subscript(name.slice(11))}`, {...later(rank), breaks: true})));
   add('smallest', 'Smallest eigenvalues', 'L / θ²', [...each('lambda_min', 'λ min', {main: true, breaks: true}).map((l) => ({...l, certified: l.series.certified})), ...smallest], {level: 0, marks: true});
   add('sharpness', 'Sharpness', 'L', each('sharpness', 'sharpness', main));
@@ -1324,14 +1333,16 @@ function verdictCard(series, theme, most, open) {
   );
   card.style.setProperty('--swatch', theme.run[series.colour]);
   const sentences = sentencesOf(series).map(typeset);
-  const alarms = ['failed', 'diverged'].includes(series.state) ? sentences.splice(0, ALARMS) : [];
+  const alarms = FAILED.includes(series.state) ? sentences.splice(0, ALARMS) : [];
   if (alarms.length) card.append(el('p', {className: 'alarm'}, alarms.join(' ')));
   const numbers = numbersOf(series);
   if (numbers.length) card.append(el('dl', {className: 'numbers'}, ...numbers));
   const steps = stepSentences(series);
   if (steps.length) card.append(el('ul', {}, ...steps.map((sentence) => el('li', {}, sentence))));
   const items = sentences.map((sentence) => el('li', {}, sentence));
-  const first = items.slice(0, most);
+  // The verdict and the sentence after it, which says what to do, stay in sight unless the run is stable.
+  const least = kind === 'good' || alarms.length ? 0 : sentences.findIndex((sentence) => sentence.startsWith('In short')) + 2;
+  const first = items.slice(0, Math.max(most, least));
   if (first.length) card.append(el('ul', {}, ...first));
   if (items.length > first.length) {
     const details = el('details', {open}, el('summary', {}, `${items.length - first.length} more`), el('ul', {}, ...items.slice(first.length)));
@@ -1340,10 +1351,18 @@ function verdictCard(series, theme, most, open) {
   }
   if (series.steps.length) {
     const how = Object.keys(series.values).some((name) => lastOf(series, name)?.current) ? {true: 'certified', false: 'tracked'}[series.certified.at(-1)] : '';
-    const about = [`step ${grouped(series.steps.at(-1))}`, how].filter(Boolean).join(' · ');
+    const about = [measuredAt(series), how].filter(Boolean).join(' · ');
     card.append(el('div', {className: 'quiet foot'}, el('div', {}, about), series.remark ? el('div', {}, series.remark.replaceAll('`', '')) : ''));
   }
   return card;
+}
+
+/** The step of the last measurement, and that of the last scalar where it lies far ahead and more than an interval. */
+function measuredAt(series) {
+  const step = series.steps.at(-1);
+  const last = series.leads ? Math.max(step, ...Object.values(series.scalars).map((scalar) => scalar.steps.at(-1) ?? 0)) : step;
+  const far = last - step > Math.max(BEHIND * last, step - (series.steps.at(-2) ?? 0));
+  return far ? `last measured at step ${grouped(step)} of ${grouped(last)}` : `step ${grouped(step)}`;
 }
 
 const isMeasured = (series) => series.steps.length > 0 || stepSentences(series).length > 0;
@@ -1414,7 +1433,7 @@ function stepSentences(series) {
 
 /** A monitor's sentences in its own order. Without a failure, whether to trust the numbers comes first. */
 function sentencesOf(series) {
-  if (series.state === 'failed' || series.state === 'diverged') return [...series.words];
+  if (FAILED.includes(series.state)) return [...series.words];
   const isDoubt = (word) => word.startsWith('Nothing is certified');
   return [...series.words.filter(isDoubt), ...series.words.filter((word) => !isDoubt(word))];
 }
@@ -1424,7 +1443,7 @@ function emptyPage() {
     'div',
     {className: 'empty', hidden: true},
     el('h2', {}, 'No curvature here yet'),
-    el('p', {}, 'This folder holds no measurements. Give your Lightning Trainer a CurvatureMonitor, and train with a TensorBoardLogger, or call add_to_tensorboard in a plain loop; the first measurement appears here by itself.'),
+    el('p', {}, 'This folder holds no measurements. Give your Lightning Trainer a CurvatureMonitor, and train with a TensorBoardLogger, or call add_to_tensorboard in a plain loop; the first measurement appears here by itself. What a plain loop writes with add_scalar alone stands under Scalars.'),
     el('pre', {}, 'from newtonopt.callbacks import CurvatureMonitor\n\ntrainer = Trainer(callbacks=[CurvatureMonitor(every_n_train_steps=100)])\ntrainer.fit(model, data)'),
   );
 }

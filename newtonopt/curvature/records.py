@@ -128,8 +128,14 @@ def failure_of(words: str) -> dict[str, Any]:
 
 
 def _state(measured: Measured) -> str | None:
-    """Return whether training has diverged, the loss has risen, or where it is with regard to the edge of stability."""
+    """Return how training has gone wrong, for all that the loss shows, or where it is with regard to the edge of
+    stability.
+    """
     stability = measured.of(Stability)
-    state = None if stability is None else stability.state
-    risen = measured.losses is not None and measured.losses.risen and state in (None, "below")
-    return "diverged" if measured.diverged else "risen" if risen else state
+    state, trouble = None if stability is None else stability.state, measured.course.trouble
+    if measured.diverged or trouble == "lost":
+        return "diverged" if measured.diverged else trouble
+    if state in (None, "below"):
+        risen = measured.losses is not None and measured.losses.risen
+        return trouble or ("risen" if risen else state)
+    return state

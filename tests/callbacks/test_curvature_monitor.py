@@ -36,6 +36,7 @@ from lightning_problems import (
     quiet_trainer,
 )
 from problems import Doubled
+from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.autograd.functional import hessian as dense_hessian
@@ -43,6 +44,7 @@ from torch.func import functional_call
 
 from newtonopt import curvature
 from newtonopt.callbacks import Budget, CurvatureMonitor, Probe, StepMonitor
+from newtonopt.callbacks.curvature_monitor import StepLosses
 from newtonopt.callbacks.lightning import PROBE_TAG
 from newtonopt.curvature import (
     Alignment,
@@ -504,6 +506,68 @@ def test_a_run_whose_loss_has_risen_far_is_called_diverged(
     found = records_of(tmp_path)
     assert [record["state"] for record in found.values()] == states
     assert found[2]["words"][0].startswith("In short: diverged: the loss is 2000, ") is ("diverged" in states)
+
+
+class Digits(L.LightningModule):
+    """A ReLU network on the digits, whose units die at learning rates that are too high."""
+
+    def __init__(self, lr: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lr = lr
+        hidden = [nn.Linear(64, 64), nn.ReLU(), nn.Dropout(dropout), nn.Linear(64, 64), nn.ReLU()]
+        self.layers = nn.Sequential(*hidden, nn.Linear(64, 10))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.layers(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+    def train_dataloader(self) -> Any:
+        images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+        return torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(images.float() / 4, labels),
+            batch_size=16 if self.layers[2].p > 0.0 else 128,
+            shuffle=True,
+        )
+
+
+def digits_run(model: Digits, folder: Path) -> dict[int, Any]:
+    """Return the records of 120 steps, measured every 40."""
+    monitor = CurvatureMonitor(every_n_train_steps=40, top=1, sharpness=None)
+    trainer = quiet_trainer(callbacks=[monitor], logger=both_loggers(folder), max_epochs=-1, max_steps=120)
+    trainer.fit(model)
+    return records_of(folder)
+
+
+@pytest.mark.parametrize("lr", [0.5, 1.0])
+def test_a_network_that_has_died_is_not_called_stable(lr: float, tmp_path: Path) -> None:
+    found = digits_run(Digits(lr), tmp_path)
+    assert len(found) == 3
+    for record in found.values():
+        assert record["state"] in ("diverged", "lost", "spiked", "stuck")
+        words = " ".join(record["words"])
+        assert "raise the learning rate" not in words and "steps are stable" not in words
+        assert "start again with a learning rate" in words or "restart with a lower learning rate" in words
+
+
+def test_a_noisy_run_that_learns_is_called_stable(tmp_path: Path) -> None:
+    found = digits_run(Digits(0.005, dropout=0.3), tmp_path)
+    assert [record["state"] for record in found.values()] == ["below"] * 3
+
+
+def test_the_loss_of_a_step_is_kept_until_it_is_read_and_forgotten_with_the_fit() -> None:
+    losses = StepLosses()
+    for k in range(600):
+        losses.add(torch.tensor(float(k), requires_grad=True), 2)
+    assert losses.take() == [2.0 * k for k in range(600)] and losses.take() == []
+    monitor = CurvatureMonitor(every_n_train_steps=2)
+    for _ in range(2):
+        quiet_trainer(callbacks=[monitor], max_epochs=1).fit(Root(), loader())
+        assert monitor._course.steps + len(monitor._course.head) > 0
+        steps = BATCHES - BATCHES % 2
+        assert len(monitor._course.head) == min(steps, 5) and monitor._course.steps in (0, steps)
 
 
 @pytest.mark.parametrize(("place", "what"), [(math.inf, "The loss is inf"), (0.0, "The gradient is not finite")])

@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from newtonopt.curvature import Density, Layers, Measured, add_to_tensorboard, measure
 from newtonopt.curvature.event_files import read
+from newtonopt.curvature.measurements.course import Course
 from newtonopt.curvature.measurements.measurement import Losses
 from newtonopt.curvature.records import PLUGIN, VERSION, failure_of, record_of
 from newtonopt_tensorboard import plugin, records
@@ -81,6 +82,24 @@ def test_tab_and_records_have_one_name_and_version() -> None:
 def test_a_state_below_the_edge_gives_way_to_a_risen_loss(loss: float, state: str) -> None:
     found = replace(measured(), losses=Losses(1.0, 1.0, loss))
     assert records.read_record(json.dumps(record_of(found, ""))).state == state
+
+
+@pytest.mark.parametrize(
+    ("losses", "lr", "state"),
+    [
+        ([2.3] * 5 + [1.0] * 20 + [2.3] * 50, 0.1, "lost"),
+        ([2.3] * 5 + [1.0] * 20 + [2.3] * 50, 3.0, "lost"),
+        ([2.3] * 5 + [40.0] * 5 + [1.0] * 20, 0.1, "spiked"),
+        ([2.3] * 5 + [40.0] * 5 + [1.0] * 20, 3.0, "beyond"),
+        ([2.3] * 60, 0.1, "stuck"),
+        ([2.3] * 60, 1.0, "edge"),
+    ],
+)
+def test_a_state_below_the_edge_gives_way_to_trouble_with_the_loss(losses: list[float], lr: float, state: str) -> None:
+    w = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    found = measure(lambda: w.square().sum(), [w], torch.optim.SGD([w], lr=lr), sharpness=None)
+    record = record_of(replace(found, course=Course().then(losses)), "")
+    assert records.read_record(json.dumps(record)).state == state
 
 
 def test_a_failure_is_read_as_one() -> None:

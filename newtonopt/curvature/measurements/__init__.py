@@ -4,6 +4,7 @@ units, its charts, its sentences and its figures.
 - `measurement`: what a `Measurement` is; the `View` of the point that it is taken at; `take`, which takes a list of
   them within a budget; and what comes of it, `Measured`.
 - `eigenvalues`: the extreme eigenvalues, and how those of other matrices are found and shown.
+- `course`: the training loss between measurements, and the trouble that it shows.
 - `gradient`, `preconditioned`, `stability`, `layers`, `trace`, `density`, `gauss_newton`, `alignment`, `sharpness`,
   `relative_sharpness`, `loss_slice`: one measurement each.
 

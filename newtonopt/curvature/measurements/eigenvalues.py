@@ -166,7 +166,7 @@ class ExtremeEigenvalues(Measurement[Spectrum]):
         largest = [f"The largest eigenvalue is {in_words(result, entry)}." for entry in result.top[:1]]
         # The smallest eigenvalue of a Gauss-Newton matrix is never negative and says nothing about the loss.
         smallest = result.bottom[:1] if measured.plan.curvature == "hessian" else ()
-        return [*largest, *(_smallest(result, entry) for entry in smallest)]
+        return [*largest, *(_smallest(result, entry, measured.troubled) for entry in smallest)]
 
     def spectra(self, result: Spectrum) -> tuple[Spectrum, ...]:
         """Return the eigenvalues."""
@@ -274,29 +274,32 @@ def _largest(found: Spectrum) -> float:
     return found.top[0].value if found.top else 0.0
 
 
-def _smallest(found: Spectrum, eigenvalue: Eigenvalue) -> str:
+def _smallest(found: Spectrum, eigenvalue: Eigenvalue, troubled: bool) -> str:
     lower, upper = interval(eigenvalue)
     if eigenvalue.value == 0.0 and max(-lower, upper) < _NOTHING:
         return "The smallest eigenvalue is zero: the loss is flat along its eigenvector."
     said = f"The smallest eigenvalue is {in_words(found, eigenvalue, 'smaller')}"
     largest = _largest(found)
     if upper < 0.0:
-        return f"{said}, which shows that this is not a minimum{_negative(found, eigenvalue, largest)}"
+        return f"{said}, which shows that this is not a minimum{_negative(found, eigenvalue, largest, troubled)}"
     if lower > 0.0 and found.certified:
         return f"{said}, which shows that the loss is convex here{_conditioned(eigenvalue.value, largest)}"
     remedy = "" if found.asymmetry > ASYMMETRIC else " Raise max_products to learn it."
     return f"{said}, so its sign is not known.{remedy}"
 
 
-def _negative(found: Spectrum, eigenvalue: Eigenvalue, largest: float) -> str:
+def _negative(found: Spectrum, eigenvalue: Eigenvalue, largest: float, troubled: bool) -> str:
     if largest <= 0.0:
-        return ": the loss is concave along all directions that were measured. Train on."
+        said = ": the loss is concave along all directions that were measured."
+        return said if troubled else f"{said} Train on."
     lower, _ = interval(eigenvalue)
     share = f", and its size is {written(-eigenvalue.value / largest, 2)} times the largest"
     if -lower < _SLIGHT * largest and found.certified:
-        return f"{share}: as is usual while a network trains. Nothing needs to be done."
+        return f"{share}: as is usual while a network trains.{'' if troubled else ' Nothing needs to be done.'}"
     if -eigenvalue.value < _SLIGHT * largest:
         return f"{share}. A certified measurement with more products tells whether that is all."
+    if troubled:  # by steps that are too long, and not by a saddle
+        return f"{share}."
     return (
         f"{share}. While the loss falls, train on. Where it stalls, this may be a saddle: smaller batches, or "
         "TrustRegionNewton and CubicNewton, which step along negative curvature, leave it."

@@ -100,9 +100,10 @@ class AlongGradient(Measurement[GradientShare]):
         if curvature == 0.0:
             return ["Along the gradient the curvature is zero: the loss falls linearly."]
         if curvature < 0.0:
+            longer = "" if measured.troubled else ", and longer steps lower it more"
             return [
-                f"Along the gradient the curvature is {written(curvature, 3)}: the loss falls faster than linearly, "
-                "and longer steps lower it more."
+                f"Along the gradient the curvature is {written(curvature, 3)}: the loss falls faster than "
+                f"linearly{longer}."
             ]
         best, rates = 1.0 / curvature, result.plain
         said = f"Along the gradient the curvature is {written(curvature, 3)}"
@@ -115,9 +116,10 @@ class AlongGradient(Measurement[GradientShare]):
             allowed = f" and allows it less than {written(2.0 * best / excess, 3)}" if rates else ""
             said += (
                 f". The largest eigenvalue is {written(excess, 3)} times as large{allowed}: for gradient descent the "
-                "loss is ill conditioned. Adam, or a second-order optimizer such as HessianFree, can take the longer "
-                "step"
+                "loss is ill conditioned"
             )
+            if not measured.troubled:
+                said += ". Adam, or a second-order optimizer such as HessianFree, can take the longer step"
         return [f"{said}."]
 
 

@@ -22,6 +22,7 @@ from newtonopt.closure.evaluation import Matrix as Checked
 from newtonopt.closure.isolation import UnprotectedError
 from newtonopt.closure.objective import Objective, ParametersMovedError
 from newtonopt.curvature.eigenvalues.extreme import Spectrum
+from newtonopt.curvature.measurements.course import EDGE, Course
 from newtonopt.curvature.showing import html_table, text_table, written
 from newtonopt.operators.linear_operator import LinearOperator
 from newtonopt.operators.matrices import gauss_newton, hessian
@@ -658,6 +659,7 @@ class Measured(Mapping[str, float]):
         reasons: Why there is nothing to measure, by the class of the measurement.
         failures: The error's message of each measurement that was left out for it, by its class.
         losses: The loss here and earlier in the run; None: not known.
+        course: How the run has gone between measurements, as `CurvatureMonitor` knows it.
 
     Example:
         >>> import torch
@@ -684,6 +686,7 @@ class Measured(Mapping[str, float]):
     reasons: Mapping[type, str]
     failures: Mapping[type, str] = field(default_factory=dict)
     losses: Losses | None = None
+    course: Course = field(default_factory=Course)
 
     def __getitem__(self, tag: str) -> float:
         return self.numbers[tag]
@@ -754,13 +757,24 @@ class Measured(Mapping[str, float]):
         """Whether the loss is not finite, or has risen far above its lowest so far; False where it is not known."""
         return self.losses is not None and self.losses.diverged
 
+    @property
+    def troubled(self) -> bool:
+        """Whether steps overshoot, or the losses show that training has gone wrong: no time for longer steps."""
+        ratio = self.read("stability_ratio")
+        return self.diverged or self.course.trouble is not None or (ratio is not None and ratio >= EDGE[0])
+
     def in_words(self) -> str:
         """Return what the values mean and what to do, a line for each measurement, after the verdict in one line.
 
-        Where the run has diverged, the measurements say nothing.
+        Where the run has diverged, or has lost what it had gained, the measurements say nothing.
         """
-        if self.losses is not None and self.losses.diverged:
-            lines = [f"In short: diverged: {self.losses.in_words()}.", _DIVERGED]
+        if self.diverged or self.course.trouble == "lost":
+            if self.losses is not None and self.losses.diverged:
+                lines = [f"In short: diverged: {self.losses.in_words()}.", _DIVERGED]
+            else:
+                lines = [f"In short: {self.course.verdict()}.", self.course.advice()]
+            earlier = self.course.earlier(self.read("stability_ratio"))
+            lines += [f"The stability ratio was {earlier}."] if earlier else []
             lines += [f"Nothing is certified: {self.doubt}"] if self.doubt else []
         else:
             lines = self._meaning()
@@ -786,7 +800,10 @@ class Measured(Mapping[str, float]):
         """Return the verdict in one line, and the measurements' sentences."""
         found = sorted(self.results(), key=lambda entry: not entry[0].leads)
         verdicts = [measurement.verdict(result, self) for measurement, result in found]
-        risen = self.losses is not None and self.losses.risen
+        trouble = self.course.verdict()
+        if trouble:
+            verdicts.insert(0, trouble)
+        risen = not trouble and self.losses is not None and self.losses.risen
         if self.losses is not None and risen:
             rise = f"from {written(self.losses.first, 3)} to {written(self.losses.now, 3)}"
             verdicts.insert(0, f"the loss has risen {rise} since the start")
@@ -796,7 +813,7 @@ class Measured(Mapping[str, float]):
         ]
         return [
             *([f"In short: {verdict}."] if verdict else []),
-            *([_RISEN_WORDS] if risen else []),
+            *([self.course.advice()] if trouble else [_RISEN_WORDS] if risen else []),
             *(words for leads, words in said if leads),
             *([f"Nothing is certified: {self.doubt}"] if self.doubt else []),
             *(words for leads, words in said if not leads),

@@ -10,16 +10,17 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from newtonopt.curvature.measurements.course import EDGE
 from newtonopt.curvature.measurements.eigenvalues import ExtremeEigenvalues
-from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, View
+from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, UnmeasurableError, View
 from newtonopt.curvature.measurements.preconditioned import Preconditioned
 from newtonopt.curvature.showing import written
 from newtonopt.curvature.stability import stability_threshold
 
-# Between the last two ratios of the largest eigenvalue to the threshold training is called at the edge: full-batch
-# gradient descent and Adam hover within 6 % of it (Cohen et al. 2021, 2022), and small networks up to 22 % above it
-# while their loss falls (docs/draw_curvature_runs.py). Below the first it is called far from it.
-_FAR, _BELOW, _BEYOND = 0.1, 0.9, 1.25
+# Ratio below which training is called far from the edge of stability.
+_FAR = 0.1
+# Ratio from which it does not tell by how much to lower the learning rate: failed runs have such ratios.
+_HUGE = 10.0
 
 State = Literal["below", "edge", "beyond"]
 
@@ -43,7 +44,7 @@ class StabilityRatio:
     @property
     def state(self) -> State:
         """Where training is with regard to the edge of stability."""
-        return "below" if self.ratio < _BELOW else "edge" if self.ratio <= _BEYOND else "beyond"
+        return "below" if self.ratio < EDGE[0] else "edge" if self.ratio <= EDGE[1] else "beyond"
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,17 @@ class Stability(Measurement[StabilityRatio]):
     )
 
     def measure(self, view: View) -> StabilityRatio | None:
-        """Return threshold and ratio, if they are of all parameters."""
+        """Return threshold and ratio, if they are of all parameters.
+
+        Raises:
+            UnmeasurableError: An adaptive optimizer has taken no step yet.
+        """
         adapts, optimizers = view.asks_for(Preconditioned), view.training
+        for optimizer in optimizers:
+            if not isinstance(optimizer, SGD) and not optimizer.state and _is_known(optimizer):
+                raise UnmeasurableError(
+                    f"{type(optimizer).__name__} has taken no step yet. The ratio is known from the first step on."
+                )
         if not optimizers or not (adapts or all(isinstance(optimizer, SGD) for optimizer in optimizers)):
             return None
         spectrum = view.of(Preconditioned) if adapts else view.of(ExtremeEigenvalues)
@@ -129,26 +139,39 @@ class Stability(Measurement[StabilityRatio]):
     def verdict(self, result: StabilityRatio, measured: Measured) -> str:
         """Return where training is with regard to the edge of stability."""
         where = {"below": "below", "edge": "at", "beyond": "beyond"}[result.state]
-        return f"{where} the edge of stability (ratio {written(result.ratio, 2)})"
+        earlier = measured.course.earlier(result.ratio)
+        ratio = f"ratio {written(result.ratio, 2)}{f', {earlier}' if earlier else ''}"
+        return f"{where} the edge of stability ({ratio})"
 
     def sentences(self, result: StabilityRatio, measured: Measured) -> list[str]:
         """Return whether steps are stable, and which learning rate to choose."""
         which = "of the preconditioned matrix " if result.preconditioned else ""
         at = f"is {written(result.ratio, 3)} times the stability threshold {written(result.threshold)}"
-        return [f"The largest eigenvalue {which}{at}: {_advice(result)}"]
+        earlier = measured.course.earlier(result.ratio)
+        said = f"The largest eigenvalue {which}{at}{f' ({earlier})' if earlier else ''}"
+        # A loss that spikes or does not fall says more than a small ratio.
+        risen = measured.losses is not None and measured.losses.risen
+        quiet = result.state == "below" and (risen or measured.course.trouble is not None)
+        return [f"{said}." if quiet else f"{said}: {_advice(result)}"]
 
 
 def _advice(result: StabilityRatio) -> str:
     ratio, lr = result.ratio, result.lr
+    if result.state == "beyond" and ratio >= _HUGE:
+        return (
+            "steps along its eigenvector overshoot. Where the loss does not fall again by itself, start again from the "
+            "beginning with a learning rate 3 to 10 times lower; a ratio measured in a failed run overstates by far."
+        )
     if result.state == "beyond":
         lower = (
-            f"divide the learning rates by {written(ratio, 3)}"
+            f"divide the learning rates by {written(ratio, 3)}, or reach them by a warm-up from there"
             if lr is None
-            else f"lower lr from {written(lr, 3)} to {written(lr / ratio, 3)}"
+            else f"lower lr from {written(lr, 3)} to {written(lr / ratio, 3)}; or keep {written(lr, 3)} and reach it "
+            f"by a warm-up from {written(lr / ratio, 3)}"
         )
         return (
             "steps along its eigenvector overshoot and grow until the curvature falls. Where the loss does not fall "
-            f"again by itself, {lower}; at the start of training, warm up to it."
+            f"again by itself, {lower}."
         )
     if result.state == "edge":
         lower = "halve the learning rates" if lr is None else f"lower lr from {written(lr, 3)} to {written(lr / 2, 3)}"
@@ -163,6 +186,14 @@ def _advice(result: StabilityRatio) -> str:
         f"steps are stable, and far shorter than the largest eigenvalue allows{room}. If the loss falls slowly, raise "
         "the learning rate by factors of two; noise of small batches may limit it sooner."
     )
+
+
+def _is_known(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer has a finite stability threshold."""
+    try:
+        return math.isfinite(stability_threshold(optimizer))
+    except (TypeError, ValueError):
+        return False
 
 
 def _train_all(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> bool:

@@ -655,3 +655,33 @@ class TestTab:
         run(tmp_path / "a", state="risen").close()
         open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 1)
         assert browser.execute_script(BADGES) == [["pill warn", "loss has risen"]]
+
+    def test_trouble_and_what_to_do_about_it_stay_in_sight_beside_many_runs(self, browser: Any, tmp_path: Path) -> None:
+        words = [
+            "In short: something is wrong.",
+            "Start again.",
+            "The largest eigenvalue is 3.",
+            "Nothing is certified: no.",
+        ]
+        for name, state in {"a": "lost", "b": "spiked", "c": "stuck", "d": "beyond", "e": "below"}.items():
+            with run(tmp_path / name, words=words, state=state) as writer:
+                writer.add_scalar("train_loss", 0.5, 100)
+        open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 5)
+        assert browser.execute_script(BADGES) == [
+            ["pill danger", "training has failed"],
+            ["pill warn", "loss has spiked"],
+            ["pill warn", "loss has not fallen"],
+            ["pill danger", "beyond the edge"],
+            ["pill good", "stable"],
+        ]
+        texts = "return [...document.querySelectorAll('.card')].map((card) => card.innerText)"
+        cards = browser.execute_script(texts)
+        assert ["Start again." in card for card in cards] == [True, True, True, True, False]
+        assert all("last measured at step 2 of 100" in card for card in cards)
+
+    def test_the_eigenvalue_that_the_threshold_is_for_comes_first(self, browser: Any, tmp_path: Path) -> None:
+        values = {"lambda_max": 500.0, "preconditioned_lambda_max": 30.0, "stability_threshold": 38.0}
+        run(tmp_path / "adam", values={**values, "stability_ratio": 30.0 / 38.0}).close()
+        open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 1)
+        charts = "return [...document.querySelectorAll('figure')].map((figure) => figure.dataset.chart)"
+        assert browser.execute_script(charts)[:2] == ["preconditioned", "eigenvalues"]

@@ -129,3 +129,11 @@ def test_a_largest_eigenvalue_that_seems_to_have_fallen_far_is_looked_for_afresh
     assert before["curvature/lambda_max"] == pytest.approx(1000.0, rel=1e-2)
     assert after["curvature/lambda_max"] == pytest.approx(5.0, rel=1e-2)
     assert after["curvature-bookkeeping/certified"] == 1.0
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(0.5, True), (0.95, False), (3.0, False)])
+def test_no_saddle_is_suspected_where_steps_overshoot(ratio: float, told: bool) -> None:
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    sgd = torch.optim.SGD([w], lr=ratio)  # the largest eigenvalue is 2
+    found = measure(lambda: w[0] ** 2 - w[1] ** 2, [w], sgd, sharpness=None)
+    assert ("this may be a saddle" in found.in_words()) is told

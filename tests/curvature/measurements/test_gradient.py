@@ -28,6 +28,17 @@ def test_words_say_how_the_loss_falls(curvature: float, meaning: str) -> None:
     assert meaning in words(AlongGradient(), GradientShare(curvature, None, True))
 
 
+def test_words_advise_no_longer_step_at_the_edge() -> None:
+    for result, advice in (
+        (GradientShare(-4.0, None, True), "longer steps"),
+        (GradientShare(0.01, None, True), "Adam"),
+    ):
+        for ratio, told in ((0.5, True), (0.9, False), (2.0, False)):
+            numbers = {"curvature/lambda_max": 5.0, "curvature/stability_ratio": ratio}
+            measured = Measured(Plan((AlongGradient(),)), numbers, "auto", {}, "", {AlongGradient: result}, {})
+            assert (advice in measured.in_words()) is told
+
+
 @pytest.mark.parametrize(("curvature", "ill"), [(0.01, True), (0.1, False), (-0.01, False)])
 def test_words_name_an_ill_conditioned_loss(curvature: float, ill: bool) -> None:
     result = GradientShare(curvature, None, True)

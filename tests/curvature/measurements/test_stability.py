@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from newtonopt.curvature import Measured, Stability, measure
+from newtonopt.curvature.measurements.course import Course
 from newtonopt.curvature.measurements.measurement import Plan
 from newtonopt.curvature.measurements.stability import StabilityRatio
 
@@ -32,8 +33,13 @@ def words(measurement: Any, result: Any) -> str:
         ),
         (StabilityRatio(20.0, -0.5, False, 0.1), "-0.5 times the stability threshold 20: steps are stable, and far"),
         (StabilityRatio(6.2, 2.0, False), "overshoot and grow"),
-        (StabilityRatio(6.2, 2.0, False), "divide the learning rates by 2; at the start"),
-        (StabilityRatio(20.0, 1.6, False, 0.1), "lower lr from 0.1 to 0.0625; at the start of training, warm up"),
+        (StabilityRatio(6.2, 2.0, False), "divide the learning rates by 2, or reach them by a warm-up from there."),
+        (
+            StabilityRatio(20.0, 1.6, False, 0.1),
+            "lower lr from 0.1 to 0.0625; or keep 0.1 and reach it by a warm-up from 0.0625.",
+        ),
+        (StabilityRatio(20.0, 9.9, False, 0.1), "lower lr from 0.1 to 0.0101;"),
+        (StabilityRatio(20.0, 800.0, False, 0.1), "start again from the beginning with a learning rate 3 to 10 times"),
         (StabilityRatio(38e3, 0.5, True), "The largest eigenvalue of the preconditioned matrix is 0.5 times"),
     ],
 )
@@ -48,6 +54,40 @@ def test_the_verdict_says_where_training_is(ratio: float, verdict: str) -> None:
     measured = Measured(Plan((Stability(),)), {}, "auto", {}, "", {Stability: StabilityRatio(1.0, ratio, False)}, {})
     assert StabilityRatio(1.0, ratio, False).state == {"at the": "edge"}.get(verdict, verdict.split()[0])
     assert measured.in_words().splitlines()[0].startswith(f"In short: {verdict}")
+
+
+def test_the_highest_ratio_is_told_to_the_end() -> None:
+    result, course = StabilityRatio(20.0, 0.5, False, 0.1), Course(ratio=2.8, at=12)
+    measured = Measured(Plan((Stability(),)), {}, "auto", {}, "", {Stability: result}, {}, course=course)
+    verdict, sentence = measured.in_words().splitlines()
+    assert verdict == "In short: below the edge of stability (ratio 0.5, highest 2.8 at step 12)."
+    assert sentence.endswith("the stability threshold 20 (highest 2.8 at step 12): steps are stable.")
+
+
+@pytest.mark.parametrize("losses", [[2.3] * 60, [2.3] * 10 + [40.0] * 5 + [1.0] * 10])
+def test_a_small_ratio_is_no_reason_to_raise_the_learning_rate_where_the_loss_fails(losses: list[float]) -> None:
+    result, course = StabilityRatio(20.0, 0.016, False, 0.5), Course().then(losses)
+    measured = Measured(Plan((Stability(),)), {}, "auto", {}, "", {Stability: result}, {}, course=course)
+    words = measured.in_words()
+    assert words.splitlines()[:2] == [
+        f"In short: {course.verdict()}; below the edge of stability (ratio 0.016).",
+        course.advice(),
+    ]
+    assert words.endswith("is 0.016 times the stability threshold 20.") and "stable" not in words
+
+
+def test_adam_has_no_ratio_before_its_first_step() -> None:
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([w])
+
+    def found() -> Measured:
+        return measure(lambda: w.square().sum(), [w], adam, sharpness=None)
+
+    told = "Stability is not measured: Adam has taken no step yet. The ratio is known from the first step on."
+    assert told in found().in_words().splitlines()
+    w.grad = torch.ones_like(w)
+    adam.step()
+    assert "no step yet" not in found().in_words() and found().read("stability_ratio") is not None
 
 
 @pytest.mark.parametrize(("rates", "lr"), [((0.1, 0.1), 0.1), ((0.1, 0.2), None)])

@@ -1,0 +1,110 @@
+"""What the training loss between measurements says, with noise and without."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+
+from newtonopt.curvature.measurements.course import Course, Trouble
+
+FALL = [*[2.3] * 4, *(2.3 - 0.05 * k for k in range(25))]  # to 1.1
+DEAD = [2.32] * 60
+
+
+@pytest.mark.parametrize(
+    ("losses", "trouble"),
+    [
+        ([], None),
+        ([2.3], None),
+        (FALL, None),
+        ([*FALL, *DEAD], "lost"),
+        ([*FALL, 41.0, 10.0, 5.0, *DEAD], "lost"),
+        ([*FALL, 41.0, 10.0, 5.0, *FALL, *[0.5] * 30], "spiked"),
+        ([*FALL, 5.0, *[1.0] * 30], None),  # one bad batch, which four steps make up for
+        ([*FALL, math.nan, *[1.0] * 30], "spiked"),
+        ([math.inf], "spiked"),
+        ([2.3, 2.3, 2.2, 2.1, 2.0, 2.6, 2.8, 2.7, 2.7, *DEAD], "stuck"),
+        ([2.3, 2.4, 90.0, 40.0, 60.0, *DEAD, *DEAD], "spiked"),
+        ([2.3, 20.0, 90.0, 40.0, 60.0, *DEAD, *DEAD], "stuck"),
+        (DEAD, "stuck"),
+        (DEAD[:40], None),  # too early to tell
+        ([-1.0 - 0.1 * k for k in range(60)], None),
+        ([*(-1.0 - 0.1 * k for k in range(60)), *[-1.0] * 60], "lost"),
+    ],
+)
+def test_trouble_is_seen_in_the_losses_of_the_steps(losses: list[float], trouble: Trouble | None) -> None:
+    whole = Course().then(losses)
+    assert whole.trouble == trouble
+    assert (whole.verdict() == "") is (trouble is None) and (whole.advice() == "") is (trouble is None)
+
+
+def test_a_spike_holds_until_the_next_measurement_and_a_loss_that_is_lost_for_good() -> None:
+    spiked = Course().then([*FALL, 41.0, 30.0, *[1.0] * 60])
+    assert (spiked.trouble, spiked.then([0.9] * 10).trouble) == ("spiked", None)
+    at_once = Course().then([2.3, 2.4, 90.0, 40.0, 60.0, *DEAD, *DEAD])
+    assert (at_once.trouble, at_once.then(DEAD).trouble) == ("spiked", "stuck")
+    lost = Course().then(FALL).then([41.0, 30.0]).then(DEAD).then(DEAD)
+    assert lost.trouble == "lost" and lost.then([1.0] * 60).trouble is None
+    assert lost.highest == 2.32, "since the last measurement"
+
+
+def test_losses_come_in_portions_of_any_size() -> None:
+    losses = [*FALL, 41.0, *DEAD]
+    course = Course()
+    for loss in losses:
+        course = course.then([loss])
+    whole = Course().then(losses)
+    assert (course.lowest, course.now, course.trouble) == (whole.lowest, whole.now, whole.trouble)
+    assert whole.highest == 41.0 and course.highest == 2.32
+
+
+def test_the_words_have_the_figures() -> None:
+    lost = Course().then([*FALL, 41.0, 20.0, *DEAD])
+    assert lost.verdict() == "training has failed on the way: the loss fell from 2.3 to 1.2 and is back at 2.3"
+    assert "3 to 10 times lower" in lost.advice() and "every_n_train_steps=2, at_start=True" in lost.advice()
+    spiked = Course().then([*FALL, 41.0, 30.0, *[1.0] * 60])
+    assert spiked.verdict() == "the loss has spiked to 41 since the last measurement; at the start it was 2.3"
+    assert Course().then([math.nan]).verdict() == "the loss has spiked to infinity or NaN since the last measurement"
+    stuck = Course().then([2.3, 2.3, 2.3, 2.3, 2.2, 2.1, 2.0, 2.6, 2.8, 2.7, 2.7, *DEAD])
+    assert stuck.verdict() == "the loss has hardly fallen: 2.3 at the start, 2.3 now"
+    assert stuck.advice().startswith("The loss has been higher meanwhile")
+    assert "at a tenth and at ten times the learning rate" in Course().then(DEAD).advice()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda draw, k: 0.3 + 2.0 * 0.99**k + draw.gauss(0.0, 0.15),
+        lambda draw, k: (0.05 + 2.25 * 0.99**k) * draw.expovariate(1.0),  # single samples
+        lambda draw, k: max(0.3, 2.3 - 0.002 * k) + draw.gauss(0.0, 0.1),  # slow
+    ],
+)
+def test_noise_is_no_trouble(loss: Callable[[random.Random, int], float]) -> None:
+    troubles = []
+    for seed in range(10):
+        draw, course = random.Random(seed), Course()
+        for start in range(0, 2000, 50):
+            course = course.then([loss(draw, k) for k in range(start, start + 50)])
+            troubles.append(course.trouble)
+    assert sum(trouble is not None for trouble in troubles) <= len(troubles) // 50
+
+
+def test_a_noisy_loss_that_need_not_fall_is_not_called_failed() -> None:
+    troubles = []
+    for seed in range(10):
+        draw, course = random.Random(seed), Course()
+        for _ in range(40):
+            course = course.then([draw.gauss(0.01, 0.5) for _ in range(50)])
+            troubles.append(course.trouble)
+    assert sum(trouble in ("lost", "spiked") for trouble in troubles) <= len(troubles) // 25
+
+
+def test_the_highest_ratio_is_told_until_a_higher_one_is_measured() -> None:
+    course = Course().with_ratio(None, 0).with_ratio(1.2, 4)
+    assert course.earlier(0.5) == ""
+    course = course.with_ratio(2.8, 12).with_ratio(0.016, 100)
+    assert course.earlier(0.016) == course.earlier(None) == "highest 2.8 at step 12"
+    assert course.earlier(2.8) == ""
