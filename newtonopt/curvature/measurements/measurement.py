@@ -759,7 +759,7 @@ class Measured(Mapping[str, float]):
 
     @property
     def troubled(self) -> bool:
-        """Whether steps overshoot, or the losses show that training has gone wrong: no time for longer steps."""
+        """Whether steps overshoot or the losses have gone wrong, so that longer steps would not help."""
         ratio = self.read("stability_ratio")
         return self.diverged or self.course.trouble is not None or (ratio is not None and ratio >= EDGE[0])
 
