@@ -11,7 +11,7 @@ from sphinx.util import logging
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
-# What a browser fetches by itself; links that readers follow are something else.
+# Addresses that a browser fetches by itself; links that readers follow are something else.
 FETCHED = {
     "*.html": re.compile(
         r'<(?:audio|embed|iframe|img|link|script|source|video)\b[^>]*\s(?:href|src)="((?:https?:)?//[^"]+)"'

@@ -47,7 +47,7 @@ DOCUMENTED_AS = {
     matplotlib.axes.Axes: "matplotlib.axes",
     scipy.sparse.linalg.LinearOperator: "scipy.sparse.linalg",
 }
-# What a new optimizer tells its base class.
+# Members by which a new optimizer tells its base class about itself.
 FOR_THE_BASE = {"control", "state_type"}
 # Measurements that show what every measurement has only on the page of `Measurement`.
 PROTOCOL = set(vars(Measurement))

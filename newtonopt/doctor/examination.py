@@ -86,7 +86,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of a check.
+    """The outcome of a check.
 
     Attributes:
         status: How it ended.

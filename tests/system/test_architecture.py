@@ -60,7 +60,7 @@ DRAWERS |= {
     f"newtonopt.curvature.measurements.{name}"
     for name in ("measurement", "alignment", "density", "gauss_newton", "loss_slice")
 }
-# What may import tensorboard, and only when event files are read or a record is written.
+# Modules that may import tensorboard, and only when event files are read or a record is written.
 READERS = {"newtonopt.curvature.event_files", "newtonopt.curvature.records"}
 # What may import SciPy, and only when an operator is handed to it.
 SCIPY = {"newtonopt.operators.linear_operator"}

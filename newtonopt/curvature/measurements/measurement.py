@@ -633,7 +633,7 @@ class Losses:
         return f"the loss is {written(self.now, 3)}, and {written(self.lowest, 3)} was its lowest so far"
 
 
-# What to do where the loss is above the first one.
+# Advice where the loss is above the first one.
 _RISEN_WORDS = (
     "So far training has not lowered the loss of the samples that are measured. Where it does not fall soon, lower the "
     "learning rate, whatever the curvature says."
