@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import multiprocessing
@@ -272,24 +273,21 @@ def _sharded(rank: int) -> Tensor:
 
 
 def _in_two_processes(work: Callable[[int], Tensor]) -> Tensor:
-    """Return the result of `work(0)` here, while another process does `work(1)`, both in one gloo group."""
+    """Return the result of `work(0)`, run in one process while another runs `work(1)`, both in one gloo group."""
     if not (dist.is_available() and dist.is_gloo_available()):
         raise Unavailable("torch is built without torch.distributed or gloo")
-    with tempfile.TemporaryDirectory() as folder:
+    # Two new processes, not this one and another: torch names a group by the number of groups that its process has
+    # tried to start. A start that failed here would make this process wait for a name that the other never gives.
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(2) as pool:
         meeting = str(Path(folder, "meeting"))
-        partner = multiprocessing.get_context("spawn").Process(target=_take_part, args=(1, meeting, work))
-        partner.start()
-        try:
-            return _take_part(0, meeting, work)
-        finally:
-            # It has ended, or it waits in vain.
-            partner.join(5)
-            partner.kill()
-            partner.join()
+        part = functools.partial(_take_part, meeting=meeting, work=work)
+        # In the order in which they end, for a process that fails leaves the other one waiting.
+        values = dict(pool.imap_unordered(part, range(2)))[0]
+    return torch.tensor(values, dtype=torch.float64)
 
 
-def _take_part(rank: int, meeting: str, work: Callable[[int], Tensor]) -> Tensor:
-    """Join the group, and do the work."""
+def _take_part(rank: int, meeting: str, work: Callable[[int], Tensor]) -> tuple[int, list[float]]:
+    """Join the group, do the work, and return the rank with the numbers found."""
     try:
         # A file, so that no port has to be free. Gloo still connects the processes by a network interface.
         store = dist.FileStore(meeting, 2)  # type: ignore[attr-defined]
@@ -301,7 +299,7 @@ def _take_part(rank: int, meeting: str, work: Callable[[int], Tensor]) -> Tensor
             "Name a network interface that works: GLOO_SOCKET_IFNAME=lo.",
         ) from error
     try:
-        return work(rank)
+        return rank, work(rank).tolist()
     finally:
         dist.destroy_process_group()
 

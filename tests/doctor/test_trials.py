@@ -6,6 +6,7 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -206,6 +207,16 @@ def test_a_tab_that_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
         unavailable(trials.tab, "tensorboard is not installed")
     monkeypatch.setattr("newtonopt_tensorboard.plugin.CurvatureTab.is_active", lambda tab: False)
     fails(trials.tab, "the tab does not see a run")
+
+
+@pytest.mark.slow
+def test_processes_after_a_group_that_did_not_start_here() -> None:
+    with pytest.raises(RuntimeError, match=r"(?i)time"):
+        dist.init_process_group(
+            "gloo", store=dist.HashStore(), rank=0, world_size=2, timeout=timedelta(milliseconds=10)
+        )
+    found = tried(trials.data_parallel)
+    assert found.status is Status.OK, found
 
 
 @pytest.mark.slow
