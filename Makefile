@@ -16,11 +16,11 @@ help: ## list what can be made
 demo: $(VENV)/examples.stamp ## train a digits classifier with HessianFree and print its curvature
 	$(BIN)/python examples/digits.py fit --config configs/hessian_free.yaml
 
-test: $(VENV)/dev.stamp ## run the tests, less the slow ones
-	$(BIN)/pytest
+test: $(VENV)/dev.stamp ## run the tests on all cores, less the slow ones
+	$(BIN)/pytest -n auto
 
 test-slow: $(VENV)/dev.stamp ## run the slow tests too
-	$(BIN)/pytest -m "not gpu and not browser"
+	$(BIN)/pytest -n auto -m "not gpu and not browser"
 
 test-oldest: ## run the tests with the oldest versions allowed, which are gigabytes; needs Python 3.10 to 3.12
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 13))' \
