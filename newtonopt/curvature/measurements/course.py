@@ -16,18 +16,14 @@ from newtonopt.curvature.showing import written
 # (docs/draw_curvature_runs.py).
 EDGE = (0.9, 1.25)
 
-# Losses whose median is called the first one, or the very first where that is lower: a spike may come at once. Weights
-# of a step in three running means: of the loss, over about four steps for its highest and lowest and over about twenty
-# for where it is now, and of its change from step to step.
-_HEAD, _QUICK, _NOW, _SLOW = 5, 0.25, 0.1, 0.05
-# A change counts as this many times the usual one at most, and at least as this share of the loss, so that a spike does
-# not pass for noise.
-_USUAL, _SMALL = 4.0, 0.01
-# Usual changes by which a running mean must move to have moved by more than noise.
+# Steps over which medians are taken: five, so that two bad batches do not count, and thirty for where the loss is now
+# and for how it changes from step to step. Simulated losses with heavy tails choose both, and the factor below.
+_SHORT, _LONG = 5, 30
+# Usual changes from step to step, by which a median must move to have moved by more than noise.
 _NOISE = 8.0
 # A run has lost what it had gained where it had gained this share of its first loss, and has lost this share of that.
 _GAINED, _LOST = 0.2, 0.6
-# Shares of the first loss by which a running mean above it is called raised, and a spike.
+# Shares of the first loss by which a median above it is called raised, and a spike.
 _RAISED, _SPIKED = 0.1, 0.5
 # A loss has not fallen where after so many steps it is not below the first one; not by the first share of that where it
 # has been raised meanwhile. Where it has not, noise must be below the second share.
@@ -40,18 +36,18 @@ Trouble = Literal["lost", "spiked", "stuck"]
 class Course:
     """The training loss of a run, as every step has reported it, and the highest stability ratio measured so far.
 
+    All that is told comes from medians over five and thirty steps: noise with heavy tails, and a spike of one or two
+    steps, move no median.
+
     Attributes:
-        head: The losses of the first five steps; fewer at the start.
+        recent: The last thirty losses; fewer at the start.
         steps: How many finite losses there were.
-        first: The very first, or the median of the first five where that is lower.
-        lowest: Lowest running mean over about four steps.
-        quick: That running mean now.
-        now: The running mean over about twenty steps now.
+        first: The very first, or the median of the first five where that is lower: a spike may come at once.
+        lowest: Lowest median of five so far.
         highest: Highest single loss since the last measurement; infinite if one was not finite.
-        spiked: Whether the running mean over four steps has been far above the first loss since the last measurement.
-        raised: Whether it has been above the first loss by more than noise since the start.
-        noise: Usual change of the loss from step to step.
-        calm: The lowest such change so far, after which the loss must move to have moved by more than noise.
+        peak: Highest median of five since the last measurement; infinite if a loss was not finite.
+        summit: Highest median of five so far.
+        calm: The lowest median of the changes from step to step so far: the usual change where there is only noise.
         ratio: Highest stability ratio measured.
         at: Step at which it was measured.
 
@@ -63,24 +59,21 @@ class Course:
         True
     """
 
-    head: tuple[float, ...] = ()
+    recent: tuple[float, ...] = ()
     steps: int = 0
     first: float = 0.0
     lowest: float = math.inf
-    quick: float = 0.0
-    now: float = 0.0
     highest: float = -math.inf
-    spiked: bool = False
-    raised: bool = False
-    noise: float = 0.0
+    peak: float = -math.inf
+    summit: float = -math.inf
     calm: float = 0.0
     ratio: float = -math.inf
     at: int = 0
 
     @property
-    def here(self) -> float:
-        """The loss now: the lower one of two running means, as the slow one remembers a spike for long."""
-        return min(self.now, self.quick)
+    def now(self) -> float:
+        """The loss now: the lower one of the two medians, as the long one remembers a spike for fifteen steps."""
+        return min(median(self.recent), median(self.recent[-_SHORT:])) if self.recent else math.nan
 
     @property
     def trouble(self) -> Trouble | None:
@@ -90,54 +83,45 @@ class Course:
         measurement. "stuck": the loss has not fallen since the start.
         """
         size, gain = abs(self.first), self.first - self.lowest
-        if gain >= max(_GAINED * size, _NOISE * self.calm) and self.here - self.lowest >= _LOST * gain > 0.0:
+        if gain >= max(_GAINED * size, _NOISE * self.calm) and self.now - self.lowest >= _LOST * gain > 0.0:
             return "lost"
-        if self.spiked:
+        if self._is_above(self.peak, _SPIKED):
             return "spiked"
         fallen = _FALLEN if self.raised else 0.0
         told = self.steps >= _STEPS and size > 0.0 and (self.raised or self.calm <= _QUIET * size)
-        return "stuck" if told and self.here >= self.first - fallen * size else None
+        return "stuck" if told and self.now >= self.first - fallen * size else None
+
+    @property
+    def raised(self) -> bool:
+        """Whether the loss has been above the first one since the start, by more than noise."""
+        return self._is_above(self.summit, _RAISED)
+
+    def _is_above(self, loss: float, share: float) -> bool:
+        """Return whether a median of losses is above the first loss by this share of it, and by more than noise."""
+        return loss - self.first >= max(share * abs(self.first), _NOISE * self.calm) and loss > self.first
 
     def then(self, losses: Iterable[float]) -> Course:
         """Return the course with the losses of the steps since the last measurement."""
-        course = replace(self, highest=-math.inf, spiked=False)
+        course = replace(self, highest=-math.inf, peak=-math.inf)
         for loss in losses:
-            course = course._with(loss) if math.isfinite(loss) else replace(course, highest=math.inf, spiked=True)
+            course = course._with(loss) if math.isfinite(loss) else replace(course, highest=math.inf, peak=math.inf)
         return course
 
     def _with(self, loss: float) -> Course:
         """Return the course with one loss more."""
-        if len(self.head) == _HEAD:
-            return self._moved(loss)
-        head = (*self.head, loss)
-        course = replace(self, head=head, highest=max(self.highest, loss))
-        if len(head) < _HEAD:
+        recent, steps = (*self.recent, loss)[-_LONG:], self.steps + 1
+        course = replace(self, recent=recent, steps=steps, highest=max(self.highest, loss))
+        if steps <= _SHORT:
+            course = replace(course, first=min(recent[0], median(recent)))
+        if steps < _SHORT:
             return course
-        first, noise = min(head[0], median(head)), min(abs(b - a) for a, b in pairwise(head))
-        course = replace(course, first=first, lowest=first, quick=first, now=first, noise=noise, calm=noise)
-        for entry in head:
-            course = course._moved(entry)
-        return course
-
-    def _moved(self, loss: float) -> Course:
-        """Return the course with its running means moved on."""
-        first, quick = self.first, self.quick + _QUICK * (loss - self.quick)
-        change = min(abs(loss - self.quick), _USUAL * self.noise + _SMALL * abs(first))
-        noise = self.noise + _SLOW * (change - self.noise)
-        # The first changes are too few to tell how calm the loss is.
-        calm = noise if self.steps < _STEPS // 2 else min(self.calm, noise)
-        rise, enough = quick - first, _NOISE * self.calm
+        short, change = median(recent[-_SHORT:]), median(abs(b - a) for a, b in pairwise(recent))
         return replace(
-            self,
-            steps=self.steps + 1,
-            lowest=min(self.lowest, quick),
-            quick=quick,
-            now=self.now + _NOW * (loss - self.now),
-            highest=max(self.highest, loss),
-            spiked=self.spiked or rise >= max(_SPIKED * abs(first), enough) > 0.0,
-            raised=self.raised or rise >= max(_RAISED * abs(first), enough) > 0.0,
-            noise=noise,
-            calm=calm,
+            course,
+            lowest=min(self.lowest, short),
+            peak=max(self.peak, short),
+            summit=max(self.summit, short),
+            calm=change if steps <= _LONG else min(self.calm, change),
         )
 
     def with_ratio(self, ratio: float | None, step: int) -> Course:
@@ -146,7 +130,7 @@ class Course:
 
     def verdict(self) -> str:
         """Return the trouble with its figures, for the first line of the text; empty: none."""
-        first, lowest, now = (written(loss, 2) for loss in (self.first, self.lowest, self.here))
+        first, lowest, now = (written(loss, 2) for loss in (self.first, self.lowest, self.now))
         high = written(self.highest, 2) if math.isfinite(self.highest) else "infinity or NaN"
         if self.trouble == "lost":
             return f"training has failed on the way: the loss fell from {first} to {lowest} and is back at {now}"
