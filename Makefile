@@ -32,6 +32,7 @@ gpu: $(if $(filter file,$(origin PYTHON)),$(VENV)/dev.stamp) ## run the gpu test
 	$(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(OPTIONS)
 
 docs: $(VENV)/docs.stamp ## build the site into docs/_build/html, with every warning an error
+	rm -rf docs/reference/generated docs/_build/html # pages of names that are gone
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
