@@ -32,13 +32,15 @@ def main(folder: str = "logs/plain_loop") -> dict[str, float]:
         loss.backward()
         return loss
 
-    last = None
+    last, losses = None, []
     for step in range(STEPS + 1):
         if step % EVERY == 0:
-            last = measure(closure, model.parameters(), optimizer, last=last if step % (10 * EVERY) else None)
+            certify = step % (10 * EVERY) == 0
+            last = measure(closure, model.parameters(), optimizer, last=last, certify=certify, step_losses=losses)
             add_to_tensorboard(writer, last, step)
             print(f"step {step}", last.in_words(), sep="\n", end="\n\n")
-        optimizer.step(closure)
+            losses.clear()
+        losses.append(optimizer.step(closure).item())
     writer.close()
     return last
 

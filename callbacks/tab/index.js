@@ -47,6 +47,8 @@ const BADGES = {
   lost: ['danger', 'training has failed'],
   spiked: ['warn', 'loss has spiked'],
   stuck: ['warn', 'loss has not fallen'],
+  jumped: ['warn', 'loss has jumped'],
+  unstable: ['warn', 'was unstable'],
 };
 
 // --- Small things -------------------------------------------------------------------------------------------------
@@ -1391,9 +1393,22 @@ function numbersOf(series) {
   put('lambda_max', 'largest eigenvalue', between('lambda_max'));
   if (isPreconditioned(series)) put('preconditioned_lambda_max', 'preconditioned eigenvalue', between('preconditioned_lambda_max'));
   put('stability_ratio', 'ratio to threshold', threshold);
+  const highest = highestRatio(series);
+  if (highest) numbers.push(el('div', {}, el('dt', {}, 'highest ratio'), el('dd', {}, shown(highest.value), el('small', {}, `step ${grouped(highest.step)}`))));
   put('lambda_min', 'smallest eigenvalue', between('lambda_min'));
   put('sharpness', 'sharpness');
   return numbers;
+}
+
+/** The highest stability ratio of a run and its step, where it was beyond the edge and is not the last one. */
+function highestRatio(series) {
+  const ratios = series.values.stability_ratio || [];
+  let k = -1;
+  ratios.forEach((ratio, i) => {
+    if (Number.isFinite(ratio) && (k < 0 || ratio > ratios[k])) k = i;
+  });
+  const last = lastOf(series, 'stability_ratio');
+  return k >= 0 && ratios[k] > EDGE[1] && series.steps[k] !== last.step ? {value: ratios[k], step: series.steps[k]} : null;
 }
 
 /** The last value that a monitor has measured, its step, and whether it is of the last measurement. */

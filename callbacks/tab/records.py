@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 
 VERSION = 1
 # How a run is going. A record without a state, or with another one, says nothing of it.
-_STATES = ("diverged", "failed", "lost", "spiked", "stuck", "risen", "below", "edge", "beyond")
+_STATES = ("diverged", "failed", "lost", "spiked", "stuck", "risen", "jumped", "unstable", "below", "edge", "beyond")
 # A record has some kilobytes. Larger ones are foreign, or would make the page slow.
 _MAX_BYTES = 1 << 20
 _MAX_NAMES, _MAX_NAME, _MAX_WORDS, _MAX_WORD, _MAX_BARS = 2000, 300, 40, 2000, 500
@@ -37,8 +37,9 @@ class Record:
             density was not measured.
         layers: The largest eigenvalue of each layer.
         state: "diverged" or "failed"; "lost" where the loss is back where it started, "spiked" where it was far above
-            that, "stuck" where it has not fallen, "risen" where it is above that; "below", "edge" or "beyond" the edge
-            of stability; None if that is not known.
+            that, "stuck" where it has not fallen, "risen" where it is above that, "jumped" where one batch was far
+            above it; "unstable" where it was beyond the edge of stability and has not recovered; "below", "edge" or
+            "beyond" that edge; None if that is not known.
         remark: A sentence that says which loss was measured; empty if that is not known.
     """
 

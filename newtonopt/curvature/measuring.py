@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from newtonopt.checks import check_choice, check_closure, check_flag, check_instance, check_weight, listed, shown
+from newtonopt.checks import (
+    check_choice,
+    check_closure,
+    check_flag,
+    check_instance,
+    check_weight,
+    kind_of,
+    listed,
+    shown,
+)
 from newtonopt.closure.evaluation import Products
 from newtonopt.curvature.ascent import Kind
 from newtonopt.curvature.diagonal_blocks import is_named
@@ -56,6 +66,8 @@ def measure(
     weight: float | None = None,
     prefix: str = "curvature",
     last: Measured | None = None,
+    certify: bool = False,
+    step_losses: Sequence[float] = (),
 ) -> Measured:
     """Measure the curvature of a loss: the values that `CurvatureMonitor` logs, for any training loop.
 
@@ -92,16 +104,20 @@ def measure(
         last: The return value of the last call in this run, whose eigenvectors to track, until the largest eigenvalue
             is known to `tolerance` and the others to a tenth, both by estimates. Eigenvalues that these vectors know
             nothing of may be missed: `certified` is 0 then, and `_upper` and `_lower` enclose some
-            eigenvalue, perhaps not the extreme one. It is certified again only where tracking is seen to fail: leave
-            `last` out now and then. With "auto" products are differences of gradients where the last measurement from
-            random starts found these accurate to half the tolerance. None (default): from random starts, with bounds
-            that hold for the extreme ones.
+            eigenvalue, perhaps not the extreme one. It is certified again only where tracking is seen to fail, and by
+            `certify`. The words remember losses and the highest stability ratio. With "auto" products are differences
+            of gradients where the last measurement from random starts found these accurate to half the tolerance. None
+            (default): from random starts, with bounds that hold for the extreme ones.
+        certify: Whether to start at random in spite of `last`. Default False; do it now and then.
+        step_losses: Training losses of the steps since `last`, in their order, from which the words tell of spikes, of
+            bad batches and of a loss that does not fall. Without them the
+            measured loss alone counts.
 
     Returns:
         The values by tag, such as `curvature/lambda_max`.
 
     Raises:
-        TypeError: `closure`, `params`, `optimizer`, `measurements` or `last` is of another kind.
+        TypeError: `closure`, `params`, `optimizer`, `measurements`, `last` or `step_losses` is of another kind.
         ValueError: A setting is out of its range, an optimizer trains none of `params`, or a measurement lacks the
             optimizer or the parameters' names.
         RuntimeError: As `evaluate`, or the closure has changed something that cannot be put back, such as an iterator.
@@ -130,6 +146,8 @@ def measure(
     check_weight(weight)
     if last is not None:
         check_instance("last", last, Measured, "a Measured, or None", "Pass the return value of the last call.")
+    check_flag("certify", certify)
+    losses = [_number(loss) for loss in listed("step_losses", step_losses, "numbers", "[0.7, 0.6]")]
     given = listed("params", params, "tensors", "model.parameters()")
     named = [pair for pair in given if is_named(pair)]
     tensors = [pair[1] if is_named(pair) else pair for pair in given]
@@ -137,7 +155,8 @@ def measure(
     if optimizers and not training(optimizers, tensors):
         raise ValueError("optimizer must train some of params, got one that trains none. Pass another one, or None.")
     plan = for_optimizers(plan, optimizers, tensors)
-    return take(closure, tensors, optimizers, plan, weight, named if len(named) == len(given) else (), last)
+    names = named if len(named) == len(given) else ()
+    return take(closure, tensors, optimizers, plan, weight, names, last, certify=certify, step_losses=losses)
 
 
 def list_of(
@@ -212,6 +231,13 @@ def _check_tags(measurements: Sequence[Measurement[Any]]) -> None:
                     "Rename one."
                 )
             owners[tag.name] = kind
+
+
+def _number(loss: object) -> float:
+    """Return a loss as a number; a tensor with one entry is one."""
+    if isinstance(loss, bool) or not (isinstance(loss, Real) or (isinstance(loss, Tensor) and loss.numel() == 1)):
+        raise TypeError(f"step_losses must hold numbers only, got {kind_of(loss)} in it. Write [0.7, 0.6].")
+    return float(loss)
 
 
 def _optimizers(given: Any) -> list[Optimizer]:

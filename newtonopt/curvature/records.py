@@ -136,6 +136,5 @@ def _state(measured: Measured) -> str | None:
     if measured.diverged or trouble == "lost":
         return "diverged" if measured.diverged else trouble
     if state in (None, "below"):
-        risen = measured.losses is not None and measured.losses.risen
-        return trouble or ("risen" if risen else state)
+        return trouble or ("unstable" if measured.course.was_unstable else state)
     return state

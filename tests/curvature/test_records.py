@@ -78,8 +78,8 @@ def test_tab_and_records_have_one_name_and_version() -> None:
     assert (PLUGIN, VERSION) == (plugin.NAME, records.VERSION)
 
 
-@pytest.mark.parametrize(("loss", "state"), [(1.0, "below"), (2.0, "risen"), (math.inf, "diverged")])
-def test_a_state_below_the_edge_gives_way_to_a_risen_loss(loss: float, state: str) -> None:
+@pytest.mark.parametrize(("loss", "state"), [(1.0, "below"), (2.0, "below"), (math.inf, "diverged")])
+def test_a_state_below_the_edge_gives_way_to_a_loss_that_is_not_finite(loss: float, state: str) -> None:
     found = replace(measured(), losses=Losses(1.0, 1.0, loss))
     assert records.read_record(json.dumps(record_of(found, ""))).state == state
 
@@ -92,6 +92,8 @@ def test_a_state_below_the_edge_gives_way_to_a_risen_loss(loss: float, state: st
         ([2.3] * 5 + [40.0] * 5 + [1.0] * 20, 0.1, "spiked"),
         ([2.3] * 5 + [40.0] * 5 + [1.0] * 20, 3.0, "beyond"),
         ([2.3] * 60, 0.1, "stuck"),
+        ([2.3] * 5 + [3.0] * 20, 0.1, "risen"),
+        ([2.3] * 5 + [2.0] * 20 + [40.0] + [2.0] * 9, 0.1, "jumped"),
         ([2.3] * 60, 1.0, "edge"),
     ],
 )
@@ -100,6 +102,15 @@ def test_a_state_below_the_edge_gives_way_to_trouble_with_the_loss(losses: list[
     found = measure(lambda: w.square().sum(), [w], torch.optim.SGD([w], lr=lr), sharpness=None)
     record = record_of(replace(found, course=Course().then(losses)), "")
     assert records.read_record(json.dumps(record)).state == state
+
+
+def test_a_ratio_that_was_high_is_kept_in_the_state_until_the_loss_has_fallen() -> None:
+    w = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    found = measure(lambda: w.square().sum(), [w], torch.optim.SGD([w], lr=0.1), sharpness=None)
+    course = Course().then([2.3] * 9).with_ratio(3.0, 9)
+    for losses, state in (([2.2] * 9, "unstable"), ([1.0] * 9, "below")):
+        record = record_of(replace(found, course=course.then(losses)), "")
+        assert records.read_record(json.dumps(record)).state == state
 
 
 def test_a_failure_is_read_as_one() -> None:

@@ -46,9 +46,6 @@ _DIFFERENCED = 0.5
 # A run has diverged where its loss is this many times the lowest so far, and has lost this share of what it had gained.
 # The first alone would call each bump in a loss near zero a divergence; the second alone, noise near the start.
 _TIMES, _LOST = 10.0, 0.5
-# A loss this share above the first one is called risen; a smaller rise may be the noise of dropout.
-_RISEN = 0.1
-
 
 # Groups that the tags of this library's measurements have beside those under the prefix itself.
 GROUPS = ("bookkeeping", "more")
@@ -615,11 +612,6 @@ class Losses:
         rise, gain = self.now - self.lowest, self.first - self.lowest
         return rise > 0.0 and rise >= max((_TIMES - 1.0) * abs(self.lowest), _LOST * gain)
 
-    @property
-    def risen(self) -> bool:
-        """Whether the loss is a tenth or more above the first one."""
-        return self.now - self.first >= _RISEN * abs(self.first) > 0.0
-
     def then(self, loss: float) -> Losses:
         """Return the losses with a further one."""
         return Losses(self.first, min(self.lowest, loss), loss)
@@ -632,12 +624,6 @@ class Losses:
             return f"the loss is {written(self.now, 3)}, {written(self.now / self.lowest, 2)} times its lowest so far"
         return f"the loss is {written(self.now, 3)}, and {written(self.lowest, 3)} was its lowest so far"
 
-
-# Advice where the loss is above the first one.
-_RISEN_WORDS = (
-    "So far training has not lowered the loss of the samples that are measured. Where it does not fall soon, lower the "
-    "learning rate, whatever the curvature says."
-)
 
 # What to do where a run has diverged, whose curvature, often none, would suggest a longer step.
 _DIVERGED = (
@@ -761,7 +747,8 @@ class Measured(Mapping[str, float]):
     def troubled(self) -> bool:
         """Whether steps overshoot or the losses have gone wrong, so that longer steps would not help."""
         ratio = self.read("stability_ratio")
-        return self.diverged or self.course.trouble is not None or (ratio is not None and ratio >= EDGE[0])
+        overshoots = ratio is not None and ratio >= EDGE[0]
+        return self.diverged or overshoots or self.course.trouble is not None or self.course.was_unstable
 
     def in_words(self) -> str:
         """Return what the values mean and what to do, a line for each measurement, after the verdict in one line.
@@ -784,7 +771,7 @@ class Measured(Mapping[str, float]):
         if certified == 0.0 and not self.doubt and self.read("asymmetry") is None:
             lines.append(
                 "This measurement tracked the last one's eigenvectors. CurvatureMonitor certifies each with "
-                "Budget(certify_every=1), and measure without last."
+                "Budget(certify_every=1), and measure with certify=True."
             )
         if certified == 1.0 and self.read("converged") == 0.0:
             lines.append(
@@ -803,17 +790,13 @@ class Measured(Mapping[str, float]):
         trouble = self.course.verdict()
         if trouble:
             verdicts.insert(0, trouble)
-        risen = not trouble and self.losses is not None and self.losses.risen
-        if self.losses is not None and risen:
-            rise = f"from {written(self.losses.first, 3)} to {written(self.losses.now, 3)}"
-            verdicts.insert(0, f"the loss has risen {rise} since the start")
         verdict = "; ".join(filter(None, verdicts))
         said = [
             (measurement.leads, words) for measurement, result in found for words in measurement.sentences(result, self)
         ]
         return [
             *([f"In short: {verdict}."] if verdict else []),
-            *([self.course.advice()] if trouble else [_RISEN_WORDS] if risen else []),
+            *([self.course.advice()] if trouble else []),
             *(words for leads, words in said if leads),
             *([f"Nothing is certified: {self.doubt}"] if self.doubt else []),
             *(words for leads, words in said if not leads),
@@ -830,6 +813,8 @@ def take(
     last: Measured | None = None,
     lenient: bool = False,
     losses: Losses | None = None,
+    certify: bool = False,
+    step_losses: Sequence[float] = (),
 ) -> Measured:
     """Take the measurements of a plan, whose settings have been checked, at the parameters.
 
@@ -840,10 +825,12 @@ def take(
         plan: Measurements to take, and their budget.
         weight: Weight of this process in the mean over several, as for `evaluate`.
         named: Pairs of the parameters' names and them; empty if the names are not known.
-        last: The results to track; None: start at random.
+        last: The last results, to track; None: start at random.
         lenient: Whether a measurement that raises an error is left out while others succeed. Default False. Errors of
             the loss and the gradient, parameters that the closure moves, and state that cannot be put back end all.
         losses: The losses of the run before; None (default): as `last` has them, or none.
+        certify: Whether to start at random in spite of `last`, of which the losses are kept. Default False.
+        step_losses: Losses of the steps since then. Default: the measured one alone.
 
     Returns:
         Their results.
@@ -856,14 +843,19 @@ def take(
     settings = (closure, trained_parameters(params), optimizers, plan, weight, named)
     began = time.perf_counter()
     before = last.losses if losses is None and last is not None else losses
-    if last is not None and last.differenced and last.suits(plan):
+    course = Course() if last is None else last.course
+    tracked, found = None if certify else last, None
+    if tracked is not None and tracked.differenced and tracked.suits(plan):
         try:
-            return _take(*settings, last, lenient, before, began, differenced=True)
+            found = _take(*settings, tracked, lenient, before, began, differenced=True)
         except (UnprotectedError, ParametersMovedError):
             raise
         except Exception:  # tracking has lost an eigenvector, or there are no differences here
-            last = None
-    return _take(*settings, last, lenient, before, began, differenced=False)
+            tracked = None
+    if found is None:
+        found = _take(*settings, tracked, lenient, before, began, differenced=False)
+    here = [] if found.losses is None else [found.losses.now]
+    return replace(found, course=course.then(step_losses or here).with_ratio(found.read("stability_ratio")))
 
 
 def _take(

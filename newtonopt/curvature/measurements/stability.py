@@ -149,13 +149,23 @@ class Stability(Measurement[StabilityRatio]):
         at = f"is {written(result.ratio, 3)} times the stability threshold {written(result.threshold)}"
         earlier = measured.course.earlier(result.ratio)
         said = f"The largest eigenvalue {which}{at}{f' ({earlier})' if earlier else ''}"
-        # A loss that spikes or does not fall says more than a small ratio.
-        risen = measured.losses is not None and measured.losses.risen
-        quiet = result.state == "below" and (risen or measured.course.trouble is not None)
-        return [f"{said}." if quiet else f"{said}: {_advice(result)}"]
+        # A loss that spikes or does not fall, and a ratio that was high, say more than a small ratio.
+        course = measured.course
+        if result.state == "below" and course.trouble is not None:
+            return [f"{said}."]
+        if result.state == "below" and course.was_unstable:
+            return [f"{said}. {_AFTER}"]
+        return [f"{said}: {_advice(result, course.ratio)}"]
 
 
-def _advice(result: StabilityRatio) -> str:
+# What to do where the ratio is small after a high one.
+_AFTER = (
+    "A small ratio after a high one says little, as the network may be dead or flat: if the loss does not fall from "
+    "here, start again with a lower learning rate, or warm up."
+)
+
+
+def _advice(result: StabilityRatio, highest: float) -> str:
     ratio, lr = result.ratio, result.lr
     if result.state == "beyond" and ratio >= _HUGE:
         return (
@@ -164,10 +174,10 @@ def _advice(result: StabilityRatio) -> str:
         )
     if result.state == "beyond":
         lower = (
-            f"divide the learning rates by {written(ratio, 3)}, or reach them by a warm-up from there"
+            f"halve the learning rates, and again until it does; or warm up from {written(1.0 / ratio, 2)} of them"
             if lr is None
-            else f"lower lr from {written(lr, 3)} to {written(lr / ratio, 3)}; or keep {written(lr, 3)} and reach it "
-            f"by a warm-up from {written(lr / ratio, 3)}"
+            else f"halve lr to {written(lr / 2, 3)}, and again until it does; or warm up to {written(lr, 3)} from "
+            f"{written(lr / ratio, 3)}"
         )
         return (
             "steps along its eigenvector overshoot and grow until the curvature falls. Where the loss does not fall "
@@ -179,7 +189,7 @@ def _advice(result: StabilityRatio) -> str:
             "training is at the edge of stability, which is normal at a constant learning rate. Nothing needs to be "
             f"done while the loss falls; if it spikes, {lower}."
         )
-    if ratio >= _FAR:
+    if ratio >= _FAR or highest > EDGE[1]:
         return "steps are stable."
     room = "" if lr is None or ratio <= 0.0 else f" (lr={written(lr, 3)})"
     return (

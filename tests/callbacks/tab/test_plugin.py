@@ -656,6 +656,14 @@ class TestTab:
         open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 1)
         assert browser.execute_script(BADGES) == [["pill warn", "loss has risen"]]
 
+    def test_a_run_that_was_unstable_says_so_beside_its_highest_ratio(self, browser: Any, tmp_path: Path) -> None:
+        with run(tmp_path / "a", records=0) as writer:
+            for step, ratio in enumerate((0.5, 8.5, 0.003)):
+                add(writer, step, record(step, values={"lambda_max": 1.0, "stability_ratio": ratio}, state="unstable"))
+        open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 1)
+        assert browser.execute_script(BADGES) == [["pill warn", "was unstable"]]
+        assert "highest ratio|8.5|step 1" in numbers(browser)
+
     def test_trouble_and_what_to_do_about_it_stay_in_sight_beside_many_runs(self, browser: Any, tmp_path: Path) -> None:
         words = [
             "In short: something is wrong.",

@@ -154,22 +154,35 @@ def test_where_a_run_has_diverged_words_say_what_to_do_and_draw_no_conclusion_fr
     assert not alone.diverged and "raise the learning rate" in alone.in_words()
 
 
-def test_a_loss_above_the_first_one_is_told_whatever_the_curvature_says() -> None:
+def test_the_words_of_a_plain_loop_remember_its_losses_and_its_highest_ratio() -> None:
     w = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
-    sgd = torch.optim.SGD([w], lr=0.1)
 
-    def at(loss: float, last: Measured | None) -> Measured:
-        return measure(lambda: w.square().sum() * 0.5 + loss - 0.5, [w], sgd, sharpness=None, last=last)
+    def at(loss: float, lr: float, last: Measured | None, **settings: Any) -> Measured:
+        sgd = torch.optim.SGD([w], lr=lr)
+        return measure(lambda: w.square().sum() * 0.5 + loss - 0.5, [w], sgd, sharpness=None, last=last, **settings)
 
-    first = at(2.0, None)
-    for loss, told in ((2.1, False), (3.0, True)):
-        found = at(loss, first)
-        assert found.losses is not None and found.losses.risen is told and not found.diverged
-        words = found.in_words().splitlines()
-        rise = "the loss has risen from 2 to 3 since the start; " if told else ""
-        assert words[0].startswith(f"In short: {rise}below the edge")
-        assert words[1].startswith("So far training has not lowered the loss") is told
-    assert not Losses(0.0, 0.0, 1.0).risen and Losses(-2.0, -2.0, -1.0).risen
+    high = at(2.0, 4.0, None)
+    assert high.in_words().startswith("In short: beyond the edge of stability (ratio 2)")
+    low = at(2.0, 0.01, high)
+    assert "(ratio 0.005, highest 2)" in low.in_words() and "stable" not in low.in_words().splitlines()[1]
+    certified = at(2.0, 0.01, low, certify=True)
+    assert certified["curvature-bookkeeping/certified"] == 1.0 and low["curvature-bookkeeping/certified"] == 0.0
+    assert "highest 2" in certified.in_words()
+    told = at(2.0, 0.01, certified, step_losses=[*[2.0] * 20, torch.tensor(60.0), 50.0, 40.0, *[2.0] * 9])
+    assert "the loss has spiked to 60 since the last measurement" in told.in_words()
+    dead = low
+    for _ in range(6):
+        dead = at(3.0, 0.01, dead)
+    assert dead.in_words().startswith("In short: the loss has risen from 2 to 3 since the start; below the edge")
+
+
+@pytest.mark.parametrize("wrong", [[True], ["0.7"], [torch.ones(2)]])
+def test_losses_of_steps_must_be_numbers(wrong: list[Any]) -> None:
+    w = torch.ones(1, requires_grad=True)
+    with pytest.raises(TypeError, match=r"step_losses must hold numbers only, got .* in it\. Write \[0\.7, 0\.6\]\."):
+        measure(lambda: w.square().sum(), [w], step_losses=wrong)
+    with pytest.raises(TypeError, match=r"step_losses must be an iterable of numbers"):
+        measure(lambda: w.square().sum(), [w], step_losses=0.7)  # type: ignore[arg-type]
 
 
 def test_a_bad_prefix_is_refused() -> None:

@@ -33,12 +33,18 @@ def words(measurement: Any, result: Any) -> str:
         ),
         (StabilityRatio(20.0, -0.5, False, 0.1), "-0.5 times the stability threshold 20: steps are stable, and far"),
         (StabilityRatio(6.2, 2.0, False), "overshoot and grow"),
-        (StabilityRatio(6.2, 2.0, False), "divide the learning rates by 2, or reach them by a warm-up from there."),
+        (
+            StabilityRatio(6.2, 2.0, False),
+            "halve the learning rates, and again until it does; or warm up from 0.5 of them.",
+        ),
         (
             StabilityRatio(20.0, 1.6, False, 0.1),
-            "lower lr from 0.1 to 0.0625; or keep 0.1 and reach it by a warm-up from 0.0625.",
+            "halve lr to 0.05, and again until it does; or warm up to 0.1 from 0.0625.",
         ),
-        (StabilityRatio(20.0, 9.9, False, 0.1), "lower lr from 0.1 to 0.0101;"),
+        (
+            StabilityRatio(20.0, 9.9, False, 0.1),
+            "halve lr to 0.05, and again until it does; or warm up to 0.1 from 0.0101.",
+        ),
         (StabilityRatio(20.0, 800.0, False, 0.1), "start again from the beginning with a learning rate 3 to 10 times"),
         (StabilityRatio(38e3, 0.5, True), "The largest eigenvalue of the preconditioned matrix is 0.5 times"),
     ],
@@ -57,11 +63,24 @@ def test_the_verdict_says_where_training_is(ratio: float, verdict: str) -> None:
 
 
 def test_the_highest_ratio_is_told_to_the_end() -> None:
-    result, course = StabilityRatio(20.0, 0.5, False, 0.1), Course(ratio=2.8, at=12)
+    result, course = (
+        StabilityRatio(20.0, 0.05, False, 0.1),
+        Course().then([2.3] * 5).with_ratio(2.8, 12).then([1.0] * 9),
+    )
     measured = Measured(Plan((Stability(),)), {}, "auto", {}, "", {Stability: result}, {}, course=course)
     verdict, sentence = measured.in_words().splitlines()
-    assert verdict == "In short: below the edge of stability (ratio 0.5, highest 2.8 at step 12)."
+    assert verdict == "In short: below the edge of stability (ratio 0.05, highest 2.8 at step 12)."
     assert sentence.endswith("the stability threshold 20 (highest 2.8 at step 12): steps are stable.")
+
+
+def test_a_small_ratio_after_a_high_one_is_not_called_stable_until_the_loss_has_fallen() -> None:
+    result, course = StabilityRatio(20.0, 0.05, False, 0.1), Course().then([2.3] * 5).with_ratio(2.8, 12)
+    measured = Measured(
+        Plan((Stability(),)), {}, "auto", {}, "", {Stability: result}, {}, course=course.then([2.2] * 9)
+    )
+    sentence = measured.in_words().splitlines()[1]
+    assert "(highest 2.8 at step 12). A small ratio after a high one says little" in sentence
+    assert "stable." not in sentence and "raise" not in sentence and measured.troubled
 
 
 @pytest.mark.parametrize("losses", [[2.3] * 60, [2.3] * 10 + [40.0] * 5 + [1.0] * 10])
