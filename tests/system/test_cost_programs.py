@@ -6,7 +6,7 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +79,14 @@ def test_a_slope_is_the_power_of_the_last_two_points(scaling: ModuleType) -> Non
 
 
 @pytest.mark.slow
+def test_what_would_not_fit_in_memory_is_left_out(scaling: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "point", lambda sweep, at, name, make: scaling.Point(sweep, at, name, 1.0, 100 * at))
+    memory = SimpleNamespace(available=200 * scaling.count_of(scaling.width_of(1e4)))
+    monkeypatch.setattr(scaling.psutil, "virtual_memory", lambda: memory)
+    found = [p for p in scaling.sweeps([1e3, 1e4, 1e5, 1e6], 1e3) if p.sweep == "parameters"]
+    assert [p.seconds for p in found] == [1.0, 1.0, None, None] * len(scaling.ACTIONS)
+
+
 def test_scaling_is_measured_small_and_written_into_the_page(scaling: ModuleType, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "scaling.py"), "--largest", "1e4", "--middle", "1e3"]
     page = tmp_path / "page.md"
