@@ -1,6 +1,6 @@
 """Draw the pictures of read_your_curvature.md: `python docs/draw_curvature_runs.py [NAME ...]`.
 
-Each picture is a training run on one of scikit-learn's data sets, measured as CurvatureMonitor does it: the loss, the
+Each picture is a training run on one of scikit-learn's data sets, measured by `measure`: the loss, the
 largest eigenvalue against the optimizer's stability threshold, and the smallest eigenvalue or the curvature along the
 gradient. The program prints the words of one measurement of each run. It takes a minute of processor time.
 """

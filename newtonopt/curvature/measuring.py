@@ -105,9 +105,9 @@ def measure(
             is known to `tolerance` and the others to a tenth, both by estimates. Eigenvalues that these vectors know
             nothing of may be missed: `certified` is 0 then, and `_upper` and `_lower` enclose some
             eigenvalue, perhaps not the extreme one. It is certified again only where tracking is seen to fail, and by
-            `certify`. The words remember losses and the highest stability ratio. With "auto" products are differences
-            of gradients where the last measurement from random starts found these accurate to half the tolerance. None
-            (default): from random starts, with bounds that hold for the extreme ones.
+            `certify`. It also carries the losses and the highest stability ratio, which the words use. With "auto"
+            products are differences of gradients where the last measurement from random starts found these accurate to
+            half the tolerance. None (default): from random starts, with bounds that hold for the extreme ones.
         certify: Whether to start at random in spite of `last`. Default False; do it now and then.
         step_losses: Training losses of the steps since `last`, in their order, from which the words tell of spikes, of
             bad batches and of a loss that does not fall. Without them the

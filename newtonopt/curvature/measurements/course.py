@@ -113,6 +113,15 @@ class Course:
         return self._is_above(self.summit, _RAISED)
 
     @property
+    def overshoots(self) -> bool:
+        """Whether the losses or the highest ratio suggest that steps are too long.
+
+        A loss that stands still without ever having been higher, as at a saddle, and a bad batch do not.
+        """
+        trouble = self.trouble
+        return trouble in ("lost", "spiked", "risen") or (trouble == "stuck" and self.raised) or self.was_unstable
+
+    @property
     def was_unstable(self) -> bool:
         """Whether the ratio has been beyond the edge of stability, and the loss has not fallen since: the network may
         be dead, and a small ratio now says nothing.

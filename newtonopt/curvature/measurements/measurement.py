@@ -645,7 +645,7 @@ class Measured(Mapping[str, float]):
         reasons: Why there is nothing to measure, by the class of the measurement.
         failures: The error's message of each measurement that was left out for it, by its class.
         losses: The loss here and earlier in the run; None: not known.
-        course: How the run has gone between measurements, as `CurvatureMonitor` knows it.
+        course: How the run has gone so far, as `CurvatureMonitor`, or `measure` with `last`, has followed it.
 
     Example:
         >>> import torch
@@ -745,10 +745,10 @@ class Measured(Mapping[str, float]):
 
     @property
     def troubled(self) -> bool:
-        """Whether steps overshoot or the losses have gone wrong, so that longer steps would not help."""
+        """Whether steps overshoot, or the losses suggest that they have, so that longer steps would not help."""
         ratio = self.read("stability_ratio")
         overshoots = ratio is not None and ratio >= EDGE[0]
-        return self.diverged or overshoots or self.course.trouble is not None or self.course.was_unstable
+        return self.diverged or overshoots or self.course.overshoots
 
     def in_words(self) -> str:
         """Return what the values mean and what to do, a line for each measurement, after the verdict in one line.

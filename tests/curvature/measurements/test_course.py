@@ -124,6 +124,22 @@ def test_the_highest_ratio_is_told_until_a_higher_one_is_measured() -> None:
     assert Course().with_ratio(2.8).earlier(0.5) == "highest 2.8"
 
 
+@pytest.mark.parametrize(
+    ("losses", "overshoots"),
+    [
+        (FALL, False),
+        (DEAD, False),  # a saddle looks the same
+        ([*FALL, *DEAD], True),
+        ([*[2.3] * 9, *[2.7] * 20], True),
+        ([*[2.3] * 9, *[2.7] * 20, *DEAD], True),  # stuck, but higher before
+        ([*FALL, 41.0, *[1.0] * 18], False),  # a bad batch
+    ],
+)
+def test_losses_tell_whether_steps_are_too_long(losses: list[float], overshoots: bool) -> None:
+    assert Course().then(losses).overshoots is overshoots
+    assert Course().then(losses).with_ratio(2.8).overshoots
+
+
 def test_a_run_recovers_from_a_high_ratio_when_its_loss_falls_below_the_lowest_before() -> None:
     course = Course().then(FALL).with_ratio(1.2)
     assert not course.was_unstable
