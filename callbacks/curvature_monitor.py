@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import groupby
+from operator import itemgetter
+from statistics import fmean
+from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -103,8 +106,11 @@ class Budget:
 # Measurements from one that starts at random to the next, at first and where tracking has not kept up.
 _INTERVAL = 10
 
-# Losses of steps that are kept as single tensors before they are put into one.
+# Losses of batches that are kept as single tensors before they are put into one.
 _PACKED = 256
+
+# Name under which a checkpoint has what the training loss did.
+_COURSE = "course"
 
 # Share of the training time that measuring may add where nobody has said how often to measure.
 _SHARE = 0.1
@@ -303,8 +309,9 @@ class CurvatureMonitor(Callback):
     # Hooks, and not `state_dict`: of two with one prefix Trainer would say that they cannot be saved, and not why.
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = self._batches.state_dict()
-        if state:
-            checkpoint.setdefault(_STATE, {})[self.prefix] = state
+        # Losses since the last measurement wait there.
+        self._course = self._course.also(self._step_losses.take())
+        checkpoint.setdefault(_STATE, {})[self.prefix] = {**state, _COURSE: asdict(self._course)}
         if state and self.probe.save_probe and not state["batches"]:
             self._warn(
                 "save",
@@ -316,7 +323,9 @@ class CurvatureMonitor(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get(_STATE, {}).get(self.prefix)
         if state is not None and trainer.state.fn == TrainerFn.FITTING:
-            self._batches.load_state_dict(state)
+            self._course = Course(**state[_COURSE])
+            if batches := {name: value for name, value in state.items() if name != _COURSE}:
+                self._batches.load_state_dict(batches)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew before a checkpoint is loaded."""
@@ -351,6 +360,8 @@ class CurvatureMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
+        if trainer.global_step > 0 and self._course.steps == 0:
+            self._course = replace(self._course, from_start=False)
         self._allowance = Allowance(self._share())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -369,8 +380,8 @@ class CurvatureMonitor(Callback):
             self._stop(f"measuring would change training. {UnprotectedError(changed)}")
         self._watch = None
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
-        if self._enabled and isinstance(loss, Tensor):
-            self._step_losses.add(loss, trainer.accumulate_grad_batches)
+        if self._follows(loss):
+            self._step_losses.add(loss, trainer.accumulate_grad_batches, self._last_step)
         if self._losses is None:
             self._losses = self._loss_of(trainer, loss)
         due = self._due_after_step(self._last_step, trainer.global_step)
@@ -401,10 +412,15 @@ class CurvatureMonitor(Callback):
         """Return the loss of the first step of training, which tells whether the loss has risen since, even where the
         first measurement comes late; None where it is another one than the probe's.
         """
-        if self.probe.step != "training_step" or self.probe.dataloader is not None or not isinstance(loss, Tensor):
+        if not self._follows(loss) or self.probe.dataloader is not None:
             return None
         first = float(loss) * trainer.accumulate_grad_batches
         return Losses(first, first, first) if math.isfinite(first) else None
+
+    def _follows(self, loss: Any) -> TypeGuard[Tensor]:
+        """Return whether the words are to tell of the training loss: not where another loss is measured."""
+        follows = self._enabled and self.probe.follow_loss and self.probe.step == "training_step"
+        return follows and isinstance(loss, Tensor)
 
     def _due_after_step(self, before: int, now: int) -> bool:
         return self.every_n_epochs is None and passes_multiple(before, now, self.every_n_train_steps or 100)
@@ -600,22 +616,32 @@ class StepLosses:
     def __init__(self) -> None:
         self._single: list[Tensor] = []
         self._packed: list[Tensor] = []
+        self._steps: list[int] = []
 
-    def add(self, loss: Tensor, parts: int) -> None:
-        """Keep a loss, which is divided by the number of parts that a step's batch consists of."""
+    def add(self, loss: Tensor, parts: int, step: int) -> None:
+        """Keep the loss of a batch.
+
+        Args:
+            loss: The loss, divided by `parts`.
+            parts: Number of batches whose gradients a step accumulates.
+            step: Number of steps taken before it. Batches of one step have the same.
+        """
         loss = local_part(loss.detach())
         if loss.numel() == 1:
             self._single.append(loss.reshape(()) if parts == 1 else loss.reshape(()) * parts)
+            self._steps.append(step)
         if len(self._single) == _PACKED:
             self._pack()
 
     def take(self) -> list[float]:
-        """Return the losses as numbers, and forget them."""
+        """Return the mean loss of each step as a number, and forget them."""
         if self._single:
             self._pack()
         losses = [loss for packed in self._packed for loss in packed.tolist()]
-        self._packed = []
-        return losses
+        batches = zip(self._steps, losses, strict=True)
+        means = [fmean(loss for _, loss in batch) for _, batch in groupby(batches, key=itemgetter(0))]
+        self._packed, self._steps = [], []
+        return means
 
     def _pack(self) -> None:
         """Put single losses, which take some hundred bytes each, into one tensor."""

@@ -158,6 +158,9 @@ class Probe:
         precision: "full" (default): the precision of the weights, without autocast; "training": as in training.
         parameters: A regular expression to be found in the names of the parameters that are looked at, such as
             "^generator"; None (default): all parameters.
+        follow_loss: Whether the words tell what the loss of `training_step` did between measurements: that it spiked,
+            jumped, or is back where it was. Default True. Turn it off where the objective changes on purpose, as in
+            adversarial and reinforcement learning.
         save_probe: Whether checkpoints hold the first batches, so that a resumed run goes on measuring on them. Default
             False: checkpoints hold no training data, and a resumed run measures on the first batches that it sees.
 
@@ -183,11 +186,13 @@ class Probe:
     mode: Literal["train", "eval"] = "train"
     precision: Literal["full", "training"] = "full"
     parameters: str | None = None
+    follow_loss: bool = True
     save_probe: bool = False
 
     def __post_init__(self) -> None:
         check_whole("num_batches", self.num_batches, 1)
         _check_loader(self.dataloader)
+        check_flag("follow_loss", self.follow_loss)
         check_flag("save_probe", self.save_probe)
         if self.save_probe and self.dataloader is not None:
             raise ValueError(

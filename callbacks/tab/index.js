@@ -44,7 +44,7 @@ const BADGES = {
   edge: ['warn', 'edge of stability'],
   beyond: ['danger', 'beyond the edge'],
   risen: ['warn', 'loss has risen'],
-  lost: ['danger', 'training has failed'],
+  lost: ['danger', 'loss is back up'],
   spiked: ['warn', 'loss has spiked'],
   stuck: ['warn', 'loss has not fallen'],
   jumped: ['warn', 'loss has jumped'],

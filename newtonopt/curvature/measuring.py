@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Any, get_args
 
 import torch
@@ -67,7 +66,7 @@ def measure(
     prefix: str = "curvature",
     last: Measured | None = None,
     certify: bool = False,
-    step_losses: Sequence[float] = (),
+    step_losses: Sequence[float] | None = None,
 ) -> Measured:
     """Measure the curvature of a loss: the values that `CurvatureMonitor` logs, for any training loop.
 
@@ -110,8 +109,8 @@ def measure(
             half the tolerance. None (default): from random starts, with bounds that hold for the extreme ones.
         certify: Whether to start at random in spite of `last`. Default False; do it now and then.
         step_losses: Training losses of the steps since `last`, in their order, from which the words tell of spikes, of
-            bad batches and of a loss that does not fall. Without them the
-            measured loss alone counts.
+            bad batches and of a loss that does not fall; an empty list before the first step. None (default): the
+            measured loss counts instead.
 
     Returns:
         The values by tag, such as `curvature/lambda_max`.
@@ -147,7 +146,9 @@ def measure(
     if last is not None:
         check_instance("last", last, Measured, "a Measured, or None", "Pass the return value of the last call.")
     check_flag("certify", certify)
-    losses = [_number(loss) for loss in listed("step_losses", step_losses, "numbers", "[0.7, 0.6]")]
+    losses = None
+    if step_losses is not None:
+        losses = [_number(loss) for loss in listed("step_losses", step_losses, "numbers", "[0.7, 0.6]")]
     given = listed("params", params, "tensors", "model.parameters()")
     named = [pair for pair in given if is_named(pair)]
     tensors = [pair[1] if is_named(pair) else pair for pair in given]
@@ -235,9 +236,12 @@ def _check_tags(measurements: Sequence[Measurement[Any]]) -> None:
 
 def _number(loss: object) -> float:
     """Return a loss as a number; a tensor with one entry is one."""
-    if isinstance(loss, bool) or not (isinstance(loss, Real) or (isinstance(loss, Tensor) and loss.numel() == 1)):
-        raise TypeError(f"step_losses must hold numbers only, got {kind_of(loss)} in it. Write [0.7, 0.6].")
-    return float(loss)
+    try:
+        if isinstance(loss, (bool, str)) or (isinstance(loss, Tensor) and loss.is_complex()):
+            raise TypeError
+        return float(loss.detach() if isinstance(loss, Tensor) else loss)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # of other kinds, several entries, or no value
+        raise TypeError(f"step_losses must hold numbers only, got {kind_of(loss)} in it. Write [0.7, 0.6].") from None
 
 
 def _optimizers(given: Any) -> list[Optimizer]:

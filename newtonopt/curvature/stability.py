@@ -194,9 +194,9 @@ def preconditioner(optimizer: Optimizer, params: Iterable[Tensor]) -> tuple[Tens
 
 
 def adapts(optimizer: Optimizer, params: Iterable[Tensor]) -> bool:
-    """Return whether an optimizer adapts, and its preconditioner for these parameters is known."""
+    """Return whether an optimizer scales parameters differently, by its state or its groups, in a way that is known."""
     try:
-        if _kind_of(optimizer) is SGD:
+        if _kind_of(optimizer) is SGD and len({_group_threshold(SGD, g) for g in optimizer.param_groups}) == 1:
             return False
         preconditioner(optimizer, params)
     except (TypeError, ValueError):  # an unknown optimizer, no step so far, or never stable

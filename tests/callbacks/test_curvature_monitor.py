@@ -560,12 +560,79 @@ def test_a_noisy_run_that_learns_is_called_stable(tmp_path: Path) -> None:
 def test_the_loss_of_a_step_is_kept_until_it_is_read_and_forgotten_with_the_fit() -> None:
     losses = StepLosses()
     for k in range(600):
-        losses.add(torch.tensor(float(k), requires_grad=True), 2)
-    assert losses.take() == [2.0 * k for k in range(600)] and losses.take() == []
+        losses.add(torch.tensor(float(k), requires_grad=True), 2, k // 2)
+    assert losses.take() == [2.0 * (2 * k + 0.5) for k in range(300)] and losses.take() == [], "a mean for each step"
     monitor = CurvatureMonitor(every_n_train_steps=2)
     for _ in range(2):
         quiet_trainer(callbacks=[monitor], max_epochs=1).fit(Root(), loader())
         assert monitor._course.steps == BATCHES - BATCHES % 2 > 0
+
+
+class Losing(L.LightningModule):
+    """A loss that falls for twenty steps, and is back at its start from then on."""
+
+    def __init__(self, at: int = 0) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        self.at = at
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        k = self.at + batch_idx
+        return self.w.square().sum() * 0.01 + (2.0 - 0.05 * k if k < 20 else 2.0)
+
+    def other(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.w.square().sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize(
+    ("probe", "state"),
+    [
+        ({}, "lost"),
+        ({"follow_loss": False}, "below"),
+        ({"step": "other"}, "below"),  # whose loss is another one
+    ],
+)
+def test_the_words_tell_of_the_training_loss_where_that_is_measured(
+    probe: dict[str, Any], state: str, tmp_path: Path
+) -> None:
+    where = Probe(dataloader=[torch.zeros(1)], **probe)
+    monitor = CurvatureMonitor(every_n_train_steps=60, top=1, sharpness=None, probe=where)
+    batches = torch.utils.data.DataLoader(torch.zeros(60, 1))
+    quiet_trainer(callbacks=[monitor], logger=both_loggers(tmp_path), max_epochs=1).fit(Losing(), batches)
+    (record,) = records_of(tmp_path).values()
+    assert record["state"] == state
+    assert ("is back at 2" in record["words"][0]) is (state == "lost")
+
+
+def test_batches_of_one_step_count_once() -> None:
+    monitor = CurvatureMonitor(every_n_train_steps=6, probe=Probe(dataloader=[torch.zeros(1)]))
+    batches = torch.utils.data.DataLoader(torch.zeros(24, 1))
+    quiet_trainer(callbacks=[monitor], max_epochs=1, accumulate_grad_batches=4).fit(Losing(), batches)
+    assert monitor._course.steps == 6
+    assert monitor._course.recent[0] == pytest.approx(0.01 + (2.0 + 1.95 + 1.9 + 1.85) / 4, rel=1e-3)
+
+
+def test_a_resumed_run_knows_its_losses_and_another_fit_does_not_know_its_start(tmp_path: Path) -> None:
+    def monitor() -> CurvatureMonitor:
+        return CurvatureMonitor(every_n_train_steps=30, top=1, sharpness=None)
+
+    first, batches = monitor(), torch.utils.data.DataLoader(torch.zeros(40, 1))
+    trainer = quiet_trainer(callbacks=[first], max_epochs=1)
+    trainer.fit(Losing(), batches)
+    assert first._course.steps == 30
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = monitor()
+    with pytest.warns(UserWarning, match="measures on other batches from here on"):
+        quiet_trainer(callbacks=[resumed], max_epochs=2).fit(
+            Losing(40), batches, ckpt_path=tmp_path / "a.ckpt", weights_only=True
+        )
+    assert (resumed._course.steps, resumed._course.trouble, resumed._course.from_start) == (60, "lost", True)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(Losing(40), batches)
+    assert first._course.trouble is None and not first._course.from_start
 
 
 @pytest.mark.parametrize(("place", "what"), [(math.inf, "The loss is inf"), (0.0, "The gradient is not finite")])

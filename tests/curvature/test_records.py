@@ -108,7 +108,7 @@ def test_a_ratio_that_was_high_is_kept_in_the_state_until_the_loss_has_fallen() 
     w = torch.ones(1, dtype=torch.float64, requires_grad=True)
     found = measure(lambda: w.square().sum(), [w], torch.optim.SGD([w], lr=0.1), sharpness=None)
     course = Course().then([2.3] * 9).with_ratio(3.0, 9)
-    for losses, state in (([2.2] * 9, "unstable"), ([1.0] * 9, "below")):
+    for losses, state in (([2.3] * 9, "unstable"), ([1.0] * 9, "below")):
         record = record_of(replace(found, course=course.then(losses)), "")
         assert records.read_record(json.dumps(record)).state == state
 

@@ -814,7 +814,7 @@ def take(
     lenient: bool = False,
     losses: Losses | None = None,
     certify: bool = False,
-    step_losses: Sequence[float] = (),
+    step_losses: Sequence[float] | None = None,
 ) -> Measured:
     """Take the measurements of a plan, whose settings have been checked, at the parameters.
 
@@ -830,7 +830,7 @@ def take(
             the loss and the gradient, parameters that the closure moves, and state that cannot be put back end all.
         losses: The losses of the run before; None (default): as `last` has them, or none.
         certify: Whether to start at random in spite of `last`, of which the losses are kept. Default False.
-        step_losses: Losses of the steps since then. Default: the measured one alone.
+        step_losses: Losses of the steps since then; None (default): the measured one alone.
 
     Returns:
         Their results.
@@ -855,7 +855,8 @@ def take(
     if found is None:
         found = _take(*settings, tracked, lenient, before, began, differenced=False)
     here = [] if found.losses is None else [found.losses.now]
-    return replace(found, course=course.then(step_losses or here).with_ratio(found.read("stability_ratio")))
+    course = course.then(here if step_losses is None else step_losses)
+    return replace(found, course=course.with_ratio(found.read("stability_ratio")))
 
 
 def _take(

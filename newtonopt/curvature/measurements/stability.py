@@ -117,12 +117,16 @@ class Stability(Measurement[StabilityRatio]):
             return None
         spectrum = view.of(Preconditioned) if adapts else view.of(ExtremeEigenvalues)
         try:
-            threshold = min(map(stability_threshold, optimizers))
+            thresholds = [stability_threshold(optimizer) for optimizer in optimizers]
+            threshold = min(thresholds)
         except (TypeError, ValueError):  # no threshold is known, or never stable
             return None
         # A learning rate of zero, as in a warm-up, has no finite threshold; and optimizers that train a part of the
         # parameters have the threshold of that part.
         if spectrum is None or not math.isfinite(threshold) or not _train_all(optimizers, view.params):
+            return None
+        # The eigenvalue of the whole matrix says little where parts of it have thresholds of their own.
+        if max(thresholds) > threshold:
             return None
         rates = {float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups}
         lr = rates.pop() if len(rates) == 1 else None
@@ -151,7 +155,7 @@ class Stability(Measurement[StabilityRatio]):
         said = f"The largest eigenvalue {which}{at}{f' ({earlier})' if earlier else ''}"
         # A loss that spikes or does not fall, and a ratio that was high, say more than a small ratio.
         course = measured.course
-        if result.state == "below" and course.trouble is not None:
+        if result.state != "beyond" and course.trouble is not None:
             return [f"{said}."]
         if result.state == "below" and course.was_unstable:
             return [f"{said}. {_AFTER}"]

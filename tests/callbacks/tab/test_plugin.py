@@ -676,7 +676,7 @@ class TestTab:
                 writer.add_scalar("train_loss", 0.5, 100)
         open_tab(browser, tmp_path, lambda s: len(s["cards"]) == 5)
         assert browser.execute_script(BADGES) == [
-            ["pill danger", "training has failed"],
+            ["pill danger", "loss is back up"],
             ["pill warn", "loss has spiked"],
             ["pill warn", "loss has not fallen"],
             ["pill danger", "beyond the edge"],

@@ -76,7 +76,7 @@ def test_the_highest_ratio_is_told_to_the_end() -> None:
 def test_a_small_ratio_after_a_high_one_is_not_called_stable_until_the_loss_has_fallen() -> None:
     result, course = StabilityRatio(20.0, 0.05, False, 0.1), Course().then([2.3] * 5).with_ratio(2.8, 12)
     measured = Measured(
-        Plan((Stability(),)), {}, "auto", {}, "", {Stability: result}, {}, course=course.then([2.2] * 9)
+        Plan((Stability(),)), {}, "auto", {}, "", {Stability: result}, {}, course=course.then([2.3] * 9)
     )
     sentence = measured.in_words().splitlines()[1]
     assert "(highest 2.8 at step 12). A small ratio after a high one says little" in sentence
@@ -116,3 +116,13 @@ def test_the_learning_rate_is_named_where_all_groups_share_it(rates: tuple[float
     found = measure(lambda: sum(p.square().sum() for p in params), params, optimizer, sharpness=None)
     result = found.of(Stability)
     assert result is not None and result.lr == lr
+
+
+def test_rates_that_differ_are_part_of_the_ratio() -> None:
+    """Neither the largest eigenvalue nor the highest rate decides, but their largest product."""
+    flat, steep = (torch.ones(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    closure = lambda: (25 * steep**2 + 0.05 * flat**2).sum()  # noqa: E731
+    one = torch.optim.SGD([{"params": [steep], "lr": 0.01}, {"params": [flat], "lr": 1.0}], lr=1.0)
+    assert measure(closure, [steep, flat], one, sharpness=None).read("stability_ratio") == pytest.approx(0.25)
+    both = [torch.optim.SGD([steep], lr=0.01), torch.optim.SGD([flat], lr=1.0)]
+    assert measure(closure, [steep, flat], both, sharpness=None).read("stability_ratio") is None
