@@ -1,4 +1,5 @@
-# Needs nothing but make and a Python from 3.10 to 3.13; everything else goes into .venv. `make PYTHON=python3.12 test` picks the Python.
+# Needs nothing but make and a Python from 3.10 to 3.13; everything else goes into .venv. `make PYTHON=python3.12 test` picks the
+# Python that .venv is made with; `make clean` removes a .venv of another Python.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

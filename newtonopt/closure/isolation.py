@@ -269,7 +269,7 @@ class Watch:
 # Random numbers.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RandomState:
     """The states of the global random generators, and of those that the closure can reach, at one moment."""
 

@@ -238,7 +238,7 @@ def logits_behind(
 # The walk from a loss back to the convex functions of outputs that it is a sum of.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Decomposition:
     """The summands of a loss.
 

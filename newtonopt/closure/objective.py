@@ -798,7 +798,7 @@ class Runs:
         return self.groups is not None and any(group.params is not None for group in self.groups)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A run for an evaluation.
 
@@ -815,7 +815,7 @@ class Run:
     had_gradients: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Passed(Generic[Result]):
     """A run without a trace.
 
@@ -830,7 +830,7 @@ class Passed(Generic[Result]):
     found: list[Result]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rest:
     """The closure where it leaves the parameters in place.
 

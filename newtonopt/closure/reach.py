@@ -50,7 +50,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from newtonopt.lightning import OPAQUE_PACKAGES, TRAINER, held_by_trainer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReachableState:
     """The state that a closure can reach.
 

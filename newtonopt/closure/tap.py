@@ -110,7 +110,7 @@ def mark_outputs(z: Tensor) -> Tensor:
     return z
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LossTerm:
     """A loss that the closure called `backward` on; the objective is the sum of them.
 

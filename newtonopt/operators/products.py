@@ -179,7 +179,7 @@ def _spread(bend: Tensor, root: Root, z: Tensor) -> Tensor:
     return bend.unsqueeze(-1) if bend.dim() and bend.dim() < z.dim() else bend
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Softmax:
     """The Hessian `diag(w) (diag(p) - p p')` by logits, of a loss that is linear in their log-softmax.
 

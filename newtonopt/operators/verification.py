@@ -426,7 +426,7 @@ def examine_one_sided(
     return Verdict(Manner("finite_difference", central=False), "", max(changes), len(changes))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Difference:
     """Differences of gradient and loss along a unit vector `w`.
 

@@ -33,7 +33,7 @@ _LEAST_RATIO = 0.1
 _FIRST_FACTOR = 10.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CubicNewtonState(State):
     """The state with whether the first sigma, which is a guess, was confirmed by a step."""
 

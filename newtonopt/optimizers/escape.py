@@ -106,7 +106,7 @@ def leave(
     return away.proposal(state, length)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Away(Shorter[S], Generic[S]):
     """Steps along one direction of negative curvature.
 

@@ -35,7 +35,7 @@ from newtonopt.solvers.solution import Iterate, Solution
 _FIRST_FACTOR = 10.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HessianFreeState(PreconditionedState):
     """The state with the last solution, and whether the first damping, which is a guess, was confirmed by a step."""
 
@@ -253,7 +253,7 @@ def _solved(
     return Proposal(steps, state, solution.reason, iterations, model.curvature.products, shorter=shorter)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Continued(Shorter[HessianFreeState]):
     """Conjugate gradients that go on with a higher damping, from the best of their iterates."""
 

@@ -46,7 +46,7 @@ _FEW = 256
 _SEEN = 4.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LevenbergMarquardtState(State):
     """The state with the last direction, and what trials say about the damping.
 
@@ -336,7 +336,7 @@ def along_geodesic(
     ), shortened
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Again(Shorter[LevenbergMarquardtState]):
     """Steps with other dampings, from the same rows and equations.
 

@@ -17,7 +17,7 @@ from newtonopt.optimizers.state import S
 from newtonopt.solvers.solution import Iterate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Line:
     """The model along a line: `m(start + t d) = m(start) + t slope + t^2 bend / 2`.
 
@@ -53,7 +53,7 @@ def _no_blocks() -> Iterable[LinearOperator]:
     return ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuadraticModel:
     """The change of the loss that a step `s` is predicted to make: `m(s) = g's + s'As / 2`.
 
@@ -134,7 +134,7 @@ def with_more_damping(iterate: Iterate, damping: float) -> Iterate:
     return Iterate(iterate.step, iterate.decrease - damping / 2 * float(iterate.step @ iterate.step))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bend:
     """The second-order part of a step `v`: the path is `t v + t^2 a / 2`.
 
@@ -147,7 +147,7 @@ class Bend:
     share: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Proposal(Generic[S]):
     """Steps to try, best first.
 

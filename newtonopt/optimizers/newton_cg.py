@@ -28,7 +28,7 @@ from newtonopt.solvers.cg import conjugate_gradients, forcing_sequence
 from newtonopt.solvers.solution import Iterate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NewtonCGState(PreconditionedState):
     """The state with the point where a line search failed, its loss and gradient's norm, and how long a step may be."""
 

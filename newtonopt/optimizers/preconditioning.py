@@ -33,7 +33,7 @@ def _is(name: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda settings: bool(settings["preconditioner"] == name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PreconditionedState(State):
     """The state with what a preconditioner is made from.
 

@@ -19,7 +19,7 @@ from newtonopt.vectors.flat import flat_dtype, flatten, local_pieces
 from newtonopt.vectors.sharded import Sharded, as_parameters, is_sharded, layout_of, local_part, taken_back
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class State:
     """Everything that an optimizer remembers from step to step.
 

@@ -46,7 +46,7 @@ def bounded(
     return nearer.proposal(state)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Nearer(Shorter[S], Generic[S]):
     """Minimisers under tighter controls.
 

@@ -22,7 +22,7 @@ _HALVINGS = 10
 _MOST_CHANGES = 25
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """The step to take or to reject, and why.
 

@@ -31,7 +31,7 @@ class Curvature(Matrix, Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sketch:
     """A low-rank approximation `U diag(values) U'` of a matrix `A`, or of `|A|` if `A` is indefinite.
 

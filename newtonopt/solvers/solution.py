@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Iterate:
     """A step on a solver's way, `(n,)`, and the model's decrease there."""
 
@@ -15,7 +15,7 @@ class Iterate:
     decrease: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """An approximate minimiser of the model `m(s) = g's + s'As / 2`.
 

@@ -77,7 +77,7 @@ def vectors(state: State) -> list[Tensor]:
 
 def test_vectors_are_dropped_where_other_parameters_are_trained_and_before_the_first_step() -> None:
     state = HessianFreeState(steps=2, layout=(6, 4), settled_loss=1.0, solution=torch.ones(10).double())
-    assert fitted(state, PARAMS) == state and len(vectors(fitted(state, PARAMS))) == 1
+    assert vars(fitted(state, PARAMS)) == vars(state) and len(vectors(fitted(state, PARAMS))) == 1
     frozen = [PARAMS[0], PARAMS[1].detach()]
     after = fitted(state, frozen)
     assert not vectors(after) and after.layout == (6, 0) and after.settled_loss == math.inf and after.steps == 2
@@ -90,7 +90,7 @@ def test_vectors_follow_to_another_device_and_precision() -> None:
     moved = followed(state, [torch.zeros(3, device="meta", dtype=torch.float64)])
     assert moved.solution is not None
     assert moved.solution.device.type == "meta" and moved.solution.dtype == torch.float64
-    assert dataclasses.replace(moved, solution=None) == dataclasses.replace(state, solution=None)
+    assert {**vars(moved), "solution": None} == {**vars(state), "solution": None}
 
 
 def test_the_state_is_found_by_an_entry_that_every_state_has() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from houses import FILES, MODULES, ROOT, imports_of, module_of, public_names, room_of
+from torch import Tensor
 
 # Packages from the ground up: each may import those before it. "newtonopt" stands for its public names.
 LAYERS = (
@@ -366,6 +367,75 @@ def test_errors_about_arguments_speak_one_dialect(path: Path) -> None:
 def test_another_dialect_is_heard(error: str, passes: bool) -> None:
     (message,) = refusals(f"def f(step, remedy):\n    raise ValueError({error})")
     assert is_in_the_dialect(message) is passes
+
+
+def dataclasses_of_the_package() -> list[type]:
+    """Return every dataclass that a module of the package defines."""
+    modules = [importlib.import_module(name) for name in sorted(MODULES - {"newtonopt.__main__"})]
+    return [
+        thing
+        for module in modules
+        for thing in vars(module).values()
+        if isinstance(thing, type) and dataclasses.is_dataclass(thing) and thing.__module__ == module.__name__
+    ]
+
+
+def holding_arrays(classes: list[type]) -> list[type]:
+    """Return the dataclasses with a tensor or an array in a field, or with another such dataclass in one."""
+    kinds = {"Tensor", "ndarray"}
+    while True:
+        held = re.compile(rf"\b({'|'.join(sorted(kinds))})\b")
+        found = [
+            cls
+            for cls in classes
+            if any(held.search(str(f.type)) for f in dataclasses.fields(cls) if not str(f.type).startswith("Callable"))
+        ]
+        if kinds >= {cls.__name__ for cls in found}:
+            return found
+        kinds |= {cls.__name__ for cls in found}
+
+
+def comparing_arrays(classes: list[type]) -> list[type]:
+    """Return the dataclasses that compare their fields, tensors or arrays among them, or inherit such a comparison."""
+    return [cls for cls in holding_arrays(classes) if cls.__eq__ is not object.__eq__]
+
+
+def test_a_dataclass_with_tensors_is_compared_by_identity() -> None:
+    """`==` between fields that are tensors has no truth value, and whether it is asked for one depends on the Python:
+    up to 3.12 a dataclass takes a field to be equal where both sides hold the same object, from 3.13 on it does not.
+    """
+    classes = dataclasses_of_the_package()
+    assert len(holding_arrays(classes)) > 40
+    assert comparing_arrays(classes) == []
+
+
+def test_a_comparison_of_tensors_is_seen() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Base:
+        count: int
+
+    @dataclasses.dataclass(frozen=True)
+    class Compares(Base):
+        values: tuple[Tensor, ...]
+
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Inherits(Base):
+        values: Tensor | None
+
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Identity:
+        values: Tensor
+
+    @dataclasses.dataclass(frozen=True)
+    class Nested:
+        held: Identity
+
+    @dataclasses.dataclass(frozen=True)
+    class Calls:
+        scale: Callable[[Tensor], Tensor]
+
+    classes = [Nested, Base, Compares, Inherits, Identity, Calls]
+    assert comparing_arrays(classes) == [Nested, Compares, Inherits]
 
 
 def place_of(path: Path) -> Path:

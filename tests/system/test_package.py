@@ -86,11 +86,25 @@ def test_the_classifiers_are_those_of_the_package_index() -> None:
     assert classifiers <= known.classifiers - set(known.deprecated_classifiers)
 
 
+def minor_versions() -> list[int]:
+    """Return the second numbers of the Python versions that the metadata allows."""
+    oldest, beyond = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PYPROJECT["project"]["requires-python"]).groups()
+    return list(range(int(oldest), int(beyond)))
+
+
+def test_the_classifiers_and_the_makefile_name_the_pythons_that_the_metadata_allows() -> None:
+    classifiers = " ".join(PYPROJECT["project"]["classifiers"])
+    minors = minor_versions()
+    assert [int(minor) for minor in re.findall(r"Python :: 3\.(\d+)", classifiers)] == minors
+    makefile = (ROOT / "Makefile").read_text()
+    assert f"(3, {minors[0]}) <= sys.version_info < (3, {minors[-1] + 1})" in makefile
+    assert makefile.count(f"from 3.{minors[0]} to 3.{minors[-1]}") == 2  # a comment and an error
+
+
 def test_the_badges_say_what_the_metadata_says() -> None:
     badges = ROOT / "docs" / "pictures" / "badges"
-    oldest, newest = re.findall(r"3\.\d+", PYPROJECT["project"]["requires-python"])
-    last = f"3.{int(newest.removeprefix('3.')) - 1}"
-    assert f"python: {oldest} to {last}" in (badges / "python.svg").read_text()
+    minors = minor_versions()
+    assert f"python: 3.{minors[0]} to 3.{minors[-1]}" in (badges / "python.svg").read_text()
     (torch,) = (one.partition(">=")[2] for one in PYPROJECT["project"]["dependencies"] if one.startswith("torch"))
     assert f"torch: {torch} or later" in (badges / "torch.svg").read_text()
     assert f"licence: {PYPROJECT['project']['license']}" in (badges / "licence.svg").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 
 import pytest
@@ -13,12 +14,13 @@ NAMES = sorted(public_names())
 
 def _docstring(qualified: str) -> str:
     module, _, name = qualified.rpartition(".")
-    return getattr(importlib.import_module(module), name).__doc__ or ""
+    # Python removes the indentation itself from 3.13 on.
+    return inspect.cleandoc(getattr(importlib.import_module(module), name).__doc__ or "")
 
 
 def _entries(docstring: str) -> list[str]:
     """Return the entries of a docstring's "See Also" section, one line each."""
-    section = docstring.partition("    See Also:\n")[2]
+    section = docstring.partition("\nSee Also:\n")[2]
     return [" ".join(entry.split()) for entry in re.split(r"^ +- ", section, flags=re.MULTILINE)[1:]]
 
 
