@@ -13,6 +13,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,8 +147,8 @@ def _histories(source: Any, prefix: str, loss: str | None, name: str) -> list[Hi
     log = Log()
     for pair in pairs:
         match pair:
-            case (int() as step, Measured() as measured):
-                log.add(step, measured)
+            case (Integral() as step, Measured() as measured):
+                log.add(int(step), measured)
             case _:
                 raise _refusal(pair)
     return [log.history(name)]

@@ -304,6 +304,14 @@ def test_what_is_no_source_is_refused(source: Any) -> None:
         plot_history(source)
 
 
+def test_steps_may_be_numbers_of_numpy() -> None:
+    w = torch.ones(2, requires_grad=True)
+    found = measure(lambda: (w**4).sum(), [w], sharpness=None)
+    figure = plot_history(dict.fromkeys(np.arange(3), found))
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines[:1]] == [3]
+    plt.close(figure)
+
+
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="source must be an existing folder, got"):
         plot_history(tmp_path / "x")
