@@ -526,8 +526,8 @@ class CurvatureMonitor(Callback):
             since = {f"{PROBE_TAG.folder(plan.prefix)}/{PROBE_TAG.name}": float(self._batches.began)}
             measured = replace(measured, numbers={**measured.numbers, **since})
         ratio, step = measured.read("stability_ratio"), trainer.global_step
-        self._course = self._course.then(self._step_losses.take()).with_ratio(ratio, step)
-        measured = replace(measured, course=self._course)
+        course = self._course.also(self._step_losses.take()).with_ratio(ratio, step)
+        measured, self._course = replace(measured, course=course), course.after_measuring()
         self._tracked += 1
         if last is None or measured.read("certified") == 1.0:
             self._tracked, self._interval = 0, self._next_interval(measured)

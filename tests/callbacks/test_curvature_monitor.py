@@ -615,6 +615,24 @@ def test_batches_of_one_step_count_once() -> None:
     assert monitor._course.recent[0] == pytest.approx(0.01 + (2.0 + 1.95 + 1.9 + 1.85) / 4, rel=1e-3)
 
 
+def test_a_checkpoint_between_two_measurements_forgets_no_spike(tmp_path: Path) -> None:
+    class Saving(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 40:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    class Spiking(Losing):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.w.square().sum() * 0.01 + (50.0 if 30 <= batch_idx < 36 else 2.0 - 0.01 * batch_idx)
+
+    monitor = CurvatureMonitor(every_n_train_steps=60, top=1, sharpness=None)
+    batches = torch.utils.data.DataLoader(torch.zeros(60, 1))
+    trainer = quiet_trainer(callbacks=[Saving(), monitor], logger=both_loggers(tmp_path), max_epochs=1)
+    trainer.fit(Spiking(), batches)
+    (record,) = records_of(tmp_path).values()
+    assert record["state"] == "spiked"
+
+
 def test_a_resumed_run_knows_its_losses_and_another_fit_does_not_know_its_start(tmp_path: Path) -> None:
     def monitor() -> CurvatureMonitor:
         return CurvatureMonitor(every_n_train_steps=30, top=1, sharpness=None)

@@ -158,10 +158,14 @@ class Course:
 
     def then(self, losses: Iterable[float]) -> Course:
         """Return the course with the losses of the steps since the last measurement."""
-        return replace(self, peak=-math.inf, rise=0.0, highest=-math.inf, jump=0.0, ago=0).also(losses)
+        return self.after_measuring().also(losses)
+
+    def after_measuring(self) -> Course:
+        """Return the course without what has happened since the last measurement but one."""
+        return replace(self, peak=-math.inf, rise=0.0, highest=-math.inf, jump=0.0, ago=0)
 
     def also(self, losses: Iterable[float]) -> Course:
-        """Return the course with further losses, before the next measurement."""
+        """Return the course with further losses since the last measurement."""
         course = self
         for loss in losses:
             course = course._with(loss)

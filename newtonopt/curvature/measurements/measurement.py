@@ -753,13 +753,10 @@ class Measured(Mapping[str, float]):
     def in_words(self) -> str:
         """Return what the values mean and what to do, a line for each measurement, after the verdict in one line.
 
-        Where the run has diverged, or has lost what it had gained, the measurements say nothing.
+        Where the run has diverged, the measurements say nothing.
         """
-        if self.diverged or self.course.trouble == "lost":
-            if self.losses is not None and self.losses.diverged:
-                lines = [f"In short: diverged: {self.losses.in_words()}.", _DIVERGED]
-            else:
-                lines = [f"In short: {self.course.verdict()}.", self.course.advice()]
+        if self.losses is not None and self.losses.diverged:
+            lines = [f"In short: diverged: {self.losses.in_words()}.", _DIVERGED]
             earlier = self.course.earlier(self.read("stability_ratio"))
             lines += [f"The stability ratio was {earlier}."] if earlier else []
             lines += [f"Nothing is certified: {self.doubt}"] if self.doubt else []
