@@ -78,7 +78,8 @@ def measure(
         closure: Computes the loss, as for `evaluate`.
         params: The parameters, or pairs of their names and them; those without `requires_grad` are left alone.
         optimizer: The optimizer that trains them, or several, for `stability_threshold`; None (default): no threshold.
-            For one that adapts, such as Adam, `Preconditioned` is measured too, from its first step on.
+            For one that adapts, such as Adam, and for SGD with several learning rates `Preconditioned` is measured
+            too.
         top: How many of the largest eigenvalues, one or more. Default 3.
         bottom: How many of the smallest eigenvalues, zero or more. Default 1.
         sharpness: "ball" (default), "adaptive_ball" or "average", at a radius of 0.05; for another radius a

@@ -50,10 +50,11 @@ class StabilityRatio:
 @dataclass(frozen=True)
 class Stability(Measurement[StabilityRatio]):
     """The optimizer's stability threshold, and the largest eigenvalue over it: of the matrix itself for SGD, of the
-    preconditioned matrix for Adam and its kin.
+    preconditioned matrix for Adam and its kin, and for SGD with several learning rates.
 
     `CurvatureMonitor` and `measure` take it always, for no product; for Adam and its kin beside `Preconditioned`. There
-    is no result where no threshold is known, and where the optimizers train only a part of the parameters.
+    is no result where no threshold is known, where the optimizers train only a part of the parameters, and where
+    several optimizers have different thresholds.
 
     Example:
         >>> import torch
