@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,6 +94,8 @@ def test_a_small_ratio_is_no_reason_to_raise_the_learning_rate_where_the_loss_fa
         course.advice(),
     ]
     assert words.endswith("is 0.016 times the stability threshold 20.") and "stable" not in words
+    at_the_edge = replace(measured, by_class={Stability: StabilityRatio(20.0, 1.0, False, 0.5)})
+    assert at_the_edge.in_words().endswith("is 1 times the stability threshold 20.")
 
 
 def test_adam_has_no_ratio_before_its_first_step() -> None:
