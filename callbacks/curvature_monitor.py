@@ -360,7 +360,8 @@ class CurvatureMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
-        if trainer.global_step > 0 and self._course.steps == 0:
+        followed = self.probe.follow_loss and self.probe.step == "training_step"
+        if self._course.steps == 0 and (trainer.global_step > 0 or not followed):
             self._course = replace(self._course, from_start=False)
         self._allowance = Allowance(self._share())
 

@@ -605,6 +605,7 @@ def test_the_words_tell_of_the_training_loss_where_that_is_measured(
     (record,) = records_of(tmp_path).values()
     assert record["state"] == state
     assert ("is back at 2" in record["words"][0]) is (state == "lost")
+    assert monitor._course.from_start is (probe == {}), "where no loss is followed, nothing is said of the first step"
 
 
 def test_batches_of_one_step_count_once() -> None:

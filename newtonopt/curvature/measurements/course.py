@@ -229,6 +229,7 @@ class Course:
             return (
                 "If the objective has not changed on purpose, as adversarial and reinforcement learning, curricula and "
                 f"growing penalties change it, training has failed and a small ratio says nothing: {again}, and {when}."
+                " Else look at what counts, such as the reward; Probe(follow_loss=False) leaves this out."
             )
         if self.trouble == "spiked":
             return f"A small ratio after a spike says little. If the loss does not fall again, {again}, and {when}."

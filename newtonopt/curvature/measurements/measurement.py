@@ -672,7 +672,7 @@ class Measured(Mapping[str, float]):
     reasons: Mapping[type, str]
     failures: Mapping[type, str] = field(default_factory=dict)
     losses: Losses | None = None
-    course: Course = field(default_factory=Course)
+    course: Course = field(default_factory=partial(Course, from_start=False))
 
     def __getitem__(self, tag: str) -> float:
         return self.numbers[tag]

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from newtonopt.curvature.measurements.course import EDGE
+from newtonopt.curvature.measurements.course import EDGE, Course
 from newtonopt.curvature.measurements.eigenvalues import ExtremeEigenvalues
 from newtonopt.curvature.measurements.measurement import Chart, Measured, Measurement, Tag, UnmeasurableError, View
 from newtonopt.curvature.measurements.preconditioned import Preconditioned
@@ -160,7 +160,7 @@ class Stability(Measurement[StabilityRatio]):
             return [f"{said}."]
         if result.state == "below" and course.was_unstable:
             return [f"{said}. {_AFTER}"]
-        return [f"{said}: {_advice(result, course.ratio)}"]
+        return [f"{said}: {_advice(result, course)}"]
 
 
 # What to do where the ratio is small after a high one.
@@ -170,7 +170,7 @@ _AFTER = (
 )
 
 
-def _advice(result: StabilityRatio, highest: float) -> str:
+def _advice(result: StabilityRatio, course: Course) -> str:
     ratio, lr = result.ratio, result.lr
     if result.state == "beyond" and ratio >= _HUGE:
         return (
@@ -179,10 +179,10 @@ def _advice(result: StabilityRatio, highest: float) -> str:
         )
     if result.state == "beyond":
         lower = (
-            f"halve the learning rates, and again until it does; or warm up from {written(1.0 / ratio, 2)} of them"
+            f"halve the learning rates, and again until it does; or warm up from {written(0.1 / ratio, 2)} of them"
             if lr is None
             else f"halve lr to {written(lr / 2, 3)}, and again until it does; or warm up to {written(lr, 3)} from "
-            f"{written(lr / ratio, 3)}"
+            f"{written(0.1 * lr / ratio, 3)}"
         )
         return (
             "steps along its eigenvector overshoot and grow until the curvature falls. Where the loss does not fall "
@@ -190,11 +190,13 @@ def _advice(result: StabilityRatio, highest: float) -> str:
         )
     if result.state == "edge":
         lower = "halve the learning rates" if lr is None else f"lower lr from {written(lr, 3)} to {written(lr / 2, 3)}"
+        if course.from_start and course.steps == 0:
+            return f"before the first step that is high. If the loss rises, {lower}, or warm up."
         return (
             "training is at the edge of stability, which is normal at a constant learning rate. Nothing needs to be "
             f"done while the loss falls; if it spikes, {lower}."
         )
-    if ratio >= _FAR or highest > EDGE[1]:
+    if ratio >= _FAR or course.ratio > EDGE[1]:
         return "steps are stable."
     room = "" if lr is None or ratio <= 0.0 else f" (lr={written(lr, 3)})"
     return (

@@ -36,15 +36,15 @@ def words(measurement: Any, result: Any) -> str:
         (StabilityRatio(6.2, 2.0, False), "overshoot and grow"),
         (
             StabilityRatio(6.2, 2.0, False),
-            "halve the learning rates, and again until it does; or warm up from 0.5 of them.",
+            "halve the learning rates, and again until it does; or warm up from 0.05 of them.",
         ),
         (
             StabilityRatio(20.0, 1.6, False, 0.1),
-            "halve lr to 0.05, and again until it does; or warm up to 0.1 from 0.0625.",
+            "halve lr to 0.05, and again until it does; or warm up to 0.1 from 0.00625.",
         ),
         (
             StabilityRatio(20.0, 9.9, False, 0.1),
-            "halve lr to 0.05, and again until it does; or warm up to 0.1 from 0.0101.",
+            "halve lr to 0.05, and again until it does; or warm up to 0.1 from 0.00101.",
         ),
         (StabilityRatio(20.0, 800.0, False, 0.1), "start again from the beginning with a learning rate 3 to 10 times"),
         (StabilityRatio(38e3, 0.5, True), "The largest eigenvalue of the preconditioned matrix is 0.5 times"),
@@ -119,6 +119,15 @@ def test_the_learning_rate_is_named_where_all_groups_share_it(rates: tuple[float
     found = measure(lambda: sum(p.square().sum() for p in params), params, optimizer, sharpness=None)
     result = found.of(Stability)
     assert result is not None and result.lr == lr
+
+
+def test_before_the_first_step_a_ratio_at_the_edge_is_high() -> None:
+    result, start = StabilityRatio(20.0, 1.0, False, 0.1), Course()
+    measured = Measured(Plan((Stability(),)), {}, "auto", {}, "", {Stability: result}, {}, course=start)
+    told = "before the first step that is high. If the loss rises, lower lr from 0.1 to 0.05, or warm up."
+    assert measured.in_words().endswith(told)
+    later = replace(measured, course=start.then([2.0, 1.9]))
+    assert "normal at a constant learning rate" in later.in_words()
 
 
 def test_rates_that_differ_are_part_of_the_ratio() -> None:
