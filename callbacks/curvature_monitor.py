@@ -360,8 +360,7 @@ class CurvatureMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
-        followed = self.probe.follow_loss and self.probe.step == "training_step"
-        if self._course.steps == 0 and (trainer.global_step > 0 or not followed):
+        if self._course.steps == 0 and (trainer.global_step > 0 or not self.probe.follows_training):
             self._course = replace(self._course, from_start=False)
         self._allowance = Allowance(self._share())
 
@@ -420,8 +419,7 @@ class CurvatureMonitor(Callback):
 
     def _follows(self, loss: Any) -> TypeGuard[Tensor]:
         """Return whether the words are to tell of the training loss: not where another loss is measured."""
-        follows = self._enabled and self.probe.follow_loss and self.probe.step == "training_step"
-        return follows and isinstance(loss, Tensor)
+        return self._enabled and self.probe.follows_training and isinstance(loss, Tensor)
 
     def _due_after_step(self, before: int, now: int) -> bool:
         return self.every_n_epochs is None and passes_multiple(before, now, self.every_n_train_steps or 100)

@@ -215,6 +215,11 @@ class Probe:
                 "Write '^encoder', for example."
             ) from error
 
+    @property
+    def follows_training(self) -> bool:
+        """Whether the words tell of the loss of every step, which is the one that is measured."""
+        return self.follow_loss and self.step == "training_step"
+
     def check_model(self, module: LightningModule, measurements: Iterable[Measurement[Any]]) -> None:
         """Refuse a module that has no such method, no parameter of such a name, or not what a measurement needs.
 

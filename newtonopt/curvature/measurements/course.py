@@ -104,7 +104,7 @@ class Course:
 
     @property
     def trouble(self) -> Trouble | None:
-        """What the loss did that it does not do where training goes well, as a rule; None: nothing.
+        """The way in which the loss behaves as it rarely does where training goes well; None: in no such way.
 
         "lost": most of what it had fallen is lost. "risen": it is above the first one. "spiked": it was as far up since
         the last measurement, and is not any more. "stuck": it has not fallen since the start. "jumped": a single loss

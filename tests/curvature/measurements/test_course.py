@@ -1,4 +1,4 @@
-"""What the training loss between measurements says, with noise and without."""
+"""Words on the training loss between measurements, with noise and without."""
 
 from __future__ import annotations
 
